@@ -1,0 +1,26 @@
+"""Random numbers that depend on the seed and the sample, not on batches or processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # golden-ratio increments spread (seed, index) over the 64 bits (Steele et al. 2014)
+
+
+def sample_normal(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
+    """Standard normal numbers of the shape, dtype and device of ``like`` ``(N, …)``.
+
+    Row ``i`` is a function of ``(seed, index[i])`` alone, drawn on the CPU in float32, so that it is the same in any
+    batch, on any device and in any precision. ``index`` None counts the rows from 0.
+    """
+    indices = range(len(like)) if index is None else [int(i) for i in index]
+    if len(indices) != len(like):
+        raise ValueError(f"expected one index a sample, got {len(indices)} for {len(like)} samples")
+    noise = torch.empty(like.shape, dtype=torch.float32)
+    for row, i in zip(noise, indices, strict=True):
+        generator = torch.Generator().manual_seed((seed * _SEED_STRIDE + i * 0xBF58476D1CE4E5B9) % 2**63)
+        row.normal_(generator=generator)
+    return noise.to(like)

@@ -1,0 +1,123 @@
+"""A callback that looks at every triplet of validation and test, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lipsim.data import Triplet
+from lipsim.precision import full_precision
+from lipsim.results import update_results
+from lipsim.training.base import Features, MetricModule, images_of
+
+
+class TripletCallback(Callback):
+    """Calls :meth:`begin`, :meth:`see` for each batch and :meth:`finish`, in validation (unless told not to) and test.
+
+    Args:
+        directory: where a test run writes its files; None: the trainer's ``default_root_dir``.
+        validate: whether to work in validation too.
+    """
+
+    def __init__(self, directory: Path | None = None, validate: bool = True) -> None:
+        super().__init__()
+        self.directory = directory
+        self.validate = validate
+
+    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+        """Before the first batch."""
+
+    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+        """One batch of the evaluation set ``name`` with its full-precision features ``(z, z0, z1)``."""
+
+    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+        """After the last batch, on every process."""
+
+    def output_directory(self, trainer: L.Trainer) -> Path:
+        """Where files go."""
+        return Path(self.directory or trainer.default_root_dir)
+
+    @rank_zero_only
+    def write_section(self, trainer: L.Trainer, section: str, content: dict[str, Any]) -> None:
+        """Write a section of results.json; validation leaves no files, its scores are in the log."""
+        if trainer.testing:
+            update_results(self.output_directory(trainer) / "results.json", section, content)
+
+    def _works(self, trainer: L.Trainer) -> bool:
+        return trainer.testing or (self.validate and not trainer.sanity_checking)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._batch(trainer, pl_module, *args)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._batch(trainer, pl_module, *args)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    def _start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not isinstance(module, MetricModule):
+            raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
+        if self._works(trainer):
+            with _outside_inference_mode():
+                self.begin(trainer, module)
+
+    def _batch(
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        features: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # Batches without triplets (a folder of images in distillation) have nothing to certify or attack.
+        if self._works(trainer) and isinstance(batch, Triplet):
+            with _outside_inference_mode():
+                features = tuple(z.clone() for z in features)
+                self.see(trainer, module, features, batch.clone(), module.set_name(dataloader_idx))
+
+    def _end(self, trainer: L.Trainer, module: Any) -> None:
+        if self._works(trainer):
+            self.finish(trainer, module)
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Ordinary tensors without gradients, in full precision: Lightning evaluates in inference mode, whose tensors no
+    attack can differentiate through, and under the trainer's autocast."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision():
+        yield
+
+
+def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
+    """The data loaders of the evaluation that is running."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+def first_images(loader: DataLoader, count: int) -> Tensor:
+    """Up to ``count`` images ``(M, 3, H, W)`` from the start of a loader's data set, whatever its sampler does."""
+    rows = list(range(min(count, len(loader.dataset))))  # type: ignore[arg-type]
+    fetch = getattr(loader.dataset, "__getitems__", lambda indices: [loader.dataset[i] for i in indices])
+    batch = loader.collate_fn(fetch(rows))
+    return images_of(batch)[:count]

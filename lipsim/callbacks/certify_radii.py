@@ -1,0 +1,157 @@
+"""Certify every triplet of an evaluation set."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lipsim import certificates
+from lipsim.audit import LipschitzReport
+from lipsim.callbacks.base import TripletCallback, evaluation_loaders, first_images
+from lipsim.callbacks.collect import SampleTable, write_csv
+from lipsim.data import Triplet
+from lipsim.metric import PerceptualMetric
+from lipsim.metrics import CertifiedScore, RadiusStatistics, TwoAFCScore
+from lipsim.precision import full_precision
+from lipsim.results import eps_label, state_fingerprint
+from lipsim.training.base import Features, MetricModule
+
+EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
+
+
+class CertifyRadii(TripletCallback):
+    """Audit the encoder, certify every triplet, log certified scores; a test run writes results.json and radii.csv.
+
+    Features come in full precision from the evaluation step, the geometry runs in float64. The error of the float32
+    features is measured against float64 on the first images of each set, enlarged, and subtracted from every radius.
+
+    Args:
+        eps: ℓ2 budgets of the certified score, in input pixels in [0, 1].
+        error_sample: images of each set on which the float32 error is measured; 0 certifies exact arithmetic only.
+        error_factor: by which the largest measured error is enlarged.
+        directory: as in :class:`TripletCallback`.
+        validate: as in :class:`TripletCallback`.
+
+    Raises:
+        lipsim.audit.UnboundedModuleError: the encoder has no Lipschitz bound (when validation or test starts).
+        ValueError: a negative budget; weights in half precision.
+    """
+
+    def __init__(
+        self,
+        eps: list[float] = list(EPS),  # noqa: B006  (copied below)
+        error_sample: int = 32,
+        error_factor: float = 4.0,
+        directory: Path | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(directory, validate)
+        if not eps or any(not 0 <= e < math.inf for e in eps):
+            raise ValueError(f"expected budgets eps ≥ 0, got {eps}")
+        self.eps = sorted(eps)
+        self.error_sample, self.error_factor = error_sample, error_factor
+        self.tables: dict[str, SampleTable] = {}
+        self.report: LipschitzReport | None = None
+
+    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+        half = [name for name, p in module.metric.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+        if half:
+            raise ValueError(f"{half[0]} is stored in half precision; certify with --trainer.precision 32-true")
+        self.report = module.metric.audit()
+        # On the first images of each data set, not of each process's share: the same number for any number of processes.
+        samples = [first_images(loader, self.error_sample) for loader in evaluation_loaders(trainer)]
+        errors = [feature_error(module.metric, images.to(module.device)) for images in samples]
+        module.metric.feature_error = self.error_factor * max(errors, default=0.0)
+        self.tables = {}
+
+    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+        metric = module.metric
+        z, z0, z1 = (f.double() for f in features)
+        certificate = metric.certify_features(batch.reference, z, z0, z1)
+        published = certificates.published_radius(z, z0, z1, anchor=metric.anchor, lipschitz=metric.lipschitz)
+        self.tables.setdefault(name, SampleTable()).append(
+            batch.index,
+            {
+                "right_vote": batch.right_vote,
+                "prefers_left": certificate.prefers_left.long(),
+                "margin": certificate.margin,
+                "radius": certificate.radius,
+                "left_radius": certificate.left_radius,
+                "right_radius": certificate.right_radius,
+                "joint_radius": certificate.joint_radius,
+                "pixels": certificate.pixels,
+                "published_radius": published,
+                "feature_norm": torch.linalg.vector_norm(z, dim=-1),
+            },
+        )
+
+    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+        assert self.report is not None
+        sets = {}
+        for name, table in self.tables.items():
+            rows = table.gather()
+            sets[name] = self._summarise(rows)
+            stage = "test" if trainer.testing else "val"
+            for label, score in sets[name]["certified"].items():
+                module.log(f"{stage}/{name}/certified_{label}", score, rank_zero_only=True)
+            module.log(f"{stage}/{name}/median_radius", sets[name]["radius"]["median"], rank_zero_only=True)
+            if trainer.testing:
+                self._write_rows(trainer, name, rows)
+        metric = module.metric
+        content = {
+            "lipschitz": metric.lipschitz,
+            "layers": {layer.name: layer.bound for layer in self.report.layers},
+            "anchor": metric.anchor,
+            "feature_error": metric.feature_error,
+            "feature_error_sample": self.error_sample,
+            "feature_error_factor": self.error_factor,
+            "precision": f"features {_dtype(metric)} with TF32 and autocast off, geometry float64",
+            "weights_sha256": state_fingerprint(metric.encoder.state_dict()),
+            "eps": self.eps,
+            "sets": sets,
+        }
+        self.write_section(trainer, "certified", content)
+
+    def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+        margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["index"]
+        scores: dict[str, Any] = {"num_triplets": len(index), "num_tied_votes": int((votes == 0.5).sum())}
+        for kind in ("majority", "vote"):
+            score = TwoAFCScore(kind, sync_on_compute=False)  # type: ignore[arg-type]
+            score.update(margin, votes, index)
+            scores[kind] = float(score.compute())
+        labels = [eps_label(eps) for eps in self.eps]
+        for section, column in (("certified", "radius"), ("published", "published_radius"), ("joint", "joint_radius")):
+            certified = CertifiedScore(self.eps, sync_on_compute=False)
+            certified.update(margin, rows[column], votes, index)
+            scores[section] = dict(zip(labels, certified.compute().tolist(), strict=True))
+        radius = RadiusStatistics(sync_on_compute=False)
+        radius.update(rows["radius"], index)
+        scores["radius"] = {name: float(value) for name, value in radius.compute().items()}
+        scores["one_pixel_immune"] = float((rows["pixels"] >= 1).double().mean())
+        return scores
+
+    @rank_zero_only
+    def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
+        file = "radii.csv" if len(self.tables) == 1 else f"radii-{name}.csv"
+        write_csv(self.output_directory(trainer) / file, rows)
+
+
+def feature_error(metric: PerceptualMetric, images: Tensor) -> float:
+    """Largest ``‖f(x) − f64(x)‖`` over images ``(N, 3, H, W)``: the stored weights in their own dtype against float64."""
+    if not len(images):
+        return 0.0
+    with torch.no_grad(), full_precision():
+        exact = copy.deepcopy(metric.encoder).double().eval()
+        difference = metric.embed(images).double() - exact(images.double())
+    return float(torch.linalg.vector_norm(difference, dim=-1).max())
+
+
+def _dtype(metric: PerceptualMetric) -> str:
+    return str(next(metric.parameters()).dtype).removeprefix("torch.")

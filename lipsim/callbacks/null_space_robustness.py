@@ -1,0 +1,101 @@
+"""Null-space perturbations of the reference: changes of the image that the first operator cannot see."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lipsim import export
+from lipsim.attacks import FirstOperator, first_operator, null_space
+from lipsim.attacks.projections import sample_norm
+from lipsim.attacks.random import sample_normal
+from lipsim.callbacks.base import TripletCallback
+from lipsim.callbacks.collect import SampleTable
+from lipsim.data import Triplet
+from lipsim.metric import PerceptualMetric
+from lipsim.training.base import Features, MetricModule
+
+
+class NullSpaceRobustness(TripletCallback):
+    """How far each reference can move inside the kernel of the encoder's first operator, and what becomes of it.
+
+    A large ``‖δ‖`` with an unchanged embedding is an exact collision. Where the first operator has no kernel, or is
+    nonlinear as an SLL block is, no such perturbation exists and the report says so.
+
+    Args:
+        seed: of the noise that is projected onto the kernel; it depends on the sample's index.
+        others: name → exported metric, searched in the same way.
+        directory: as in :class:`TripletCallback`.
+        validate: as in :class:`TripletCallback`.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        others: dict[str, Path] | None = None,
+        directory: Path | None = None,
+        validate: bool = False,
+    ) -> None:
+        super().__init__(directory, validate)
+        self.seed = seed
+        self.others = {name: export.load(path) for name, path in (others or {}).items()}
+        self.tables: dict[str, SampleTable] = {}
+        self.searched: dict[str, tuple[PerceptualMetric, FirstOperator | None]] = {}
+
+    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+        self.tables, self.searched = {}, {}
+        for name, metric in {"metric": module.metric, **self.others}.items():
+            # In float64, so that an exact collision shows as exact.
+            exact = copy.deepcopy(metric).double().to(module.device).eval().requires_grad_(False)
+            self.searched[name] = exact, first_operator(exact.encoder, exact.image_size)
+
+    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+        batch = batch.to(torch.float64)
+        noise = sample_normal(batch.reference, seed=self.seed, index=batch.index)
+        columns: dict[str, Tensor] = {"right_vote": batch.right_vote}
+        for key, (metric, operator) in self.searched.items():
+            if operator is not None:
+                found = _search(metric, operator, batch, noise)
+                columns |= {f"{key}/{column}": value for column, value in found.items()}
+        self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
+
+    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+        sets = {}
+        for name, table in self.tables.items():
+            rows = table.gather()
+            sets[name] = {key: self._summarise(key, rows) for key in self.searched}
+        self.write_section(trainer, "null_space", {"seed": self.seed, "sets": sets})
+
+    def _summarise(self, key: str, rows: dict[str, Tensor]) -> dict[str, Any]:
+        operator = self.searched[key][1]
+        if operator is None:
+            return {"kernel": False, "reason": "the first layer is not linear: it passes all of its input on"}
+        layer = f"{operator.kind} {operator.name}"
+        if not (rows[f"{key}/length"] > 0).any():
+            return {"kernel": False, "layer": layer, "reason": f"the first operator ({layer}) has a trivial kernel"}
+        return {
+            "kernel": True,
+            "layer": layer,
+            "mean_length": float(rows[f"{key}/length"].mean()),
+            "largest_relative_change": float(rows[f"{key}/change"].max()),
+            "largest_distance": float(rows[f"{key}/distance"].max()),
+            "flipped": float(rows[f"{key}/flipped"].double().mean()),
+        }
+
+
+def _search(metric: PerceptualMetric, operator: FirstOperator, batch: Triplet, noise: Tensor) -> dict[str, Tensor]:
+    x_adv = null_space(operator.forward, batch.reference, noise)
+    z, z_adv, z0, z1 = metric.embed(torch.cat([batch.reference, x_adv, batch.left, batch.right])).chunk(4)
+    length = sample_norm(x_adv - batch.reference)
+    change = torch.linalg.vector_norm(z_adv - z, dim=-1) / torch.linalg.vector_norm(z, dim=-1)
+    return {
+        "length": length,
+        "change": change,
+        "distance": metric(batch.reference, x_adv),
+        "flipped": ((metric.margin(z, z0, z1) > 0) != (metric.margin(z_adv, z0, z1) > 0)).long(),
+    }

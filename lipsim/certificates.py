@@ -1,0 +1,242 @@
+"""Radii and bounds that hold for every encoder with a known Lipschitz constant: pure functions on feature tensors.
+
+Notation (all features are ``f(x)``, shape ``(N, D)``, before anchor and projection; see :mod:`lipsim.geometry`):
+
+- ``z, z0, z1``: features of reference, left and right; ``e = (z, κ)`` with the anchor ``κ``; ``p = e/‖e‖``;
+- ``w, v``: feature part and anchor part of ``p(z0) − p(z1)``; the metric prefers left where ``g = ⟨z, w⟩ + κv > 0``;
+- ``lipschitz``: an upper bound ``L`` on the Lipschitz constant of the encoder, ℓ2 to ℓ2 (see :mod:`lipsim.audit`);
+- ``feature_error``: ``η``, how far the given features may be from those whose answer is certified, at the clean and at
+  the perturbed point together, in feature units. 0 certifies exact arithmetic; twice the largest error of one float32
+  embedding certifies the answer of the deployed float32 network.
+
+Radii are ℓ2 distances in the space of the encoder's input, ``(N,)``, and certify every perturbation strictly shorter.
+Ties, NaN and zero denominators have radius 0. Everything follows from ``‖f(x) − f(x')‖ ≤ L‖x − x'‖`` alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim.geometry import anchored_norm, angle, project, rotation
+
+
+def linear_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Linear margin ``g = ⟨z, w⟩ + κv`` and its slope ``‖w‖`` in feature space, ``(N,)`` each.
+
+    ``g > 0`` where the metric prefers left: normalising the reference does not change the sign of
+    ``d(x, x1) − d(x, x0)``, so the decision is a half-space of ``z``.
+    """
+    (p0, s0), (p1, s1) = project(z0, anchor), project(z1, anchor)
+    w, v = p0 - p1, s0 - s1
+    return (z * w).sum(-1) + anchor * v, torch.linalg.vector_norm(w, dim=-1)
+
+
+def signed_reference_radius(
+    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0
+) -> Tensor:
+    """Signed distance of the reference to the decision boundary over ``L``, ``(N,)``: positive prefers left.
+
+    Its absolute value is :func:`reference_radius`; fine-tuning maximises it on the side of the votes.
+    """
+    g, slope = linear_margin(z, z0, z1, anchor=anchor)
+    return _ratio(g, lipschitz * slope)
+
+
+def reference_radius(
+    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+) -> Tensor:
+    """Exact radius ``|g|/(L‖w‖)`` within which a perturbed *reference* keeps its answer, ``(N,)``, at least 0.
+
+    It is the distance of ``z`` to the decision hyperplane, so no larger radius follows from ``z`` and ``L``. It is
+    never below :func:`published_radius` for ``anchor ≥ 1``.
+    """
+    g, slope = linear_margin(z, z0, z1, anchor=anchor)
+    if feature_error:
+        norm, norm0, norm1 = (anchored_norm(t, anchor) - feature_error for t in (z, z0, z1))
+        # A unit vector turns by at most η/‖e‖ when e moves by η; ‖e‖ itself is known to η only, hence the subtraction.
+        beta = feature_error / norm0 + feature_error / norm1
+        slack = feature_error * slope + (norm + 2 * feature_error) * beta
+        known = (norm > 0) & (norm0 > 0) & (norm1 > 0)
+        g = torch.where(known, g.abs() - slack, torch.zeros_like(g)).clamp(min=0)
+        slope = slope + beta
+    return _ratio(g.abs(), lipschitz * slope)
+
+
+def candidate_radii(
+    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Radii within which a perturbed *left* or a perturbed *right* image keeps the answer, ``(N,)`` each.
+
+    ``‖e_i‖·sin(min(|θ_1 − θ_0|, π/2))/L``: exact for ``anchor = 0``, a lower bound above.
+    """
+    norm, norm0, norm1 = (anchored_norm(t, anchor) for t in (z, z0, z1))
+    gap = (angle(z, z1, anchor) - angle(z, z0, anchor)).abs()
+    turn, turn0, turn1 = (rotation(n, feature_error) for n in (norm, norm0, norm1))
+    radii = []
+    for moving, still in ((norm0, turn1), (norm1, turn0)):
+        free = (gap - 2 * turn - still).clamp(min=0, max=math.pi / 2) if feature_error else gap.clamp(max=math.pi / 2)
+        radii.append(_finite((moving * torch.sin(free) - feature_error).clamp(min=0) / lipschitz))
+    return radii[0], radii[1]
+
+
+def joint_radius(
+    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+) -> Tensor:
+    """Radius of a common budget: all three images may move by less than it, each, and the answer stays, ``(N,)``.
+
+    The largest ε with ``2α(e, Lε) + α(e0, Lε) + α(e1, Lε) < |θ_1 − θ_0|``, by bisection, rounded down.
+    """
+    norm, norm0, norm1 = (anchored_norm(t, anchor) for t in (z, z0, z1))
+    gap = (angle(z, z1, anchor) - angle(z, z0, anchor)).abs()
+    low, high = torch.zeros_like(norm), torch.minimum(norm, torch.minimum(norm0, norm1))
+    for _ in range(60 if z.dtype == torch.float64 else 30):
+        middle = (low + high) / 2
+        used = 2 * rotation(norm, middle) + rotation(norm0, middle) + rotation(norm1, middle)
+        holds = used < gap
+        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    return _finite((low - feature_error).clamp(min=0) / lipschitz)
+
+
+def distance_interval(
+    z: Tensor,
+    y: Tensor,
+    eps: Tensor | float,
+    *,
+    anchor: float = 1.0,
+    lipschitz: float = 1.0,
+    eps_other: Tensor | float = 0.0,
+    feature_error: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Interval ``(lower, upper)`` of the distance when ``x`` moves by at most ``eps`` (and ``y`` by ``eps_other``).
+
+    ``[1 − cos(max(0, θ − α)), 1 − cos(min(π, θ + α))]``, ``(N,)`` each; the two angles ``α`` add up when both move.
+
+    Raises:
+        ValueError: a budget is negative.
+    """
+    theta = angle(z, y, anchor)
+    turn = torch.zeros_like(theta)
+    for features, budget in ((z, eps), (y, eps_other)):
+        budget = torch.as_tensor(budget, dtype=theta.dtype, device=theta.device)
+        if (budget < 0).any():
+            raise ValueError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
+        moved = lipschitz * budget if math.isfinite(lipschitz) else torch.where(budget > 0, math.inf, 0.0)
+        turn = turn + rotation(anchored_norm(features, anchor), moved + feature_error)
+    lower = _one_minus_cos((theta - turn).clamp(min=0))
+    upper = _one_minus_cos((theta + turn).clamp(max=math.pi))
+    unknown = torch.isnan(theta) | torch.isnan(turn)
+    return torch.where(unknown, 0.0, lower), torch.where(unknown, 2.0, upper)
+
+
+def threshold_radius(
+    z: Tensor, y: Tensor, threshold: float, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+) -> Tensor:
+    """Radius within which the answer to "is ``d(x, y) ≤ threshold``?" stays when ``x`` moves, ``(N,)``.
+
+    ``‖e‖·sin(min(|θ_τ − θ|, π/2))/L`` with ``θ_τ = arccos(1 − τ)``.
+
+    Raises:
+        ValueError: the threshold is outside [0, 2].
+    """
+    if not 0 <= threshold <= 2:
+        raise ValueError(f"expected a threshold in [0, 2], the range of the distance, got {threshold}")
+    norm = anchored_norm(z, anchor)
+    # 1 − cos θ = 2 sin²(θ/2) keeps the digits of small thresholds.
+    boundary = 2 * math.asin(math.sqrt(threshold / 2))
+    gap = (angle(z, y, anchor) - boundary).abs()
+    if feature_error:
+        gap = (gap - rotation(anchored_norm(y, anchor), feature_error)).clamp(min=0)
+    return _finite((norm * torch.sin(gap.clamp(max=math.pi / 2)) - feature_error).clamp(min=0) / lipschitz)
+
+
+def retrieval_radius(
+    z: Tensor, gallery: Tensor, *, k: int = 1, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+) -> Tensor:
+    """Radius within which a query ``(N, D)`` keeps the *set* of its ``k`` nearest gallery items ``(M, D)``, ``(N,)``.
+
+    The minimum of :func:`reference_radius` over swaps of one item inside with one outside, which is exact.
+
+    Raises:
+        ValueError: not ``1 ≤ k < M``.
+    """
+    if not 1 <= k < len(gallery):
+        raise ValueError(f"expected 1 ≤ k < {len(gallery)} (the size of the gallery), got k = {k}")
+    p, s = project(gallery, anchor)
+    order = (z @ p.mT + anchor * s).argsort(dim=-1, descending=True, stable=True)
+    radius = torch.full_like(z[:, 0], math.inf)
+    for inside in order[:, :k].unbind(-1):
+        for outside in order[:, k:].unbind(-1):
+            swap = reference_radius(
+                z, gallery[inside], gallery[outside], anchor=anchor, lipschitz=lipschitz, feature_error=feature_error
+            )
+            radius = torch.minimum(radius, swap)
+    return radius
+
+
+def published_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
+    """Radius as published with LipSim, ``|⟨p, p0 − p1⟩|/(L‖p0 − p1‖)``, ``(N,)``: for comparison only.
+
+    Not sound for ``anchor = 0`` where ``‖z‖ < 1``: it overclaims there by ``1/‖z‖`` (Ghazanfari et al. 2024, §3).
+    """
+    (p, s), (p0, s0), (p1, s1) = project(z, anchor), project(z0, anchor), project(z1, anchor)
+    h = (p * (p0 - p1)).sum(-1) + s * (s0 - s1)
+    slope = torch.sqrt((p0 - p1).square().sum(-1) + (s0 - s1).square())
+    return _ratio(h.abs(), lipschitz * slope)
+
+
+def linf_radius(radius: Tensor, num_elements: int) -> Tensor:
+    """ℓ∞ radius ``R/√n`` that an ℓ2 radius implies on inputs of ``num_elements = 3·H·W`` values."""
+    return radius / math.sqrt(num_elements)
+
+
+def l1_radius(radius: Tensor) -> Tensor:
+    """ℓ1 radius that an ℓ2 radius implies: the same number, because ``‖δ‖₂ ≤ ‖δ‖₁``."""
+    return radius
+
+
+def certified_pixels(x: Tensor, radius: Tensor) -> Tensor:
+    """Number of pixels of ``x`` that may take any colour in [0, 1] without changing the answer, ``(N,)`` int64.
+
+    Pixel ``u`` can move ``x`` by at most ``c_u = Σ_channels max(x_u, 1 − x_u)²`` in squared ℓ2; the certified number is
+    the largest ``k`` whose ``k`` largest ``c_u`` sum to less than ``R²``. A radius above √3 proves that no one-pixel
+    attack (Su et al. 2017) can flip the answer.
+
+    Args:
+        x: images ``(N, 3, H, W)`` in [0, 1].
+        radius: ``(N,)`` ℓ2 radii.
+    """
+    cost = torch.maximum(x, 1 - x).double().square().sum(1).flatten(1)
+    total = cost.sort(dim=-1, descending=True).values.cumsum(-1)
+    return (total < radius.double().square().unsqueeze(-1)).sum(-1)
+
+
+def resize_norm(original: tuple[int, int], image_size: int) -> float:
+    """Exact ℓ2 operator norm of the antialiased bicubic float resize from ``(H, W)`` to a square of ``image_size``.
+
+    A radius divided by it holds in the user's own pixels. The resize is linear and separable, so its norm is the
+    product of those of two one-dimensional maps, each from an SVD in float64 (rounded up).
+    """
+    norm = 1.0
+    for size in original:
+        identity = torch.eye(size, dtype=torch.float64).unsqueeze(1).unsqueeze(1)
+        matrix = F.interpolate(identity, size=(1, image_size), mode="bicubic", antialias=True).flatten(1)
+        norm *= float(torch.linalg.matrix_norm(matrix, ord=2)) * (1 + 1e-12)
+    return norm
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient that is 0, with zero gradient, where it is not finite."""
+    valid = (denominator > 0) & torch.isfinite(denominator) & torch.isfinite(numerator)
+    return torch.where(valid, numerator, 0.0) / torch.where(valid, denominator, 1.0)
+
+
+def _finite(radius: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(radius), radius, torch.zeros_like(radius))
+
+
+def _one_minus_cos(theta: Tensor) -> Tensor:
+    return 2 * torch.sin(theta / 2).square()

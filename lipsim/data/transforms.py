@@ -1,0 +1,84 @@
+"""From image files to tensors in [0, 1]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+RESIZES = ("float", "pil")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read and decode an image file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image, or truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image file {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"cannot read the image {path} ({error}); replace the file or remove it") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB image, upright (EXIF orientation), with transparency composited over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((_gray16(image) * 255).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("expected an image of 8 or 16 bits, got a floating-point one, whose range is unknown")
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An image of any PIL mode as RGB ``(3, H, W)``, float32 in [0, 1]; 16-bit gray keeps its digits."""
+    if image.mode.startswith("I"):
+        return torch.from_numpy(_gray16(ImageOps.exif_transpose(image))).expand(3, -1, -1).contiguous()
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float() / 255
+
+
+def _gray16(image: Image.Image) -> np.ndarray:
+    return np.clip(np.asarray(image, dtype=np.float32) / 65535, 0, 1)
+
+
+class Preprocess:
+    """PIL image to the input of a metric, ``(3, image_size, image_size)`` in [0, 1]; the aspect ratio is not kept.
+
+    Args:
+        image_size: side of the output.
+        resize: "float" resizes the float image (bicubic, antialiased) and clamps, a map of known norm
+            (:func:`lipsim.certificates.resize_norm`); "pil" resizes in 8 bits as DreamSim does, which rounds.
+
+    Raises:
+        ValueError: an unknown ``resize``.
+    """
+
+    def __init__(self, image_size: int, resize: str = "float") -> None:
+        if resize not in RESIZES:
+            raise ValueError(f"expected resize to be one of {', '.join(RESIZES)}, got {resize!r}")
+        self.image_size = image_size
+        self.resize = resize
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if self.resize == "pil":
+            return to_tensor(to_rgb(image).resize(size, Image.Resampling.BICUBIC))
+        x = to_tensor(image)
+        if x.shape[1:] == size:
+            return x
+        return F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+    def __repr__(self) -> str:
+        return f"Preprocess(image_size={self.image_size}, resize={self.resize!r})"

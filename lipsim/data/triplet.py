@@ -1,0 +1,119 @@
+"""The two-alternative forced-choice (2AFC) triplet, alone and in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Triplet:
+    """One 2AFC judgement, or a batch of N: which of two candidates looks more like the reference?
+
+    Attributes:
+        reference: images ``(N, 3, H, W)``, float in [0, 1]; ``(3, H, W)`` for a single triplet.
+        left: the first candidates, same shape.
+        right: the second candidates, same shape.
+        right_vote: ``(N,)`` float in [0, 1], the fraction of judges who chose right; 0.5 is a tied vote.
+        index: ``(N,)`` int64, the position of each triplet in its data set. Results are keyed by it, so that a sample
+            which a distributed sampler repeats is counted once.
+    """
+
+    reference: Tensor
+    left: Tensor
+    right: Tensor
+    right_vote: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def images(self) -> tuple[Tensor, ...]:
+        """The image tensors that this batch holds, none of them twice."""
+        return self.reference, self.left, self.right
+
+    def embed(self, encoder: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of reference, left and right, ``(N, D)`` each, from one call of the encoder."""
+        z, z0, z1 = encoder(torch.cat([self.reference, self.left, self.right])).chunk(3)
+        return z, z0, z1
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move every tensor, as ``Tensor.to`` does; a dtype changes floating-point tensors only."""
+        return self._map(lambda tensor: _to(tensor, *args, **kwargs))
+
+    def select(self, rows: Tensor) -> Triplet:
+        """Some of the triplets, by a mask or by positions."""
+        parts = (self.reference, self.left, self.right, self.right_vote, self.index)
+        return Triplet(*(part[rows] for part in parts))
+
+    def clone(self) -> Self:
+        """A copy of every tensor."""
+        return self._map(Tensor.clone)
+
+    def pin_memory(self) -> Self:
+        """Copies in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(*map(function, (self.reference, self.left, self.right, self.right_vote, self.index)))
+
+
+class SharedTriplet(Triplet):
+    """A batch of triplets over few distinct images: each image is stored, moved and embedded once.
+
+    Args:
+        distinct: ``(M, 3, H, W)`` images.
+        ids: ``(N, 3)`` int64, rows of ``distinct``: reference, left, right.
+        right_vote: ``(N,)``, as in :class:`Triplet`.
+        index: ``(N,)``, as in :class:`Triplet`.
+    """
+
+    distinct: Tensor
+    ids: Tensor
+
+    def __init__(self, distinct: Tensor, ids: Tensor, right_vote: Tensor, index: Tensor) -> None:
+        for name, value in (("distinct", distinct), ("ids", ids), ("right_vote", right_vote), ("index", index)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def reference(self) -> Tensor:  # type: ignore[override]
+        return self.distinct[self.ids[:, 0]]
+
+    @property
+    def left(self) -> Tensor:  # type: ignore[override]
+        return self.distinct[self.ids[:, 1]]
+
+    @property
+    def right(self) -> Tensor:  # type: ignore[override]
+        return self.distinct[self.ids[:, 2]]
+
+    def images(self) -> tuple[Tensor, ...]:
+        return (self.distinct,)
+
+    def embed(self, encoder: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        z = encoder(self.distinct)
+        return z[self.ids[:, 0]], z[self.ids[:, 1]], z[self.ids[:, 2]]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(*map(function, (self.distinct, self.ids, self.right_vote, self.index)))
+
+
+def collate_triplets(samples: list[Triplet]) -> Triplet:
+    """Stack single triplets into a batch (a ``collate_fn``)."""
+    return Triplet(
+        *(
+            torch.stack([getattr(sample, name) for sample in samples])
+            for name in ("reference", "left", "right", "right_vote", "index")
+        )
+    )
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor.to(*args, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
+    return tensor.to(*(arg for arg in args if not isinstance(arg, torch.dtype)), **kwargs)

@@ -1,0 +1,135 @@
+"""Metrics as files: safetensors with a JSON header that rebuilds the metric, and nothing that runs code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lipsim import students, teachers
+from lipsim.layers import freeze
+from lipsim.metric import PerceptualMetric
+
+FORMAT = "lipsim-metric"
+VERSION = 1
+BUNDLED = Path(__file__).parents[1] / "checkpoints"
+
+# The classes that a header may name: a file chooses among these and never imports anything.
+ENCODERS: dict[str, type[nn.Module]] = {
+    name: getattr(room, name) for room in (students, teachers) for name in room.__all__
+}
+
+
+def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
+    """Write a metric whose encoder is one of :data:`ENCODERS`, so that :func:`load` gives it back.
+
+    Args:
+        metric: the metric; its Lipschitz bound is stored as it stands.
+        path: ``….safetensors``; parent folders are made.
+        notes: anything else to keep in the header (JSON).
+
+    Raises:
+        ValueError: the encoder is of a class that no header can name.
+    """
+    path = Path(path)
+    kind = type(metric.encoder).__name__
+    if ENCODERS.get(kind) is not type(metric.encoder):
+        raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
+    header = {
+        "encoder": kind,
+        "config": metric.encoder.config,
+        "image_size": metric.image_size,
+        "anchor": metric.anchor,
+        "lipschitz": metric.lipschitz if math.isfinite(metric.lipschitz) else None,
+        "feature_error": metric.feature_error,
+        "resize": metric.preprocess.resize,
+        "notes": notes or {},
+    }
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in metric.encoder.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata={"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)})
+    return path
+
+
+def load(path: str | Path) -> PerceptualMetric:
+    """Load an exported metric, in evaluation mode and with folded weights.
+
+    Args:
+        path: a ``.safetensors`` file, or the name of a bundled metric ("quickstart").
+
+    Raises:
+        FileNotFoundError: no such file, nor a bundled metric of that name.
+        ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
+    """
+    file = _resolve(path)
+    try:
+        with safe_open(file, framework="pt") as archive:
+            metadata = archive.metadata() or {}
+            state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{file} is no exported metric (format {metadata.get('format')!r}); see scripts/export.py")
+    if int(metadata.get("version", "0")) > VERSION:
+        raise ValueError(f"{file} has format version {metadata['version']}, newer than {VERSION}; update lipsim")
+    header = json.loads(metadata["metric"])
+    if header["encoder"] not in ENCODERS:
+        raise ValueError(f"{file} names the encoder {header['encoder']}, which this version does not have; update lipsim")
+    encoder = ENCODERS[header["encoder"]](**header["config"])
+    load_weights(encoder, state, str(file))
+    metric = PerceptualMetric(
+        encoder,
+        header["image_size"],
+        anchor=header["anchor"],
+        lipschitz=math.inf if header["lipschitz"] is None else header["lipschitz"],
+        feature_error=header["feature_error"],
+        resize=header["resize"],
+    )
+    metric.requires_grad_(False)
+    freeze(metric)
+    return metric
+
+
+def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state strictly.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
+    """
+    own = module.state_dict()
+    faults = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
+    }
+    found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
+    if found:
+        raise ValueError(
+            f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; "
+            "they belong to another architecture or configuration"
+        )
+    module.load_state_dict(state)
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file, the name by which results refer to a checkpoint."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _resolve(path: str | Path) -> Path:
+    file = Path(path)
+    if file.is_file():
+        return file
+    bundled = {p.stem: p for p in BUNDLED.glob("*.safetensors")}
+    if str(path) in bundled:
+        return bundled[str(path)]
+    names = f"; bundled metrics: {', '.join(sorted(bundled))}" if bundled else ""
+    raise FileNotFoundError(f"no metric file {path}{names}")

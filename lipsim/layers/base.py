@@ -1,0 +1,69 @@
+"""What every 1-Lipschitz layer of this package offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class LipschitzLayer(nn.Module, ABC):
+    """A layer that bounds its own Lipschitz constant (ℓ2 to ℓ2).
+
+    Layers whose weights are a function of their parameters (a rescaling, an orthonormalisation) recompute it at every
+    training step, and once for all in :meth:`freeze`.
+    """
+
+    @abstractmethod
+    def lipschitz_bound(self) -> float:
+        """An upper bound in float64 of the map that ``forward`` computes with the weights as they are stored."""
+
+    def freeze(self) -> Self:
+        """Fold derived weights into constants for evaluation, with no gradient to the parameters."""
+        return self
+
+
+class FoldedLayer(LipschitzLayer):
+    """A layer with weights derived from its parameters, which :meth:`freeze` computes once for evaluation.
+
+    What was folded is used in evaluation mode only, and only while the parameters are the same: an optimizer step, a
+    loaded state or a move to another device or dtype makes the layer derive its weights again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Plain attributes, not buffers: checkpoints hold the parameters only.
+        self._folded: tuple[Tensor, ...] = ()
+        self._folded_from: tuple[tuple[int, int], ...] = ()
+
+    @abstractmethod
+    def derive(self) -> tuple[Tensor, ...]:
+        """The weights that ``forward`` uses, computed from the parameters."""
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The folded weights where they are still valid, else freshly derived ones."""
+        if not self.training and self._folded and self._folded_from == self._parameter_versions():
+            return self._folded
+        return self.derive()
+
+    def freeze(self) -> Self:
+        # Attacks differentiate through folded weights, which tensors made in inference mode do not allow.
+        with torch.inference_mode(False), torch.no_grad():
+            self._folded = tuple(weight.detach() for weight in self.derive())
+        self._folded_from = self._parameter_versions()
+        return self
+
+    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
+        # The version of a tensor counts its in-place changes; tensors made in inference mode have none.
+        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters(recurse=False))
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Put a module into evaluation mode and fold the derived weights of all its layers; returns the module."""
+    module.eval()
+    for child in module.modules():
+        if isinstance(child, LipschitzLayer):
+            child.freeze()
+    return module

@@ -1,0 +1,104 @@
+"""Norm-preserving changes of shape: every one is an isometry, or drops coordinates."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim.layers.base import LipschitzLayer
+
+
+class ChannelPadding(LipschitzLayer):
+    """Append zero channels: ``(N, C, H, W) → (N, channels, H, W)``, an isometry."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        if channels < in_channels:
+            raise ValueError(f"expected at least {in_channels} channels to pad to, got {channels}")
+        self.added = channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, self.added))
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+
+class SpaceToDepth(LipschitzLayer):
+    """Move each ``block × block`` patch into channels, ``(N, C, H, W) → (N, C·block², H/block, W/block)``.
+
+    A permutation of coordinates, hence an isometry.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, self.block)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return str(self.block)
+
+
+class ScaledAvgPool2d(LipschitzLayer):
+    """Mean over ``block × block`` windows times ``block``, the norm-preserving scale on constant windows.
+
+    The rows of this map are orthonormal (entries ``1/block``), so its norm is exactly 1. Pixels that fill no window are
+    dropped.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.block) * self.block
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return str(self.block)
+
+
+class Centering(LipschitzLayer):
+    """Subtract a constant from every value: images in [0, 1] become centred, distances stay."""
+
+    def __init__(self, offset: float = 0.5) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.offset
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+
+class Truncation(LipschitzLayer):
+    """Keep the first ``features`` of ``(N, D)``.
+
+    Raises:
+        ValueError: the input has fewer features; the published network would silently return them.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < self.features:
+            raise ValueError(f"expected at least {self.features} features, got {x.shape[-1]}")
+        return x[..., : self.features]
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return str(self.features)
+
+

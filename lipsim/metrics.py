@@ -1,0 +1,123 @@
+"""torchmetrics for 2AFC data. Each counts a sample once, however often a distributed sampler repeats it.
+
+Keyword arguments that are not named go to ``torchmetrics.Metric`` (``sync_on_compute``, …).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+
+class _PerSample(Metric):
+    """Keeps one row of numbers for each sample index; the last row of a repeated index counts."""
+
+    full_state_update = False
+    is_differentiable = False
+    index: list[Tensor]
+    rows: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("index", default=[], dist_reduce_fx="cat")
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def _append(self, index: Tensor, *columns: Tensor) -> None:
+        self.index.append(index)
+        self.rows.append(torch.stack([column.double() for column in columns], dim=1))
+
+    def _samples(self) -> Tensor:
+        """``(N, columns)`` in the order of the sample index, without repetitions."""
+        if not len(self.index):
+            raise ValueError("no triplet was seen; the data loader is empty")
+        index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
+        _, first = unique_first(index)
+        return rows[first]
+
+
+def unique_first(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct values of ``index`` ``(N,)`` and the position at which each occurs first."""
+    values, inverse = torch.unique(index, return_inverse=True)
+    positions = torch.arange(len(index), device=index.device)
+    first = torch.full_like(values, len(index)).scatter_reduce(0, inverse, positions, reduce="amin")
+    return values, first
+
+
+class TwoAFCScore(_PerSample):
+    """Agreement of a metric with human votes on 2AFC triplets, in [0, 1].
+
+    Args:
+        kind: "majority", the share of the triplets without a tied vote on which the metric agrees with the majority; or
+            "vote", the mean vote share of the chosen side, 0.5 where the metric is tied.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, kind: Literal["majority", "vote"] = "majority", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if kind not in ("majority", "vote"):
+            raise ValueError(f"expected kind 'majority' or 'vote', got {kind!r}")
+        self.kind = kind
+
+    def update(self, margin: Tensor, right_vote: Tensor, index: Tensor) -> None:
+        """Add triplets: ``margin`` (N,) positive where left is nearer, ``right_vote`` (N,) in [0, 1], ``index`` (N,)."""
+        if self.kind == "majority":
+            self._append(index, agrees(margin, right_vote), right_vote != 0.5)
+        else:
+            share = torch.where(margin > 0, 1 - right_vote, torch.where(margin < 0, right_vote, 0.5))
+            self._append(index, share, torch.ones_like(share))
+
+    def compute(self) -> Tensor:
+        """The score; NaN where every vote is tied."""
+        score, weight = self._samples().unbind(1)
+        return score.sum() / weight.sum()
+
+
+class CertifiedScore(_PerSample):
+    """Share of the triplets without a tied vote on which the metric agrees with the majority *and* ``radius > ε``.
+
+    Args:
+        eps: budgets, each at least 0.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, eps: Sequence[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if any(not e >= 0 for e in eps):
+            raise ValueError(f"expected every eps ≥ 0, got {list(eps)}")
+        self.eps = tuple(eps)
+
+    def update(self, margin: Tensor, radius: Tensor, right_vote: Tensor, index: Tensor) -> None:
+        """Add triplets with their certified ``radius`` (N,)."""
+        self._append(index, agrees(margin, right_vote), radius, right_vote != 0.5)
+
+    def compute(self) -> Tensor:
+        """``(len(eps),)`` scores in [0, 1]."""
+        agree, radius, untied = self._samples().unbind(1)
+        eps = torch.tensor(self.eps, dtype=radius.dtype, device=radius.device)
+        held = (agree > 0).unsqueeze(1) & (radius.unsqueeze(1) > eps)
+        return held.sum(0) / untied.sum()
+
+
+class RadiusStatistics(_PerSample):
+    """Mean, median and extremes of the certified radii."""
+
+    def update(self, radius: Tensor, index: Tensor) -> None:
+        """Add radii (N,)."""
+        self._append(index, radius)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``mean``, ``median``, ``min``, ``max``."""
+        (radius,) = self._samples().unbind(1)
+        return {"mean": radius.mean(), "median": radius.median(), "min": radius.min(), "max": radius.max()}
+
+
+def agrees(margin: Tensor, right_vote: Tensor) -> Tensor:
+    """``(N,)`` bool: the metric is not tied, nor the vote, and both are on the same side."""
+    return ((margin > 0) & (right_vote < 0.5)) | ((margin < 0) & (right_vote > 0.5))

@@ -1,0 +1,87 @@
+"""Plots of results: curves over ε, pictures of triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def plot_scores(path: Path, certified: Mapping[str, Curve], attacked: Mapping[str, Curve], title: str) -> None:
+    """Scores over the ℓ2 budget ε: certified ones as lines, what an attack left as markers.
+
+    Between the two lies what is neither proven nor broken.
+
+    Args:
+        path: file to write.
+        certified: name → (ε, score in [0, 1]).
+        attacked: name → (ε, score in [0, 1]); a name in both has one colour.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys([*certified, *attacked]))}
+    for name, (eps, score) in certified.items():
+        axes.plot(eps, 100 * np.asarray(score), color=colours[name], label=f"{name}, certified")
+    for name, (eps, score) in attacked.items():
+        axes.plot(eps, 100 * np.asarray(score), "o--", color=colours[name], lw=1, ms=5, label=f"{name}, under attack")
+    axes.axhline(50, color="0.7", lw=0.8, zorder=0)
+    axes.set_xlabel("ε (ℓ2, pixels in [0, 1])")
+    axes.set_ylabel("2AFC score (%)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 100)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_gallery(path: Path, images: Tensor, radius: Tensor, margin: Tensor, right_vote: Tensor, index: Tensor) -> None:
+    """Triplets one a row: left, reference, right, with the metric's choice, the votes and the certified radius.
+
+    Args:
+        path: file to write.
+        images: ``(N, 3, 3, H, W)``: reference, left, right.
+        radius: ``(N,)`` certified radii of the reference.
+        margin: ``(N,)``, positive where left is nearer.
+        right_vote: ``(N,)``.
+        index: ``(N,)`` sample indices.
+    """
+    choices = ["tie" if h == 0 else "left" if h > 0 else "right" for h in margin.tolist()]
+    votes = right_vote.tolist()
+    labels = [
+        [f"left: {1 - vote:.0%} of votes" for vote in votes],
+        [f"#{i}: {c}, R = {r:.3g}" for i, c, r in zip(index.tolist(), choices, radius.tolist(), strict=True)],
+        [f"right: {vote:.0%} of votes" for vote in votes],
+    ]
+    plot_grid(path, [images[:, 1], images[:, 0], images[:, 2]], labels, title="certified best to worst: choice and radius")
+
+
+def plot_grid(path: Path, columns: Sequence[Tensor], labels: Sequence[Sequence[str]], title: str) -> None:
+    """Images in a grid, one sample a row.
+
+    Args:
+        path: file to write.
+        columns: image batches ``(N, 3, H, W)``, one a column.
+        labels: a caption for each image, by column and row.
+        title: of the figure.
+    """
+    rows = len(columns[0])
+    figure = Figure(figsize=(2.0 * len(columns), 2.15 * rows + 0.3), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    for row, axes in enumerate(figure.subplots(rows, len(columns), squeeze=False)):
+        for axis, images, captions in zip(axes, columns, labels, strict=True):
+            axis.imshow(images[row].permute(1, 2, 0).clamp(0, 1).cpu().float().numpy(), interpolation="nearest")
+            axis.set_title(captions[row], fontsize=7)
+            axis.set_axis_off()
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,79 @@
+"""results.json: what a run measured, one section a callback, readable without this package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEMA = 1
+_PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
+
+
+def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None:
+    """Write one section into a results file, keeping the others; the file is replaced atomically.
+
+    Raises:
+        ValueError: the file is there and is no results file of this schema.
+    """
+    results: dict[str, Any] = {"schema": SCHEMA}
+    if path.is_file():
+        results = read_results(path)
+    results[section] = content
+    results["versions"] = versions()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be parsed, or has another schema.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results at {path}; a test run writes them")
+    try:
+        results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); remove it and run the test again") from error
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {results.get('schema')!r}, expected {SCHEMA}; remove it and run the test again")
+    return results
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("lipsim", *_PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of a state dict: which weights a number belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def eps_label(eps: float) -> str:
+    """How tables write a budget: ``36/255`` where it is a whole number of 255ths, else the number."""
+    steps = eps * 255
+    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 and round(steps) != 255 else f"{eps:g}"

@@ -1,0 +1,178 @@
+"""`python scripts/train.py`: one stage through LightningCLI, or the quickstart where nothing is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lipsim.results import versions
+from lipsim.training.base import MetricModule
+
+SUBCOMMANDS = ("fit", "validate", "test")
+
+
+class RunRecord(SaveConfigCallback):
+    """Saves the resolved config and the environment, so that a run directory can be understood alone."""
+
+    def save_config(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        directory = Path(trainer.log_dir or trainer.default_root_dir)
+        (directory / "environment.json").write_text(json.dumps(_environment(trainer), indent=2) + "\n")
+
+
+class SaveOnException(Callback):
+    """Saves ``checkpoints/on_exception.ckpt`` when training breaks off, so that nothing is lost.
+
+    With several processes only some of them may have failed, and saving would wait for the others: there the periodic
+    checkpoints have to do.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size == 1 and trainer.state.fn == "fit" and trainer.global_step > 0:
+            path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"saved {path}; resume with --ckpt_path {path}")
+
+
+class StageCLI(LightningCLI):
+    """LightningCLI with this project's defaults: everything a run writes goes into ``trainer.default_root_dir``."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            MetricModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            # Overwrite: a second run into the same directory would otherwise stop before it starts.
+            save_config_kwargs={"overwrite": True},
+            # Hyper-parameters saved in a checkpoint must not override the command line on resume.
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 10},
+            parser_kwargs={"prog": "train.py", "description": __doc__},
+            args=list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands of LightningCLI that the stages have."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in SUBCOMMANDS}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with a CSV log, a progress bar and a checkpoint on failure, unless the config has its own."""
+        config = self._get(self.config_init, "trainer", default={})
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar())
+        kwargs["callbacks"] = [*callbacks, SaveOnException()]
+        if config.get("logger") is None or config.get("logger") is True:
+            kwargs["logger"] = CSVLogger(config["default_root_dir"], name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def run_test(self) -> None:
+        """Test the model as it is after another subcommand, with the same trainer and data."""
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def before_fit(self) -> None:
+        self._check_checkpoint()
+
+    def before_validate(self) -> None:
+        self._check_checkpoint()
+
+    def before_test(self) -> None:
+        self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and path not in ("best", "last", "hpc", "registry"):
+            check_checkpoint(Path(path), self.model)
+
+
+def check_checkpoint(path: Path, module: torch.nn.Module) -> None:
+    """Refuse a checkpoint that cannot be resumed, before anything has been computed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is truncated, no checkpoint, or of another architecture.
+    """
+    from lipsim.export import load_weights
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = checkpoint["state_dict"]
+    except Exception as error:  # torch.load raises whatever the pickled bytes lead it to
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"cannot read the checkpoint {path} ({reason}); it is truncated or no checkpoint") from error
+    load_weights(module, state, str(path))
+
+
+def train(args: Sequence[str]) -> StageCLI:
+    """Run one stage: ``train(["--config", "configs/quickstart/distill.yaml", "--trainer.max_epochs", "3"])``.
+
+    ``fit`` is understood where no subcommand is given.
+    """
+    args = list(args)
+    if not args or args[0] not in (*SUBCOMMANDS, "-h", "--help"):
+        args.insert(0, "fit")
+    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns about arguments that reach it by both ways
+    try:
+        return StageCLI(args)
+    finally:
+        sys.argv = argv
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of scripts/train.py: the quickstart without arguments, one stage with them."""
+    from lipsim.errors import one_line_errors
+
+    args = sys.argv[1:] if args is None else args
+    with one_line_errors():
+        if args:
+            train(args)
+        else:
+            from lipsim.quickstart import quickstart
+
+            quickstart()
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "accelerator": type(trainer.accelerator).__name__,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this runs from, with "+changes" where it was edited; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")

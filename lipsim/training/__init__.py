@@ -1,0 +1,20 @@
+"""The three stages as LightningModules, with their losses and schedules."""
+
+from lipsim.training.distillation import Distillation
+from lipsim.training.fine_tuning import FineTuning
+from lipsim.training.losses import RMSE, MarginHinge, RadiusHinge, ScaleFree
+from lipsim.training.schedules import Constant, Triangular, WarmupCosine
+from lipsim.training.teacher_tuning import TeacherTuning
+
+__all__ = [
+    "RMSE",
+    "Constant",
+    "Distillation",
+    "FineTuning",
+    "MarginHinge",
+    "RadiusHinge",
+    "ScaleFree",
+    "TeacherTuning",
+    "Triangular",
+    "WarmupCosine",
+]

@@ -1,0 +1,169 @@
+"""What the three stages share: optimisation, checks of their input, 2AFC scores, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lipsim import export
+from lipsim.data import Triplet
+from lipsim.layers import freeze
+from lipsim.metric import PerceptualMetric
+from lipsim.metrics import TwoAFCScore
+from lipsim.precision import full_precision
+from lipsim.training.schedules import Schedule
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+Features = tuple[Tensor, Tensor, Tensor]
+
+
+class MetricModule(L.LightningModule):
+    """A stage that trains the encoder of a metric and scores it on triplets.
+
+    Validation and test embed each triplet in full precision and return the features ``(z, z0, z1)``; the callbacks
+    certify and attack from there.
+
+    Args:
+        metric: the metric in training.
+        optimizer: makes the optimizer from the trainable parameters.
+        schedule: factor of the learning rate over the whole run.
+    """
+
+    def __init__(self, metric: PerceptualMetric, optimizer: OptimizerFactory, schedule: Schedule) -> None:
+        super().__init__()
+        self.metric = metric
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.scores = nn.ModuleDict()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and its schedule by steps."""
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume the moments and the step, with the hyper-parameters of the present configuration.
+
+        What the user says now wins over what was saved; each difference is logged.
+        """
+        for saved, optimizer in zip(checkpoint["optimizer_states"], _as_list(self.optimizers()), strict=True):
+            for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                # `lr` is the product of the schedule; `initial_lr` is what the configuration says.
+                for name in now.keys() - {"params", "lr"}:
+                    if group.get(name) != now[name]:
+                        rank_zero_info(f"resuming with {name} = {now[name]}; the checkpoint had {group.get(name)}")
+                        group[name] = now[name]
+        for saved, scheduler in zip(checkpoint["lr_schedulers"], _as_list(self.lr_schedulers()), strict=True):
+            saved["base_lrs"] = list(scheduler.base_lrs)
+            rates = [base * f(saved["last_epoch"]) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            saved["_last_lr"] = rates
+        for saved, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+            for group, rate in zip(saved["param_groups"], scheduler["_last_lr"], strict=True):
+                group["lr"] = rate
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse images that are not finite or not in [0, 1] before they cost anything."""
+        check_images(batch)
+        return batch
+
+    def on_validation_start(self) -> None:
+        self._start_evaluation()
+
+    def on_test_start(self) -> None:
+        self._start_evaluation()
+
+    def validation_step(self, batch: Triplet, batch_idx: int, dataloader_idx: int = 0) -> Features:
+        return self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Triplet, batch_idx: int, dataloader_idx: int = 0) -> Features:
+        return self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def set_name(self, dataloader_idx: int) -> str:
+        """Name of the evaluation set that a data loader serves."""
+        stage = "test" if self.trainer.testing else "val"
+        names = getattr(self.trainer.datamodule, f"{stage}_names", None) or []  # type: ignore[attr-defined]
+        return names[dataloader_idx] if dataloader_idx < len(names) else f"set{dataloader_idx}"
+
+    def _start_evaluation(self) -> None:
+        freeze(self.metric)
+        self.scores.clear()
+
+    def _evaluate(self, batch: Triplet, dataloader_idx: int) -> Features:
+        with full_precision():
+            z, z0, z1 = batch.embed(self.metric.embed)
+        margin = self.metric.margin(z, z0, z1)
+        name = self.set_name(dataloader_idx)
+        if name not in self.scores:
+            self.scores[name] = nn.ModuleDict(
+                {kind: TwoAFCScore(kind).to(self.device) for kind in ("majority", "vote")}  # type: ignore[arg-type]
+            )
+        for score in self.scores[name].values():  # type: ignore[operator]
+            score.update(margin, batch.right_vote, batch.index)
+        return z, z0, z1
+
+    def _log_scores(self, stage: str) -> None:
+        for name, scores in self.scores.items():
+            for kind, score in scores.items():  # type: ignore[operator]
+                # Already the same on every process: torchmetrics gathers inside compute().
+                self.log(f"{stage}/{name}/{kind}_score", score.compute().float(), prog_bar=kind == "majority", rank_zero_only=True)
+        self.scores.clear()
+
+
+def images_of(batch: Any) -> Tensor:
+    """All images of a batch, ``(M, 3, H, W)``: of triplets, of ``(images, labels)``, or the batch itself."""
+    if isinstance(batch, Triplet):
+        return torch.cat(batch.images())
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def check_images(batch: Any) -> None:
+    """Refuse a batch of images that an encoder should never see.
+
+    Raises:
+        ValueError: NaN or infinite values, or values outside [0, 1].
+    """
+    tensors = batch.images() if isinstance(batch, Triplet) else (images_of(batch),)
+    for images in tensors:
+        low, high = (float(t) for t in torch.aminmax(images))
+        if low >= 0 and high <= 1:
+            continue
+        where = f" (triplets {batch.index.tolist()[:8]}…)" if isinstance(batch, Triplet) else ""
+        if not (low > -float("inf") and high < float("inf")):  # NaN fails every comparison
+            bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise ValueError(f"images {bad[:8]} of the batch have NaN or infinite pixels{where}; repair or remove them")
+        hint = "; divide 8-bit images by 255" if high > 2 else ""
+        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}{where}{hint}")
+
+
+def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> nn.Module:
+    """The encoder that a stage trains: one given by class, or one loaded from an exported metric.
+
+    Raises:
+        ValueError: both are given, or none.
+    """
+    if (module is None) == (path is None):
+        raise ValueError(f"expected either a {role} (class_path and init_args) or a file to start from, not both or none")
+    if module is not None:
+        return module
+    assert path is not None
+    return export.load(path).encoder.train().requires_grad_(True)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

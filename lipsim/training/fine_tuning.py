@@ -1,0 +1,47 @@
+"""Fine-tuning of a 1-Lipschitz student on human (or built-in) 2AFC votes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lipsim.data import Triplet
+from lipsim.metric import PerceptualMetric
+from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from
+from lipsim.training.losses import RadiusHinge, TripletLoss
+from lipsim.training.schedules import Schedule, Triangular
+
+
+class FineTuning(MetricModule):
+    """Train a student on triplets with a hinge on its certified radius, or on the paper's margin.
+
+    Args:
+        student: 1-Lipschitz encoder, to train from its initialisation.
+        init_from: exported metric to start from instead, such as the one that distillation wrote.
+        anchor: constant coordinate of the metric.
+        loss: hinge on the exact radius (default) or on ``d`` (:class:`lipsim.training.MarginHinge`, the paper's).
+        optimizer: default Adam with the paper's β.
+        schedule: default the paper's triangle.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | None = None,
+        init_from: Path | None = None,
+        anchor: float = 1.0,
+        loss: TripletLoss | None = None,
+        optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.9)),
+        schedule: Schedule | None = None,
+    ) -> None:
+        encoder = encoder_from(student, init_from, "student")
+        super().__init__(PerceptualMetric(encoder, encoder.image_size, anchor=anchor), optimizer, schedule or Triangular())
+        self.loss = loss or RadiusHinge()
+
+    def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
+        """Loss of a batch; each distinct image is embedded once."""
+        z, z0, z1 = batch.embed(self.metric.embed)
+        loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss

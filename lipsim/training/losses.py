@@ -1,0 +1,118 @@
+"""Losses of the three stages: each is a small callable whose arguments a config can set."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim.certificates import linear_margin, signed_reference_radius
+from lipsim.geometry import anchored_norm, project
+
+
+class TripletLoss(ABC):
+    """A loss on the features of 2AFC triplets."""
+
+    @abstractmethod
+    def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
+        """Scalar loss of features ``(N, D)`` and votes ``(N,)``; triplets with a tied vote count 0."""
+
+
+class RadiusHinge(TripletLoss):
+    """Hinge on the exact certified radius: ``max(0, target − R)`` with ``R`` negative on the wrong side.
+
+    The encoder counts as 1-Lipschitz here, which the layers see to; the audit's last digits do not matter in training.
+
+    Args:
+        target: ℓ2 radius beyond which a triplet is left alone.
+        weight_by_agreement: weigh a triplet by ``|2·right_vote − 1|`` instead of counting every majority alike.
+    """
+
+    def __init__(self, target: float = 1.0, weight_by_agreement: bool = False) -> None:
+        self.target, self.weight_by_agreement = target, weight_by_agreement
+
+    def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
+        radius = signed_reference_radius(z, z0, z1, anchor=anchor)
+        return _hinge(radius, self.target, right_vote, self.weight_by_agreement)
+
+
+class MarginHinge(TripletLoss):
+    """Hinge on ``h = d(x, x1) − d(x, x0)``: DreamSim's (margin 0.05) and LipSim's (0.2 or 0.5) loss.
+
+    Args:
+        margin: difference of distances beyond which a triplet is left alone.
+        weight_by_agreement: as in :class:`RadiusHinge`.
+    """
+
+    def __init__(self, margin: float = 0.05, weight_by_agreement: bool = False) -> None:
+        self.margin, self.weight_by_agreement = margin, weight_by_agreement
+
+    def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
+        h = linear_margin(z, z0, z1, anchor=anchor)[0] / anchored_norm(z, anchor).clamp(min=1e-12)
+        return _hinge(h, self.margin, right_vote, self.weight_by_agreement)
+
+
+class DistillationLoss(ABC):
+    """A loss between the student's and the teacher's features."""
+
+    @abstractmethod
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+        """Scalar loss of ``(N, D)`` student and ``(N, D_t)`` teacher features."""
+
+
+class RMSE(DistillationLoss):
+    """Root mean squared error over batch and features, the paper's loss: it ties the student to the teacher's norm."""
+
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+        _check_dimensions(student, teacher)
+        return F.mse_loss(student, teacher).sqrt()
+
+
+class ScaleFree(DistillationLoss):
+    """Direction and relations, whatever the norm: the radius grows with the norm, so the student keeps its own.
+
+    ``direction·mean(1 − cos(f(x), t(x))) + relation·RMSE(cosines between the images of the batch)``. The relation
+    compares the student's distances, anchor included, with the teacher's, after matching their scale (the slope of a
+    least-squares line through 0): a 1-Lipschitz map must be free to shrink all distances alike.
+
+    Args:
+        direction: weight of the first term, 0 for a teacher of another dimension.
+        relation: weight of the second.
+    """
+
+    def __init__(self, direction: float = 1.0, relation: float = 1.0) -> None:
+        self.direction, self.relation = direction, relation
+
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+        loss = student.new_zeros(())
+        if self.direction:
+            _check_dimensions(student, teacher)
+            loss = loss + self.direction * (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+        if self.relation and len(student) > 2:
+            ours, theirs = pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)
+            slope = (ours * theirs).sum() / ours.square().sum().clamp(min=1e-12)
+            loss = loss + self.relation * (F.mse_loss(slope * ours, theirs) / theirs.square().mean()).sqrt()
+        return loss
+
+
+def _hinge(value: Tensor, target: float, right_vote: Tensor, weight_by_agreement: bool) -> Tensor:
+    lean = 1 - 2 * right_vote
+    weight = lean.abs() if weight_by_agreement else (lean != 0).to(value)
+    return (weight * F.relu(target - torch.sign(lean) * value)).sum() / weight.sum().clamp(min=1e-12)
+
+
+def pairwise_distances(z: Tensor, anchor: float) -> Tensor:
+    """Cosine distances of all pairs out of ``(N, D)``, ``(N(N − 1)/2,)``."""
+    p, s = project(z, anchor)
+    rows, columns = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
+    return 1 - (p @ p.mT + s.unsqueeze(1) * s)[rows, columns]
+
+
+def _check_dimensions(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student has {student.shape[-1]} features and the teacher {teacher.shape[-1]}; set the student's "
+            "out_features to the teacher's, or distil relations only (ScaleFree with direction 0)"
+        )
