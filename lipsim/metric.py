@@ -86,16 +86,13 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: ``x`` is not ``(N, 3, image_size, image_size)``.
         """
-        expected = (3, self.image_size, self.image_size)
-        if x.ndim != 4 or x.shape[1:] != expected:
-            raise ValueError(
-                f"expected images of shape (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}; "
-                "metric.preprocess brings an image to this size"
-            )
+        self._check_shape(x)
         return self.encoder(x)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)``."""
+        self._check_shape(x)
+        self._check_shape(y)
         z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
         return geometry.cosine_distance(z, z_other, self.anchor)
 
@@ -156,3 +153,11 @@ class PerceptualMetric(nn.Module):
         report = audit.lipschitz_bound(self.encoder, self.image_size)
         self.lipschitz = report.total
         return report
+
+    def _check_shape(self, x: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if x.ndim != 4 or x.shape[1:] != expected:
+            raise ValueError(
+                f"expected images of shape (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}; "
+                "metric.preprocess brings an image to this size"
+            )

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lipsim.attacks.projections import Box, expand, sample_norm
 
 
+_SATURATED = 0.02  # of the box
+
+
 @dataclass(frozen=True)
 class FirstOperator:
     """The linear part ``A`` of the first layer that an encoder applies to an image.
@@ -149,8 +152,8 @@ def null_space(
     """Move along the part of ``direction`` that ``operator`` cannot see, as far as budget and box allow.
 
     Clipping would destroy exactness. Inside a box the perturbation is ``δ = D u`` with ``u ∈ ker(A D)``, where the
-    diagonal ``D`` is each value's room in the box: saturated pixels stay, the others move in proportion, and ``|u| ≤ 1``
-    keeps ``x + δ`` inside.
+    diagonal ``D`` is each value's room in the box: (nearly) saturated values stay, the others move in proportion, and
+    ``|u| ≤ 1`` keeps ``x + δ`` inside.
 
     Args:
         operator: linear map ``A`` of images, such as :attr:`FirstOperator.forward`.
@@ -168,7 +171,12 @@ def null_space(
     """
     if eps is None and box is None:
         raise ValueError("expected a budget eps where there is no box")
-    room = torch.ones_like(x) if box is None else torch.minimum(x - box[0], box[1] - x).clamp(min=0)
+    if box is None:
+        room = torch.ones_like(x)
+    else:
+        room = torch.minimum(x - box[0], box[1] - x)
+        # Nearly saturated values could hardly move and would make A D ill-conditioned.
+        room = torch.where(room < _SATURATED * (box[1] - box[0]), 0.0, room)
     unit = project_to_kernel(lambda u: operator(room * u), direction, iterations=iterations)
     perturbation = room * unit
     length = sample_norm(perturbation)

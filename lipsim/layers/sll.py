@@ -106,10 +106,11 @@ class SLLConv2d(FoldedLayer):
 
 
 def _scale(gram: Tensor, q: Tensor, absolute: bool = True) -> Tensor:
-    """Diagonal of ``T``; 0 where a row of ``W`` is 0, so that the block is the identity there and not NaN."""
+    """Diagonal of ``T``; 0 where a row of ``W`` vanishes, so that the block is the identity there and not NaN."""
     gram = gram.abs() if absolute else gram
     rows = (gram * torch.exp(q.unsqueeze(0) - q.unsqueeze(1))).sum(1)
-    positive = rows > torch.finfo(rows.dtype).tiny
+    # Below the square root of the smallest number the gradient of 1/rows would overflow.
+    positive = rows > 16 * torch.finfo(rows.dtype).tiny ** 0.5
     # Rounded down, so that float32 sums do not push the bound of the block above 1.
     margin = 1 + 16 * torch.finfo(rows.dtype).eps
     return torch.where(positive, 1 / torch.where(positive, rows * margin, 1.0), 0.0)

@@ -71,10 +71,14 @@ class MetricModule(L.LightningModule):
             for group, rate in zip(saved["param_groups"], scheduler["_last_lr"], strict=True):
                 group["lr"] = rate
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse images that are not finite or not in [0, 1] before they cost anything."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_images(batch)
-        return batch
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        check_images(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        check_images(batch)
 
     def on_validation_start(self) -> None:
         self._start_evaluation()

@@ -1,0 +1,133 @@
+"""The audited bound against exact operator norms, and against planted faults."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import Normalize
+
+from lipsim import audit
+from lipsim.audit import UnboundedModuleError
+from lipsim.layers import SLLConv2d, SpaceToDepth
+from lipsim.students import HierarchicalSLL, OrthogonalProjection, SLLNetwork
+from lipsim.teachers import SmallViT
+
+
+def _norm(module: nn.Module, shape: tuple[int, ...]) -> float:
+    """Exact operator norm of a linear module, from its matrix."""
+    basis = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    with torch.no_grad():
+        matrix = module(basis).flatten(1) - module(torch.zeros_like(basis[:1])).flatten(1)
+    return float(torch.linalg.matrix_norm(matrix, ord=2))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [
+        (3, 1, 1, (7, 6)),
+        (3, 1, 0, (6, 6)),
+        (1, 1, 0, (4, 4)),
+        (4, 4, 0, (8, 8)),
+        (7, 2, 3, (12, 12)),
+        (3, 2, 1, (9, 7)),
+        (2, 3, 0, (8, 8)),
+        (5, 1, 4, (3, 3)),
+    ],
+)
+def test_convolution_bound_holds_and_is_tight(kernel: int, stride: int, padding: int, size: tuple[int, int]) -> None:
+    conv = nn.Conv2d(3, 5, kernel, stride=stride, padding=padding).double()
+    bound, exact = audit.conv2d_bound(conv, size), _norm(conv, (3, *size))
+    assert exact <= bound * (1 + 1e-14)
+    assert bound <= exact * 1.35  # the torus has no boundary, small images have much of it
+    if kernel == stride:
+        assert bound == pytest.approx(exact, rel=1e-10)
+
+
+def test_convolution_bound_is_tight_on_larger_images() -> None:
+    conv = nn.Conv2d(1, 1, 3, padding=1).double()
+    assert audit.conv2d_bound(conv, (24, 24)) <= _norm(conv, (1, 24, 24)) * 1.02
+
+
+def test_common_modules() -> None:
+    linear = nn.Linear(48, 5).double()
+    network = nn.Sequential(Normalize([0.5] * 3, [0.25, 0.5, 0.5]), nn.Flatten(), linear, nn.ReLU(), nn.LeakyReLU(-2.0))
+    report = audit.lipschitz_bound(network, 4)
+    sigma = float(torch.linalg.matrix_norm(linear.weight.detach(), ord=2))
+    assert report.total == pytest.approx(4 * sigma * 2, rel=1e-9)
+    assert [layer.kind for layer in report.layers] == ["Normalize", "Flatten", "Linear", "ReLU", "LeakyReLU"]
+    assert "total" in str(report) and "Normalize" in str(report)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        OrthogonalProjection(16, 8),
+        HierarchicalSLL(16, 8, blocks=(4, 2), depths=(1, 1), widths=(8, 8), linear_depth=1, linear_width=8),
+        SLLNetwork(16, 6, channels=6, depth=2, linear_depth=2, linear_width=5),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_students_are_one_lipschitz_and_the_audit_bounds_their_jacobian(encoder: nn.Module) -> None:
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.02)
+    for _ in range(15):  # towards expansion
+        x, y = torch.rand(2, 8, 3, 16, 16)
+        loss = -(encoder(x) - encoder(y)).norm(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    report = audit.lipschitz_bound(encoder, 16)
+    assert report.total <= 1 + 1e-5
+    encoder.double()
+    for _ in range(3):
+        x = torch.rand(3, 16, 16, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(lambda t: encoder(t.unsqueeze(0))[0], x).flatten(1)
+        assert torch.linalg.matrix_norm(jacobian, ord=2) <= audit.lipschitz_bound(encoder, 16).total
+
+
+def test_unknown_modules_are_refused_by_name() -> None:
+    network = nn.Sequential(SpaceToDepth(4), nn.Sequential(nn.BatchNorm2d(48)))
+    with pytest.raises(UnboundedModuleError, match=r"BatchNorm2d at '1\.0'"):
+        audit.lipschitz_bound(network, 16)
+    with pytest.raises(UnboundedModuleError, match="SmallViT"):
+        audit.lipschitz_bound(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), 16)
+    with pytest.raises(UnboundedModuleError, match="zero padding"):
+        audit.lipschitz_bound(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), 8)
+
+
+def test_subclasses_of_known_modules_are_not_trusted() -> None:
+    class Doubling(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    for module in (Doubling(), Branching(nn.Flatten())):
+        with pytest.raises(UnboundedModuleError, match=type(module).__name__):
+            audit.lipschitz_bound(module, 4)
+
+
+def test_a_scaled_layer_moves_the_bound() -> None:
+    encoder = OrthogonalProjection(16, 8)
+    scaled = nn.Sequential(encoder, nn.Linear(8, 8, bias=False))
+    with torch.no_grad():
+        scaled[1].weight.copy_(1.05 * torch.eye(8))
+    assert audit.lipschitz_bound(scaled, 16).total == pytest.approx(1.05, rel=1e-6)
+
+
+def test_non_finite_weights_have_no_bound() -> None:
+    layer = SLLConv2d(3, 3)
+    with torch.no_grad():
+        layer.kernel[0, 0, 0, 0] = math.nan
+    with pytest.raises(UnboundedModuleError, match="no finite bound"):
+        audit.lipschitz_bound(layer, 8)
+
+
+def test_the_audit_leaves_the_mode_alone() -> None:
+    encoder = OrthogonalProjection(16, 8).train()
+    audit.lipschitz_bound(encoder, 16)
+    assert encoder.training and all(module.training for module in encoder.modules())

@@ -1,0 +1,249 @@
+"""Radii against closed forms, and against an attack in feature space that may reach all that the bound allows.
+
+In feature space a perturbation of the image by ε can be any feature perturbation of norm Lε, so an attack there is the
+strongest that exists for an unknown L-Lipschitz encoder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim import certificates as C
+from lipsim.geometry import anchored_norm, cosine_distance
+
+Features = tuple[Tensor, Tensor, Tensor]
+ANCHORS = [0.0, 0.5, 1.0, 2.0]
+
+
+def _margin(z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+    return cosine_distance(z, z1, anchor) - cosine_distance(z, z0, anchor)
+
+
+def _flips(features: Features, moved: Features, anchor: float) -> Tensor:
+    return torch.sign(_margin(*features, anchor)) * torch.sign(_margin(*moved, anchor)) < 0
+
+
+def _ascend(features: Features, budgets: dict[int, Tensor], anchor: float, steps: int = 400) -> Tensor:
+    """Projected gradient ascent on the flipped margin over the features named in ``budgets``: which answers flip."""
+    sign = -torch.sign(_margin(*features, anchor))
+    deltas = {i: torch.zeros_like(features[i], requires_grad=True) for i in budgets}
+    flipped = torch.zeros(len(sign), dtype=torch.bool)
+    for step in range(steps):
+        moved = tuple(z + deltas[i] if i in deltas else z for i, z in enumerate(features))
+        flipped |= _flips(features, moved, anchor)  # type: ignore[arg-type]
+        value = (sign * _margin(*moved, anchor)).sum()  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(value, list(deltas.values()))
+        for (i, delta), gradient in zip(deltas.items(), gradients, strict=True):
+            budget = budgets[i].unsqueeze(1)
+            size = budget * 2 / (1 + step / 10)
+            new = delta.detach() + size * F.normalize(gradient, dim=1)
+            length = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+            deltas[i] = (new * torch.minimum(budget / length.clamp(min=1e-300), torch.ones_like(length))).requires_grad_()
+    return flipped
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("lipschitz", [1.0, 2.5])
+def test_reference_radius_is_exact(features: Features, anchor: float, lipschitz: float) -> None:
+    z, z0, z1 = features
+    radius = C.reference_radius(z, z0, z1, anchor=anchor, lipschitz=lipschitz)
+    assert (radius > 0).all()
+    # The nearest point of the boundary lies along the normal w, which has a closed form.
+    (p0, _), (p1, _) = C.project(z0, anchor), C.project(z1, anchor)
+    normal = -torch.sign(_margin(z, z0, z1, anchor)).unsqueeze(1) * F.normalize(p0 - p1, dim=1)
+    for factor, expected in ((1 - 1e-9, False), (1 + 1e-6, True)):
+        moved = z + factor * (lipschitz * radius).unsqueeze(1) * normal
+        assert (_flips(features, (moved, z0, z1), anchor) == expected).all()
+    assert not _ascend(features, {0: lipschitz * radius * (1 - 1e-9)}, anchor).any()
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_candidate_radii_withstand_attack(features: Features, anchor: float) -> None:
+    left, right = C.candidate_radii(*features, anchor=anchor)
+    assert not _ascend(features, {1: left * (1 - 1e-9)}, anchor).any()
+    assert not _ascend(features, {2: right * (1 - 1e-9)}, anchor).any()
+
+
+def test_candidate_radii_are_exact_without_anchor(features: Features) -> None:
+    z, z0, z1 = features
+    left, right = C.candidate_radii(z, z0, z1, anchor=0.0)
+    # Where the radius is the whole norm, only the origin is reached, not the other side.
+    for i, radius in ((1, left), (2, right)):
+        inside = radius < 0.999 * anchored_norm(features[i], 0.0)
+        assert inside.sum() > 20
+        flipped = _ascend(features, {i: radius * 1.01}, 0.0, steps=2000)
+        assert flipped[inside].double().mean() > 0.95
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_joint_radius_withstands_attack_on_all_three(features: Features, anchor: float) -> None:
+    radius = C.joint_radius(*features, anchor=anchor)
+    assert (radius > 0).all()
+    assert not _ascend(features, dict.fromkeys(range(3), radius * (1 - 1e-9)), anchor).any()
+
+
+def test_joint_radius_is_tight_in_the_plane() -> None:
+    # In two dimensions without an anchor all three images can turn towards each other at once.
+    z, z0, z1 = (torch.tensor([[math.cos(t), math.sin(t)]], dtype=torch.float64) for t in (0.0, 0.3, -0.9))
+    radius = C.joint_radius(z, z0, z1, anchor=0.0)
+    assert 4 * math.asin(radius.item()) == pytest.approx(0.6, rel=1e-12)
+    budgets = {i: radius * 1.001 for i in range(3)}
+    assert _ascend((z, z0, z1), budgets, 0.0, steps=3000).all()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_distance_interval_holds_every_reachable_distance(features: Features, anchor: float) -> None:
+    z, y, _ = features
+    eps = 0.3 * anchored_norm(z, anchor)
+    lower, upper = C.distance_interval(z, y, eps, anchor=anchor)
+    extremes = []
+    for sign in (1, -1):
+        delta = torch.zeros_like(z, requires_grad=True)
+        for step in range(400):
+            value = (sign * cosine_distance(z + delta, y, anchor)).sum()
+            (gradient,) = torch.autograd.grad(value, delta)
+            new = delta.detach() + eps.unsqueeze(1) * F.normalize(gradient, dim=1) / (1 + step / 10)
+            delta = (F.normalize(new, dim=1) * torch.minimum(new.norm(dim=1), eps).unsqueeze(1)).requires_grad_()
+        extremes.append(cosine_distance(z + delta.detach(), y, anchor))
+    highest, lowest = extremes
+    assert (highest <= upper + 1e-12).all()
+    assert (lowest >= lower - 1e-12).all()
+    if anchor == 0:  # exact there, unless the interval ends at 0 or 2
+        open_ended = (upper > 2 - 1e-9) | (lower < 1e-9)
+        torch.testing.assert_close(highest[~open_ended], upper[~open_ended], atol=1e-4, rtol=1e-3)
+
+
+def test_self_distance_bound_is_quadratic() -> None:
+    z = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    for eps in (1e-3, 1e-2):
+        upper = C.distance_interval(z, z, eps, anchor=0.0)[1].item()
+        assert upper == pytest.approx(1 - math.sqrt(1 - (eps / 5) ** 2), rel=1e-9)
+        assert upper == pytest.approx(eps**2 / 50, rel=1e-4)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 1.2])
+def test_threshold_radius(features: Features, anchor: float, threshold: float) -> None:
+    z, y, _ = features
+    radius = C.threshold_radius(z, y, threshold, anchor=anchor)
+    lower, upper = C.distance_interval(z, y, radius * (1 - 1e-9), anchor=anchor)
+    same = cosine_distance(z, y, anchor) <= threshold
+    assert torch.where(same, upper <= threshold + 1e-12, lower >= threshold - 1e-12).all()
+
+
+def test_retrieval_radius_keeps_the_nearest_set() -> None:
+    query, gallery = torch.randn(20, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    distance = torch.stack([cosine_distance(query, item.expand_as(query)) for item in gallery], 1)
+    for k in (1, 3):
+        radius = C.retrieval_radius(query, gallery, k=k)
+        nearest = [set(row[:k].tolist()) for row in distance.argsort(1)]
+        worst = torch.full((20,), math.inf, dtype=torch.float64)
+        for i, inside in enumerate(nearest):
+            for a in inside:
+                for b in set(range(8)) - inside:
+                    worst[i] = min(worst[i], C.reference_radius(query[i : i + 1], gallery[[a]], gallery[[b]]).item())
+        torch.testing.assert_close(radius, worst)
+    with pytest.raises(ValueError, match="1 ≤ k < 8"):
+        C.retrieval_radius(query, gallery, k=8)
+
+
+def test_published_radius_is_never_larger_with_an_anchor_and_overclaims_without(features: Features) -> None:
+    for anchor in (1.0, 2.0):
+        assert (C.published_radius(*features, anchor=anchor) <= C.reference_radius(*features, anchor=anchor) + 1e-12).all()
+    z = features[0]
+    ratio = C.published_radius(*features, anchor=0.0) / C.reference_radius(*features, anchor=0.0)
+    torch.testing.assert_close(ratio, 1 / z.norm(dim=1))
+    assert (ratio[z.norm(dim=1) < 1] > 1).all()
+
+
+@pytest.mark.parametrize("radius", [C.reference_radius, C.joint_radius, lambda *z: C.candidate_radii(*z)[0]])
+def test_ties_and_nan_have_radius_zero(radius) -> None:  # type: ignore[no-untyped-def]
+    z, z0, z1 = torch.randn(3, 3, 4, dtype=torch.float64)
+    z1[0] = z0[0]
+    z[1, 0] = math.nan
+    z0[2] = math.inf
+    assert radius(z, z0, z1).tolist() == [0, 0, 0]
+    zero = torch.zeros(1, 4)
+    assert radius(zero, zero, zero).item() == 0
+
+
+def test_no_lipschitz_bound_means_no_radius(features: Features) -> None:
+    assert (C.reference_radius(*features, lipschitz=math.inf) == 0).all()
+    assert (C.joint_radius(*features, lipschitz=math.inf) == 0).all()
+    lower, upper = C.distance_interval(features[0], features[1], 0.1, lipschitz=math.inf)
+    assert (lower == 0).all() and (upper == 2).all()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_feature_error_covers_perturbed_features(features: Features, anchor: float) -> None:
+    """Radii from features that are off by η still hold for the features they should have been."""
+    error = 0.02
+    true = tuple(z + 0.0 for z in features)
+    for trial in range(20):
+        generator = torch.Generator().manual_seed(trial)
+        off = tuple(
+            z + error * F.normalize(torch.randn(z.shape, generator=generator, dtype=z.dtype), dim=1) for z in true
+        )
+        options = {"anchor": anchor, "feature_error": error}
+        assert (C.reference_radius(*off, **options) <= C.reference_radius(*true, anchor=anchor) + 1e-12).all()
+        claimed = zip(C.candidate_radii(*off, **options), C.candidate_radii(*true, anchor=anchor), strict=True)
+        for got, limit in claimed:
+            assert (got <= limit + 1e-12).all()
+        assert (C.joint_radius(*off, **options) <= C.joint_radius(*true, anchor=anchor) + 1e-12).all()
+
+
+def test_float32_radii_agree_with_float64(features: Features) -> None:
+    single = C.reference_radius(*(z.float() for z in features))
+    torch.testing.assert_close(single.double(), C.reference_radius(*features), rtol=1e-4, atol=1e-6)
+
+
+def test_signed_radius_has_the_gradient_of_a_distance_to_a_plane(features: Features) -> None:
+    z, z0, z1 = (t.clone().requires_grad_() for t in features)
+    radius = C.signed_reference_radius(z, z0, z1)
+    (gradient,) = torch.autograd.grad(radius.sum(), z, retain_graph=True)
+    torch.testing.assert_close(gradient.norm(dim=1), torch.ones(64, dtype=torch.float64))
+    assert torch.autograd.gradcheck(C.signed_reference_radius, (z[:4], z0[:4], z1[:4]))
+
+
+def test_gradient_is_finite_at_a_tie() -> None:
+    z, z0 = torch.randn(2, 3, 4, dtype=torch.float64)
+    z0 = z0.requires_grad_()
+    C.signed_reference_radius(z, z0, z0).sum().backward()
+    assert z0.grad is not None and torch.isfinite(z0.grad).all()
+
+
+def test_certified_pixels_against_the_worst_recolouring() -> None:
+    x = torch.rand(6, 3, 4, 4, dtype=torch.float64)
+    radius = torch.tensor([0.1, 1.0, 1.8, 2.5, 4.0, 100.0], dtype=torch.float64)
+    certified = C.certified_pixels(x, radius)
+    worst = torch.where(x > 0.5, 0.0, 1.0)
+    cost = (worst - x).square().sum(1).flatten(1)
+    for i, k in enumerate(certified.tolist()):
+        order = cost[i].argsort(descending=True)
+        assert cost[i][order[:k]].sum().sqrt() < radius[i]
+        if k < 16:
+            assert cost[i][order[: k + 1]].sum().sqrt() >= radius[i]
+    assert certified[-1] == 16
+    assert (C.certified_pixels(torch.rand(50, 3, 4, 4), torch.full((50,), math.sqrt(3) + 1e-9)) >= 1).all()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(37, 52, 16), (16, 16, 16), (20, 20, 33)])
+def test_resize_norm_is_the_operator_norm(height: int, width: int, size: int) -> None:
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    matrix = F.interpolate(basis, size=(size, size), mode="bicubic", antialias=True).flatten(1)
+    expected = torch.linalg.matrix_norm(matrix, ord=2).item()
+    assert C.resize_norm((height, width), size) == pytest.approx(expected, rel=1e-9)
+    assert C.resize_norm((height, width), size) >= expected * (1 - 1e-14)
+
+
+def test_bad_arguments() -> None:
+    z = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="eps ≥ 0"):
+        C.distance_interval(z, z, -0.1)
+    with pytest.raises(ValueError, match=r"\[0, 2\]"):
+        C.threshold_radius(z, z, 2.5)

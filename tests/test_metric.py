@@ -1,0 +1,176 @@
+"""The public face: distances, certificates, input checks, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lipsim
+from lipsim import PerceptualMetric, certificates, export
+from lipsim.audit import UnboundedModuleError
+from lipsim.geometry import cosine_distance
+from lipsim.precision import full_precision
+from lipsim.students import HierarchicalSLL, OrthogonalProjection, SLLNetwork
+from lipsim.teachers import SmallViT
+
+
+@pytest.fixture
+def metric() -> PerceptualMetric:
+    encoder = HierarchicalSLL(16, 8, blocks=(4,), depths=(1,), widths=(8,), linear_depth=1, linear_width=8)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return PerceptualMetric(encoder, 16).eval()
+
+
+def test_distance_is_that_of_the_features(metric: PerceptualMetric) -> None:
+    x, y = torch.rand(2, 5, 3, 16, 16)
+    torch.testing.assert_close(metric(x, y), cosine_distance(metric.embed(x), metric.embed(y)))
+    torch.testing.assert_close(metric(x, x), torch.zeros(5), atol=1e-10, rtol=0)
+
+
+def test_certificate_fields(metric: PerceptualMetric) -> None:
+    x, x0, x1 = torch.rand(3, 7, 3, 16, 16)
+    x0[0] = x1[0]
+    certificate = metric.certify(x, x0, x1)
+    assert certificate.prefers_left.dtype == torch.bool and not certificate.prefers_left[0]
+    for name in ("margin", "radius", "left_radius", "right_radius", "joint_radius", "pixels"):
+        column = getattr(certificate, name)
+        assert column.shape == (7,) and column[0] == 0, name
+    distances = metric(x.double().float(), x1) - metric(x, x0)
+    torch.testing.assert_close(certificate.margin.float(), distances, atol=1e-5, rtol=1e-3)
+    z, z0, z1 = (metric.embed(t).double() for t in (x, x0, x1))
+    expected = certificates.reference_radius(z, z0, z1, lipschitz=metric.lipschitz)
+    torch.testing.assert_close(certificate.radius, expected)
+    assert (certificate.joint_radius <= certificate.radius + 1e-12).all()
+
+
+def test_radii_divide_by_the_bound_and_subtract_the_error(metric: PerceptualMetric) -> None:
+    images = torch.rand(3, 7, 3, 16, 16)
+    radius = metric.certify(*images).radius
+    metric.lipschitz *= 2
+    torch.testing.assert_close(metric.certify(*images).radius, radius / 2)
+    metric.feature_error = 1e-4
+    assert (metric.certify(*images).radius < radius / 2).all()
+
+
+def test_distance_bounds_hold_under_noise(metric: PerceptualMetric) -> None:
+    x, y = torch.rand(2, 6, 3, 16, 16)
+    lower, upper = metric.distance_bounds(x, y, 0.5)
+    for _ in range(20):
+        delta = torch.randn_like(x)
+        delta *= 0.5 / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        distance = metric(x + delta, y).double()
+        assert (lower <= distance + 1e-6).all() and (distance <= upper + 1e-6).all()
+
+
+def test_bad_arguments(metric: PerceptualMetric) -> None:
+    with pytest.raises(ValueError, match=r"shape \(N, 3, 16, 16\), got \(2, 3, 32, 32\)"):
+        metric(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="anchor ≥ 0"):
+        PerceptualMetric(OrthogonalProjection(16, 4), 16, anchor=-1)
+    with pytest.raises(ValueError, match="bound > 0"):
+        PerceptualMetric(OrthogonalProjection(16, 4), 16, lipschitz=0.0)
+    with pytest.raises(UnboundedModuleError, match="SmallViT"):
+        PerceptualMetric(SmallViT(16, 8, 12, 1, 2), 16)
+
+
+def test_a_declared_bound_is_taken() -> None:
+    class Half(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) / 2
+
+        def lipschitz_bound(self) -> float:
+            return 0.5
+
+    assert PerceptualMetric(Half(), 16).lipschitz == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        OrthogonalProjection(16, 8),
+        HierarchicalSLL(16, 8, blocks=(4, 2), depths=(1, 1), widths=(8, 8), linear_depth=1, linear_width=8),
+        SLLNetwork(16, 6, channels=6, depth=2, linear_depth=2, linear_width=5),
+        SmallViT(16, 8, 12, 1, 2),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_file_round_trip(encoder: nn.Module, tmp_path: Path) -> None:
+    lipschitz = math.inf if isinstance(encoder, SmallViT) else None
+    metric = PerceptualMetric(encoder, 16, anchor=0.7, lipschitz=lipschitz, feature_error=1e-6, resize="pil").eval()
+    loaded = lipsim.load(export.save(metric, tmp_path / "sub" / "metric.safetensors", notes={"trained on": "noise"}))
+    images = torch.rand(3, 5, 3, 16, 16)
+    torch.testing.assert_close(loaded(images[0], images[1]), metric(images[0], images[1]), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(loaded.certify(*images).radius, metric.certify(*images).radius, rtol=1e-5, atol=0)
+    for name in ("image_size", "anchor", "lipschitz", "feature_error"):
+        assert getattr(loaded, name) == getattr(metric, name)
+    assert loaded.preprocess.resize == "pil"  # type: ignore[attr-defined]
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_files_that_cannot_be_loaded(metric: PerceptualMetric, tmp_path: Path) -> None:
+    file = export.save(metric, tmp_path / "metric.safetensors")
+    with pytest.raises(FileNotFoundError, match="no metric file"):
+        lipsim.load(tmp_path / "other.safetensors")
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        lipsim.load(truncated)
+    plain = tmp_path / "plain.safetensors"
+    save_file(load_file(file), plain)
+    with pytest.raises(ValueError, match="no exported metric"):
+        lipsim.load(plain)
+
+
+def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as archive:
+        metadata = archive.metadata()
+    state, header = load_file(file), json.loads(metadata["metric"])
+    change(state, header, metadata)
+    metadata["metric"] = json.dumps(header)
+    save_file(state, file, metadata=metadata)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, h, m: s.pop(next(iter(s))), "1 missing"),
+        (lambda s, h, m: s.update(extra=torch.zeros(1)), "1 unexpected .first: extra"),
+        (lambda s, h, m: h["config"].update(widths=[9]), "of another shape"),
+        (lambda s, h, m: h.update(encoder="os.system"), "names the encoder os.system"),
+        (lambda s, h, m: m.update(version="99"), "newer than"),
+    ],
+)
+def test_files_of_another_architecture(metric: PerceptualMetric, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    file = _rewrite(export.save(metric, tmp_path / "metric.safetensors"), change)
+    with pytest.raises(ValueError, match=message):
+        lipsim.load(file)
+
+
+def test_unknown_encoders_are_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot export"):
+        export.save(PerceptualMetric(nn.Flatten(), 16), tmp_path / "metric.safetensors")
+
+
+def test_full_precision_switches_everything_off_and_back_on() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with full_precision():
+                assert not torch.is_autocast_enabled("cpu")
+                assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+                assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
