@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def linear_bound(linear: nn.Linear) -> float:
     return float(torch.linalg.matrix_norm(linear.weight.detach().double().cpu(), ord=2)) * _ROUND_UP
 
 
-def _walk(module: nn.Module, x: Tensor, name: str, layers: list[LayerBound]) -> Tensor:
+def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> Tensor:
     if hasattr(module, "lipschitz_bound"):
         bound = module.lipschitz_bound()
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:

@@ -16,7 +16,9 @@ def pixel_l2(x: Tensor, y: Tensor) -> Tensor:
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """``1 − SSIM`` (Wang et al. 2004, an 11-pixel Gaussian window), in [0, 2], ``(N,)``."""
-    return 1 - structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")  # type: ignore[operator]
+    similarity = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
+    assert isinstance(similarity, Tensor)  # a tuple only where the full image is asked for
+    return 1 - similarity
 
 
 BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel l2": pixel_l2, "SSIM": ssim}

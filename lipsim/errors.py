@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+# What jsonargparse wraps around the reason when it has tried every type that an option may have.
+_WRAPPING = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Problem with given class"
+)
+
+
+def one_line(message: str) -> str:
+    """A message in one line; of a parser's tree of attempts, the keys that lead to the failure and its reason."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    keys = [match[1] for line in lines if (match := re.match(r'Parser key "([^"]+)":', line))]
+    if not keys and not any(_WRAPPING.match(line) for line in lines):
+        return " ".join(lines)
+    reasons = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines]
+    reasons = [reason for reason in reasons if reason and not _WRAPPING.match(reason)]
+    return ": ".join([".".join(dict.fromkeys(keys)), "; ".join(dict.fromkeys(reasons))]).removeprefix(": ")
 
 
 @contextmanager
@@ -21,8 +38,7 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("LIPSIM_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -72,16 +72,20 @@ def load(path: str | Path) -> PerceptualMetric:
     try:
         with safe_open(file, framework="pt") as archive:
             metadata = archive.metadata() or {}
-            state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            state = {name: archive.get_tensor(name) for name in archive.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again") from error
+        raise ValueError(
+            f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{file} is no exported metric (format {metadata.get('format')!r}); see scripts/export.py")
     if int(metadata.get("version", "0")) > VERSION:
         raise ValueError(f"{file} has format version {metadata['version']}, newer than {VERSION}; update lipsim")
     header = json.loads(metadata["metric"])
     if header["encoder"] not in ENCODERS:
-        raise ValueError(f"{file} names the encoder {header['encoder']}, which this version does not have; update lipsim")
+        raise ValueError(
+            f"{file} names the encoder {header['encoder']}, which this version does not have; update lipsim"
+        )
     encoder = ENCODERS[header["encoder"]](**header["config"])
     load_weights(encoder, state, str(file))
     metric = PerceptualMetric(

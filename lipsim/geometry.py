@@ -1,8 +1,8 @@
 """Anchor, projection, angles and distances of feature vectors: pure functions, differentiable, any float dtype.
 
 Features ``z = f(x)`` have shape ``(N, D)``; two arguments broadcast against each other. The *anchor* ``κ ≥ 0`` is a
-constant coordinate appended to the features, ``e = (z, κ)``. With ``κ = 1`` every ``e`` lies outside the open unit ball,
-where ``e/‖e‖`` is the projection onto that ball and therefore 1-Lipschitz; with ``κ = 0`` it is plain normalisation.
+constant coordinate appended to the features, ``e = (z, κ)``. With ``κ = 1`` every ``e`` lies outside the open unit
+ball, where ``e/‖e‖`` is the projection onto that ball and therefore 1-Lipschitz; with ``κ = 0`` it only normalises.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from lipsim import audit, certificates, geometry
@@ -77,7 +75,7 @@ class PerceptualMetric(nn.Module):
         self.image_size = image_size
         self.anchor = anchor
         self.feature_error = feature_error
-        self.preprocess: Callable[[Image.Image], Tensor] = Preprocess(image_size, resize)
+        self.preprocess = Preprocess(image_size, resize)
         self.lipschitz = audit.lipschitz_bound(encoder, image_size).total if lipschitz is None else lipschitz
 
     def embed(self, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class TwoAFCScore(_PerSample):
         self.kind = kind
 
     def update(self, margin: Tensor, right_vote: Tensor, index: Tensor) -> None:
-        """Add triplets: ``margin`` (N,) positive where left is nearer, ``right_vote`` (N,) in [0, 1], ``index`` (N,)."""
+        """Add triplets, all (N,): ``margin`` is positive where left is nearer, ``right_vote`` in [0, 1]."""
         if self.kind == "majority":
             self._append(index, agrees(margin, right_vote), right_vote != 0.5)
         else:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-Curve = tuple[Sequence[float], Sequence[float]]
+Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
 
 def plot_scores(path: Path, certified: Mapping[str, Curve], attacked: Mapping[str, Curve], title: str) -> None:
@@ -58,7 +58,9 @@ def plot_gallery(path: Path, images: Tensor, radius: Tensor, margin: Tensor, rig
         [f"#{i}: {c}, R = {r:.3g}" for i, c, r in zip(index.tolist(), choices, radius.tolist(), strict=True)],
         [f"right: {vote:.0%} of votes" for vote in votes],
     ]
-    plot_grid(path, [images[:, 1], images[:, 0], images[:, 2]], labels, title="certified best to worst: choice and radius")
+    plot_grid(
+        path, [images[:, 1], images[:, 0], images[:, 2]], labels, title="certified best to worst: choice and radius"
+    )
 
 
 def plot_grid(path: Path, columns: Sequence[Tensor], labels: Sequence[Sequence[str]], title: str) -> None:

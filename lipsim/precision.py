@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 # Each of these may be lowered on its own, and set_float32_matmul_precision("medium") lowers the CPU's too.
-_BACKENDS = (
+_BACKENDS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,
-    torch.backends.mkldnn.matmul,
-    torch.backends.mkldnn.conv,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # set at import
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
 )
 
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from lipsim import report
 from lipsim.attacks.objectives import Distance
 from lipsim.baselines import BASELINES
-from lipsim.data import collate_triplets
 from lipsim.metrics import TwoAFCScore
 from lipsim.results import update_results
 from lipsim.train import StageCLI, train

@@ -49,7 +49,9 @@ def read_results(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}); remove it and run the test again") from error
     if results.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {results.get('schema')!r}, expected {SCHEMA}; remove it and run the test again")
+        raise ValueError(
+            f"{path} has schema {results.get('schema')!r}, expected {SCHEMA}; remove it and run the test again"
+        )
     return results
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
 
+from lipsim.callbacks import CertifyRadii
+from lipsim.errors import one_line, one_line_errors
+from lipsim.export import load_weights
+from lipsim.report import certified_rows, rich_table
 from lipsim.results import versions
 from lipsim.training.base import MetricModule
 
@@ -47,6 +53,17 @@ class SaveOnException(Callback):
             rank_zero_info(f"saved {path}; resume with --ckpt_path {path}")
 
 
+class StageParser(LightningArgumentParser):
+    """A parser that fails in one line, without the usage of some hundred options above it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with status 2."""
+        if os.environ.get("LIPSIM_TRACEBACK") and ex is not None:
+            raise ex
+        print(f"error: {one_line(message)} (see --help)", file=sys.stderr)
+        raise SystemExit(2) from ex
+
+
 class StageCLI(LightningCLI):
     """LightningCLI with this project's defaults: everything a run writes goes into ``trainer.default_root_dir``."""
 
@@ -64,9 +81,14 @@ class StageCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 10},
+            parser_class=StageParser,
             parser_kwargs={"prog": "train.py", "description": __doc__},
             args=list(args),
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse what was given; sys.argv stays as it is, since DDP starts its other processes with it."""
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -78,12 +100,31 @@ class StageCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in callbacks):
+        if config.get("enable_progress_bar") is not False and not any(
+            isinstance(c, RichProgressBar) for c in callbacks
+        ):
             callbacks.append(RichProgressBar())
         kwargs["callbacks"] = [*callbacks, SaveOnException()]
+        # Advertisements among the messages of a run.
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
         if config.get("logger") is None or config.get("logger") is True:
             kwargs["logger"] = CSVLogger(config["default_root_dir"], name="", version="")
         return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        self._print_certified()
+
+    def after_validate(self) -> None:
+        self._print_certified()
+
+    def after_test(self) -> None:
+        self._print_certified()
+
+    def _print_certified(self) -> None:
+        """The last certification of each set as a table in the terminal."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CertifyRadii) and callback.results and self.trainer.is_global_zero:
+                Console().print(rich_table(certified_rows(callback.results), "Certified majority score in %"))
 
     def run_test(self) -> None:
         """Test the model as it is after another subcommand, with the same trainer and data."""
@@ -91,6 +132,8 @@ class StageCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._check_checkpoint()
+        # Lightning's default would unpickle whatever a checkpoint holds.
+        self.config_init[self.config_init.subcommand].weights_only = True
 
     def before_validate(self) -> None:
         self._check_checkpoint()
@@ -111,8 +154,6 @@ def check_checkpoint(path: Path, module: torch.nn.Module) -> None:
         FileNotFoundError: there is none.
         ValueError: it is truncated, no checkpoint, or of another architecture.
     """
-    from lipsim.export import load_weights
-
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
@@ -132,17 +173,11 @@ def train(args: Sequence[str]) -> StageCLI:
     args = list(args)
     if not args or args[0] not in (*SUBCOMMANDS, "-h", "--help"):
         args.insert(0, "fit")
-    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns about arguments that reach it by both ways
-    try:
-        return StageCLI(args)
-    finally:
-        sys.argv = argv
+    return StageCLI(args)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of scripts/train.py: the quickstart without arguments, one stage with them."""
-    from lipsim.errors import one_line_errors
-
     args = sys.argv[1:] if args is None else args
     with one_line_errors():
         if args:

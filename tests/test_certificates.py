@@ -43,7 +43,9 @@ def _ascend(features: Features, budgets: dict[int, Tensor], anchor: float, steps
             size = budget * 2 / (1 + step / 10)
             new = delta.detach() + size * F.normalize(gradient, dim=1)
             length = torch.linalg.vector_norm(new, dim=1, keepdim=True)
-            deltas[i] = (new * torch.minimum(budget / length.clamp(min=1e-300), torch.ones_like(length))).requires_grad_()
+            deltas[i] = (
+                new * torch.minimum(budget / length.clamp(min=1e-300), torch.ones_like(length))
+            ).requires_grad_()
     return flipped
 
 
@@ -154,7 +156,9 @@ def test_retrieval_radius_keeps_the_nearest_set() -> None:
 
 def test_published_radius_is_never_larger_with_an_anchor_and_overclaims_without(features: Features) -> None:
     for anchor in (1.0, 2.0):
-        assert (C.published_radius(*features, anchor=anchor) <= C.reference_radius(*features, anchor=anchor) + 1e-12).all()
+        assert (
+            C.published_radius(*features, anchor=anchor) <= C.reference_radius(*features, anchor=anchor) + 1e-12
+        ).all()
     z = features[0]
     ratio = C.published_radius(*features, anchor=0.0) / C.reference_radius(*features, anchor=0.0)
     torch.testing.assert_close(ratio, 1 / z.norm(dim=1))

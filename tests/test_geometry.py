@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipsim.geometry import angle, anchored_norm, cosine_distance, project, rotation
+from lipsim.geometry import anchored_norm, angle, cosine_distance, project, rotation
 
 FINITE = st.floats(-100, 100, allow_subnormal=False)
 VECTORS = st.lists(st.tuples(FINITE, FINITE, FINITE), min_size=2, max_size=2)

@@ -128,7 +128,7 @@ def test_files_that_cannot_be_loaded(metric: PerceptualMetric, tmp_path: Path) -
         lipsim.load(plain)
 
 
-def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as archive:
@@ -150,7 +150,7 @@ def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]  # noq
         (lambda s, h, m: m.update(version="99"), "newer than"),
     ],
 )
-def test_files_of_another_architecture(metric: PerceptualMetric, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def test_files_of_another_architecture(metric: PerceptualMetric, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
     file = _rewrite(export.save(metric, tmp_path / "metric.safetensors"), change)
     with pytest.raises(ValueError, match=message):
         lipsim.load(file)

@@ -1,4 +1,4 @@
-"""Attacks on similarity metrics: one a file, pure functions on an objective that is positive where a sample is broken."""
+"""Attacks on similarity metrics: one a file, pure functions on an objective that is positive where it breaks."""
 
 from lipsim.attacks.null_space import FirstOperator, first_operator, null_space, project_to_kernel
 from lipsim.attacks.objectives import DistanceObjective, Objective, TwoAFCObjective

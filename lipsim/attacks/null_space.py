@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lipsim.attacks.projections import Box, expand, sample_norm
 
-
 _SATURATED = 0.02  # of the box
 
 

@@ -101,9 +101,7 @@ class AttackRobustness(TripletCallback):
             broken_at[rows[value > 0]] = eps
         return {"margin": margin, "broken_at": broken_at}
 
-    def _run(
-        self, metric: PerceptualMetric, batch: Triplet, chosen_left: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, metric: PerceptualMetric, batch: Triplet, chosen_left: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Attacked references and the objective there."""
         objective = TwoAFCObjective(metric, batch.reference, batch.left, batch.right, chosen_left=chosen_left)
         x_adv = pgd(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
-
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -85,7 +84,7 @@ class TripletCallback(Callback):
         self,
         trainer: L.Trainer,
         module: Any,
-        features: Any,
+        evaluation: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -93,8 +92,8 @@ class TripletCallback(Callback):
         # Batches without triplets (a folder of images in distillation) have nothing to certify or attack.
         if self._works(trainer) and isinstance(batch, Triplet):
             with _outside_inference_mode():
-                features = tuple(z.clone() for z in features)
-                self.see(trainer, module, features, batch.clone(), module.set_name(dataloader_idx))
+                z, z0, z1 = (features.clone() for features in evaluation["features"])
+                self.see(trainer, module, (z, z0, z1), batch.clone(), module.set_name(dataloader_idx))
 
     def _end(self, trainer: L.Trainer, module: Any) -> None:
         if self._works(trainer):
@@ -103,8 +102,10 @@ class TripletCallback(Callback):
 
 @contextmanager
 def _outside_inference_mode() -> Iterator[None]:
-    """Ordinary tensors without gradients, in full precision: Lightning evaluates in inference mode, whose tensors no
-    attack can differentiate through, and under the trainer's autocast."""
+    """Ordinary tensors without gradients, in full precision.
+
+    Lightning evaluates in inference mode, whose tensors no attack can differentiate through, and under autocast.
+    """
     with torch.inference_mode(False), torch.no_grad(), full_precision():
         yield
 
@@ -112,7 +113,7 @@ def _outside_inference_mode() -> Iterator[None]:
 def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
     """The data loaders of the evaluation that is running."""
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [cast(DataLoader, loaders)]
 
 
 def first_images(loader: DataLoader, count: int) -> Tensor:

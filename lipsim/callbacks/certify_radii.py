@@ -39,6 +39,9 @@ class CertifyRadii(TripletCallback):
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`.
 
+    Attributes:
+        results: what the last run wrote, or would have: the section "certified" of results.json.
+
     Raises:
         lipsim.audit.UnboundedModuleError: the encoder has no Lipschitz bound (when validation or test starts).
         ValueError: a negative budget; weights in half precision.
@@ -59,13 +62,14 @@ class CertifyRadii(TripletCallback):
         self.error_sample, self.error_factor = error_sample, error_factor
         self.tables: dict[str, SampleTable] = {}
         self.report: LipschitzReport | None = None
+        self.results: dict[str, Any] = {}
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
         half = [name for name, p in module.metric.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
         if half:
             raise ValueError(f"{half[0]} is stored in half precision; certify with --trainer.precision 32-true")
         self.report = module.metric.audit()
-        # On the first images of each data set, not of each process's share: the same number for any number of processes.
+        # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         samples = [first_images(loader, self.error_sample) for loader in evaluation_loaders(trainer)]
         errors = [feature_error(module.metric, images.to(module.device)) for images in samples]
         module.metric.feature_error = self.error_factor * max(errors, default=0.0)
@@ -105,7 +109,7 @@ class CertifyRadii(TripletCallback):
             if trainer.testing:
                 self._write_rows(trainer, name, rows)
         metric = module.metric
-        content = {
+        content: dict[str, Any] = {
             "lipschitz": metric.lipschitz,
             "layers": {layer.name: layer.bound for layer in self.report.layers},
             "anchor": metric.anchor,
@@ -117,13 +121,14 @@ class CertifyRadii(TripletCallback):
             "eps": self.eps,
             "sets": sets,
         }
+        self.results = content
         self.write_section(trainer, "certified", content)
 
     def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
         margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["index"]
         scores: dict[str, Any] = {"num_triplets": len(index), "num_tied_votes": int((votes == 0.5).sum())}
         for kind in ("majority", "vote"):
-            score = TwoAFCScore(kind, sync_on_compute=False)  # type: ignore[arg-type]
+            score = TwoAFCScore(kind, sync_on_compute=False)
             score.update(margin, votes, index)
             scores[kind] = float(score.compute())
         labels = [eps_label(eps) for eps in self.eps]
@@ -144,7 +149,7 @@ class CertifyRadii(TripletCallback):
 
 
 def feature_error(metric: PerceptualMetric, images: Tensor) -> float:
-    """Largest ``‖f(x) − f64(x)‖`` over images ``(N, 3, H, W)``: the stored weights in their own dtype against float64."""
+    """Largest ``‖f(x) − f64(x)‖`` over images ``(N, 3, H, W)``: the dtype of the weights against float64."""
     if not len(images):
         return 0.0
     with torch.no_grad(), full_precision():

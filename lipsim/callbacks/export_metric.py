@@ -32,7 +32,11 @@ class ExportMetric(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not isinstance(module, MetricModule) or not trainer.is_global_zero or trainer.fast_dev_run:
+        if (
+            not isinstance(module, MetricModule)
+            or not trainer.is_global_zero
+            or getattr(trainer, "fast_dev_run", False)
+        ):
             return
         if module.metric.lipschitz != float("inf"):
             module.metric.audit()

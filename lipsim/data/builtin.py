@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lipsim.data.factors import move, move_size, sample_values
-from lipsim.data.photographs import PHOTOGRAPH_FACTORS, PHOTOGRAPHS, PhotographParameters, Split, load_photograph, render_photograph
+from lipsim.data.photographs import (
+    PHOTOGRAPH_FACTORS,
+    PHOTOGRAPHS,
+    PhotographParameters,
+    Split,
+    load_photograph,
+    render_photograph,
+)
 from lipsim.data.scenes import SCENE_FACTORS, SceneParameters, render_scene
 from lipsim.data.triplet import Triplet
 
@@ -75,7 +82,7 @@ def sample_recipe(split: Split, index: int, *, photograph_share: float = 0.25, s
         reference = _sample_photograph(split, rng)
     else:
         reference = SceneParameters(
-            **sample_values(SCENE_FACTORS, rng), squareness=rng.random(), layout_seed=_sample_seed(rng)
+            squareness=rng.random(), layout_seed=_sample_seed(rng), **sample_values(SCENE_FACTORS, rng)
         )
     near = rng.uniform(0, _MAX_NEAR_MOVE)
     sizes = rng.permutation([near, near + rng.uniform(*_EXTRA_MOVE)])

@@ -1,4 +1,4 @@
-"""Human similarity judgements on rendered materials (Lagunas et al. 2019), read from a clone of the public repository."""
+"""Human similarity judgements on rendered materials (Lagunas et al. 2019), from a clone of their repository."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
     return torch.stack([preprocess(read_image(file)) for file in files]), [file.stem for file in files]
 
 
-def load_material_answers(root: str | Path, part: str = "train", *, ties: bool = False, seed: int = 0) -> MaterialAnswers:
+def load_material_answers(
+    root: str | Path, part: str = "train", *, ties: bool = False, seed: int = 0
+) -> MaterialAnswers:
     """The judgements of one part, with the sides exchanged at random: on disk, the majority's choice comes first.
 
     Args:

@@ -121,7 +121,9 @@ def render_scene(parameters: SceneParameters, image_size: int) -> FloatArray:
     owner = _paint(parameters, leaves, centres, side)
     pixels = _shade(parameters, leaves, owner)
     blocks = pixels.reshape(image_size, supersampling, image_size, supersampling, 3)
-    total = sum(blocks[:, i, :, j] for i in range(supersampling) for j in range(supersampling))  # much faster than mean()
+    total = sum(
+        blocks[:, i, :, j] for i in range(supersampling) for j in range(supersampling)
+    )  # much faster than mean()
     return np.asarray(total, dtype=np.float32) / supersampling**2
 
 
@@ -183,7 +185,10 @@ def _paint(parameters: SceneParameters, leaves: _Leaves, centres: FloatArray, si
 
 def _shade(parameters: SceneParameters, leaves: _Leaves, owner: NDArray[np.intp]) -> FloatArray:
     """``(side, side, 3)`` in [0, 1]: colour and stripes of the leaf that each sample shows."""
-    strength, axis = math.hypot(parameters.tone_cos, parameters.tone_sin), 0.5 * math.atan2(parameters.tone_sin, parameters.tone_cos)
+    strength, axis = (
+        math.hypot(parameters.tone_cos, parameters.tone_sin),
+        0.5 * math.atan2(parameters.tone_sin, parameters.tone_cos),
+    )
     mean = (parameters.lightness, parameters.green_red, parameters.blue_yellow)
     spread = (parameters.lightness_spread, _COLOUR_SIGMA, _COLOUR_SIGMA)
     tone = leaves.tone[:, None] * (0, strength * math.cos(axis), strength * math.sin(axis))

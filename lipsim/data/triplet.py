@@ -80,15 +80,15 @@ class SharedTriplet(Triplet):
             object.__setattr__(self, name, value)
 
     @property
-    def reference(self) -> Tensor:  # type: ignore[override]
+    def reference(self) -> Tensor:
         return self.distinct[self.ids[:, 0]]
 
     @property
-    def left(self) -> Tensor:  # type: ignore[override]
+    def left(self) -> Tensor:
         return self.distinct[self.ids[:, 1]]
 
     @property
-    def right(self) -> Tensor:  # type: ignore[override]
+    def right(self) -> Tensor:
         return self.distinct[self.ids[:, 2]]
 
     def images(self) -> tuple[Tensor, ...]:

@@ -100,5 +100,3 @@ class Truncation(LipschitzLayer):
 
     def extra_repr(self) -> str:
         return str(self.features)
-
-

@@ -1,5 +1,6 @@
-"""SDP-based Lipschitz layers (SLL) of Araujo et al. 2023, "A Unified Algebraic Perspective on Lipschitz Neural Networks".
+"""SDP-based Lipschitz layers (SLL).
 
+Araujo et al. 2023, "A Unified Algebraic Perspective on Lipschitz Neural Networks".
 An SLL block computes ``x − 2 Wᵀ T relu(W x + b)`` with the diagonal ``T_ii = 1/Σ_j |W Wᵀ|_ij q_j/q_i``. Because
 ``T^{-1} ⪰ W Wᵀ`` (diagonal dominance), it is 1-Lipschitz for every ``W``, ``b`` and ``q > 0`` (Thm. 3).
 """

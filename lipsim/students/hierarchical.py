@@ -44,7 +44,9 @@ class HierarchicalSLL(nn.Sequential):
         layers: list[nn.Module] = [Centering()]
         for block, depth, width in zip(blocks, depths, widths, strict=True):
             if size % block:
-                raise ValueError(f"expected an image_size that {list(blocks)} divide one after another, got {image_size}")
+                raise ValueError(
+                    f"expected an image_size that {list(blocks)} divide one after another, got {image_size}"
+                )
             channels, size = channels * block**2, size // block
             layers += [SpaceToDepth(block), nn.Sequential(*(SLLConv2d(channels, width) for _ in range(depth)))]
         layers += [nn.Flatten(), OrthogonalLinear(channels * size**2, out_features)]

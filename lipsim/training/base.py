@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -23,12 +23,13 @@ from lipsim.training.schedules import Schedule
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 Features = tuple[Tensor, Tensor, Tensor]
+Evaluation = dict[str, Features]
 
 
 class MetricModule(L.LightningModule):
     """A stage that trains the encoder of a metric and scores it on triplets.
 
-    Validation and test embed each triplet in full precision and return the features ``(z, z0, z1)``; the callbacks
+    Validation and test embed each triplet in full precision and hand the features ``(z, z0, z1)`` on; the callbacks
     certify and attack from there.
 
     Args:
@@ -43,33 +44,31 @@ class MetricModule(L.LightningModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.scores = nn.ModuleDict()
+        self._configured: list[dict[str, Any]] = []
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps."""
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
+        self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume the moments and the step, with the hyper-parameters of the present configuration.
+    def on_train_start(self) -> None:
+        """After resuming: keep the moments and the step, take the hyper-parameters of the present configuration.
 
         What the user says now wins over what was saved; each difference is logged.
         """
-        for saved, optimizer in zip(checkpoint["optimizer_states"], _as_list(self.optimizers()), strict=True):
-            for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                # `lr` is the product of the schedule; `initial_lr` is what the configuration says.
-                for name in now.keys() - {"params", "lr"}:
-                    if group.get(name) != now[name]:
-                        rank_zero_info(f"resuming with {name} = {now[name]}; the checkpoint had {group.get(name)}")
-                        group[name] = now[name]
-        for saved, scheduler in zip(checkpoint["lr_schedulers"], _as_list(self.lr_schedulers()), strict=True):
-            saved["base_lrs"] = list(scheduler.base_lrs)
-            rates = [base * f(saved["last_epoch"]) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-            saved["_last_lr"] = rates
-        for saved, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
-            for group, rate in zip(saved["param_groups"], scheduler["_last_lr"], strict=True):
-                group["lr"] = rate
+        (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        scheduler = cast(LambdaLR, schedule.scheduler)
+        scheduler.base_lrs = [group["initial_lr"] for group in self._configured]
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
+            for name in configured.keys() - {"lr"}:
+                if group.get(name) != configured[name]:
+                    rank_zero_info(f"resuming with {name} = {configured[name]}; the checkpoint had {group.get(name)}")
+                    group[name] = configured[name]
+            group["lr"] = group["initial_lr"] * factor
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_images(batch)
@@ -86,10 +85,12 @@ class MetricModule(L.LightningModule):
     def on_test_start(self) -> None:
         self._start_evaluation()
 
-    def validation_step(self, batch: Triplet, batch_idx: int, dataloader_idx: int = 0) -> Features:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
+        """Score a batch of triplets, ``{"features": (z, z0, z1)}``."""
         return self._evaluate(batch, dataloader_idx)
 
-    def test_step(self, batch: Triplet, batch_idx: int, dataloader_idx: int = 0) -> Features:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
+        """Score a batch of triplets, ``{"features": (z, z0, z1)}``."""
         return self._evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
@@ -108,24 +109,29 @@ class MetricModule(L.LightningModule):
         freeze(self.metric)
         self.scores.clear()
 
-    def _evaluate(self, batch: Triplet, dataloader_idx: int) -> Features:
+    def _evaluate(self, batch: Triplet, dataloader_idx: int) -> Evaluation:
         with full_precision():
             z, z0, z1 = batch.embed(self.metric.embed)
         margin = self.metric.margin(z, z0, z1)
         name = self.set_name(dataloader_idx)
         if name not in self.scores:
             self.scores[name] = nn.ModuleDict(
-                {kind: TwoAFCScore(kind).to(self.device) for kind in ("majority", "vote")}  # type: ignore[arg-type]
+                {kind: TwoAFCScore(kind).to(self.device) for kind in ("majority", "vote")}
             )
         for score in self.scores[name].values():  # type: ignore[operator]
             score.update(margin, batch.right_vote, batch.index)
-        return z, z0, z1
+        return {"features": (z, z0, z1)}
 
     def _log_scores(self, stage: str) -> None:
         for name, scores in self.scores.items():
             for kind, score in scores.items():  # type: ignore[operator]
                 # Already the same on every process: torchmetrics gathers inside compute().
-                self.log(f"{stage}/{name}/{kind}_score", score.compute().float(), prog_bar=kind == "majority", rank_zero_only=True)
+                self.log(
+                    f"{stage}/{name}/{kind}_score",
+                    score.compute().float(),
+                    prog_bar=kind == "majority",
+                    rank_zero_only=True,
+                )
         self.scores.clear()
 
 
@@ -162,12 +168,23 @@ def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -
         ValueError: both are given, or none.
     """
     if (module is None) == (path is None):
-        raise ValueError(f"expected either a {role} (class_path and init_args) or a file to start from, not both or none")
+        raise ValueError(
+            f"expected either a {role} (class_path and init_args) or a file to start from, not both or none"
+        )
     if module is not None:
         return module
     assert path is not None
     return export.load(path).encoder.train().requires_grad_(True)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def image_size_of(encoder: nn.Module) -> int:
+    """Side of the images that an encoder takes, its attribute ``image_size``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    size = getattr(encoder, "image_size", None)
+    if not isinstance(size, int):
+        raise ValueError(f"{type(encoder).__name__} needs an attribute image_size, the side of the images it takes")
+    return size
+

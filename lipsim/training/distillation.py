@@ -13,7 +13,7 @@ from lipsim import export
 from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.metric import PerceptualMetric
-from lipsim.training.base import Features, MetricModule, OptimizerFactory, encoder_from, images_of
+from lipsim.training.base import Evaluation, MetricModule, OptimizerFactory, encoder_from, image_size_of, images_of
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
 
@@ -22,7 +22,8 @@ class Distillation(MetricModule):
     """Teach a student the teacher's embedding of the clean image, from the clean and from a colour-jittered view.
 
     Learns from any images: batches of triplets (all their images), of an image folder, or plain tensors. Besides the
-    2AFC scores, validation logs the mean cosine similarity of both embeddings and the correlation of all distances within a batch.
+    2AFC scores, validation logs the mean cosine similarity of both embeddings and the correlation of all distances
+    within a batch.
 
     Args:
         teacher: exported metric whose encoder is the teacher.
@@ -47,7 +48,9 @@ class Distillation(MetricModule):
         schedule: Schedule | None = None,
     ) -> None:
         encoder = encoder_from(student, init_from, "student")
-        super().__init__(PerceptualMetric(encoder, encoder.image_size, anchor=anchor), optimizer, schedule or WarmupCosine())
+        super().__init__(
+            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor), optimizer, schedule or WarmupCosine()
+        )
         # In a list, so that neither checkpoints nor the optimizer see the teacher's weights.
         self._teacher = [export.load(teacher)]
         self.loss = loss or ScaleFree()
@@ -72,8 +75,9 @@ class Distillation(MetricModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Features | None:
-        z = super().validation_step(batch, batch_idx, dataloader_idx) if isinstance(batch, Triplet) else None
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
+        """Compare student and teacher; score the student where the batch has triplets."""
+        evaluation = super().validation_step(batch, batch_idx, dataloader_idx) if isinstance(batch, Triplet) else None
         images = images_of(batch)
         student, target = self.metric.embed(images), self.teacher.embed(images)
         name = f"val/{self.set_name(dataloader_idx)}"
@@ -82,7 +86,7 @@ class Distillation(MetricModule):
             values["cosine_similarity"] = F.cosine_similarity(student, target).mean()
         for key, value in values.items():
             self.log(f"{name}/{key}", value, sync_dist=True, batch_size=len(images), add_dataloader_idx=False)
-        return z
+        return evaluation
 
 
 def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:

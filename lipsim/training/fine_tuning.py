@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lipsim.data import Triplet
 from lipsim.metric import PerceptualMetric
-from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from
+from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import RadiusHinge, TripletLoss
 from lipsim.training.schedules import Schedule, Triangular
 
@@ -36,7 +36,9 @@ class FineTuning(MetricModule):
         schedule: Schedule | None = None,
     ) -> None:
         encoder = encoder_from(student, init_from, "student")
-        super().__init__(PerceptualMetric(encoder, encoder.image_size, anchor=anchor), optimizer, schedule or Triangular())
+        super().__init__(
+            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor), optimizer, schedule or Triangular()
+        )
         self.loss = loss or RadiusHinge()
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:

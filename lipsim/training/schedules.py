@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 
 class Schedule(ABC):
@@ -51,7 +52,7 @@ class Triangular(Schedule):
     def __call__(self, step: int, total: int) -> float:
         at = (step + 1) / (total + 1)
         points = [(0.0, 0.0), (self.peak, 1.0), (self.knee, self.knee_factor), (1.0, 0.0)]
-        for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        for (left, low), (right, high) in pairwise(points):
             if at <= right:
                 return low + (high - low) * (at - left) / (right - left)
         return 0.0

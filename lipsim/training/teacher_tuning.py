@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import apply_symmetries, random_symmetries
 from lipsim.metric import PerceptualMetric
-from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from
+from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss
 from lipsim.training.schedules import Schedule, WarmupCosine
 
@@ -39,7 +39,7 @@ class TeacherTuning(MetricModule):
     ) -> None:
         encoder = encoder_from(teacher, init_from, "teacher")
         # No anchor: the teacher's embedding is on the unit sphere, and there is no bound that an anchor would serve.
-        metric = PerceptualMetric(encoder, encoder.image_size, anchor=0.0, lipschitz=math.inf)
+        metric = PerceptualMetric(encoder, image_size_of(encoder), anchor=0.0, lipschitz=math.inf)
         super().__init__(metric, optimizer, schedule or WarmupCosine(100))
         self.loss = loss or MarginHinge(0.05)
         self.augment = augment
@@ -60,5 +60,5 @@ def augmented(batch: Triplet) -> Triplet:
         distinct = apply_symmetries(batch.distinct, (reflections.expand(count, -1), channels.expand(count, -1)))
         return SharedTriplet(distinct, batch.ids, batch.right_vote, batch.index)
     symmetries = random_symmetries(len(batch), batch.reference)
-    images = (apply_symmetries(part, symmetries) for part in batch.images())
-    return Triplet(*images, batch.right_vote, batch.index)
+    reference, left, right = (apply_symmetries(part, symmetries) for part in batch.images())
+    return Triplet(reference, left, right, batch.right_vote, batch.index)

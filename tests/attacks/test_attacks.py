@@ -161,7 +161,9 @@ def test_objectives_agree_with_distances(triplets: Triplet) -> None:
     torch.testing.assert_close(by_features.select(rows)(x[rows]), by_features(x)[rows])
     apart = DistanceObjective(metric, images[1], threshold=0.3)
     torch.testing.assert_close(apart(x), metric(x, images[1]) - 0.3)
-    torch.testing.assert_close(DistanceObjective(pixel_l2, images[1], 2.0, increase=False)(x), 2 - pixel_l2(x, images[1]))
+    torch.testing.assert_close(
+        DistanceObjective(pixel_l2, images[1], 2.0, increase=False)(x), 2 - pixel_l2(x, images[1])
+    )
     with pytest.raises(ValueError, match="target to be one of"):
         TwoAFCObjective(metric, *images, target="both")  # type: ignore[arg-type]
 

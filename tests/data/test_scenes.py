@@ -107,10 +107,8 @@ def test_oklab_known_colours() -> None:
     assert np.allclose(oklab_to_srgb(oklab), [[1, 1, 1], [0, 0, 0], [1, 0, 0]], atol=2e-3)
 
 
-def test_factors_are_fields() -> None:
+def test_every_factor_shows() -> None:
+    striped = replace(PLAIN, texture_contrast=0.4)
     for factor in SCENE_FACTORS:
-        assert factor.low < getattr(PLAIN, factor.name) + 1e-9
-        middle = (factor.to_steps(factor.low) + factor.to_steps(factor.high)) / 2
-        changed = replace(PLAIN, texture_contrast=0.4, **{factor.name: factor.from_steps(middle)})
-        moved = replace(changed, **{factor.name: factor.from_steps(middle + 1)})
-        assert np.abs(render_scene(moved, 32) - render_scene(changed, 32)).mean() > 1e-3, factor.name
+        low, high = (render_scene(replace(striped, **{factor.name: v}), 32) for v in (factor.low, factor.high))
+        assert np.abs(low - high).mean() > 0.01, factor.name

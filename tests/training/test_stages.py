@@ -1,0 +1,290 @@
+"""The three stages on tiny problems, their losses and schedules, resuming, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lipsim import PerceptualMetric, certificates, export
+from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletGallery
+from lipsim.callbacks.collect import SampleTable
+from lipsim.data import SharedTriplet, Triplet
+from lipsim.results import read_results
+from lipsim.students import HierarchicalSLL, OrthogonalProjection
+from lipsim.teachers import SmallViT
+from lipsim.training import (
+    RMSE,
+    Distillation,
+    FineTuning,
+    MarginHinge,
+    RadiusHinge,
+    ScaleFree,
+    TeacherTuning,
+    Triangular,
+    WarmupCosine,
+)
+from lipsim.training.base import check_images
+from lipsim.training.teacher_tuning import augmented
+
+
+class ToyData(L.LightningDataModule):
+    """Triplets whose nearer candidate is the one of the reference's brightness."""
+
+    test_names = val_names = ("toy",)
+
+    def __init__(self, num: int = 64, image_size: int = 16) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        level = torch.rand(num, generator=generator)
+        right = torch.rand(num, generator=generator) < 0.5
+
+        def images(shift: Tensor) -> Tensor:
+            noise = 0.1 * torch.randn(num, 3, image_size, image_size, generator=generator)
+            return (0.3 + 0.4 * (level + shift).view(-1, 1, 1, 1) + noise).clamp(0, 1)
+
+        shift = 0.5 * torch.where(torch.rand(num, generator=generator) < 0.5, 1.0, -1.0)
+        self.batch = Triplet(
+            images(torch.zeros(num)),
+            images(torch.where(right, shift, torch.zeros(num))),
+            images(torch.where(right, torch.zeros(num), shift)),
+            right.float(),
+            torch.arange(num),
+        )
+
+    def _loader(self, shuffle: bool) -> DataLoader[Triplet]:
+        def collate(rows: list[int]) -> Triplet:
+            return self.batch.select(torch.tensor(rows))
+
+        return DataLoader(range(len(self.batch)), batch_size=16, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader[Triplet]:
+        return self._loader(True)
+
+    def val_dataloader(self) -> DataLoader[Triplet]:
+        return self._loader(False)
+
+    test_dataloader = val_dataloader
+
+
+def _trainer(root: Path, **options: object) -> L.Trainer:
+    options = {"max_epochs": 12, "logger": False, "enable_checkpointing": False, "callbacks": []} | options
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return L.Trainer(default_root_dir=root, accelerator="cpu", devices=1, **quiet, **options)
+
+
+def _adam(parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=3e-3)
+
+
+def _student() -> HierarchicalSLL:
+    return HierarchicalSLL(16, 12, blocks=(4,), depths=(1,), widths=(12,), linear_depth=1, linear_width=12)
+
+
+def _vit() -> SmallViT:
+    return SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
+
+
+def test_three_stages_in_turn(tmp_path: Path) -> None:
+    data = ToyData()
+    teacher = TeacherTuning(_vit(), augment=False, optimizer=_adam, loss=MarginHinge(0.2))
+    trainer = _trainer(tmp_path, max_epochs=25)
+    trainer.fit(teacher, data)
+    assert trainer.callback_metrics["val/toy/majority_score"] > 0.9
+    file = export.save(teacher.metric, tmp_path / "teacher.safetensors")
+
+    untrained = Distillation(file, _student())
+    trainer.validate(untrained, data, verbose=False)
+    before = dict(trainer.callback_metrics)
+    distillation = Distillation(file, _student(), optimizer=_adam, schedule=WarmupCosine(5))
+    trainer = _trainer(tmp_path, max_epochs=25)
+    trainer.fit(distillation, data)
+    after = trainer.callback_metrics
+    assert after["val/toy/cosine_similarity"] > before["val/toy/cosine_similarity"] + 0.2
+    assert after["val/toy/distance_correlation"] > before["val/toy/distance_correlation"]
+    assert not any("teacher" in name for name in distillation.state_dict())
+    file = export.save(distillation.metric, tmp_path / "distilled.safetensors")
+
+    tuning = FineTuning(init_from=file, optimizer=_adam, loss=RadiusHinge(2.0))
+    assert tuning.metric.encoder.training and all(p.requires_grad for p in tuning.parameters())
+    callbacks = [
+        CertifyRadii(),
+        AttackRobustness(steps=10, others={"teacher": tmp_path / "teacher.safetensors"}),
+        NullSpaceRobustness(others={"teacher": tmp_path / "teacher.safetensors"}),
+        TripletGallery(2),
+    ]
+    trainer = _trainer(tmp_path, callbacks=callbacks)
+    trainer.fit(tuning, data)
+    assert trainer.callback_metrics["val/toy/certified_1"] > 0.8
+    trainer.test(tuning, data, verbose=False)
+    _check_test_files(tmp_path, tuning, data)
+
+
+def _check_test_files(root: Path, tuning: FineTuning, data: ToyData) -> None:
+    results = read_results(root / "results.json")
+    certified, attacked = results["certified"], results["attacked"]["sets"]["toy"]
+    scores = certified["sets"]["toy"]
+    assert 1 <= certified["lipschitz"] <= 1 + 1e-5 and 0 < certified["feature_error"] < 1e-4
+    assert scores["num_triplets"] == 64 and scores["num_tied_votes"] == 0
+    with open(root / "radii.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(64))
+    # Again by hand, in float64.
+    metric = tuning.metric.double().eval()
+    z, z0, z1 = (f.double() for f in data.batch.to(torch.float64).embed(metric.embed))
+    options = {"lipschitz": certified["lipschitz"], "feature_error": 2 * certified["feature_error"]}
+    radius = certificates.reference_radius(z, z0, z1, lipschitz=certified["lipschitz"])
+    with_slack = certificates.reference_radius(z, z0, z1, **options)
+    found = torch.tensor([float(row["radius"]) for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(found, with_slack.detach(), rtol=1e-4, atol=1e-4)
+    assert (found <= radius).all()
+    right = data.batch.right_vote > 0.5
+    agree = (metric.margin(z, z0, z1) > 0) != right
+    for label, eps in (("36/255", 36 / 255), ("1", 1.0)):
+        assert scores["certified"][label] == pytest.approx(float((agree & (found > eps)).double().mean()))
+        assert scores["certified"][label] <= attacked["metric"]["attacked"][label] <= scores["majority"]
+    assert scores["published"]["1"] == 0  # capped below 1
+    assert attacked["violations"] == 0
+    null_space = results["null_space"]["sets"]["toy"]
+    assert null_space["teacher"]["kernel"] and null_space["teacher"]["largest_relative_change"] < 1e-6
+    assert not null_space["metric"]["kernel"] and "linear" in null_space["metric"]["reason"]
+    for name in ("gallery.png", "attacked-toy.png"):
+        assert (root / "plots" / name).stat().st_size > 5000
+    assert (root / "attacks.csv").is_file()
+
+
+def test_radius_hinge_grows_radii_and_the_margin_hinge_is_the_papers() -> None:
+    z, z0, z1 = (torch.randn(9, 5, requires_grad=True) for _ in range(3))
+    votes = torch.tensor([0, 1, 0.3, 0.5, 0.9, 0.5, 0, 1, 0.2])
+    lean = torch.sign(1 - 2 * votes)
+    radius = certificates.signed_reference_radius(z, z0, z1)
+    expected = torch.relu(2 - lean * radius)[lean != 0].mean()
+    torch.testing.assert_close(RadiusHinge(2.0)(z, z0, z1, votes, 1.0), expected)
+    metric = PerceptualMetric(OrthogonalProjection(16, 4), 16)
+    h = metric.margin(z, z0, z1).float()
+    expected = torch.relu(0.2 - lean * h)[lean != 0].mean()
+    torch.testing.assert_close(MarginHinge(0.2)(z, z0, z1, votes, 1.0), expected)
+    weight = (1 - 2 * votes).abs()
+    expected = (weight * torch.relu(0.2 - lean * h)).sum() / weight.sum()
+    torch.testing.assert_close(MarginHinge(0.2, weight_by_agreement=True)(z, z0, z1, votes, 1.0), expected)
+
+
+def test_scale_free_loss_ignores_the_norm_and_rmse_does_not() -> None:
+    teacher = torch.nn.functional.normalize(torch.randn(16, 8), dim=1)
+    for scale in (1.0, 7.0):
+        # The anchor bends distances for a small norm; without it the loss vanishes at every scale.
+        assert ScaleFree()(scale * teacher, teacher, 0.0) < 1e-3
+    assert RMSE()(teacher, teacher, 1.0) == 0
+    assert RMSE()(7 * teacher, teacher, 1.0) > 1
+    assert ScaleFree()(torch.randn(16, 8), teacher, 1.0) > 0.5
+    with pytest.raises(ValueError, match="out_features"):
+        ScaleFree()(torch.randn(16, 6), teacher, 1.0)
+    assert torch.isfinite(ScaleFree(direction=0)(torch.randn(16, 6), teacher, 1.0))
+
+
+def test_schedules() -> None:
+    cosine = WarmupCosine(10)
+    assert [cosine(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert cosine(60, 110) == pytest.approx(0.5) and cosine(109, 110) < 1e-3
+    triangle = Triangular()
+    values = [triangle(s, 1000) for s in range(1000)]
+    assert max(values) == pytest.approx(1, abs=0.01) and abs(values.index(max(values)) - 400) < 3
+    assert triangle(800, 1000) == pytest.approx(0.05, abs=0.01) and values[-1] < 0.01 and min(values) >= 0
+    with pytest.raises(ValueError, match="peak < knee"):
+        Triangular(peak=0.9, knee=0.5)
+
+
+def test_augmentation_treats_the_three_images_alike(triplets: Triplet) -> None:
+    same = Triplet(*[triplets.reference] * 3, triplets.right_vote, triplets.index)
+    changed = augmented(same)
+    assert torch.equal(changed.reference, changed.left) and torch.equal(changed.left, changed.right)
+    assert not torch.equal(changed.reference, same.reference)
+    torch.testing.assert_close(changed.reference.flatten(1).norm(dim=1), same.reference.flatten(1).norm(dim=1))
+    shared = SharedTriplet(triplets.reference, torch.randint(12, (5, 3)), torch.rand(5), torch.arange(5))
+    assert augmented(shared).distinct.shape == shared.distinct.shape  # type: ignore[attr-defined]
+
+
+def test_resuming_continues_and_takes_the_new_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = ToyData()
+
+    def module(lr: float) -> FineTuning:
+        torch.manual_seed(0)
+        return FineTuning(_student(), optimizer=lambda p: torch.optim.Adam(p, lr=lr))
+
+    first = _trainer(tmp_path, max_epochs=2)
+    first.fit(module(1e-3), data)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, changed = module(1e-3), module(5e-4)
+    for stage, lr in ((resumed, 1e-3), (changed, 5e-4)):
+        trainer = _trainer(tmp_path, max_epochs=3)
+        with caplog.at_level("INFO"):
+            trainer.fit(stage, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+        assert trainer.global_step == 12
+        optimizer = trainer.optimizers[0]
+        assert optimizer.param_groups[0]["initial_lr"] == lr
+        assert all(state["step"] == 12 for state in optimizer.state.values())
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * Triangular()(12, 12))
+    assert "resuming with initial_lr = 0.0005; the checkpoint had 0.001" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(math.nan, "NaN or infinite"), (math.inf, "NaN or infinite"), (3.0, "divide 8-bit")]
+)
+def test_bad_images_are_refused_by_name(triplets: Triplet, value: float, message: str) -> None:
+    check_images(triplets)
+    triplets.left[7, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=message):
+        check_images(triplets)
+
+
+def test_nan_in_a_batch_stops_training(tmp_path: Path) -> None:
+    data = ToyData()
+    data.batch.right[40, 0, 0, 0] = math.nan
+    module = FineTuning(_student(), optimizer=_adam)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        _trainer(tmp_path).fit(module, data)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_half_precision_weights_are_not_certified(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, callbacks=[CertifyRadii()], precision="bf16-true")
+    with pytest.raises(ValueError, match="half precision"):
+        trainer.test(FineTuning(_student()), ToyData(), verbose=False)
+
+
+def test_certification_ignores_autocast(tmp_path: Path) -> None:
+    module, radii = FineTuning(_student()), []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = _trainer(tmp_path / precision, callbacks=[CertifyRadii()], precision=precision)
+        trainer.test(module, ToyData(), verbose=False)
+        radii.append((tmp_path / precision / "radii.csv").read_text())
+    assert radii[0] == radii[1]
+
+
+def test_a_teacher_cannot_be_certified(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, callbacks=[CertifyRadii()])
+    with pytest.raises(ValueError, match="no Lipschitz bound is known for SmallViT"):
+        trainer.test(TeacherTuning(_vit()), ToyData(), verbose=False)
+
+
+def test_repeated_samples_count_once() -> None:
+    table = SampleTable()
+    table.append(torch.tensor([3, 1]), {"radius": torch.tensor([0.3, 0.1])})
+    table.append(torch.tensor([2, 3]), {"radius": torch.tensor([0.2, 0.3])})
+    rows = table.gather()
+    assert rows["index"].tolist() == [1, 2, 3]
+    torch.testing.assert_close(rows["radius"], torch.tensor([0.1, 0.2, 0.3]))
+    assert SampleTable().gather() == {}
+
+
+def test_a_stage_needs_an_encoder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="either a student"):
+        FineTuning()
+    with pytest.raises(ValueError, match="image_size"):
+        FineTuning(torch.nn.Flatten())
