@@ -25,7 +25,7 @@ def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
             "triplets": str(scores["num_triplets"]),
             "natural": _percent(scores["majority"]),
             **_percents(scores["certified"]),
-            "median radius": f"{scores['radius']['median']:.3g}",
+            "median R": f"{scores['radius']['median']:.3g}",
         }
         for name, scores in certified["sets"].items()
     ]
@@ -66,8 +66,8 @@ def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], nam
     }
     count = certified["num_triplets"]
     return {
-        f"Certified 2AFC score in % on {count} test triplets, at an ℓ2 budget ε": _rows(rows),
-        f"2AFC score in % under PGD on the reference, {count} test triplets": _rows({**under_attack, **plain}),
+        f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": _rows(rows),
+        f"2AFC score in % under PGD on the reference at ℓ2 budgets ε, {count} triplets": _rows({**under_attack, **plain}),
     }
 
 
@@ -149,7 +149,7 @@ def _rows(scores: Mapping[str, tuple[float, Mapping[str, float]]]) -> list[Row]:
 
 
 def _percents(scores: Mapping[str, float]) -> dict[str, str]:
-    return {f"ε = {eps}": _percent(score) for eps, score in scores.items()}
+    return {eps: _percent(score) for eps, score in scores.items()}
 
 
 def _percent(score: float) -> str:

@@ -35,7 +35,8 @@ class RunRecord(SaveConfigCallback):
     """Saves the resolved config and the environment, so that a run directory can be understood alone."""
 
     def save_config(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        directory = Path(trainer.log_dir or trainer.default_root_dir)
+        # Not trainer.log_dir, which is a broadcast that the other processes would not take part in.
+        directory = Path((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
         (directory / "environment.json").write_text(json.dumps(_environment(trainer), indent=2) + "\n")
 
 
@@ -124,7 +125,7 @@ class StageCLI(LightningCLI):
         """The last certification of each set as a table in the terminal."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CertifyRadii) and callback.results and self.trainer.is_global_zero:
-                Console().print(rich_table(certified_rows(callback.results), "Certified majority score in %"))
+                Console().print(rich_table(certified_rows(callback.results), "Majority score in %, natural and certified at ℓ2 budgets ε"))
 
     def run_test(self) -> None:
         """Test the model as it is after another subcommand, with the same trainer and data."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from lipsim.data.triplet import SharedTriplet, Triplet
+
 
 class ColorJitter(nn.Module):
     """The paper's second view: ColorJitter(.4, .4, .2, .1) with probability .8, grayscale with probability .2.
@@ -26,19 +28,27 @@ class ColorJitter(nn.Module):
         return torch.cat([self.transform(part) for part in images.chunk(self.groups)]).clamp(0, 1)
 
 
-def random_symmetries(num: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw ``num`` symmetries for :func:`apply_symmetries`: three reflections ``(num, 3)`` bool, channel orders."""
-    reflections = torch.rand(num, 3, device=like.device) < 0.5
-    return reflections, torch.rand(num, 3, device=like.device).argsort(dim=1)
+def random_reflections(num: int, like: Tensor) -> Tensor:
+    """Draw ``num`` of the 8 symmetries of the square for :func:`reflect`, ``(num, 3)`` bool."""
+    return torch.rand(num, 3, device=like.device) < 0.5
 
 
-def apply_symmetries(images: Tensor, symmetries: tuple[Tensor, Tensor]) -> Tensor:
-    """Flip, transpose and exchange the colour channels of ``(N, 3, S, S)``, each image by its own draw.
+def reflect(images: Tensor, reflections: Tensor) -> Tensor:
+    """Flip and transpose ``(N, 3, S, S)``, each image by its own row ``(horizontal, vertical, transposed)``.
 
-    The 8 reflections and turns of the square and the 6 orders of the channels keep the answer to "which is more alike?"
-    where all images of a triplet undergo the same.
+    The answer to "which is more alike?" stays where all images of a triplet undergo the same.
     """
-    reflections, channels = symmetries
     for column, change in enumerate((lambda t: t.flip(3), lambda t: t.flip(2), lambda t: t.transpose(2, 3))):
         images = torch.where(reflections[:, column].view(-1, 1, 1, 1), change(images), images)
-    return images.gather(1, channels.view(-1, 3, 1, 1).expand_as(images))
+    return images
+
+
+def augmented(batch: Triplet) -> Triplet:
+    """The batch under random reflections and turns, one for each triplet (one for all where triplets share images)."""
+    if isinstance(batch, SharedTriplet):
+        reflections = random_reflections(1, batch.distinct).expand(len(batch.distinct), -1)
+        distinct = reflect(batch.distinct, reflections)
+        return SharedTriplet(distinct, batch.ids, batch.right_vote, batch.index)
+    reflections = random_reflections(len(batch), batch.reference)
+    reference, left, right = (reflect(part, reflections) for part in batch.images())
+    return Triplet(reference, left, right, batch.right_vote, batch.index)

@@ -31,6 +31,7 @@ class Factor:
         step: change that is about as visible as one step of any other factor; a difference of natural logarithms if
             ``log``.
         start: least and greatest value of a reference, if they differ from ``low`` and ``high``.
+        weight: how often a move changes it, relative to the others.
         log: whether equal ratios, not equal differences, look equal (sizes, frequencies); needs ``low > 0``.
     """
 
@@ -40,6 +41,7 @@ class Factor:
     step: float
     log: bool = False
     start: tuple[float, float] | None = None
+    weight: float = 1.0
 
     def to_steps(self, value: float) -> float:
         """Position of a value on the axis, in steps."""
@@ -88,7 +90,8 @@ def move(
     Returns:
         A copy of the description with ``num_moved`` fields changed.
     """
-    chosen = rng.choice(len(factors), size=num_moved, replace=False)
+    weights = np.array([factor.weight for factor in factors])
+    chosen = rng.choice(len(factors), size=num_moved, replace=False, p=weights / weights.sum())
     direction = rng.standard_normal(num_moved)
     direction *= size / np.linalg.norm(direction)
     changes: dict[str, Any] = {

@@ -79,16 +79,16 @@ class PhotographParameters:
 
 
 PHOTOGRAPH_FACTORS = (
-    Factor("scale", 0.15, 0.95, step=0.2, log=True, start=(0.3, 0.7)),
-    Factor("rotation", -1.2, 1.2, step=0.3, start=(0.0, 0.0)),
-    Factor("warp", 0.0, 0.1, step=0.022, start=(0.0, 0.0)),
-    Factor("blur", 0.0, 0.07, step=0.014, start=(0.0, 0.0)),
-    Factor("noise", 0.0, 0.2, step=0.035, start=(0.0, 0.02)),
-    Factor("lightness", -0.3, 0.3, step=0.06, start=(-0.05, 0.05)),
-    Factor("contrast", 0.4, 2.0, step=0.18, log=True, start=(0.85, 1.15)),
-    Factor("saturation", 0.2, 2.2, step=0.3, log=True, start=(0.8, 1.2)),
-    Factor("green_red", -0.2, 0.2, step=0.035, start=(-0.02, 0.02)),
-    Factor("blue_yellow", -0.2, 0.2, step=0.035, start=(-0.02, 0.02)),
+    Factor("scale", 0.15, 0.95, step=0.2, log=True, start=(0.3, 0.7), weight=0.7),
+    Factor("rotation", -1.2, 1.2, step=0.3, start=(0.0, 0.0), weight=0.4),
+    Factor("warp", 0.0, 0.1, step=0.022, start=(0.0, 0.0), weight=0.3),
+    Factor("blur", 0.0, 0.07, step=0.014, start=(0.0, 0.0), weight=0.4),
+    Factor("noise", 0.0, 0.2, step=0.035, start=(0.0, 0.02), weight=0.4),
+    Factor("lightness", -0.3, 0.3, step=0.06, start=(-0.05, 0.05), weight=0.7),
+    Factor("contrast", 0.4, 2.0, step=0.18, log=True, start=(0.85, 1.15), weight=1.3),
+    Factor("saturation", 0.2, 2.2, step=0.3, log=True, start=(0.8, 1.2), weight=1.3),
+    Factor("green_red", -0.2, 0.2, step=0.035, start=(-0.02, 0.02), weight=0.7),
+    Factor("blue_yellow", -0.2, 0.2, step=0.035, start=(-0.02, 0.02), weight=0.7),
 )
 
 
@@ -122,7 +122,7 @@ def load_photograph(name: str) -> FloatArray:
         FileNotFoundError: if this version of the wheel lacks it.
     """
     with Image.open(photograph_path(name)) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+        return np.asarray(image.convert("RGB"), dtype=np.float32) / np.float32(255)
 
 
 @functools.lru_cache(maxsize=16)
@@ -173,7 +173,7 @@ def _crop(parameters: PhotographParameters, image_size: int, rng: np.random.Gene
 
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
     x, y = np.meshgrid(axis + parameters.shift_x, axis + parameters.shift_y)
-    # Plane waves of one or two periods per crop; each adds warp^2 / (2 waves) * 2 to the mean square.
+    # Plane waves of one or two periods per crop. A unit wave has mean square 1/2, so this amplitude makes it warp^2.
     angle, phase = 2 * np.pi * rng.random((2, _WARP_WAVES))
     period = 2 * np.pi * rng.uniform(0.8, 1.8, _WARP_WAVES)
     direction = 2 * np.pi * rng.random(_WARP_WAVES)

@@ -23,8 +23,8 @@ _COVERAGE = 3.0
 _RADIUS_SIGMA = 0.25
 # Orientations of the leaves of a scene scatter by this many radians about their mean.
 _ORIENTATION_SIGMA = 0.2
-# Colours of the leaves of one tone scatter by this standard deviation of OKLab a and b.
-_COLOUR_SIGMA = 0.015
+# Leaves of one tone and lightness scatter by these standard deviations of OKLab L, a and b.
+_SCATTER = np.array([0.03, 0.015, 0.015], dtype=np.float32)
 # Supersampled images are at least this wide, so that small ones are smooth too.
 _MIN_SAMPLES = 128
 
@@ -37,7 +37,7 @@ class SceneParameters:
         lightness: mean OKLab lightness of the leaves, 0 (black) to 1 (white).
         green_red: mean OKLab a of the leaves, about -0.15 (green) to 0.15 (magenta red).
         blue_yellow: mean OKLab b, about -0.15 (blue) to 0.15 (yellow).
-        lightness_spread: standard deviation of lightness from leaf to leaf.
+        lightness_spread: half the difference in lightness of the light and the dark leaves; either tone has both.
         tone_cos: the leaves come in two complementary tones, a distance c to either side of the mean colour along an
             axis at angle t in the plane of a and b; this is c cos 2t: positive for red and green leaves.
         tone_sin: c sin 2t.
@@ -75,17 +75,17 @@ class SceneParameters:
 
 
 SCENE_FACTORS = (
-    Factor("lightness", 0.42, 0.78, step=0.065),
-    Factor("green_red", -0.09, 0.09, step=0.035),
-    Factor("blue_yellow", -0.09, 0.09, step=0.035),
-    Factor("lightness_spread", 0.02, 0.20, step=0.045),
-    Factor("tone_cos", -0.14, 0.14, step=0.045),
-    Factor("tone_sin", -0.14, 0.14, step=0.045),
-    Factor("radius", 0.08, 0.24, step=0.28, log=True),
-    Factor("stretch_cos", -1.6, 1.6, step=0.7),
-    Factor("stretch_sin", -1.6, 1.6, step=0.7),
-    Factor("texture_contrast", 0.0, 0.7, step=0.12),
-    Factor("texture_frequency", 4.0, 14.0, step=0.3, log=True),
+    Factor("lightness", 0.42, 0.78, step=0.065, weight=0.7),
+    Factor("green_red", -0.09, 0.09, step=0.035, weight=0.7),
+    Factor("blue_yellow", -0.09, 0.09, step=0.035, weight=0.7),
+    Factor("lightness_spread", 0.02, 0.20, step=0.04, weight=1.0),
+    Factor("tone_cos", -0.14, 0.14, step=0.045, weight=1.6),
+    Factor("tone_sin", -0.14, 0.14, step=0.045, weight=1.6),
+    Factor("radius", 0.09, 0.26, step=0.28, log=True, weight=0.5),
+    Factor("stretch_cos", -1.6, 1.6, step=0.7, weight=0.3),
+    Factor("stretch_sin", -1.6, 1.6, step=0.7, weight=0.3),
+    Factor("texture_contrast", 0.0, 0.7, step=0.12, weight=0.7),
+    Factor("texture_frequency", 3.0, 9.0, step=0.3, log=True, weight=0.4),
 )
 
 
@@ -96,7 +96,7 @@ class _Leaves:
     position: FloatArray  # (n, 2) in [0, 1): within the area that can be shifted into view
     normal: FloatArray  # (n, 5) standard normal: radius, orientation, lightness, a, b
     texture: FloatArray  # (n, 2) in [0, 1): direction and phase of the stripes
-    tone: FloatArray  # (n,) -1 or 1
+    sign: FloatArray  # (n, 2) -1 or 1: dark or light, one tone or the other
 
 
 def render_scene(parameters: SceneParameters, image_size: int) -> FloatArray:
@@ -121,10 +121,11 @@ def render_scene(parameters: SceneParameters, image_size: int) -> FloatArray:
     owner = _paint(parameters, leaves, centres, side)
     pixels = _shade(parameters, leaves, owner)
     blocks = pixels.reshape(image_size, supersampling, image_size, supersampling, 3)
-    total = sum(
-        blocks[:, i, :, j] for i in range(supersampling) for j in range(supersampling)
-    )  # much faster than mean()
-    return np.asarray(total, dtype=np.float32) / supersampling**2
+    image = np.zeros((image_size, image_size, 3), dtype=np.float32)
+    for i, j in np.ndindex(supersampling, supersampling):  # several times faster than blocks.mean(axis=(1, 3))
+        image += blocks[:, i, :, j]
+    image /= supersampling**2
+    return np.minimum(image, 1, out=image)  # a sum of ones can round up
 
 
 def _draw_leaves(parameters: SceneParameters, num_leaves: int) -> _Leaves:
@@ -134,15 +135,15 @@ def _draw_leaves(parameters: SceneParameters, num_leaves: int) -> _Leaves:
         other = np.random.default_rng(parameters.rearrangement_seed)
         replaced = other.random(num_leaves, dtype=np.float32) < parameters.rearranged
         table = np.where(replaced[:, None], _leaf_table(other, num_leaves), table)
-    uniform, normal = table[:, :5], table[:, 5:]
-    tone = np.where(uniform[:, 4] < 0.5, np.float32(-1), np.float32(1))
-    return _Leaves(position=uniform[:, :2], normal=np.clip(normal, -2, 2), texture=uniform[:, 2:4], tone=tone)
+    uniform, normal = table[:, :6], table[:, 6:]
+    sign = np.where(uniform[:, 4:] < 0.5, np.float32(-1), np.float32(1))
+    return _Leaves(position=uniform[:, :2], normal=np.clip(normal, -2, 2), texture=uniform[:, 2:4], sign=sign)
 
 
 def _leaf_table(rng: np.random.Generator, num_leaves: int) -> FloatArray:
-    """``(n, 10)``: 5 uniform and 5 standard normal columns."""
+    """``(n, 11)``: 6 uniform and 5 standard normal columns."""
     first, second = rng.spawn(2)
-    uniform = first.random((num_leaves, 5), dtype=np.float32)
+    uniform = first.random((num_leaves, 6), dtype=np.float32)
     return np.concatenate([uniform, second.standard_normal((num_leaves, 5), dtype=np.float32)], axis=1)
 
 
@@ -164,7 +165,7 @@ def _paint(parameters: SceneParameters, leaves: _Leaves, centres: FloatArray, si
     grid = (np.arange(side, dtype=np.float32) + 0.5) / side
     square = np.float32(parameters.squareness)
     round_ = np.float32(1 - parameters.squareness)
-    # rows (u from x, u from y, v from x, v from y, u offset, v offset): leaf coordinates in which the leaf is the unit ball
+    # In coordinates u, v the leaf is a unit ball. Columns: how u grows with x and with y, and v likewise.
     forms = np.stack([cos / length, sin / length, -sin / width, cos / width], axis=1)
     offset_u = forms[:, 0] * centres[:, 0] + forms[:, 1] * centres[:, 1]
     offset_v = forms[:, 2] * centres[:, 0] + forms[:, 3] * centres[:, 1]
@@ -185,14 +186,13 @@ def _paint(parameters: SceneParameters, leaves: _Leaves, centres: FloatArray, si
 
 def _shade(parameters: SceneParameters, leaves: _Leaves, owner: NDArray[np.intp]) -> FloatArray:
     """``(side, side, 3)`` in [0, 1]: colour and stripes of the leaf that each sample shows."""
-    strength, axis = (
-        math.hypot(parameters.tone_cos, parameters.tone_sin),
-        0.5 * math.atan2(parameters.tone_sin, parameters.tone_cos),
-    )
-    mean = (parameters.lightness, parameters.green_red, parameters.blue_yellow)
-    spread = (parameters.lightness_spread, _COLOUR_SIGMA, _COLOUR_SIGMA)
-    tone = leaves.tone[:, None] * (0, strength * math.cos(axis), strength * math.sin(axis))
-    colour = oklab_to_srgb((mean + tone + leaves.normal[:, 2:] * spread).astype(np.float32))
+    strength = math.hypot(parameters.tone_cos, parameters.tone_sin)
+    axis = 0.5 * math.atan2(parameters.tone_sin, parameters.tone_cos)
+    oklab = _SCATTER * leaves.normal[:, 2:]
+    oklab[:, 0] += parameters.lightness + parameters.lightness_spread * leaves.sign[:, 0]
+    oklab[:, 1] += parameters.green_red + strength * math.cos(axis) * leaves.sign[:, 1]
+    oklab[:, 2] += parameters.blue_yellow + strength * math.sin(axis) * leaves.sign[:, 1]
+    colour = oklab_to_srgb(oklab)
 
     angle = 2 * np.pi * leaves.texture[:, 0]
     frequency = 2 * np.pi * parameters.texture_frequency

@@ -18,7 +18,7 @@ class HierarchicalSLL(nn.Sequential):
     Args:
         image_size: side ``S`` of the input, a multiple of the product of all blocks.
         out_features: features of the head, the teacher's dimension where it is distilled.
-        blocks: side of the space-to-depth block that opens each stage.
+        blocks: side of the space-to-depth block that opens each stage; none: the head sees the pixels themselves.
         depths: SLL convolutions in each stage.
         widths: inner channels of these convolutions, per stage.
         linear_depth: SLL linear blocks after the head.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,8 +12,8 @@ from torch.nn import functional as F
 class SmallViT(nn.Module):
     """A plain ViT on images in [0, 1] with a centred unit-norm embedding, as DreamSim has it.
 
-    The embedding is the class token after the last norm, minus its mean over features, divided by its norm (Fu et al.
-    2023, package version 0.2). It has no Lipschitz bound: as a metric it answers, and certifies nothing.
+    The pooled tokens after the last norm, minus their mean over features, divided by the norm (Fu et al. 2023, package
+    version 0.2). It has no Lipschitz bound: as a metric it answers, and certifies nothing.
 
     Args:
         image_size: side of the input.
@@ -19,14 +21,28 @@ class SmallViT(nn.Module):
         width: size of the tokens and of the embedding.
         depth: transformer blocks.
         heads: attention heads.
+        pool: "avg", the mean of all patches, which learns faster from scratch, or "token", the class token.
     """
 
     def __init__(
-        self, image_size: int = 64, patch_size: int = 16, width: int = 192, depth: int = 4, heads: int = 3
+        self,
+        image_size: int = 64,
+        patch_size: int = 16,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        pool: Literal["avg", "token"] = "avg",
     ) -> None:
         super().__init__()
         self.vit = VisionTransformer(
-            img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            num_classes=0,
+            global_pool=pool,
+            class_token=pool == "token",
         )
         self.image_size = image_size
         self.out_features = width
@@ -36,9 +52,10 @@ class SmallViT(nn.Module):
             "width": width,
             "depth": depth,
             "heads": heads,
+            "pool": pool,
         }
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in [0, 1] to unit-norm embeddings ``(N, width)``."""
-        embedding = self.vit(2 * x - 1)
+        embedding = self.vit((x - 0.5) / 0.25)
         return F.normalize(embedding - embedding.mean(-1, keepdim=True), dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.data import Triplet
+from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import RadiusHinge, TripletLoss
@@ -22,6 +23,7 @@ class FineTuning(MetricModule):
         init_from: exported metric to start from instead, such as the one that distillation wrote.
         anchor: constant coordinate of the metric.
         loss: hinge on the exact radius (default) or on ``d`` (:class:`lipsim.training.MarginHinge`, the paper's).
+        augment: flip and turn all three images of a triplet alike; the vote stays.
         optimizer: default Adam with the paper's β.
         schedule: default the paper's triangle.
     """
@@ -32,6 +34,7 @@ class FineTuning(MetricModule):
         init_from: Path | None = None,
         anchor: float = 1.0,
         loss: TripletLoss | None = None,
+        augment: bool = False,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.9)),
         schedule: Schedule | None = None,
     ) -> None:
@@ -40,10 +43,11 @@ class FineTuning(MetricModule):
             PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor), optimizer, schedule or Triangular()
         )
         self.loss = loss or RadiusHinge()
+        self.augment = augment
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Loss of a batch; each distinct image is embedded once."""
-        z, z0, z1 = batch.embed(self.metric.embed)
+        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.metric.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lipsim.data import SharedTriplet, Triplet
-from lipsim.data.augment import apply_symmetries, random_symmetries
+from lipsim.data import Triplet
+from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss
@@ -23,7 +24,10 @@ class TeacherTuning(MetricModule):
         teacher: the encoder, such as :class:`lipsim.teachers.SmallViT`.
         init_from: exported metric to start from instead.
         loss: default a hinge on the margin, 0.05 as DreamSim has it.
-        augment: flip and turn all three images of a triplet alike, and exchange their colour channels; the vote stays.
+        contrast: weight of a contrastive term (InfoNCE, van den Oord et al. 2018) between references and preferred
+            candidates of a batch. A teacher from scratch learns from it what images are, which a pretrained one knows.
+        temperature: of the contrastive term.
+        augment: flip and turn all three images of a triplet alike; the vote stays.
         optimizer: default Adam.
         schedule: default warm-up and cosine.
     """
@@ -33,6 +37,8 @@ class TeacherTuning(MetricModule):
         teacher: nn.Module | None = None,
         init_from: Path | None = None,
         loss: TripletLoss | None = None,
+        contrast: float = 0.0,
+        temperature: float = 0.07,
         augment: bool = True,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=3e-4),
         schedule: Schedule | None = None,
@@ -42,23 +48,22 @@ class TeacherTuning(MetricModule):
         metric = PerceptualMetric(encoder, image_size_of(encoder), anchor=0.0, lipschitz=math.inf)
         super().__init__(metric, optimizer, schedule or WarmupCosine(100))
         self.loss = loss or MarginHinge(0.05)
+        self.contrast, self.temperature = contrast, temperature
         self.augment = augment
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
-        """Hinge over a batch."""
+        """Hinge over a batch, and the contrastive term."""
         z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.metric.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
+        if self.contrast:
+            preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)
+            loss = loss + self.contrast * info_nce(z, preferred, self.temperature)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
 
-def augmented(batch: Triplet) -> Triplet:
-    """The batch under random symmetries, one for each triplet (one for all where triplets share images)."""
-    if isinstance(batch, SharedTriplet):
-        reflections, channels = random_symmetries(1, batch.distinct)
-        count = len(batch.distinct)
-        distinct = apply_symmetries(batch.distinct, (reflections.expand(count, -1), channels.expand(count, -1)))
-        return SharedTriplet(distinct, batch.ids, batch.right_vote, batch.index)
-    symmetries = random_symmetries(len(batch), batch.reference)
-    reference, left, right = (apply_symmetries(part, symmetries) for part in batch.images())
-    return Triplet(reference, left, right, batch.right_vote, batch.index)
+def info_nce(z: Tensor, positive: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of ``(N, D)`` embeddings: row ``i`` of one must find row ``i`` of the other."""
+    logits = F.normalize(z, dim=-1) @ F.normalize(positive, dim=-1).mT / temperature
+    target = torch.arange(len(z), device=z.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2

@@ -38,7 +38,9 @@ def test_a_shorter_set_begins_a_longer_one_whatever_the_workers() -> None:
 def test_renders_once_and_reports_progress() -> None:
     _cached.cache_clear()
     done: list[int] = []
+    state = torch.get_rng_state()
     first = BuiltinTriplets("test", 40, image_size=16, progress=done.append)
+    assert torch.equal(torch.get_rng_state(), state)  # else a training would depend on what was rendered before
     assert sum(done) == 40
     second = BuiltinTriplets("test", 40, image_size=16, progress=done.append)
     assert sum(done) == 40

@@ -16,6 +16,7 @@ from lipsim import PerceptualMetric, certificates, export
 from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletGallery
 from lipsim.callbacks.collect import SampleTable
 from lipsim.data import SharedTriplet, Triplet
+from lipsim.data.augment import augmented
 from lipsim.results import read_results
 from lipsim.students import HierarchicalSLL, OrthogonalProjection
 from lipsim.teachers import SmallViT
@@ -31,7 +32,6 @@ from lipsim.training import (
     WarmupCosine,
 )
 from lipsim.training.base import check_images
-from lipsim.training.teacher_tuning import augmented
 
 
 class ToyData(L.LightningDataModule):
