@@ -67,7 +67,7 @@ def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], nam
     count = certified["num_triplets"]
     return {
         f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": _rows(rows),
-        f"2AFC score in % under PGD on the reference at ℓ2 budgets ε, {count} triplets": _rows({**under_attack, **plain}),
+        f"2AFC score in % under PGD on the reference, {count} test triplets": _rows({**under_attack, **plain}),
     }
 
 
@@ -79,8 +79,8 @@ def null_space_lines(results: Mapping[str, Any], name: str) -> list[str]:
         if found["kernel"]:
             lines.append(
                 f"Null space of the {title}'s first operator ({found['layer']}): references moved by "
-                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by at most "
-                f"{found['largest_relative_change']:.0e} of its norm: exact collisions."
+                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of its "
+                f"norm (median; at most {found['largest_change']:.0e}); {100 * found['exact']:.0f} % are exact collisions."
             )
         else:
             lines.append(f"Null space of the {title}'s first operator: none, {found['reason']}.")

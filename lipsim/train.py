@@ -125,7 +125,8 @@ class StageCLI(LightningCLI):
         """The last certification of each set as a table in the terminal."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CertifyRadii) and callback.results and self.trainer.is_global_zero:
-                Console().print(rich_table(certified_rows(callback.results), "Majority score in %, natural and certified at ℓ2 budgets ε"))
+                rows = certified_rows(callback.results)
+                Console().print(rich_table(rows, "Majority score in %, natural and certified at ℓ2 budgets ε"))
 
     def run_test(self) -> None:
         """Test the model as it is after another subcommand, with the same trainer and data."""

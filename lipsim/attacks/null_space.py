@@ -160,7 +160,8 @@ def null_space(
         direction: ``(N, 3, H, W)``, noise for a texture.
         eps: ℓ2 budget; None: only the box limits.
         box: the range of valid images; None needs ``eps``.
-        iterations: of the projection.
+        iterations: of the projection. Where almost everything is saturated ``A D`` is ill-conditioned and more are needed:
+            look at the change of the embedding.
 
     Returns:
         ``x_adv`` like ``x`` with ``operator(x_adv − x) ≈ 0``; ``x`` itself where the kernel is trivial.
@@ -180,7 +181,7 @@ def null_space(
     perturbation = room * unit
     length = sample_norm(perturbation)
     # Conjugate gradients leave rounding: what is left of a trivial kernel is no perturbation.
-    trivial = length <= 1e-4 * sample_norm(room * direction)
+    trivial = length <= 1e-4 * sample_norm(direction) * room.amax()
     scale = torch.full_like(length, torch.inf) if eps is None else eps / length.clamp(min=1e-38)
     if box is not None:
         scale = torch.minimum(scale, 1 / sample_norm(unit, "inf").clamp(min=1e-38))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,8 +37,8 @@ def pgd(
         norm: 2 or "inf".
         eps: budget, the largest norm of ``x_adv − x``.
         steps: gradient steps of a run.
-        step_size: length of a step; None: ``2.5·eps/steps``, which crosses the ball with room to spare, decayed to a
-            tenth by a cosine.
+        step_size: length of the first step, decayed to a tenth by a cosine; None: ``2.5·eps/steps``, whose steps add up
+            to 1.4 times the radius of the ball.
         restarts: runs.
         box: the range of valid images; None for all of ℝⁿ.
         seed: of the random starts.
@@ -79,7 +80,8 @@ def pgd(
             direction = ascent_direction(gradient, norm)
             # A stationary start (identical images, a dead region) gives no direction: leave it at random.
             stuck = expand(sample_norm(gradient) == 0, current)
-            moved = torch.where(stuck, start[alive], current + size * direction)
+            decay = 0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2
+            moved = torch.where(stuck, start[alive], current + size * decay * direction)
             current = project_to_budget(moved, clean[alive], norm, eps, box)
     return best
 

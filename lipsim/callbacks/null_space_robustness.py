@@ -21,6 +21,9 @@ from lipsim.metric import PerceptualMetric
 from lipsim.training.base import Features, MetricModule
 
 
+EXACT = 1e-6  # relative change of an embedding below which a collision counts as exact
+
+
 class NullSpaceRobustness(TripletCallback):
     """How far each reference can move inside the kernel of the encoder's first operator, and what becomes of it.
 
@@ -82,7 +85,9 @@ class NullSpaceRobustness(TripletCallback):
             "kernel": True,
             "layer": layer,
             "mean_length": float(rows[f"{key}/length"].mean()),
-            "largest_relative_change": float(rows[f"{key}/change"].max()),
+            "median_change": float(rows[f"{key}/change"].median()),
+            "largest_change": float(rows[f"{key}/change"].max()),
+            "exact": float((rows[f"{key}/change"] < EXACT).double().mean()),
             "largest_distance": float(rows[f"{key}/distance"].max()),
             "flipped": float(rows[f"{key}/flipped"].double().mean()),
         }

@@ -25,7 +25,7 @@ class MaterialAnswers:
     """Judgements on images by number, sides shuffled.
 
     Attributes:
-        ids: ``(N, 3)`` int64: reference, left, right, positions among the alphabetically sorted images.
+        ids: ``(N, 3)`` int64: reference, left, right, positions among the images of :func:`load_material_images`.
         right_vote: ``(N,)`` float32, the fraction of the judges who chose right.
     """
 
@@ -62,7 +62,9 @@ class MaterialTriplets(Dataset[Any]):
 
 
 def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, list[str]]:
-    """The images in alphabetical order, ``(100, 3, S, S)`` float32 in [0, 1], and their names.
+    """The images by file name, ``(100, 3, S, S)`` float32 in [0, 1], and their names.
+
+    The answers count the sorted file names with their extension: "chrome-steel.jpg" comes before "chrome.jpg".
 
     Raises:
         FileNotFoundError: ``root`` is no clone of the repository; the message says where to get it.
@@ -75,7 +77,7 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
     if len(files) != NUM_IMAGES:
         raise ValueError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
     preprocess = Preprocess(image_size)
-    return torch.stack([preprocess(read_image(file)) for file in files]), [file.stem for file in files]
+    return torch.stack([preprocess(read_image(file)) for file in files]), [file.name for file in files]
 
 
 def load_material_answers(

@@ -187,4 +187,3 @@ def image_size_of(encoder: nn.Module) -> int:
     if not isinstance(size, int):
         raise ValueError(f"{type(encoder).__name__} needs an attribute image_size, the side of the images it takes")
     return size
-

@@ -135,6 +135,8 @@ class MaterialData(TripletData):
         batch_size: triplets in a batch; each batch embeds at most 100 distinct images.
         val_triplets: size of the first validation set.
         held_out_materials: materials behind the second one.
+        ties: whether to keep triplets with a tied vote: the vote score counts them, the majority score and the losses
+            pass them over.
         seed: of the split and of the sides.
     """
 
@@ -145,18 +147,19 @@ class MaterialData(TripletData):
         batch_size: int = 2048,
         val_triplets: int = 2000,
         held_out_materials: int = 20,
+        ties: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size)
         self.root, self.image_size, self.seed = Path(root), image_size, seed
-        self.val_triplets, self.held_out_materials = val_triplets, held_out_materials
+        self.val_triplets, self.held_out_materials, self.ties = val_triplets, held_out_materials, ties
         self.collate = _as_fetched
 
     def setup(self, stage: str) -> None:
         """Read the images and the answers."""
         if self.train_set is not None:
             return
-        answers = load_material_answers(self.root, seed=self.seed)
+        answers = load_material_answers(self.root, ties=self.ties, seed=self.seed)
         images, _ = load_material_images(self.root, self.image_size)
         split = split_material(
             answers, num_triplets=self.val_triplets, num_materials=self.held_out_materials, seed=self.seed
@@ -168,7 +171,7 @@ class MaterialData(TripletData):
         }
         self.test_sets = dict(self.val_sets)
         if (self.root / ANSWERS.format(part="test")).is_file():
-            official = load_material_answers(self.root, "test", seed=self.seed)
+            official = load_material_answers(self.root, "test", ties=self.ties, seed=self.seed)
             self.test_sets["official"] = MaterialTriplets(images, official)
 
 
