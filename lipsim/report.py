@@ -79,8 +79,9 @@ def null_space_lines(results: Mapping[str, Any], name: str) -> list[str]:
         if found["kernel"]:
             lines.append(
                 f"Null space of the {title}'s first operator ({found['layer']}): references moved by "
-                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of its "
-                f"norm (median; at most {found['largest_change']:.0e}); {100 * found['exact']:.0f} % are exact collisions."
+                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of "
+                f"its norm (median; at most {found['largest_change']:.0e}); "
+                f"{100 * found['exact']:.0f} % are exact collisions."
             )
         else:
             lines.append(f"Null space of the {title}'s first operator: none, {found['reason']}.")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -66,7 +66,7 @@ class StageParser(LightningArgumentParser):
 
 
 class StageCLI(LightningCLI):
-    """LightningCLI with this project's defaults: everything a run writes goes into ``trainer.default_root_dir``."""
+    """LightningCLI with this project's defaults: what a run writes goes into ``trainer.default_root_dir``."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -97,7 +97,7 @@ class StageCLI(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in SUBCOMMANDS}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer with a CSV log, a progress bar and a checkpoint on failure, unless the config has its own."""
+        """A trainer with a CSV log, a progress bar and checkpoints, also on failure, unless the config has its own."""
         config = self._get(self.config_init, "trainer", default={})
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -105,6 +105,10 @@ class StageCLI(LightningCLI):
             isinstance(c, RichProgressBar) for c in callbacks
         ):
             callbacks.append(RichProgressBar())
+        if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            # After every epoch, whether or not it was validated.
+            folder = Path(config["default_root_dir"]) / "checkpoints"
+            callbacks.append(ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True))
         kwargs["callbacks"] = [*callbacks, SaveOnException()]
         # Advertisements among the messages of a run.
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())

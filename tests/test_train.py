@@ -91,8 +91,9 @@ def test_the_resolved_config_can_be_run_again(capsys: pytest.CaptureFixture[str]
     assert resolved["model"]["init_args"]["loss"]["init_args"]["target"] == 2.5
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0] and environment["processes"] == 1
-    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    checkpoint = run / "checkpoints" / "last.ckpt"
     train(["--config", str(run / "config.yaml"), "--trainer.max_epochs=2", "--ckpt_path", str(checkpoint)])
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
     assert "Majority score in %" in capsys.readouterr().out
 
 
@@ -245,7 +246,7 @@ def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("scores.png", "teacher-and-student.png", "gallery.png", "attacked-builtin.png"):
         assert (folder / "plots" / name).stat().st_size > 5000, name
     for stage in ("teacher", "linear", "distilled", "student"):
-        assert (folder / stage / "config.yaml").is_file() and list((folder / stage / "checkpoints").glob("*.ckpt"))
+        assert (folder / stage / "config.yaml").is_file() and (folder / stage / "checkpoints" / "last.ckpt").is_file()
     scores = results["attacked"]["sets"]["builtin"]
     for metric in ("metric", "teacher", "linear"):
         left = [scores[metric]["natural"], *scores[metric]["attacked"].values()]

@@ -160,8 +160,8 @@ def null_space(
         direction: ``(N, 3, H, W)``, noise for a texture.
         eps: ℓ2 budget; None: only the box limits.
         box: the range of valid images; None needs ``eps``.
-        iterations: of the projection. Where almost everything is saturated ``A D`` is ill-conditioned and more are needed:
-            look at the change of the embedding.
+        iterations: of the projection. Where almost everything is saturated ``A D`` is ill-conditioned and more are
+            needed; the change of the embedding tells.
 
     Returns:
         ``x_adv`` like ``x`` with ``operator(x_adv − x) ≈ 0``; ``x`` itself where the kernel is trivial.

@@ -20,7 +20,6 @@ from lipsim.data import Triplet
 from lipsim.metric import PerceptualMetric
 from lipsim.training.base import Features, MetricModule
 
-
 EXACT = 1e-6  # relative change of an embedding below which a collision counts as exact
 
 

@@ -22,8 +22,8 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "material-appearance-simi
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rng = torch.Generator().manual_seed(0)
-    drawn = {tuple(torch.randperm(100, generator=rng)[:3].tolist()): None for _ in range(3200)}
-    answers = [list(triplet) for triplet in drawn][:3000]
+    drawn = [torch.randperm(100, generator=rng)[:3].tolist() for _ in range(3200)]
+    answers = list({(r, frozenset((a, b))): [r, a, b] for r, a, b in drawn}.values())[:3000]
     agreement = [[4, 1] if i % 10 else [2, 2] for i in range(3000)]
     untied = [i for i in range(3000) if i % 10]
     content = {
