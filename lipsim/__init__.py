@@ -1,8 +1,20 @@
 """Certifiably robust perceptual similarity metrics."""
 
+from lipsim import attacks, audit, certificates, data, students, teachers
 from lipsim.export import load
 from lipsim.metric import PerceptualMetric, TwoAFCCertificate
 
 __version__ = "0.1.0"
 
-__all__ = ["PerceptualMetric", "TwoAFCCertificate", "__version__", "load"]
+__all__ = [
+    "PerceptualMetric",
+    "TwoAFCCertificate",
+    "__version__",
+    "attacks",
+    "audit",
+    "certificates",
+    "data",
+    "load",
+    "students",
+    "teachers",
+]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
+from lipsim.precision import full_precision
+
 _ROUND_UP = 1 + 1e-12  # above the rounding of the float64 products, FFTs and SVDs used here
 
 
@@ -58,7 +60,7 @@ def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), full_precision():
             _walk(module, x, "", layers)
     finally:
         module.train(training)
@@ -100,10 +102,16 @@ def linear_bound(linear: nn.Linear) -> float:
 
 
 def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> Tensor:
+    title = f"{type(module).__name__} at '{name or 'the top'}'"
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise UnboundedModuleError(f"{title} has forward hooks, which may compute anything; remove them to audit it")
+    if not all(torch.isfinite(parameter).all() for parameter in module.parameters(recurse=False)):
+        raise UnboundedModuleError(f"{title} has non-finite weights")
     if hasattr(module, "lipschitz_bound"):
         bound = module.lipschitz_bound()
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        for child_name, child in module.named_children():
+        # Not named_children(), which passes over a module that is used twice.
+        for child_name, child in module._modules.items():
             x = _walk(child, x, f"{name}.{child_name}" if name else child_name, layers)
         return x
     elif type(module) is nn.Conv2d:
@@ -112,17 +120,22 @@ def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> Tensor
         bound = _BOUNDS[type(module)](module)
     else:
         raise UnboundedModuleError(
-            f"no Lipschitz bound is known for {type(module).__name__} at '{name or 'the top'}'; use layers of "
-            "lipsim.layers, or give the module a method lipschitz_bound() that returns a proven one"
+            f"no Lipschitz bound is known for {title}; use layers of lipsim.layers, or give the module a method "
+            "lipschitz_bound() that returns a proven one"
         )
-    if not math.isfinite(bound):
-        raise UnboundedModuleError(f"{type(module).__name__} at '{name}' has no finite bound (non-finite weights?)")
+    if not 0 <= bound < math.inf:
+        raise UnboundedModuleError(f"{title} has no finite Lipschitz bound, it says {bound}")
     layers.append(LayerBound(name, type(module).__name__, float(bound)))
     return module(x)
 
 
 def _leaky_relu_bound(module: nn.LeakyReLU) -> float:
     return max(1.0, abs(module.negative_slope))
+
+
+def _flatten_bound(module: nn.Flatten) -> float:
+    # Flattening the batch as well would mix samples.
+    return 1.0 if module.start_dim == 1 else math.inf
 
 
 def _normalize_bound(module: Normalize) -> float:
@@ -132,9 +145,11 @@ def _normalize_bound(module: Normalize) -> float:
 _BOUNDS: dict[type[nn.Module], Callable[..., float]] = {
     nn.Linear: linear_bound,
     nn.LeakyReLU: _leaky_relu_bound,
+    nn.Flatten: _flatten_bound,
     Normalize: _normalize_bound,
     **dict.fromkeys(
-        (nn.Identity, nn.Flatten, nn.ReLU, nn.Tanh, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.Softplus),
+        # Not nn.Softplus: it jumps where it turns into the identity.
+        (nn.Identity, nn.ReLU, nn.Tanh, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle),
         lambda _: 1.0,
     ),
 }

@@ -31,7 +31,7 @@ def one_line(message: str) -> str:
 def one_line_errors() -> Iterator[None]:
     """Turn errors that are the user's to mend into one line on stderr and exit status 1.
 
-    ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead. Other exceptions, which are ours to mend, pass unchanged.
+    ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead. Other classes of exceptions pass unchanged.
     """
     try:
         yield

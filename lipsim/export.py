@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -78,26 +77,38 @@ def load(path: str | Path) -> PerceptualMetric:
             f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again"
         ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file} is no exported metric (format {metadata.get('format')!r}); see scripts/export.py")
+        raise ValueError(
+            f"{file} is no exported metric (format {metadata.get('format')!r}); lipsim.export.save writes them"
+        )
     if int(metadata.get("version", "0")) > VERSION:
         raise ValueError(f"{file} has format version {metadata['version']}, newer than {VERSION}; update lipsim")
-    header = json.loads(metadata["metric"])
-    if header["encoder"] not in ENCODERS:
-        raise ValueError(
-            f"{file} names the encoder {header['encoder']}, which this version does not have; update lipsim"
+    try:
+        header = json.loads(metadata["metric"])
+        if header["encoder"] not in ENCODERS:
+            raise ValueError(
+                f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
+            )
+        encoder = ENCODERS[header["encoder"]](**header["config"])
+        metric = PerceptualMetric(
+            encoder,
+            header["image_size"],
+            anchor=header["anchor"],
+            lipschitz=math.inf,
+            feature_error=header["feature_error"],
+            resize=header["resize"],
         )
-    encoder = ENCODERS[header["encoder"]](**header["config"])
+        declared = header["lipschitz"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot rebuild the metric in {file}: {error}") from error
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        encoder.to(dtypes.pop())
     load_weights(encoder, state, str(file))
-    metric = PerceptualMetric(
-        encoder,
-        header["image_size"],
-        anchor=header["anchor"],
-        lipschitz=math.inf if header["lipschitz"] is None else header["lipschitz"],
-        feature_error=header["feature_error"],
-        resize=header["resize"],
-    )
     metric.requires_grad_(False)
     freeze(metric)
+    if declared is not None:
+        # Computed, not assumed: a header cannot claim less than the weights have.
+        metric.lipschitz = max(declared, metric.audit().total)
     return metric
 
 
@@ -120,12 +131,6 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str)
             "they belong to another architecture or configuration"
         )
     module.load_state_dict(state)
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, the name by which results refer to a checkpoint."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _resolve(path: str | Path) -> Path:

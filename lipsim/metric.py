@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lipsim import audit, certificates, geometry
 from lipsim.data.transforms import Preprocess
+from lipsim.layers.base import parameter_versions
 from lipsim.precision import full_precision
 
 
@@ -71,12 +73,29 @@ class PerceptualMetric(nn.Module):
             raise ValueError(f"expected an anchor ≥ 0, got {anchor}")
         if lipschitz is not None and not lipschitz > 0:
             raise ValueError(f"expected a Lipschitz bound > 0, got {lipschitz}")
+        if not 0 <= feature_error < math.inf:
+            raise ValueError(f"expected a feature_error ≥ 0, got {feature_error}")
         self.encoder = encoder
         self.image_size = image_size
         self.anchor = anchor
         self.feature_error = feature_error
         self.preprocess = Preprocess(image_size, resize)
-        self.lipschitz = audit.lipschitz_bound(encoder, image_size).total if lipschitz is None else lipschitz
+        self._lipschitz = lipschitz
+        self._audited: tuple[tuple[int, int], ...] | None = None
+        if lipschitz is None:
+            self.audit()
+
+    @property
+    def lipschitz(self) -> float:
+        """The bound that every radius divides by; an audited one follows the weights. Set it to declare another."""
+        if self._lipschitz is None or (self._audited is not None and self._audited != self._weight_versions()):
+            self.audit()
+        assert self._lipschitz is not None
+        return self._lipschitz
+
+    @lipschitz.setter
+    def lipschitz(self, bound: float) -> None:
+        self._lipschitz, self._audited = bound, None
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``f(x)``, ``(N, D)``, before anchor and projection.
@@ -96,7 +115,20 @@ class PerceptualMetric(nn.Module):
 
     @torch.no_grad()
     def certify(self, reference: Tensor, left: Tensor, right: Tensor) -> TwoAFCCertificate:
-        """Answer N triplets ``(N, 3, H, W)`` and certify the answers, in full precision."""
+        """Answer N triplets ``(N, 3, H, W)`` and certify the answers, in full precision.
+
+        The certified answer is that of the returned ``prefers_left``, whose geometry runs in float64.
+
+        Raises:
+            ValueError: different numbers of images, a wrong shape, or weights in half precision.
+        """
+        for images in (reference, left, right):
+            self._check_shape(images)
+        if not len(reference) == len(left) == len(right):
+            raise ValueError(
+                f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
+            )
+        self.check_precision()
         with full_precision():
             z, z0, z1 = self.embed(torch.cat([reference, left, right])).chunk(3)
         return self.certify_features(reference, z, z0, z1)
@@ -130,6 +162,7 @@ class PerceptualMetric(nn.Module):
     @torch.no_grad()
     def distance_bounds(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``."""
+        self.check_precision()
         with full_precision():
             z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
@@ -149,8 +182,21 @@ class PerceptualMetric(nn.Module):
             lipsim.audit.UnboundedModuleError: there is none.
         """
         report = audit.lipschitz_bound(self.encoder, self.image_size)
-        self.lipschitz = report.total
+        self._lipschitz, self._audited = report.total, self._weight_versions()
         return report
+
+    def _weight_versions(self) -> tuple[tuple[int, int], ...]:
+        return parameter_versions(self.encoder)
+
+    def check_precision(self) -> None:
+        """Refuse weights that nothing can be certified with.
+
+        Raises:
+            ValueError: a parameter in half precision.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(f"{name} is stored in half precision; certify with weights in float32 or float64")
 
     def _check_shape(self, x: Tensor) -> None:
         expected = (3, self.image_size, self.image_size)

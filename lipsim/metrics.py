@@ -15,7 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 
 class _PerSample(Metric):
-    """Keeps one row of numbers for each sample index; the last row of a repeated index counts."""
+    """Keeps one row of numbers for each sample index; the first row of a repeated index counts."""
 
     full_state_update = False
     is_differentiable = False

@@ -153,8 +153,8 @@ def _percents(scores: Mapping[str, float]) -> dict[str, str]:
     return {eps: _percent(score) for eps, score in scores.items()}
 
 
-def _percent(score: float) -> str:
-    return f"{100 * score:.1f}"
+def _percent(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.1f}"
 
 
 def _number(cell: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ _PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy
 
 
 def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None:
-    """Write one section into a results file, keeping the others; the file is replaced atomically.
+    """Write one section into a results file; the file is replaced atomically.
+
+    Other sections stay, except those that name other weights (``weights_sha256``). Numbers that are not finite become
+    null.
 
     Raises:
         ValueError: the file is there and is no results file of this schema.
@@ -27,7 +31,11 @@ def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None
     results: dict[str, Any] = {"schema": SCHEMA}
     if path.is_file():
         results = read_results(path)
-    results[section] = content
+    weights = content.get("weights_sha256")
+    if weights is not None:
+        stale = [k for k, v in results.items() if isinstance(v, dict) and v.get("weights_sha256", weights) != weights]
+        results = {key: value for key, value in results.items() if key not in stale}
+    results[section] = _finite(content)
     results["versions"] = versions()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -71,8 +79,16 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def eps_label(eps: float) -> str:

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 from lipsim.callbacks import CertifyRadii
@@ -37,6 +37,7 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Not trainer.log_dir, which is a broadcast that the other processes would not take part in.
         directory = Path((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "environment.json").write_text(json.dumps(_environment(trainer), indent=2) + "\n")
 
 
@@ -113,7 +114,10 @@ class StageCLI(LightningCLI):
         # Advertisements among the messages of a run.
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
         if config.get("logger") is None or config.get("logger") is True:
+            _keep_log(Path(config["default_root_dir"]))
             kwargs["logger"] = CSVLogger(config["default_root_dir"], name="", version="")
+        if config.get("accelerator") == "auto" and not torch.cuda.is_available():
+            kwargs["accelerator"] = "cpu"  # scores are computed in float64, which Apple's GPUs lack
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -138,8 +142,6 @@ class StageCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._check_checkpoint()
-        # Lightning's default would unpickle whatever a checkpoint holds.
-        self.config_init[self.config_init.subcommand].weights_only = True
 
     def before_validate(self) -> None:
         self._check_checkpoint()
@@ -148,6 +150,8 @@ class StageCLI(LightningCLI):
         self._check_checkpoint()
 
     def _check_checkpoint(self) -> None:
+        # Lightning's default would unpickle whatever a checkpoint holds.
+        self.config_init[self.config_init.subcommand].weights_only = True
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and path not in ("best", "last", "hpc", "registry"):
             check_checkpoint(Path(path), self.model)
@@ -192,6 +196,17 @@ def main(args: Sequence[str] | None = None) -> None:
             from lipsim.quickstart import quickstart
 
             quickstart()
+
+
+@rank_zero_only
+def _keep_log(directory: Path) -> None:
+    """Move the metrics.csv of an earlier run aside, which a CSVLogger would delete."""
+    log = directory / "metrics.csv"
+    if log.is_file():
+        number = 1
+        while (directory / f"metrics-{number}.csv").exists():
+            number += 1
+        log.rename(directory / f"metrics-{number}.csv")
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:

@@ -120,11 +120,26 @@ def test_a_scaled_layer_moves_the_bound() -> None:
 
 
 def test_non_finite_weights_have_no_bound() -> None:
-    layer = SLLConv2d(3, 3)
-    with torch.no_grad():
-        layer.kernel[0, 0, 0, 0] = math.nan
-    with pytest.raises(UnboundedModuleError, match="no finite bound"):
-        audit.lipschitz_bound(layer, 8)
+    for layer in (SLLConv2d(3, 3), nn.Conv2d(3, 3, 3), OrthogonalProjection(8, 4)):
+        with torch.no_grad():
+            next(layer.parameters()).view(-1)[0] = math.nan
+        with pytest.raises(UnboundedModuleError, match="non-finite weights"):
+            audit.lipschitz_bound(layer, 8)
+
+
+def test_a_module_used_twice_counts_twice() -> None:
+    linear = nn.Linear(48, 48)
+    report = audit.lipschitz_bound(nn.Sequential(nn.Flatten(), linear, linear), 4)
+    assert report.total == pytest.approx(audit.linear_bound(linear) ** 2, rel=1e-9)
+    assert len(report.layers) == 3
+
+
+def test_what_may_compute_anything_is_refused() -> None:
+    hooked = nn.Flatten()
+    hooked.register_forward_hook(lambda _m, _a, output: 1000 * output)
+    for module, message in ((hooked, "hooks"), (nn.Flatten(0), "no finite"), (nn.Softplus(threshold=-5), "Softplus")):
+        with pytest.raises(UnboundedModuleError, match=message):
+            audit.lipschitz_bound(module, 4)
 
 
 def test_the_audit_leaves_the_mode_alone() -> None:

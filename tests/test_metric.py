@@ -80,6 +80,33 @@ def test_bad_arguments(metric: PerceptualMetric) -> None:
         PerceptualMetric(SmallViT(16, 8, 12, 1, 2), 16)
 
 
+def test_the_bound_follows_the_weights() -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+    metric = PerceptualMetric(linear, 16)
+    before = metric.lipschitz
+    with torch.no_grad():
+        linear[1].weight.mul_(5)
+    assert metric.lipschitz == pytest.approx(5 * before, rel=1e-6)
+    metric.lipschitz = 7.0
+    assert metric.lipschitz == 7.0
+
+
+def test_certify_refuses_what_it_cannot_certify(metric: PerceptualMetric) -> None:
+    x = torch.rand(4, 3, 16, 16)
+    with pytest.raises(ValueError, match="as many candidates"):
+        metric.certify(x[:1], x, x)
+    with pytest.raises(ValueError, match="half precision"):
+        metric.bfloat16().certify(*[x.bfloat16()] * 3)
+    with pytest.raises(ValueError, match="feature_error ≥ 0"):
+        PerceptualMetric(OrthogonalProjection(16, 4), 16, feature_error=math.nan)
+
+
+def test_a_header_cannot_claim_a_smaller_bound(metric: PerceptualMetric, tmp_path: Path) -> None:
+    file = export.save(metric, tmp_path / "metric.safetensors")
+    _rewrite(file, lambda s, h, m: h.update(lipschitz=0.01))
+    assert lipsim.load(file).lipschitz >= 1
+
+
 def test_a_declared_bound_is_taken() -> None:
     class Half(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,8 +173,10 @@ def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]
         (lambda s, h, m: s.pop(next(iter(s))), "1 missing"),
         (lambda s, h, m: s.update(extra=torch.zeros(1)), "1 unexpected .first: extra"),
         (lambda s, h, m: h["config"].update(widths=[9]), "of another shape"),
-        (lambda s, h, m: h.update(encoder="os.system"), "names the encoder os.system"),
+        (lambda s, h, m: h.update(encoder="os.system"), "it names the encoder os.system"),
         (lambda s, h, m: m.update(version="99"), "newer than"),
+        (lambda s, h, m: h.pop("anchor"), "cannot rebuild"),
+        (lambda s, h, m: h["config"].update(flavour=1), "cannot rebuild"),
     ],
 )
 def test_files_of_another_architecture(metric: PerceptualMetric, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]

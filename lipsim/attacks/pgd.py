@@ -28,8 +28,8 @@ def pgd(
 ) -> Tensor:
     """Maximise an objective within a ball by normalised gradient steps, the best point of all steps kept.
 
-    The first run starts at ``x`` when there are further restarts or the gradient there is of use, the others at random
-    points of the ball. A sample is dropped from the computation as soon as it is broken (``objective > 0``).
+    The first run starts at ``x`` (at a random point where the gradient vanishes), the others at random points of the
+    ball. A sample is dropped from the computation as soon as it is broken (``objective > 0``).
 
     Args:
         objective: per-sample scalar to maximise.

@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lipsim import export
 from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.attacks.projections import Norm, sample_norm
-from lipsim.callbacks.base import TripletCallback
+from lipsim.callbacks.base import TripletCallback, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.collect import SampleTable, write_csv
 from lipsim.data import Triplet
@@ -66,26 +65,29 @@ class AttackRobustness(TripletCallback):
             raise ValueError(f"expected budgets eps ≥ 0, got {eps}")
         self.eps = sorted(eps)
         self.norm, self.steps, self.restarts, self.seed = norm, steps, restarts, seed
-        self.others = {name: export.load(path) for name, path in (others or {}).items()}
+        self.others = load_others(others)
+        self.attacked: dict[str, PerceptualMetric] = {}
         self.num_examples = num_examples
         self.tables: dict[str, SampleTable] = {}
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
         for metric in self.others.values():
-            metric.to(module.device)
+            freeze(metric.to(module.device))
+        # A copy without gradients to the weights: attacks differentiate through hundreds of forward passes.
+        own = copy.deepcopy(module.metric).requires_grad_(False)
+        freeze(own)
+        self.attacked = {"metric": own, **self.others}
         self.tables = {}
 
     def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
-        columns: dict[str, Tensor] = {"right_vote": batch.right_vote}
-        own = module.metric.margin(*features)
-        columns |= {f"metric/{key}": value for key, value in self.attack(module.metric, batch, own).items()}
+        # The radius is 0 where the metric has no bound.
         radius = module.metric.certify_features(batch.reference, *features).radius
-        for other, metric in self.others.items():
-            margin = metric.margin(*batch.embed(metric.embed))
-            columns |= {f"{other}/{key}": value for key, value in self.attack(metric, batch, margin).items()}
-        columns["radius"] = radius  # 0 where the metric has no bound
+        columns: dict[str, Tensor] = {"right_vote": batch.right_vote, "radius": radius}
+        for key, metric in self.attacked.items():
+            margin = metric.margin(*(features if key == "metric" else batch.embed(metric.embed)))
+            columns |= {f"{key}/{column}": value for column, value in self.attack(metric, batch, margin).items()}
         if trainer.testing and trainer.is_global_zero and name not in self.tables and self.num_examples:
-            self._draw_examples(trainer, module.metric, batch, name)
+            self._draw_examples(trainer, batch, name)
         self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
 
     def attack(self, metric: PerceptualMetric, batch: Triplet, margin: Tensor) -> dict[str, Tensor]:
@@ -96,7 +98,6 @@ class AttackRobustness(TripletCallback):
         broken_at = torch.full_like(margin, math.inf)
         broken_at[~agrees(margin, batch.right_vote)] = 0.0
         length = broken_at.clone()
-        metric = frozen_copy(metric)
         for eps in self.eps:
             rows = torch.isinf(broken_at).nonzero().flatten()
             if not len(rows):
@@ -122,35 +123,37 @@ class AttackRobustness(TripletCallback):
         )
         return x_adv, objective(x_adv)
 
-    def _draw_examples(self, trainer: L.Trainer, own: PerceptualMetric, batch: Triplet, name: str) -> None:
+    def _draw_examples(self, trainer: L.Trainer, batch: Triplet, name: str) -> None:
         batch = batch.select(torch.arange(min(self.num_examples, len(batch)), device=batch.index.device))
         attacked, titles = [batch.reference], [["reference"] * len(batch)]
-        for other, metric in {"this metric": own, **self.others}.items():
-            metric = frozen_copy(metric)
+        for key, metric in self.attacked.items():
             margin = metric.margin(*batch.embed(metric.embed))
             x_adv, value = self._run(metric, batch, margin > 0, self.eps[-1])
             attacked.append(x_adv)
-            titles.append([f"{other}: {'flipped' if v > 0 else 'holds'}" for v in value])
+            titles.append(
+                [f"{'this metric' if key == 'metric' else key}: {'flipped' if v > 0 else 'holds'}" for v in value]
+            )
         columns = [batch.left, *attacked, batch.right]
         labels = [["left"] * len(batch), *titles, ["right"] * len(batch)]
         path = self.output_directory(trainer) / "plots" / f"attacked-{name}.png"
         plot_grid(path, columns, labels, title=f"PGD on the reference, ε = {eps_label(self.eps[-1])}")
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        sets = {name: self._summarise(table.gather()) for name, table in self.tables.items()}
+        gathered = {name: table.gather() for name, table in self.tables.items()}
+        sets = {name: self._summarise(rows) for name, rows in gathered.items()}
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
             for label, score in summary["metric"]["attacked"].items():
                 module.log(f"{stage}/{name}/pgd_{label}", score, rank_zero_only=True)
-        for name, table in self.tables.items():
-            self._write_rows(trainer, name, table.gather())
+        for name, rows in gathered.items():
+            self._write_rows(trainer, name, rows)
         settings = {"attack": "pgd", "norm": self.norm, "steps": self.steps, "restarts": self.restarts}
         self.write_section(trainer, "attacked", {**settings, "seed": self.seed, "eps": self.eps, "sets": sets})
 
     def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
         untied = rows["right_vote"] != 0.5
         summary: dict[str, Any] = {"num_triplets": len(untied)}
-        for name in ("metric", *self.others):
+        for name in self.attacked:
             broken_at = rows[f"{name}/broken_at"][untied]
             left = {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
             summary[name] = {"natural": float((broken_at > 0).double().mean()), "attacked": left}
@@ -164,12 +167,3 @@ class AttackRobustness(TripletCallback):
         if trainer.testing:
             file = "attacks.csv" if len(self.tables) == 1 else f"attacks-{name}.csv"
             write_csv(self.output_directory(trainer) / file, rows)
-
-
-def frozen_copy(metric: PerceptualMetric) -> PerceptualMetric:
-    """A view of the metric for attacks: folded weights, no gradient to any parameter, the original untouched."""
-    if not any(parameter.requires_grad for parameter in metric.parameters()):
-        return metric
-    frozen = copy.deepcopy(metric).requires_grad_(False)
-    freeze(frozen)
-    return frozen

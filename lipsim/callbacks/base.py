@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lipsim import export
 from lipsim.data import Triplet
+from lipsim.layers import freeze
+from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
-from lipsim.results import update_results
+from lipsim.results import state_fingerprint, update_results
 from lipsim.training.base import Features, MetricModule, images_of
 
 
@@ -50,6 +53,8 @@ class TripletCallback(Callback):
     def write_section(self, trainer: L.Trainer, section: str, content: dict[str, Any]) -> None:
         """Write a section of results.json; validation leaves no files, its scores are in the log."""
         if trainer.testing:
+            module = cast(MetricModule, trainer.lightning_module)
+            content = {"weights_sha256": state_fingerprint(module.metric.encoder.state_dict()), **content}
             update_results(self.output_directory(trainer) / "results.json", section, content)
 
     def _works(self, trainer: L.Trainer) -> bool:
@@ -78,6 +83,8 @@ class TripletCallback(Callback):
             raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
             with _outside_inference_mode():
+                # Callbacks start before the module does; what they audit must be what it will evaluate.
+                freeze(module.metric)
                 self.begin(trainer, module)
 
     def _batch(
@@ -98,6 +105,17 @@ class TripletCallback(Callback):
     def _end(self, trainer: L.Trainer, module: Any) -> None:
         if self._works(trainer):
             self.finish(trainer, module)
+
+
+def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric]:
+    """Load the metrics that a callback compares with.
+
+    Raises:
+        ValueError: one of them is named "metric", as the module's own is in the results.
+    """
+    if "metric" in (others or {}):
+        raise ValueError("expected another name than 'metric' among others; the trained metric has it")
+    return {name: export.load(path) for name, path in (others or {}).items()}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lipsim.data import Triplet
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.precision import full_precision
-from lipsim.results import eps_label, state_fingerprint
+from lipsim.results import eps_label
 from lipsim.training.base import Features, MetricModule
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
@@ -65,12 +65,11 @@ class CertifyRadii(TripletCallback):
         self.results: dict[str, Any] = {}
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
-        half = [name for name, p in module.metric.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-        if half:
-            raise ValueError(f"{half[0]} is stored in half precision; certify with --trainer.precision 32-true")
+        module.metric.check_precision()
         self.report = module.metric.audit()
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
-        samples = [first_images(loader, self.error_sample) for loader in evaluation_loaders(trainer)]
+        loaders = evaluation_loaders(trainer) if self.error_sample else []
+        samples = [first_images(loader, self.error_sample) for loader in loaders]
         errors = [feature_error(module.metric, images.to(module.device)) for images in samples]
         module.metric.feature_error = self.error_factor * max(errors, default=0.0)
         self.tables = {}
@@ -117,7 +116,6 @@ class CertifyRadii(TripletCallback):
             "feature_error_sample": self.error_sample,
             "feature_error_factor": self.error_factor,
             "precision": f"features {_dtype(metric)} with TF32 and autocast off, geometry float64",
-            "weights_sha256": state_fingerprint(metric.encoder.state_dict()),
             "eps": self.eps,
             "sets": sets,
         }

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lipsim import export
+from lipsim.layers import freeze
 from lipsim.training.base import MetricModule
 
 
@@ -24,12 +25,16 @@ class ExportMetric(Callback):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = Path(path)
+        self.trained = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trained = True
         self._export(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._export(trainer, pl_module)
+        # A test of weights that nobody trained must not replace a file of some that were.
+        if self.trained or trainer.ckpt_path:
+            self._export(trainer, pl_module)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if (
@@ -38,6 +43,7 @@ class ExportMetric(Callback):
             or getattr(trainer, "fast_dev_run", False)
         ):
             return
+        freeze(module.metric)
         if module.metric.lipschitz != float("inf"):
             module.metric.audit()
         export.save(module.metric, self.path)

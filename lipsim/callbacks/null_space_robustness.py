@@ -10,11 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lipsim import export
 from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import sample_norm
 from lipsim.attacks.random import sample_normal
-from lipsim.callbacks.base import TripletCallback
+from lipsim.callbacks.base import TripletCallback, load_others
 from lipsim.callbacks.collect import SampleTable
 from lipsim.data import Triplet
 from lipsim.metric import PerceptualMetric
@@ -45,7 +44,7 @@ class NullSpaceRobustness(TripletCallback):
     ) -> None:
         super().__init__(directory, validate)
         self.seed = seed
-        self.others = {name: export.load(path) for name, path in (others or {}).items()}
+        self.others = load_others(others)
         self.tables: dict[str, SampleTable] = {}
         self.searched: dict[str, tuple[PerceptualMetric, FirstOperator | None]] = {}
 
@@ -71,6 +70,10 @@ class NullSpaceRobustness(TripletCallback):
         for name, table in self.tables.items():
             rows = table.gather()
             sets[name] = {key: self._summarise(key, rows) for key in self.searched}
+            own = sets[name]["metric"]
+            stage = "test" if trainer.testing else "val"
+            module.log(f"{stage}/{name}/null_space_length", own.get("mean_length", 0.0), rank_zero_only=True)
+            module.log(f"{stage}/{name}/null_space_flipped", own.get("flipped", 0.0), rank_zero_only=True)
         self.write_section(trainer, "null_space", {"seed": self.seed, "sets": sets})
 
     def _summarise(self, key: str, rows: dict[str, Tensor]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class TripletGallery(TripletCallback):
 
     def __init__(self, num_triplets: int = 4, directory: Path | None = None) -> None:
         super().__init__(directory, validate=False)
+        if num_triplets < 1:
+            raise ValueError(f"expected num_triplets of at least 1, got {num_triplets}")
         self.num_triplets = num_triplets
         self.kept: dict[str, dict[str, Tensor]] = {}
 

@@ -26,7 +26,7 @@ def read_image(path: str | Path) -> Image.Image:
             return image
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot read the image {path} ({error}); replace the file or remove it") from error
 
 

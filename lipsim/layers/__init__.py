@@ -1,7 +1,7 @@
 """1-Lipschitz layers. Each bounds its own Lipschitz constant; :mod:`lipsim.audit` composes the bounds."""
 
 from lipsim.layers.activations import MaxMin
-from lipsim.layers.base import LipschitzLayer, freeze
+from lipsim.layers.base import LipschitzLayer, freeze, unfreeze
 from lipsim.layers.orthogonal import OrthogonalLinear
 from lipsim.layers.reshape import Centering, ChannelPadding, ScaledAvgPool2d, SpaceToDepth, Truncation
 from lipsim.layers.sll import SLLConv2d, SLLLinear
@@ -18,4 +18,5 @@ __all__ = [
     "SpaceToDepth",
     "Truncation",
     "freeze",
+    "unfreeze",
 ]

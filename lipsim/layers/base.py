@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lipsim.precision import full_precision
+
 
 class LipschitzLayer(nn.Module, ABC):
     """A layer that bounds its own Lipschitz constant (ℓ2 to ℓ2).
@@ -50,14 +52,37 @@ class FoldedLayer(LipschitzLayer):
 
     def freeze(self) -> Self:
         # Attacks differentiate through folded weights, which tensors made in inference mode do not allow.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision():
             self._folded = tuple(weight.detach() for weight in self.derive())
         self._folded_from = self._parameter_versions()
         return self
 
+    def unfold(self) -> None:
+        """Forget the folded weights. Fused optimizers change parameters without counting a version."""
+        self._folded = ()
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
     def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
-        # The version of a tensor counts its in-place changes; tensors made in inference mode have none.
-        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters(recurse=False))
+        return parameter_versions(self, recurse=False)
+
+
+def parameter_versions(module: nn.Module, recurse: bool = True) -> tuple[tuple[int, int], ...]:
+    """Where the parameters lie and how often they were changed in place: different after nearly every change.
+
+    Tensors made in inference mode have no version, and fused optimizers and writes to ``.data`` count none.
+    """
+    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in module.parameters(recurse))
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Forget what :func:`freeze` folded; the mode stays."""
+    for child in module.modules():
+        if isinstance(child, FoldedLayer):
+            child.unfold()
 
 
 def freeze(module: nn.Module) -> nn.Module:

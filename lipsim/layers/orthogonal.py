@@ -52,7 +52,7 @@ class OrthogonalLinear(FoldedLayer):
         q = q.detach().double()
         # λ_max of the small Gram matrix; the margin covers the rounding of a float64 product and eigensolver.
         largest = float(torch.linalg.eigvalsh(q @ q.mT)[-1])
-        return (largest + q.shape[1] * 2.3e-16) ** 0.5 * (1 + 1e-12)
+        return (largest + q.numel() * 2.3e-16) ** 0.5 * (1 + 1e-12)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape

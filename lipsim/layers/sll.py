@@ -54,8 +54,9 @@ class SLLLinear(FoldedLayer):
 class SLLConv2d(FoldedLayer):
     """Convolutional SLL block: ``(N, C, H, W)`` to the same shape, stride 1, zero padding that keeps the size.
 
-    ``|W Wᵀ|`` is the absolute self-convolution of the kernel summed over space, which dominates the row sums of the
-    zero-padded operator on every image size.
+    ``|W Wᵀ|`` is the absolute self-convolution of the kernel summed over space. It dominates the operator on the whole
+    plane; the zero-padded one is ``R W E`` with the extension ``E`` of the image by zeros and the restriction ``R`` of
+    the output, and ``R W E Eᵀ Wᵀ Rᵀ ⪯ R W Wᵀ Rᵀ``.
 
     Args:
         channels: input and output channels ``C``.
@@ -132,7 +133,9 @@ def _block_bound(absolute_gram: Tensor, weight: Tensor, output: Tensor, q: Tenso
     residual = output - 2 * scale.unsqueeze(1) * weight
     q = q.detach().double()
     rows = (absolute_gram * torch.exp(q.unsqueeze(0) - q.unsqueeze(1))).sum(1)
-    c = float((scale * rows).max()) * (1 + 1e-12)
+    c = float(torch.where(scale > 0, scale * rows, 0.0).max()) * (1 + 1e-12)
+    if not math.isfinite(c):
+        return math.inf
     # ‖R‖ ≤ √taps·‖R‖_F for a convolution (each pixel is read once per tap), and ‖W‖² ≤ max_i Σ_j |W Wᵀ|_ij.
     rounding = math.sqrt(taps * float(absolute_gram.sum(1).max())) * float(torch.linalg.vector_norm(residual))
     return max(1.0, 2 * c - 1) + rounding

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lipsim import export
 from lipsim.data import Triplet
-from lipsim.layers import freeze
+from lipsim.layers import freeze, unfreeze
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import TwoAFCScore
 from lipsim.precision import full_precision
@@ -93,6 +93,12 @@ class MetricModule(L.LightningModule):
         """Score a batch of triplets, ``{"features": (z, z0, z1)}``."""
         return self._evaluate(batch, dataloader_idx)
 
+    def on_validation_end(self) -> None:
+        unfreeze(self.metric)
+
+    def on_test_end(self) -> None:
+        unfreeze(self.metric)
+
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
 
@@ -109,7 +115,9 @@ class MetricModule(L.LightningModule):
         freeze(self.metric)
         self.scores.clear()
 
-    def _evaluate(self, batch: Triplet, dataloader_idx: int) -> Evaluation:
+    def _evaluate(self, batch: Any, dataloader_idx: int) -> Evaluation | None:
+        if not isinstance(batch, Triplet):  # a folder of images, in distillation
+            return None
         with full_precision():
             z, z0, z1 = batch.embed(self.metric.embed)
         margin = self.metric.margin(z, z0, z1)

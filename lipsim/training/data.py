@@ -61,11 +61,13 @@ class TripletData(L.LightningDataModule):
         return [self._loader(dataset) for dataset in self.test_sets.values()]
 
     def _loader(self, dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        share = len(dataset) // processes  # type: ignore[arg-type]
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
-            drop_last=shuffle and len(dataset) >= self.batch_size,  # type: ignore[arg-type]
+            drop_last=shuffle and share >= self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,

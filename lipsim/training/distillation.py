@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipsim import export
-from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.metric import PerceptualMetric
 from lipsim.training.base import Evaluation, MetricModule, OptimizerFactory, encoder_from, image_size_of, images_of
@@ -58,11 +57,8 @@ class Distillation(MetricModule):
 
     @property
     def teacher(self) -> PerceptualMetric:
-        """The frozen teacher's metric."""
-        return self._teacher[0]
-
-    def setup(self, stage: str) -> None:
-        self.teacher.to(self.device)
+        """The frozen teacher's metric, on the device of the student."""
+        return self._teacher[0].to(self.device)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss over the clean and the jittered view."""
@@ -77,7 +73,7 @@ class Distillation(MetricModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
         """Compare student and teacher; score the student where the batch has triplets."""
-        evaluation = super().validation_step(batch, batch_idx, dataloader_idx) if isinstance(batch, Triplet) else None
+        evaluation = super().validation_step(batch, batch_idx, dataloader_idx)
         images = images_of(batch)
         student, target = self.metric.embed(images), self.teacher.embed(images)
         name = f"val/{self.set_name(dataloader_idx)}"
@@ -90,6 +86,6 @@ class Distillation(MetricModule):
 
 
 def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
-    """Pearson correlation of both metrics' pairwise distances within a batch."""
+    """Pearson correlation of both metrics' pairwise distances within a batch; other batches give other values."""
     pair = torch.stack([pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)])
     return torch.corrcoef(pair)[0, 1]

@@ -101,6 +101,7 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     file = export.save(teacher.metric, tmp_path / "teacher.safetensors")
 
     untrained = Distillation(file, _student())
+    assert untrained.teacher.encoder(data.batch.left).shape == (64, 12)
     trainer.validate(untrained, data, verbose=False)
     before = dict(trainer.callback_metrics)
     distillation = Distillation(file, _student(), optimizer=_adam, schedule=WarmupCosine(5))
