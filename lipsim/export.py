@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,13 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     }
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in metric.encoder.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata={"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)})
+    # Replaced as a whole: a process that dies while writing leaves the old file.
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(state, temporary, metadata={"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)})
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
+    os.replace(temporary, path)
     return path
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,9 @@ from lipsim.report import certified_rows, rich_table
 from lipsim.results import versions
 from lipsim.training.base import MetricModule
 
+_DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
+train.py --config configs/quickstart/distill.yaml --trainer.max_epochs 3
+(fit is understood). Every option of the config can be given on the command line; --print_config shows them all."""
 SUBCOMMANDS = ("fit", "validate", "test")
 
 
@@ -84,7 +88,7 @@ class StageCLI(LightningCLI):
             auto_configure_optimizers=False,
             trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 10},
             parser_class=StageParser,
-            parser_kwargs={"prog": "train.py", "description": __doc__},
+            parser_kwargs={"prog": "train.py", "description": _DESCRIPTION},
             args=list(args),
         )
 
@@ -180,6 +184,8 @@ def train(args: Sequence[str]) -> StageCLI:
 
     ``fit`` is understood where no subcommand is given.
     """
+    # Lightning 2.6 calls what torch 2.14 deprecates; once a stage is once too often.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     args = list(args)
     if not args or args[0] not in (*SUBCOMMANDS, "-h", "--help"):
         args.insert(0, "fit")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lipsim.attacks.projections import Box, expand, sample_norm
 
 _SATURATED = 0.02  # of the box
+_EXACT = 1e-6  # what the operator sees of the perturbation, relative to what it sees of the direction
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,7 @@ def null_space(
         direction: ``(N, 3, H, W)``, noise for a texture.
         eps: ℓ2 budget; None: only the box limits.
         box: the range of valid images; None needs ``eps``.
-        iterations: of the projection. Where almost everything is saturated ``A D`` is ill-conditioned and more are
-            needed; the change of the embedding tells.
+        iterations: of the projection; five times as many for samples that have not converged by then.
 
     Returns:
         ``x_adv`` like ``x`` with ``operator(x_adv − x) ≈ 0``; ``x`` itself where the kernel is trivial.
@@ -178,6 +178,12 @@ def null_space(
         # Nearly saturated values could hardly move and would make A D ill-conditioned.
         room = torch.where(room < _SATURATED * (box[1] - box[0]), 0.0, room)
     unit = project_to_kernel(lambda u: operator(room * u), direction, iterations=iterations)
+    # Where much is saturated A D is ill-conditioned: those samples alone are worth more iterations.
+    seen = sample_norm(operator(room * unit)) / sample_norm(operator(room * direction)).clamp(min=1e-38)
+    slow = (seen > _EXACT).nonzero().flatten()
+    if len(slow):
+        part = room[slow]
+        unit[slow] = project_to_kernel(lambda u: operator(part * u), direction[slow], iterations=5 * iterations)
     perturbation = room * unit
     length = sample_norm(perturbation)
     # Conjugate gradients leave rounding: what is left of a trivial kernel is no perturbation.

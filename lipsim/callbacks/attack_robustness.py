@@ -144,7 +144,7 @@ class AttackRobustness(TripletCallback):
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
             for label, score in summary["metric"]["attacked"].items():
-                module.log(f"{stage}/{name}/pgd_{label}", score, rank_zero_only=True)
+                module.log(f"{stage}/{name}/pgd_{label}", score, sync_dist=True)
         for name, rows in gathered.items():
             self._write_rows(trainer, name, rows)
         settings = {"attack": "pgd", "norm": self.norm, "steps": self.steps, "restarts": self.restarts}

@@ -103,8 +103,8 @@ class CertifyRadii(TripletCallback):
             sets[name] = self._summarise(rows)
             stage = "test" if trainer.testing else "val"
             for label, score in sets[name]["certified"].items():
-                module.log(f"{stage}/{name}/certified_{label}", score, rank_zero_only=True)
-            module.log(f"{stage}/{name}/median_radius", sets[name]["radius"]["median"], rank_zero_only=True)
+                module.log(f"{stage}/{name}/certified_{label}", score, sync_dist=True)
+            module.log(f"{stage}/{name}/median_radius", sets[name]["radius"]["median"], sync_dist=True)
             if trainer.testing:
                 self._write_rows(trainer, name, rows)
         metric = module.metric

@@ -72,8 +72,8 @@ class NullSpaceRobustness(TripletCallback):
             sets[name] = {key: self._summarise(key, rows) for key in self.searched}
             own = sets[name]["metric"]
             stage = "test" if trainer.testing else "val"
-            module.log(f"{stage}/{name}/null_space_length", own.get("mean_length", 0.0), rank_zero_only=True)
-            module.log(f"{stage}/{name}/null_space_flipped", own.get("flipped", 0.0), rank_zero_only=True)
+            module.log(f"{stage}/{name}/null_space_length", own.get("mean_length", 0.0), sync_dist=True)
+            module.log(f"{stage}/{name}/null_space_flipped", own.get("flipped", 0.0), sync_dist=True)
         self.write_section(trainer, "null_space", {"seed": self.seed, "sets": sets})
 
     def _summarise(self, key: str, rows: dict[str, Tensor]) -> dict[str, Any]:

@@ -133,12 +133,12 @@ class MetricModule(L.LightningModule):
     def _log_scores(self, stage: str) -> None:
         for name, scores in self.scores.items():
             for kind, score in scores.items():  # type: ignore[operator]
-                # Already the same on every process: torchmetrics gathers inside compute().
+                # torchmetrics gathers inside compute(); the mean over processes is one of equal numbers.
                 self.log(
                     f"{stage}/{name}/{kind}_score",
                     score.compute().float(),
                     prog_bar=kind == "majority",
-                    rank_zero_only=True,
+                    sync_dist=True,
                 )
         self.scores.clear()
 
