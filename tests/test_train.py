@@ -74,7 +74,10 @@ def test_every_config_runs(config: Path, material: Path) -> None:
     _stand_ins()
     data = [f"--data.root={material}", "--data.val_triplets=100"] if config.parent.name == "material" else SMALL
     for subcommand in ("fit", "test"):
-        train([subcommand, "--config", str(config), "--trainer.fast_dev_run=true", *data, *QUIET])
+        cli = train([subcommand, "--config", str(config), "--trainer.fast_dev_run=true", *data, *QUIET])
+        assert cli.trainer.state.finished
+        scores = [name for name in cli.trainer.callback_metrics if name.endswith("majority_score")]
+        assert len(scores) == len(cli.datamodule.test_names if subcommand == "test" else cli.datamodule.val_names)
 
 
 def test_every_config_says_what_it_costs() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lipsim
 from lipsim import PerceptualMetric
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, first_operator, null_space, pgd, project_to_kernel
 from lipsim.attacks.projections import sample_norm
 from lipsim.attacks.random import sample_normal
 from lipsim.baselines import pixel_l2
-from lipsim.data import Triplet
+from lipsim.data import BuiltinTriplets, Triplet
 from lipsim.students import HierarchicalSLL, OrthogonalProjection
 from lipsim.teachers import SmallViT
 
@@ -134,6 +135,27 @@ def test_pgd_reaches_the_exact_radius_of_a_linear_encoder() -> None:
         row = objective.select(torch.tensor([i]))
         x_adv = pgd(row, images[0, i : i + 1], eps=1.05 * radius[i].item(), steps=100, box=None)
         assert row(x_adv).item() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["reference", "left", "right"])
+def test_no_attack_breaks_the_bundled_metric(target: str) -> None:
+    """The trained student on its own kind of images, in float64, without a box."""
+    metric = lipsim.load("quickstart").double()
+    images = BuiltinTriplets("test", 8).images.double().unbind(1)
+    reference, left, right = (image / 255 for image in images)
+    certificate = metric.certify(reference, left, right)
+    radius = {"reference": certificate.radius, "left": certificate.left_radius, "right": certificate.right_radius}
+    moving = {"reference": reference, "left": left, "right": right}[target]
+    objective = TwoAFCObjective(metric, reference, left, right, target=target)  # type: ignore[arg-type]
+    broken = 0
+    for i in range(8):
+        row, x = objective.select(torch.tensor([i])), moving[i : i + 1]
+        eps = radius[target][i].item()
+        assert row(pgd(row, x, eps=eps * (1 - 1e-9), steps=20, box=None)).item() <= 0
+        broken += row(pgd(row, x, eps=eps * 3, steps=20, box=None)).item() > 0
+    if target == "reference":  # whose radius is exact up to the network's own slack
+        assert broken >= 6
 
 
 def test_an_inflated_certificate_is_caught() -> None:
