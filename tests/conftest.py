@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from lipsim.data import Triplet
 
 # Lightning 2.6 makes calls that jsonargparse 4 deprecates; see the bound in pyproject.toml.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+# No deadlines: the first call of a torch function on a busy machine takes as long as it takes.
+hypothesis.settings.register_profile("lipsim", deadline=None)
+hypothesis.settings.load_profile("lipsim")
 
 
 @pytest.fixture(autouse=True)
