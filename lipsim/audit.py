@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
+from lipsim.layers.mixing import Branches
+from lipsim.layers.norms import matrix_norm_bound, padded_conv_norm_bound
 from lipsim.precision import full_precision
 
-_ROUND_UP = 1 + 1e-12  # above the rounding of the float64 products, FFTs and SVDs used here
+_ROUND_UP = 1 + 1e-12  # above the rounding of the few float64 operations done here
 
 
 class UnboundedModuleError(ValueError):
@@ -35,7 +37,10 @@ class LayerBound:
 
 @dataclass(frozen=True)
 class LipschitzReport:
-    """The bound of a whole network, ``total``, and of each of its layers."""
+    """The bound of a whole network, ``total``, and of each of its layers.
+
+    ``total`` is the product over a sequence. Layers inside branches (a mixture) come before the one that combines them.
+    """
 
     total: float
     layers: tuple[LayerBound, ...]
@@ -48,11 +53,12 @@ class LipschitzReport:
 def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
     """Bound the Lipschitz constant (ℓ2 to ℓ2) of ``module`` on images ``(N, 3, image_size, image_size)``.
 
-    ``nn.Sequential`` multiplies the bounds of its children; a module with a method ``lipschitz_bound()`` declares its
-    own; common layers of ``torch.nn`` are bounded here. Subclasses of those are not trusted, they may compute anything.
+    ``nn.Sequential`` multiplies the bounds of its children, :class:`lipsim.layers.Branches` combine them; a module with
+    a method ``lipschitz_bound()`` declares its own; common layers of ``torch.nn`` are bounded here. Subclasses of those
+    are not trusted, they may compute anything.
 
     Raises:
-        UnboundedModuleError: some part of it has no known bound, or one that is not finite.
+        UnboundedModuleError: some part of it has no known bound, or one that is not finite; weights in half precision.
     """
     layers: list[LayerBound] = []
     parameter = next(module.parameters(), torch.empty(0))
@@ -61,59 +67,59 @@ def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
     module.eval()
     try:
         with torch.no_grad(), full_precision():
-            _walk(module, x, "", layers)
+            _, total = _walk(module, x, "", layers)
     finally:
         module.train(training)
-    return LipschitzReport(math.prod(layer.bound for layer in layers) * (1 + len(layers) * 1e-15), tuple(layers))
+    return LipschitzReport(total, tuple(layers))
 
 
 def conv2d_bound(conv: nn.Conv2d, input_size: tuple[int, int]) -> float:
-    """Bound of a zero-padded convolution on inputs ``(C, H, W)``, tight up to boundary effects.
+    """Bound of a convolution on inputs ``(C, *input_size)``, for any stride, dilation, groups and padding.
 
-    A stride ``s`` becomes stride 1 on the ``s × s`` polyphase components, which is a permutation of the input. The
-    padded operator is a restriction of the circular one on a torus large enough that nothing wraps around, and that one
-    is diagonalised by the FFT: its norm is the largest singular value over all frequencies (Sedghi et al. 2019).
-
-    Raises:
-        UnboundedModuleError: dilation, groups or a padding mode that this diagonalisation does not cover.
+    Tight up to boundary effects for zero and circular padding; copying pixels, as other padding does, counts in full.
     """
-    if conv.padding_mode != "zeros" or set(conv.dilation) != {1} or conv.groups != 1:
-        raise UnboundedModuleError("Conv2d is bounded for zero padding, dilation 1 and groups 1 only")
-    kernel = conv.weight.detach().double().cpu()
-    stride_h, stride_w = conv.stride
-    pad_h, pad_w = (-kernel.shape[2] % stride_h, -kernel.shape[3] % stride_w)
-    kernel = nn.functional.pad(kernel, (0, pad_w, 0, pad_h))
-    out_channels, in_channels, height, width = kernel.shape
-    kernel = kernel.view(out_channels, in_channels, height // stride_h, stride_h, width // stride_w, stride_w)
-    kernel = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-    # The torus holds the padded input in units of strides, plus the reach of the kernel.
-    padding = [0, 0] if conv.padding == "valid" else [conv.kernel_size[0], conv.kernel_size[1]]
-    torus = [
-        -(-(size + 2 * pad) // stride) + taps
-        for size, pad, stride, taps in zip(input_size, padding, conv.stride, kernel.shape[2:], strict=True)
-    ]
-    spectrum = torch.fft.rfft2(kernel, s=torus).permute(2, 3, 0, 1)
-    return float(torch.linalg.svdvals(spectrum).max()) * _ROUND_UP
+    (top, bottom), (left, right) = (_padding(conv, axis) for axis in (0, 1))
+    return padded_conv_norm_bound(
+        conv.weight.cpu(),
+        input_size,
+        (left, right, top, bottom),
+        conv.padding_mode,
+        conv.stride,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+    )
 
 
 def linear_bound(linear: nn.Linear) -> float:
-    """Largest singular value of the weight, by a full SVD."""
-    return float(torch.linalg.matrix_norm(linear.weight.detach().double().cpu(), ord=2)) * _ROUND_UP
+    """Largest singular value of the weight."""
+    return matrix_norm_bound(linear.weight.cpu())
 
 
-def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> Tensor:
+def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> tuple[Tensor, float]:
+    """Run a module on ``x`` and bound it; returns the output and the bound, and appends a row for each layer."""
     title = f"{type(module).__name__} at '{name or 'the top'}'"
     if module._forward_hooks or module._forward_pre_hooks:
         raise UnboundedModuleError(f"{title} has forward hooks, which may compute anything; remove them to audit it")
-    if not all(torch.isfinite(parameter).all() for parameter in module.parameters(recurse=False)):
-        raise UnboundedModuleError(f"{title} has non-finite weights")
-    if hasattr(module, "lipschitz_bound"):
-        bound = module.lipschitz_bound()
-    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    for parameter in module.parameters(recurse=False):
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise UnboundedModuleError(
+                f"{title} has weights in half precision ({parameter.dtype}), whose rounding no bound covers; store "
+                "them in float32 or float64"
+            )
+        if not torch.isfinite(parameter).all():
+            raise UnboundedModuleError(f"{title} has non-finite weights")
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        bound = 1.0
         # Not named_children(), which passes over a module that is used twice.
         for child_name, child in module._modules.items():
-            x = _walk(child, x, f"{name}.{child_name}" if name else child_name, layers)
-        return x
+            x, factor = _walk(child, x, _join(name, child_name), layers)
+            bound *= factor * (1 + 1e-15)
+        return x, bound
+    if isinstance(module, Branches) and "lipschitz_bound" not in vars(type(module)):
+        bounds = [_walk(child, x, _join(name, part), layers)[1] for part, child in module.branches().items()]
+        bound = module.combine(bounds)
+    elif hasattr(module, "lipschitz_bound"):
+        bound = module.lipschitz_bound()
     elif type(module) is nn.Conv2d:
         bound = conv2d_bound(module, (x.shape[-2], x.shape[-1]))
     elif type(module) in _BOUNDS:
@@ -126,7 +132,21 @@ def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> Tensor
     if not 0 <= bound < math.inf:
         raise UnboundedModuleError(f"{title} has no finite Lipschitz bound, it says {bound}")
     layers.append(LayerBound(name, type(module).__name__, float(bound)))
-    return module(x)
+    return module(x), float(bound)
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def _padding(conv: nn.Conv2d, axis: int) -> tuple[int, int]:
+    """Pixels before and after, along one axis."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        return total // 2, total - total // 2
+    return int(conv.padding[axis]), int(conv.padding[axis])
 
 
 def _leaky_relu_bound(module: nn.LeakyReLU) -> float:

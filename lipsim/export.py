@@ -37,6 +37,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
 
     Raises:
         ValueError: the encoder is of a class that no header can name.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     kind = type(metric.encoder).__name__
@@ -56,7 +57,11 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole: a process that dies while writing leaves the old file.
     temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata={"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)})
+    metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
+    try:
+        save_file(state, temporary, metadata=metadata)
+    except SafetensorError as error:  # no OSError, though a full or read-only disk is its usual cause
+        raise OSError(f"cannot write {temporary} ({error})") from error
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o666 & ~umask)  # safetensors writes for the owner alone

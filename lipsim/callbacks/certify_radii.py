@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from lipsim.audit import LipschitzReport
 from lipsim.callbacks.base import TripletCallback, evaluation_loaders, first_images
 from lipsim.callbacks.collect import SampleTable, write_csv
 from lipsim.data import Triplet
+from lipsim.lower_bounds import feature_error
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import CertifiedScore, RadiusStatistics, TwoAFCScore
-from lipsim.precision import full_precision
 from lipsim.results import eps_label
 from lipsim.training.base import Features, MetricModule
 
@@ -70,7 +69,7 @@ class CertifyRadii(TripletCallback):
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         loaders = evaluation_loaders(trainer) if self.error_sample else []
         samples = [first_images(loader, self.error_sample) for loader in loaders]
-        errors = [feature_error(module.metric, images.to(module.device)) for images in samples]
+        errors = [feature_error(module.metric.encoder, images.to(module.device)) for images in samples]
         module.metric.feature_error = self.error_factor * max(errors, default=0.0)
         self.tables = {}
 
@@ -144,16 +143,6 @@ class CertifyRadii(TripletCallback):
     def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
         file = "radii.csv" if len(self.tables) == 1 else f"radii-{name}.csv"
         write_csv(self.output_directory(trainer) / file, rows)
-
-
-def feature_error(metric: PerceptualMetric, images: Tensor) -> float:
-    """Largest ``‖f(x) − f64(x)‖`` over images ``(N, 3, H, W)``: the dtype of the weights against float64."""
-    if not len(images):
-        return 0.0
-    with torch.no_grad(), full_precision():
-        exact = copy.deepcopy(metric.encoder).double().eval()
-        difference = metric.embed(images).double() - exact(images.double())
-    return float(torch.linalg.vector_norm(difference, dim=-1).max())
 
 
 def _dtype(metric: PerceptualMetric) -> str:

@@ -1,22 +1,50 @@
 """1-Lipschitz layers. Each bounds its own Lipschitz constant; :mod:`lipsim.audit` composes the bounds."""
 
-from lipsim.layers.activations import MaxMin
-from lipsim.layers.base import LipschitzLayer, freeze, unfreeze
-from lipsim.layers.orthogonal import OrthogonalLinear
-from lipsim.layers.reshape import Centering, ChannelPadding, ScaledAvgPool2d, SpaceToDepth, Truncation
+from lipsim.layers.activations import GroupSort, Householder, MaxMin
+from lipsim.layers.adapters import AOCConv2d, ExplicitConv2d, ExplicitLinear, SpectralConv2d, SpectralLinear
+from lipsim.layers.aol import AOLConv2d, AOLLinear
+from lipsim.layers.base import LipschitzLayer, exact_copy, freeze, unfreeze
+from lipsim.layers.cpl import CPLConv2d, CPLLinear
+from lipsim.layers.mixing import Branches, ParallelMixing, ResidualMixing
+from lipsim.layers.orthogonal import OrthogonalLinear, OrthogonalPatches
+from lipsim.layers.reshape import (
+    Centering,
+    ChannelPadding,
+    L2NormPool2d,
+    ScaledAvgPool2d,
+    SpaceToDepth,
+    Truncation,
+)
 from lipsim.layers.sll import SLLConv2d, SLLLinear
 
 __all__ = [
+    "AOCConv2d",
+    "AOLConv2d",
+    "AOLLinear",
+    "Branches",
+    "CPLConv2d",
+    "CPLLinear",
     "Centering",
     "ChannelPadding",
+    "ExplicitConv2d",
+    "ExplicitLinear",
+    "GroupSort",
+    "Householder",
+    "L2NormPool2d",
     "LipschitzLayer",
     "MaxMin",
     "OrthogonalLinear",
+    "OrthogonalPatches",
+    "ParallelMixing",
+    "ResidualMixing",
     "SLLConv2d",
     "SLLLinear",
     "ScaledAvgPool2d",
     "SpaceToDepth",
+    "SpectralConv2d",
+    "SpectralLinear",
     "Truncation",
+    "exact_copy",
     "freeze",
     "unfreeze",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipsim.layers.base import LipschitzLayer
 
@@ -19,10 +21,79 @@ class MaxMin(LipschitzLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, …)`` with even C to the same shape."""
-        if x.shape[1] % 2:
-            raise ValueError(f"expected an even number of channels, got {x.shape[1]}")
-        first, second = x.chunk(2, dim=1)
+        first, second = _halves(x)
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
 
     def lipschitz_bound(self) -> float:
         return 1.0
+
+
+class GroupSort(LipschitzLayer):
+    """Sort each group of neighbouring channels in ascending order (Anil et al. 2019).
+
+    A permutation of coordinates at every point, and the sorting of a whole vector is 1-Lipschitz.
+
+    Args:
+        group_size: channels in a group; None sorts all of them.
+
+    Raises:
+        ValueError: a number of channels that the groups do not divide.
+    """
+
+    def __init__(self, group_size: int | None = 2) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, …)`` to the same shape."""
+        group = self.group_size or x.shape[1]
+        if x.shape[1] % group:
+            raise ValueError(f"expected channels that groups of {group} divide, got {x.shape[1]}")
+        return x.unflatten(1, (-1, group)).sort(dim=2).values.flatten(1, 2)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return str(self.group_size)
+
+
+class Householder(LipschitzLayer):
+    """Learned reflections of pairs ``(x_i, x_{i + C/2})`` (Singla et al. 2022, "Improved deterministic l2 robustness").
+
+    A pair on one side of the line at angle ``θ/2`` stays, one on the other side is mirrored at it: continuous, and an
+    isometry on each side. It starts at ``θ = π/2``, which is :class:`MaxMin`.
+
+    Args:
+        channels: even number of channels ``C``.
+
+    Raises:
+        ValueError: an odd number of channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 2:
+            raise ValueError(f"expected an even number of channels, got {channels}")
+        self.angle = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, …)`` to the same shape."""
+        first, second = _halves(x)
+        angle = self.angle.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+        sine, cosine = torch.sin(angle), torch.cos(angle)
+        stays = first * torch.sin(angle / 2) - second * torch.cos(angle / 2) > 0
+        mirrored = first * cosine + second * sine, first * sine - second * cosine
+        return torch.cat([torch.where(stays, first, mirrored[0]), torch.where(stays, second, mirrored[1])], dim=1)
+
+    def lipschitz_bound(self) -> float:
+        # The angle is one number, so both entries of the reflection belong to a point on the unit circle, up to
+        # rounding: sin² + cos² within four ulp of the dtype.
+        return 1.0 if self.angle.dtype == torch.float64 else 1 + 4 * torch.finfo(self.angle.dtype).eps
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape[1] % 2:
+        raise ValueError(f"expected an even number of channels, got {x.shape[1]}")
+    first, second = x.chunk(2, dim=1)
+    return first, second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from typing import Self
 
 import torch
@@ -39,6 +40,7 @@ class FoldedLayer(LipschitzLayer):
         # Plain attributes, not buffers: checkpoints hold the parameters only.
         self._folded: tuple[Tensor, ...] = ()
         self._folded_from: tuple[tuple[int, int], ...] = ()
+        self._pinned = False
 
     @abstractmethod
     def derive(self) -> tuple[Tensor, ...]:
@@ -46,9 +48,12 @@ class FoldedLayer(LipschitzLayer):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The folded weights where they are still valid, else freshly derived ones."""
-        if not self.training and self._folded and self._folded_from == self._parameter_versions():
-            return self._folded
-        return self.derive()
+        return self._folded if self._fold_is_valid() else self.derive()
+
+    def _fold_is_valid(self) -> bool:
+        if self._pinned:
+            return True
+        return not self.training and bool(self._folded) and self._folded_from == self._parameter_versions()
 
     def freeze(self) -> Self:
         # Attacks differentiate through folded weights, which tensors made in inference mode do not allow.
@@ -57,9 +62,14 @@ class FoldedLayer(LipschitzLayer):
         self._folded_from = self._parameter_versions()
         return self
 
+    def pin(self, weights: tuple[Tensor, ...]) -> None:
+        """Use these weights for good, whatever the parameters; see :func:`exact_copy`."""
+        self._folded, self._pinned = weights, True
+
     def unfold(self) -> None:
         """Forget the folded weights. Fused optimizers change parameters without counting a version."""
-        self._folded = ()
+        if not self._pinned:
+            self._folded = ()
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -76,6 +86,19 @@ def parameter_versions(module: nn.Module, recurse: bool = True) -> tuple[tuple[i
     Tensors made in inference mode have no version, and fused optimizers and writes to ``.data`` count none.
     """
     return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in module.parameters(recurse))
+
+
+def exact_copy(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy for evaluation that computes in ``dtype`` with the very weights that ``module`` derives in its own.
+
+    Casting the parameters instead would derive other weights: a better orthonormalisation is another network.
+    """
+    copy = deepcopy(module).eval()
+    with torch.no_grad(), full_precision():
+        for original, child in list(zip(module.modules(), copy.modules(), strict=True)):
+            if isinstance(original, FoldedLayer) and isinstance(child, FoldedLayer):
+                child.pin(tuple(weight.to(dtype) for weight in original.weights()))
+    return copy.to(dtype).requires_grad_(False)
 
 
 def unfreeze(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Linear maps with orthonormal rows: they preserve the norm of what they keep."""
+"""Linear maps with orthonormal rows or columns: they preserve the norm of what they keep."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipsim.layers.base import FoldedLayer
+from lipsim.layers.norms import matrix_norm_bound
 
 
 class OrthogonalLinear(FoldedLayer):
-    """Affine map ``(N, in) → (N, out)`` whose weight has orthonormal rows (``out ≤ in``).
+    """Affine map ``(N, in) → (N, out)`` with orthonormal rows where ``out ≤ in``, and orthonormal columns above.
 
     The weight is the Cholesky-QR factor of an unconstrained parameter, ``Q = L^{-1} P`` with ``P Pᵀ = L Lᵀ``: two
     matrix products and a small triangular solve, where Householder QR walks over the columns. Its loss of orthogonality
@@ -18,42 +19,95 @@ class OrthogonalLinear(FoldedLayer):
 
     Args:
         in_features: size of the input.
-        out_features: size of the output, at most ``in_features``.
+        out_features: size of the output.
         bias: whether to add a learned bias.
-
-    Raises:
-        ValueError: ``out_features > in_features``.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
-        if out_features > in_features:
-            raise ValueError(f"expected out_features ≤ in_features = {in_features}, got {out_features}")
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         # A Gaussian matrix of rank r ≤ n is close to orthonormal up to scale; the exact QR start costs seconds at 224
         # pixels and one Cholesky-QR step removes the difference anyway.
-        nn.init.normal_(self.weight, std=in_features**-0.5)
+        nn.init.normal_(self.weight, std=max(in_features, out_features) ** -0.5)
 
     def derive(self) -> tuple[Tensor]:
-        """The orthonormal rows ``Q``, ``(out, in)``."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            weight = self.weight.float() if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight
-            gram = (weight @ weight.mT).double()
-            factor = torch.linalg.cholesky(gram)
-            inverse = torch.linalg.solve_triangular(factor, torch.eye(len(gram)).to(gram), upper=False)
-            return (inverse.to(weight.dtype) @ weight,)
+        """The orthonormal matrix ``Q``, ``(out, in)``."""
+        return (orthonormal(self.weight),)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weights()[0], self.bias)
 
     def lipschitz_bound(self) -> float:
-        (q,) = self.weights()
-        q = q.detach().double()
-        # λ_max of the small Gram matrix; the margin covers the rounding of a float64 product and eigensolver.
-        largest = float(torch.linalg.eigvalsh(q @ q.mT)[-1])
-        return (largest + q.numel() * 2.3e-16) ** 0.5 * (1 + 1e-12)
+        return matrix_norm_bound(self.weights()[0])
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
         return f"{in_features}, {out_features}, bias={self.bias is not None}"
+
+
+class OrthogonalPatches(FoldedLayer):
+    """The same orthonormal map of every ``patch × patch`` block, ``(N, C, H, W) → (N, out, H/patch, W/patch)``.
+
+    A convolution whose stride is its kernel size, so its norm is that of one matrix (reshaped kernel orthogonalisation,
+    Serrurier et al. 2021, is exact here). A patch of 1 mixes channels. Pixels that fill no patch are dropped.
+
+    Args:
+        in_channels: channels ``C`` of the input.
+        out_channels: channels of the output; an isometry from ``C·patch²`` on.
+        patch: side of a block.
+        bias: whether to add a learned bias.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(out_channels, in_channels, patch, patch))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        nn.init.orthogonal_(self.kernel)
+
+    def derive(self) -> tuple[Tensor]:
+        """The orthonormal kernel, ``(out, C, patch, patch)``."""
+        return (orthonormal(self.kernel.flatten(1)).view_as(self.kernel),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weights()[0], self.bias, stride=self.kernel.shape[-1])
+
+    def lipschitz_bound(self) -> float:
+        return matrix_norm_bound(self.weights()[0].flatten(1))
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, patch, _ = self.kernel.shape
+        return f"{in_channels}, {out_channels}, patch={patch}, bias={self.bias is not None}"
+
+
+def init_orthogonal_(weight: Tensor) -> Tensor:
+    """Fill ``(rows, columns)`` with random orthonormal rows, or columns; large matrices in a fraction of QR's time."""
+    rows, columns = sorted(weight.shape)
+    if weight.is_meta:
+        return weight
+    if weight.numel() < 2**20 or 2 * rows > columns:  # small, or a Gaussian matrix is too badly conditioned
+        return nn.init.orthogonal_(weight)
+    with torch.no_grad():
+        return weight.copy_(orthonormal(torch.randn_like(weight, dtype=torch.float64)))
+
+
+def orthonormal(weight: Tensor) -> Tensor:
+    """A matrix with orthonormal rows and the span of ``(out, in)``, or orthonormal columns if ``out > in``.
+
+    Differentiable, computed in float32 at least. A matrix without full rank has no such factor: it gives zeros, which
+    are 1-Lipschitz.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+        tall = weight.shape[0] > weight.shape[1]
+        rows = weight.mT if tall else weight
+        # The factor does not depend on the scale of the weight, whose square must not overflow or vanish.
+        rows = rows / rows.detach().abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)
+        gram = (rows @ rows.mT).double()
+        identity = torch.eye(len(gram)).to(gram)
+        failed = torch.linalg.cholesky_ex(gram.detach()).info > 0
+        # Replaced without a branch, which would wait for the device, and before a gradient becomes NaN.
+        factor = torch.linalg.cholesky(torch.where(failed, identity, gram))
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        orthogonal = torch.where(failed, 0.0, inverse).to(rows.dtype) @ rows
+        return orthogonal.mT if tall else orthogonal

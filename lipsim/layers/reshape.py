@@ -1,7 +1,8 @@
-"""Norm-preserving changes of shape: every one is an isometry, or drops coordinates."""
+"""Norm-preserving changes of shape: every one is an isometry, drops coordinates, or pools them."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ class ChannelPadding(LipschitzLayer):
 class SpaceToDepth(LipschitzLayer):
     """Move each ``block × block`` patch into channels, ``(N, C, H, W) → (N, C·block², H/block, W/block)``.
 
-    A permutation of coordinates, hence an isometry.
+    Invertible down-sampling (Jacobsen et al. 2018, i-RevNet): a permutation of coordinates, hence an isometry.
     """
 
     def __init__(self, block: int) -> None:
@@ -57,6 +58,34 @@ class ScaledAvgPool2d(LipschitzLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, self.block) * self.block
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return str(self.block)
+
+
+class L2NormPool2d(LipschitzLayer):
+    """Euclidean norm of each ``block × block`` window, ``(N, C, H, W) → (N, C, H/block, W/block)``.
+
+    Preserves the norm of the input, and is 1-Lipschitz by the triangle inequality. Windows of zeros have gradient 0.
+    Pixels that fill no window are dropped.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (size // self.block * self.block for size in x.shape[2:])
+        windows = F.pixel_unshuffle(x[:, :, :height, :width], self.block).unflatten(1, (x.shape[1], -1))
+        # Scaled by the largest entry: squares of small numbers vanish. A window of zeros is divided by 1.
+        largest = windows.detach().abs().amax(2, keepdim=True)
+        scale = torch.where(largest > 0, largest, 1.0)
+        squares = (windows / scale).square().sum(2)
+        positive = squares > 0
+        return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0) * scale.squeeze(2)
 
     def lipschitz_bound(self) -> float:
         return 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,18 +11,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipsim.layers import (
+    AOCConv2d,
+    AOLConv2d,
+    AOLLinear,
     Centering,
     ChannelPadding,
+    CPLConv2d,
+    CPLLinear,
+    ExplicitConv2d,
+    GroupSort,
+    Householder,
+    L2NormPool2d,
     LipschitzLayer,
     MaxMin,
     OrthogonalLinear,
+    OrthogonalPatches,
+    ParallelMixing,
+    ResidualMixing,
     ScaledAvgPool2d,
     SLLConv2d,
     SLLLinear,
     SpaceToDepth,
+    SpectralConv2d,
+    SpectralLinear,
     Truncation,
+    exact_copy,
     freeze,
 )
+from lipsim.layers.norms import conv_norm_bound, gram_iteration_bound, matrix_norm_bound
+
+
+class MaxMin4(GroupSort):
+    """Sorts all channels: any number of them."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+def _small_conv() -> nn.Conv2d:
+    conv = nn.Conv2d(2, 3, 3, dilation=2, padding=2, padding_mode="circular")
+    with torch.no_grad():
+        conv.weight.mul_(0.9 / conv_norm_bound(conv.weight, dilation=(2, 2)))
+    return conv
+
 
 CASES: dict[str, tuple[Callable[[], LipschitzLayer], tuple[int, ...]]] = {
     "sll-linear": (lambda: SLLLinear(12, 8), (12,)),
@@ -30,8 +62,43 @@ CASES: dict[str, tuple[Callable[[], LipschitzLayer], tuple[int, ...]]] = {
     "sll-conv-wide": (lambda: SLLConv2d(3, 7), (3, 5, 5)),
     "sll-conv-5": (lambda: SLLConv2d(2, 3, kernel_size=5), (2, 7, 7)),
     "sll-conv-1": (lambda: SLLConv2d(3, 3, kernel_size=1), (3, 4, 4)),
+    "sll-conv-even": (lambda: SLLConv2d(2, 3, kernel_size=4), (2, 5, 6)),
+    "sll-conv-unpadded": (lambda: SLLConv2d(2, 3, kernel_size=3, padding=0), (2, 5, 6)),
+    "sll-conv-padded": (lambda: SLLConv2d(2, 3, kernel_size=3, padding=2), (2, 5, 4)),
+    "sll-conv-stride": (lambda: SLLConv2d(2, 5, kernel_size=3, stride=2), (2, 7, 6)),
+    "sll-conv-stride-gap": (lambda: SLLConv2d(2, 5, kernel_size=2, stride=3, padding=0), (2, 7, 8)),
+    "sll-conv-circular": (lambda: SLLConv2d(2, 3, kernel_size=5, padding_mode="circular"), (2, 4, 6)),
+    "cpl-linear": (lambda: CPLLinear(12, 8), (12,)),
+    "cpl-conv": (lambda: CPLConv2d(3, 4), (3, 5, 6)),
+    "cpl-conv-stride": (lambda: CPLConv2d(2, 4, kernel_size=4, stride=2, padding=1), (2, 7, 6)),
+    "cpl-conv-circular": (lambda: CPLConv2d(2, 3, padding_mode="circular"), (2, 5, 4)),
+    "aol-linear": (lambda: AOLLinear(10, 7), (10,)),
+    "aol-linear-tall": (lambda: AOLLinear(5, 9, bias=False), (5,)),
+    "aol-conv": (lambda: AOLConv2d(3, 4), (3, 6, 5)),
+    "aol-conv-stride": (lambda: AOLConv2d(2, 5, kernel_size=5, stride=3, padding=2), (2, 9, 8)),
+    "aol-conv-even": (lambda: AOLConv2d(2, 3, kernel_size=2), (2, 5, 5)),
+    "aol-conv-circular": (lambda: AOLConv2d(2, 6, stride=2, padding_mode="circular"), (2, 6, 4)),
     "orthogonal-linear": (lambda: OrthogonalLinear(12, 5), (12,)),
     "orthogonal-square": (lambda: OrthogonalLinear(6, 6, bias=False), (6,)),
+    "orthogonal-tall": (lambda: OrthogonalLinear(5, 12), (5,)),
+    "patches": (lambda: OrthogonalPatches(3, 8, patch=2), (3, 6, 4)),
+    "patches-1": (lambda: OrthogonalPatches(3, 5), (3, 3, 3)),
+    "aoc": (lambda: AOCConv2d(4, 6), (4, 5, 6)),
+    "aoc-circular": (lambda: AOCConv2d(4, 4, padding_mode="circular"), (4, 5, 6)),
+    "aoc-stride": (lambda: AOCConv2d(3, 8, kernel_size=4, stride=2), (3, 6, 6)),
+    "torchlip-conv-1": (lambda: SpectralConv2d(4, 6), (4, 3, 3)),
+    "torchlip-conv-3": (lambda: SpectralConv2d(3, 4, kernel_size=3), (3, 5, 5)),
+    "torchlip-linear": (lambda: SpectralLinear(10, 6), (10,)),
+    "explicit-dilated": (lambda: ExplicitConv2d(_small_conv()), (2, 7, 6)),
+    "group-sort": (lambda: GroupSort(3), (6, 3)),
+    "full-sort": (lambda: GroupSort(None), (7,)),
+    "householder": (lambda: Householder(6), (6, 2, 3)),
+    "l2-pool": (lambda: L2NormPool2d(2), (2, 5, 4)),
+    "residual-mixing": (lambda: ResidualMixing(nn.Sequential(SLLConv2d(3, 4), MaxMin4())), (3, 4, 4)),
+    "parallel-mixing": (
+        lambda: ParallelMixing(OrthogonalLinear(8, 3), nn.Sequential(AOLLinear(8, 6), MaxMin()), 0.3),
+        (8,),
+    ),
     "max-min": (MaxMin, (6, 3, 3)),
     "space-to-depth": (lambda: SpaceToDepth(2), (3, 4, 6)),
     "scaled-pool": (lambda: ScaledAvgPool2d(2), (2, 5, 4)),
@@ -68,15 +135,32 @@ def test_jacobian_stays_below_the_bound(name: str, trained: bool) -> None:
     layer = make()
     if trained:
         _optimise(layer, shape)
-    layer.double()
+    if trained and name.startswith("explicit"):
+        return  # nothing holds a plain convolution back
+    layer.eval()
     bound = layer.lipschitz_bound()
     assert bound <= 1 + 1e-5
+    exact = exact_copy(layer)  # the weights that float32 derives, in float64
     for scale in (0.1, 1.0, 10.0):
         for _ in range(3):
-            assert _sigma(layer, scale * torch.randn(shape, dtype=torch.float64)) <= bound * (1 + 1e-12)
+            assert _sigma(exact, scale * torch.randn(shape, dtype=torch.float64)) <= bound * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("name", ["sll-linear", "sll-conv-3", "sll-conv-5", "orthogonal-linear", "orthogonal-square"])
+BOUNDS_USED = {"torchlip-conv-3": 0.5, "aol-conv-stride": 0.4, "aol-linear": 0.7, "sll-conv-stride-gap": 0.9}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "explicit-dilated"])
+def test_the_budget_is_used_at_initialisation(name: str) -> None:
+    make, shape = CASES[name]
+    layer = exact_copy(make().eval())
+    sigma = max(_sigma(layer, 5 * torch.randn(shape, dtype=torch.float64)) for _ in range(5))
+    assert sigma >= BOUNDS_USED.get(name, 0.85)
+
+
+FLOAT32 = ["sll-linear", "sll-conv-3", "sll-conv-5", "sll-conv-stride", "orthogonal-linear", "orthogonal-square"]
+
+
+@pytest.mark.parametrize("name", FLOAT32)
 def test_float32_bound_is_within_rounding_of_one(name: str) -> None:
     make, shape = CASES[name]
     layer = make()
@@ -122,21 +206,23 @@ def test_sll_conv_is_the_published_formula() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
+EXTREMES = ["sll-linear", "sll-conv-3", "sll-conv-stride", "cpl-linear", "cpl-conv", "aol-linear", "aol-conv-stride"]
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-12, 1e12])
-@pytest.mark.parametrize("name", ["sll-linear", "sll-conv-3"])
-def test_sll_at_extreme_weights(name: str, scale: float) -> None:
+@pytest.mark.parametrize("name", [*EXTREMES, "orthogonal-linear", "orthogonal-tall", "patches"])
+def test_extreme_weights(name: str, scale: float) -> None:
     make, shape = CASES[name]
     layer = make()
     with torch.no_grad():
-        for parameter in (layer.weight if name == "sll-linear" else layer.kernel,):  # type: ignore[union-attr]
-            parameter.mul_(scale)
+        next(layer.parameters()).mul_(scale)
     x = torch.randn(4, *shape, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     assert torch.isfinite(y).all()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
     assert layer.lipschitz_bound() <= 1 + 1e-5
-    if scale == 0:
+    if scale == 0 and name.startswith(("sll", "cpl")):
         torch.testing.assert_close(y, x)
 
 
@@ -145,7 +231,7 @@ def test_bound_notices_a_missing_absolute_value() -> None:
         def derive(self) -> tuple[Tensor, Tensor]:
             ratio = torch.exp(self.q.unsqueeze(0) - self.q.unsqueeze(1))
             scale = 1 / ((self.weight @ self.weight.mT) * ratio).sum(1)
-            return self.weight, 2 * self.weight.mT * scale
+            return self.weight, -2 * self.weight.mT * scale
 
     layer = WithoutAbsolute(6, 4).double()
     with torch.no_grad():
@@ -170,7 +256,15 @@ def test_bound_notices_a_scaled_output() -> None:
     assert layer.lipschitz_bound() > 1.5
 
 
-@pytest.mark.parametrize("name", ["sll-linear", "sll-conv-3", "sll-conv-5", "orthogonal-linear"])
+SMOOTH = [
+    *("sll-linear", "sll-conv-3", "sll-conv-5", "sll-conv-even", "sll-conv-padded", "sll-conv-stride"),
+    *("sll-conv-circular", "cpl-linear", "cpl-conv", "cpl-conv-stride", "aol-linear", "aol-conv-stride"),
+    *("orthogonal-linear", "orthogonal-tall", "patches", "householder", "l2-pool", "residual-mixing"),
+    "parallel-mixing",
+]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
 def test_gradients_in_float64(name: str) -> None:
     make, shape = CASES[name]
     layer = make().double()
@@ -179,12 +273,12 @@ def test_gradients_in_float64(name: str) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
     names = [n for n, _ in layer.named_parameters()]
     values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-    x = torch.randn(2, *shape, dtype=torch.float64)
+    x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
 
-    def forward(*parameters: Tensor) -> Tensor:
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(forward, values, fast_mode=True)
+    assert torch.autograd.gradcheck(forward, [x, *values], fast_mode=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -257,13 +351,193 @@ def test_isometries() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="odd kernel_size"):
-        SLLConv2d(3, 3, kernel_size=2)
-    with pytest.raises(ValueError, match="out_features ≤ in_features"):
-        OrthogonalLinear(3, 4)
+    for options, message in (
+        ({"padding": 3}, "kernel_size"),
+        ({"padding_mode": "reflect"}, "zeros or circular"),
+        ({"padding_mode": "circular", "stride": 2}, "stride 1"),
+        ({"padding_mode": "circular", "kernel_size": 4}, "odd kernel"),
+    ):
+        for layer in (SLLConv2d, CPLConv2d):
+            with pytest.raises(ValueError, match=message):
+                layer(3, 3, **options)
+    with pytest.raises(ValueError, match="zeros or circular"):
+        AOLConv2d(3, 3, padding_mode="reflect")
+    with pytest.raises(ValueError, match="at most 1"):
+        AOLConv2d(3, 3, padding=2, padding_mode="circular")
+    with pytest.raises(ValueError, match="multiples of 2"):
+        AOLConv2d(3, 3, stride=2, padding_mode="circular")(torch.zeros(1, 3, 5, 4))
+    with pytest.raises(ValueError, match="zeros or circular"):
+        ExplicitConv2d(nn.Conv2d(3, 3, 3, padding=1, padding_mode="replicate"))
+    with pytest.raises(ValueError, match="groups of 4"):
+        GroupSort(4)(torch.zeros(1, 6))
+    with pytest.raises(ValueError, match="even number"):
+        Householder(3)
+    with pytest.raises(ValueError, match="share"):
+        ResidualMixing(nn.Identity(), share=1.0)
+    with pytest.raises(ValueError, match="Tanh declares no"):
+        ResidualMixing(nn.Tanh()).lipschitz_bound()
     with pytest.raises(ValueError, match="at least 3 channels"):
         ChannelPadding(3, 2)
     with pytest.raises(ValueError, match="at least 10 features"):
         Truncation(10)(torch.zeros(1, 9))
     with pytest.raises(ValueError, match="even number"):
         MaxMin()(torch.zeros(1, 3))
+
+
+def _matrix(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    basis = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    return (layer(basis).flatten(1) - layer(torch.zeros_like(basis[:1])).flatten(1)).detach().T
+
+
+@pytest.mark.parametrize("name", ["patches", "patches-1", "orthogonal-tall", "aoc-circular", "aoc-stride"])
+def test_orthogonal_maps_have_singular_values_of_one(name: str) -> None:
+    make, shape = CASES[name]
+    layer = exact_copy(make().eval())
+    if name == "aoc-stride":
+        layer.circular = True  # type: ignore[assignment]
+    values = torch.linalg.svdvals(_matrix(layer, shape))
+    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("sll-conv", "cpl-conv"))])
+def test_residual_convolution_is_its_formula_with_the_exact_adjoint(name: str) -> None:
+    """``x − 2 Wᵀ T relu(W x + b)`` with ``W`` and ``Wᵀ`` as matrices, for every kernel, stride and padding."""
+    make, shape = CASES[name]
+    layer = make().double()
+    with torch.no_grad():
+        layer.kernel.normal_()  # type: ignore[operator, union-attr]
+        layer.bias.normal_()  # type: ignore[operator, union-attr]
+    conv = nn.Conv2d(
+        shape[0],
+        len(layer.kernel),  # type: ignore[arg-type]
+        layer.kernel.shape[-1],  # type: ignore[union-attr, arg-type]
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        bias=False,
+        padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+    ).double()
+    conv.weight = nn.Parameter(layer.kernel.detach())  # type: ignore[operator, union-attr]
+    w = _matrix(conv, shape)
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    bias = layer.bias.expand(1, -1, *conv(x).shape[2:]).reshape(1, -1)  # type: ignore[operator, union-attr]
+    scale = layer.scale().view(1, -1, 1, 1).expand(1, -1, *conv(x).shape[2:]).reshape(1, -1)  # type: ignore[operator]
+    expected = x.flatten(1) - 2 * (scale * torch.relu(x.flatten(1) @ w.T + bias)) @ w
+    for mode in (True, False):
+        torch.testing.assert_close(layer.train(mode)(x).flatten(1), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("taps", [1, 2, 3, 5])
+def test_gram_iteration_bounds_the_norm_from_above(taps: int, stride: int) -> None:
+    for channels in ((3, 5), (5, 3)):
+        kernel = torch.randn(*channels, taps, taps, dtype=torch.float64)
+        norm = conv_norm_bound(kernel, (stride, stride), num_frequencies=512)
+        bounds = [float(gram_iteration_bound(kernel, stride, t)) for t in (2, 3, 4, 5, 6)]
+        assert all(norm * (1 - 1e-4) <= bound for bound in bounds)  # 512 samples are good to 2e-4
+        assert bounds == sorted(bounds, reverse=True) and bounds[-1] <= 1.05 * norm
+
+
+def test_norm_bounds_lie_above_the_exact_values() -> None:
+    matrix = torch.randn(40, 30, dtype=torch.float64)
+    exact = float(torch.linalg.svdvals(matrix)[0])
+    assert exact <= matrix_norm_bound(matrix) <= exact * (1 + 1e-11)
+    assert matrix_norm_bound(torch.full((2, 2), math.nan)) == math.inf
+    kernel = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    fine = conv_norm_bound(kernel, num_frequencies=1024)
+    assert fine <= conv_norm_bound(kernel) <= fine * 1.003
+    assert conv_norm_bound(kernel, num_frequencies=32) <= fine * 1.011
+    # Two taps have the response 1 + exp(iω), whose largest value 2 lies between the samples for odd counts.
+    for count in (7, 9, 11, 64):
+        assert conv_norm_bound(torch.ones(1, 1, 1, 2).flip(3) * torch.tensor([1.0, -1.0]), num_frequencies=count) >= 2
+
+
+def test_activations_agree_with_torchlip() -> None:
+    from deel import torchlip
+
+    x = torch.randn(5, 6, 3, 3)
+    torch.testing.assert_close(GroupSort(2)(x), torchlip.GroupSort(2)(x))
+    torch.testing.assert_close(L2NormPool2d(3)(x[:, :, :3]), torchlip.ScaledL2NormPool2d(3)(x[:, :, :3]))
+    torch.testing.assert_close(SpaceToDepth(3)(x), torchlip.InvertibleDownSampling(3)(x))
+    torch.testing.assert_close(Householder(6)(x), MaxMin()(x))
+    theirs, ours = torchlip.HouseHolder(6), Householder(6)
+    with torch.no_grad():
+        theirs.theta.uniform_(-3, 3)
+        ours.angle.copy_(theirs.theta)
+    torch.testing.assert_close(ours(x), -theirs(-x))  # it mirrors the other side of the line than the paper
+
+
+def test_adapters_compute_what_their_source_computes() -> None:
+    for name in ("aoc", "aoc-circular", "aoc-stride", "torchlip-conv-1", "torchlip-conv-3", "torchlip-linear"):
+        make, shape = CASES[name]
+        layer, x = make().eval(), torch.randn(2, *shape)
+        torch.testing.assert_close(layer(x), layer.source(x))  # type: ignore[operator, union-attr]
+        copy = make().eval()
+        copy.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(copy(x), layer(x), rtol=0, atol=2e-5)
+        freeze(copy)
+        with torch.no_grad():
+            next(copy.parameters()).add_(1.0)
+        assert not torch.allclose(copy(x), layer(x), atol=1e-3)  # the folded weights are those of the new parameters
+
+
+def test_an_unsound_third_party_layer_shows_its_norm() -> None:
+    from orthogonium.layers.conv.adaptiveSOC import AdaptiveSOCConv2d
+
+    source = AdaptiveSOCConv2d(16, 16, 3, padding_mode="circular")
+    kernel = source.weight.detach()
+    size = 8  # the exact norm at this size, from the matrix of the operator
+    layer = ExplicitConv2d(source).eval()
+    exact = float(torch.linalg.matrix_norm(_matrix(exact_copy(layer), (16, size, size)), ord=2))
+    assert layer.lipschitz_bound() >= exact > 1 + 1e-3
+    assert conv_norm_bound(kernel) == layer.lipschitz_bound()
+
+
+def test_mixtures_contain_what_they_mix() -> None:
+    x = torch.randn(4, 8)
+    first, second = OrthogonalLinear(8, 3), OrthogonalLinear(8, 2)
+    mixture = ParallelMixing(first, second, angle=0.0)
+    torch.testing.assert_close(mixture(x), torch.cat([first(x), torch.zeros(4, 2)], dim=1))
+    block = ResidualMixing(SLLLinear(8, 4), share=1e-6)
+    torch.testing.assert_close(block(x), x, atol=1e-4, rtol=0)
+    assert ResidualMixing(nn.Sequential(_scaled(3.0)), share=0.5).lipschitz_bound() == pytest.approx(2.0, rel=1e-6)
+    assert ParallelMixing(_scaled(3.0), _scaled(4.0)).lipschitz_bound() == pytest.approx(12.5**0.5, rel=1e-6)
+
+
+def _scaled(factor: float) -> ExplicitConv2d:
+    conv = nn.Conv2d(2, 2, 1, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(factor * torch.eye(2).view(2, 2, 1, 1))
+    return ExplicitConv2d(conv)
+
+
+@pytest.mark.parametrize("name", ["sll-conv-3", "sll-conv-even", "cpl-conv"])
+def test_fused_training_pass_under_autocast(name: str) -> None:
+    make, shape = CASES[name]
+    layer, x = make(), torch.randn(8, *shape)
+    expected = layer(x)
+    expected.square().mean().backward()
+    exact = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.float().square().mean().backward()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.03, atol=0.03)
+    for parameter, gradient in zip(layer.parameters(), exact, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.05, atol=0.05 * float(gradient.abs().max()))
+
+
+def test_an_exact_copy_keeps_the_weights_that_float32_derives() -> None:
+    layer = nn.Sequential(OrthogonalLinear(40, 10), SLLLinear(10, 8))
+    copy = exact_copy(layer)
+    for mine, theirs in zip(layer, copy, strict=True):
+        assert torch.equal(mine.derive()[0].double(), theirs.weights()[0])  # type: ignore[operator]
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(copy(x.double()).float(), layer.eval()(x), rtol=1e-5, atol=1e-5)
+    assert next(layer.parameters()).dtype == torch.float32 and not any(p.requires_grad for p in copy.parameters())
+
+
+def test_large_matrices_start_orthonormal() -> None:
+    layer = SLLLinear(4200, 300)
+    torch.testing.assert_close(layer.weight @ layer.weight.mT, torch.eye(300), atol=1e-5, rtol=0)

@@ -1,0 +1,191 @@
+"""Layers of other packages, run on their explicit kernels so that what is bounded is what is computed.
+
+Their classes are free to do anything in ``forward``; here they only derive a weight. Its norm is measured, not taken
+from their papers: orthogonium's AOC and deel-torchlip's spectral layers hold up, orthogonium's adaptive SOC does not
+(1.002 to 1.03 instead of 1), and the bound says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lipsim.layers.base import FoldedLayer, parameter_versions
+from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound
+
+
+class _ExplicitWeight(FoldedLayer):
+    """Holds the layer that derives ``weight`` and ``bias``, which it reads like plain attributes.
+
+    In evaluation mode the weights are always folded, without a gradient to the parameters: some sources iterate a
+    little further each time they are read, and what is bounded must be what is computed.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+
+    def derive(self) -> tuple[Tensor, ...]:
+        """The weight, and the bias where there is one."""
+        with torch.autocast(self.source.weight.device.type, enabled=False):  # type: ignore[arg-type]
+            weight, bias = self.source.weight, self.source.bias
+        return (weight,) if bias is None else (weight, bias)  # type: ignore[return-value]
+
+    def weights(self) -> tuple[Tensor, ...]:
+        if not self.training and not self._fold_is_valid():
+            self.freeze()
+        return super().weights()
+
+    def pin(self, weights: tuple[Tensor, ...]) -> None:
+        super().pin(weights)
+        # Parametrised weights refuse to change their dtype, and are not needed any more.
+        del self.source
+
+    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
+        return parameter_versions(self)
+
+
+class ExplicitConv2d(_ExplicitWeight):
+    """A convolution with an explicit, derived kernel, bounded by the norm of this kernel.
+
+    Args:
+        source: ``nn.Conv2d`` or a subclass of it; its ``forward`` is not used.
+
+    Raises:
+        ValueError: padding other than zeros, or circular padding that repeats rows of the operator; in ``forward``, a
+            circular image whose sides are no multiples of the stride.
+    """
+
+    def __init__(self, source: nn.Conv2d) -> None:
+        super().__init__(source)
+        reach = [(taps - 1) * step for taps, step in zip(source.kernel_size, source.dilation, strict=True)]
+        if source.padding == "same":
+            before = [extent // 2 for extent in reach]
+            after = [extent - extent // 2 for extent in reach]
+        else:
+            before = after = [0, 0] if isinstance(source.padding, str) else list(source.padding)
+        self.pads = (before[1], after[1], before[0], after[0])
+        if source.padding_mode not in ("zeros", "circular"):
+            raise ValueError(f"expected padding_mode zeros or circular, got {source.padding_mode!r}")
+        if source.padding_mode == "circular" and any(a + b > r for a, b, r in zip(before, after, reach, strict=True)):
+            raise ValueError(f"expected circular padding of at most {reach} in all, got {self.pads}")
+        self.circular = source.padding_mode == "circular"
+        self.options: dict[str, Any] = {
+            "stride": source.stride,
+            "dilation": source.dilation,
+            "groups": source.groups,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.circular and any(size % s for size, s in zip(x.shape[2:], self.options["stride"], strict=True)):
+            raise ValueError(f"expected sides that are multiples of {self.options['stride']}, got {tuple(x.shape[2:])}")
+        x = F.pad(x, self.pads, mode="circular" if self.circular else "constant") if any(self.pads) else x
+        weight, *bias = self.weights()
+        return F.conv2d(x, weight, bias[0] if bias else None, **self.options)
+
+    def lipschitz_bound(self) -> float:
+        return conv_norm_bound(self.weights()[0], **self.options)
+
+
+class ExplicitLinear(_ExplicitWeight):
+    """An affine map with an explicit, derived weight, bounded by the norm of this weight.
+
+    Args:
+        source: ``nn.Linear`` or a subclass of it; its ``forward`` is not used.
+    """
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__(source)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, *bias = self.weights()
+        return F.linear(x, weight, bias[0] if bias else None)
+
+    def lipschitz_bound(self) -> float:
+        return matrix_norm_bound(self.weights()[0])
+
+
+class AOCConv2d(ExplicitConv2d):
+    """Adaptive orthogonal convolution (Boissin et al. 2025) of the package orthogonium, ``pip install lipsim[aoc]``.
+
+    Orthogonal with circular padding; zero padding loses norm at the border only.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel, at least ``stride``.
+        stride: of the convolution.
+        padding: pixels on each side; default half of what the kernel overlaps.
+        padding_mode: "zeros" or "circular".
+        bias: whether to add a learned bias.
+
+    Raises:
+        ImportError: orthogonium is not installed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        padding_mode: str = "zeros",
+        bias: bool = True,
+    ) -> None:
+        try:
+            from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
+        except ImportError as error:
+            raise ImportError("AOCConv2d needs the package orthogonium: pip install 'lipsim[aoc]'") from error
+        super().__init__(
+            AdaptiveOrthoConv2d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride=stride,
+                padding=(kernel_size - stride + 1) // 2 if padding is None else padding,
+                padding_mode=padding_mode,
+                bias=bias,
+            )
+        )
+
+
+class SpectralConv2d(ExplicitConv2d):
+    """Spectrally normalised convolution of deel-torchlip (Serrurier et al. 2021), zero-padded to the input's size.
+
+    Its Björck iteration makes the kernel orthonormal as a matrix, which is the operator for ``kernel_size`` 1 (norm
+    1.000); a 3 × 3 one is divided by a bound of what overlaps, and about 0.63 of the budget is left.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: odd side of the kernel.
+        bias: whether to add a learned bias.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = True) -> None:
+        from deel import torchlip
+
+        if kernel_size % 2 != 1:
+            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
+        super().__init__(
+            torchlip.SpectralConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        )
+
+
+class SpectralLinear(ExplicitLinear):
+    """Spectrally normalised affine map of deel-torchlip: power iteration, then Björck towards orthonormal rows.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: whether to add a learned bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        from deel import torchlip
+
+        super().__init__(torchlip.SpectralLinear(in_features, out_features, bias=bias))

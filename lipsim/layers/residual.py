@@ -1,0 +1,231 @@
+"""Residual blocks ``x − 2 Wᵀ T relu(W x + b)`` with a diagonal ``T``, which SLL and CPL choose differently.
+
+For slopes ``Λ ∈ [0, 1]`` of the ReLU the Jacobian is ``J = I − 2WᵀTΛW``, and
+``JᵀJ = I − 4WᵀΛTW + 4WᵀΛT(W Wᵀ)TΛW``. Where ``T W Wᵀ T ⪯ c·T`` this is ``⪯ I + 4(c − 1)WᵀTΛW``: the block is
+1-Lipschitz for ``c ≤ 1`` (Araujo et al. 2023, Thm. 3; Meunier et al. 2022, Prop. 2), and ``(2c − 1)``-Lipschitz above.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lipsim.layers.base import FoldedLayer
+from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound
+from lipsim.layers.orthogonal import init_orthogonal_
+
+
+class ResidualLinear(FoldedLayer):
+    """Residual block on vectors: ``(N, C)`` to ``(N, C)``.
+
+    Args:
+        features: input and output features ``C``.
+        inner_features: rows of ``W``, the width inside the block.
+    """
+
+    def __init__(self, features: int, inner_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inner_features, features))
+        self.bias = nn.Parameter(torch.zeros(1, inner_features))
+        # With orthonormal rows T is exact (T = 1) and the block a piecewise reflection, which preserves norm.
+        init_orthogonal_(self.weight)
+
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """Diagonal of ``T``, ``(inner,)``, in float32 at least."""
+
+    @abstractmethod
+    def gain(self, weight: Tensor, scale: Tensor) -> float:
+        """Some ``c`` with ``T W Wᵀ T ⪯ c·T``, from the float64 weights that are really used."""
+
+    def derive(self) -> tuple[Tensor, Tensor]:
+        """``W`` and the negative output weight ``−2 Wᵀ T``, ``(C, inner)``."""
+        return self.weight, -2 * self.weight.mT * self.scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, output = self.weights()
+        return x + F.linear(torch.relu(F.linear(x, weight, self.bias.flatten())), output)
+
+    def lipschitz_bound(self) -> float:
+        weight, output = (t.detach().double() for t in self.weights())
+        return residual_bound(weight, output.mT, lambda scale: self.gain(weight, scale), matrix_norm_bound(weight))
+
+    def extra_repr(self) -> str:
+        inner, features = self.weight.shape
+        return f"{features}, inner_features={inner}"
+
+
+class ResidualConv2d(FoldedLayer):
+    """Convolutional residual block: ``(N, C, H, W)`` to the same shape, for any kernel, stride and padding.
+
+    ``W`` may change the size of the image, by a stride or an even kernel: ``Wᵀ`` is its exact adjoint and leads back.
+
+    Args:
+        channels: input and output channels ``C``.
+        inner_channels: channels inside the block.
+        kernel_size: side of the kernel.
+        stride: of ``W``.
+        padding: of ``W``, less than the kernel's side; default half of it.
+        padding_mode: "zeros" or "circular".
+
+    Raises:
+        ValueError: a padding that reaches beyond the kernel, another padding mode, or circular padding with a stride
+            or a kernel that changes the image's size.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2 if padding is None else padding
+        if not 0 <= padding < kernel_size:
+            raise ValueError(f"expected a padding in [0, kernel_size), got {padding} with kernel_size {kernel_size}")
+        if padding_mode not in ("zeros", "circular"):
+            raise ValueError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
+        if padding_mode == "circular" and (stride != 1 or 2 * padding != kernel_size - 1):
+            raise ValueError(
+                "expected stride 1 and an odd kernel with half of it as padding where padding is circular, got "
+                f"kernel_size {kernel_size}, stride {stride}, padding {padding}"
+            )
+        self.kernel = nn.Parameter(torch.zeros(inner_channels, channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(1, inner_channels, 1, 1))
+        self.stride, self.padding, self.padding_mode = stride, padding, padding_mode
+        # Delta-orthogonal (Xiao et al. 2018): T is exact at the start, as in ResidualLinear. The noise only breaks the
+        # symmetry between the other taps; more of it would loosen T at once.
+        centre = kernel_size // 2
+        with torch.no_grad():
+            nn.init.normal_(self.kernel, std=1e-3 / math.sqrt(channels * kernel_size**2))
+            self.kernel[:, :, centre, centre] += nn.init.orthogonal_(torch.empty(inner_channels, channels))
+
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """Diagonal of ``T``, ``(inner,)``, in float32 at least."""
+
+    @abstractmethod
+    def gain(self, kernel: Tensor, scale: Tensor) -> float:
+        """Some ``c`` with ``T W Wᵀ T ⪯ c·T``, from the float64 kernel that is really used."""
+
+    def derive(self) -> tuple[Tensor, Tensor]:
+        """The kernel, and the one of ``−2 Wᵀ T``: ``(C, inner, k, k)`` at stride 1, else ``(inner, C, k, k)``."""
+        output = -2 * (self.kernel * self.scale().view(-1, 1, 1, 1))
+        # A convolution with the flipped kernel is the transposed convolution at stride 1, and faster than it.
+        return self.kernel, output if self.stride > 1 else _flipped(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, output = self.weights()
+        bias, kernel_size = self.bias.flatten(), self.kernel.shape[-1]
+        if self.padding_mode == "circular":
+            inner = F.relu_(F.conv2d(self._wrap(x), kernel, bias))
+            return x + F.conv2d(self._wrap(inner), output)
+        if self.stride > 1:
+            inner = F.relu_(F.conv2d(x, kernel, bias, self.stride, self.padding))
+            rest = [(size + 2 * self.padding - kernel_size) % self.stride for size in x.shape[2:]]
+            return x + F.conv_transpose2d(inner, output, None, self.stride, self.padding, rest)
+        paddings = self.padding, kernel_size - 1 - self.padding
+        if self.training:
+            return _fused(x, kernel, bias, output, *paddings)
+        inner = F.relu_(F.conv2d(x, kernel, bias, padding=paddings[0]))
+        return F.conv2d(inner, output, padding=paddings[1]).add_(x)
+
+    def lipschitz_bound(self) -> float:
+        kernel, output = (t.detach().double() for t in self.weights())
+        output = output if self.stride > 1 else _flipped(output)
+        stride = (self.stride, self.stride)
+        return residual_bound(
+            kernel.flatten(1),
+            output.flatten(1),
+            lambda scale: self.gain(kernel, scale),
+            conv_norm_bound(kernel, stride),
+            taps=kernel[0, 0].numel(),
+        )
+
+    def extra_repr(self) -> str:
+        inner, channels, kernel_size, _ = self.kernel.shape
+        return (
+            f"{channels}, inner_channels={inner}, kernel_size={kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, padding_mode={self.padding_mode}"
+        )
+
+    def _wrap(self, x: Tensor) -> Tensor:
+        return F.pad(x, (self.padding,) * 4, mode="circular") if self.padding else x
+
+
+def residual_bound(weight: Tensor, output: Tensor, gain: Any, norm: float, taps: int = 1) -> float:
+    """Bound of ``x + Uᵀ relu(W x + b)`` from the float64 weights that are really used.
+
+    Args:
+        weight: ``W``, ``(inner, …)``.
+        output: ``U``, of the same shape; only ``U = −2TW`` with a diagonal ``T ≥ 0`` gives a finite bound, up to
+            rounding.
+        gain: function of the diagonal of ``T`` that returns the ``c`` of this module's docstring.
+        norm: bound on ``‖W‖₂``.
+        taps: of a convolution.
+    """
+    energy = weight.square().sum(1)
+    scale = torch.where(energy > 0, -(output * weight).sum(1) / (2 * torch.where(energy > 0, energy, 1.0)), 0.0)
+    c = gain(scale) * (1 + 1e-12)
+    if not torch.isfinite(scale).all() or (scale < 0).any() or not math.isfinite(c):
+        return math.inf
+    # What float32 rounding leaves of U + 2TW is another linear map; each pixel is read once per tap, at most, so its
+    # norm is at most √taps times its Frobenius norm.
+    residual = float(torch.linalg.vector_norm(output + 2 * scale.unsqueeze(1) * weight))
+    return max(1.0, 2 * c - 1) + math.sqrt(taps) * norm * residual
+
+
+def _flipped(kernel: Tensor) -> Tensor:
+    return kernel.transpose(0, 1).flip(2, 3)
+
+
+def _fused(x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, padding: int, out_padding: int) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        # A custom function is not autocast; the residual stream is in half precision as well.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, kernel, bias, output = (t.to(dtype) for t in (x, kernel, bias, output))
+    return _FusedResidual.apply(x, kernel, bias, output, padding, out_padding)[0]
+
+
+class _FusedResidual(torch.autograd.Function):
+    """``x + conv(relu(conv(x)))`` in two passes less over the wide tensors, and without keeping anything but ``x`` and
+    the narrow inner activation.
+    """  # noqa: D205
+
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, padding: int, out_padding: int) -> Any:
+        inner = F.relu_(F.conv2d(x, kernel, bias, padding=padding))
+        return F.conv2d(inner, output, padding=out_padding).add_(x), inner
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, kernel, _, out_kernel, *ctx.paddings = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, kernel, out_kernel, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
+        x, kernel, output, inner = ctx.saved_tensors
+        padding, out_padding = ctx.paddings
+        grad_inner, grad_output, _ = _conv_backward(gradient, inner, output, out_padding, bias=False)
+        grad_inner = torch.ops.aten.threshold_backward(grad_inner, inner, 0)
+        grad_x, grad_kernel, grad_bias = _conv_backward(grad_inner, x, kernel, padding, bias=True)
+        return grad_x.add_(gradient), grad_kernel, grad_bias, grad_output, None, None
+
+
+def _conv_backward(gradient: Tensor, x: Tensor, kernel: Tensor, padding: int, bias: bool) -> Any:
+    one, zero = [1, 1], [0, 0]
+    sizes = [kernel.shape[0]] if bias else None
+    return torch.ops.aten.convolution_backward(
+        gradient, x, kernel, sizes, one, [padding] * 2, one, False, zero, 1, [True, True, bias]
+    )
