@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torchvision.transforms import Normalize
 
+from lipsim.layers import evaluation_mode
 from lipsim.layers.mixing import Branches
 from lipsim.layers.norms import matrix_norm_bound, padded_conv_norm_bound
 from lipsim.precision import full_precision
-
-_ROUND_UP = 1 + 1e-12  # above the rounding of the few float64 operations done here
 
 
 class UnboundedModuleError(ValueError):
@@ -63,13 +63,8 @@ def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
     layers: list[LayerBound] = []
     parameter = next(module.parameters(), torch.empty(0))
     x = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), full_precision():
-            _, total = _walk(module, x, "", layers)
-    finally:
-        module.train(training)
+    with torch.no_grad(), full_precision(), evaluation_mode(module):
+        _, total = _walk(module, x, "", layers)
     return LipschitzReport(total, tuple(layers))
 
 
@@ -98,16 +93,7 @@ def linear_bound(linear: nn.Linear) -> float:
 def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> tuple[Tensor, float]:
     """Run a module on ``x`` and bound it; returns the output and the bound, and appends a row for each layer."""
     title = f"{type(module).__name__} at '{name or 'the top'}'"
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise UnboundedModuleError(f"{title} has forward hooks, which may compute anything; remove them to audit it")
-    for parameter in module.parameters(recurse=False):
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise UnboundedModuleError(
-                f"{title} has weights in half precision ({parameter.dtype}), whose rounding no bound covers; store "
-                "them in float32 or float64"
-            )
-        if not torch.isfinite(parameter).all():
-            raise UnboundedModuleError(f"{title} has non-finite weights")
+    _check(module, title)
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         bound = 1.0
         # Not named_children(), which passes over a module that is used twice.
@@ -115,7 +101,8 @@ def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> tuple[
             x, factor = _walk(child, x, _join(name, child_name), layers)
             bound *= factor * (1 + 1e-15)
         return x, bound
-    if isinstance(module, Branches) and "lipschitz_bound" not in vars(type(module)):
+    if isinstance(module, Branches) and type(module).lipschitz_bound is Branches.lipschitz_bound:
+        _check_branches(module, title)
         bounds = [_walk(child, x, _join(name, part), layers)[1] for part, child in module.branches().items()]
         bound = module.combine(bounds)
     elif hasattr(module, "lipschitz_bound"):
@@ -133,6 +120,35 @@ def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> tuple[
         raise UnboundedModuleError(f"{title} has no finite Lipschitz bound, it says {bound}")
     layers.append(LayerBound(name, type(module).__name__, float(bound)))
     return module(x), float(bound)
+
+
+def _check(module: nn.Module, title: str) -> None:
+    """Refuse what no bound of a class covers: a forward replaced or hooked, weights in half precision or not finite."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
+        raise UnboundedModuleError(
+            f"{title} has forward hooks or a forward of its own, which may compute anything; remove them to audit it"
+        )
+    # A sequence is checked by its children; of other modules nothing inside is seen again.
+    recurse = not isinstance(module, (nn.Sequential, Branches))
+    for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise UnboundedModuleError(
+                f"{title} has weights in half precision ({tensor.dtype}), whose rounding no bound covers; store them "
+                "in float32 or float64"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UnboundedModuleError(f"{title} has non-finite weights")
+
+
+def _check_branches(module: Branches, title: str) -> None:
+    for child in module.modules():
+        if getattr(child, "inplace", False):
+            raise UnboundedModuleError(
+                f"{title} holds a {type(child).__name__} that changes in place what the other branches read"
+            )
 
 
 def _join(name: str, child: str) -> str:
@@ -159,7 +175,8 @@ def _flatten_bound(module: nn.Flatten) -> float:
 
 
 def _normalize_bound(module: Normalize) -> float:
-    return 1 / min(abs(float(std)) for std in module.std) * _ROUND_UP
+    # torchvision divides by the deviations as float32 rounds them.
+    return 1 / min(abs(float(std)) for std in module.std) * (1 + 2**-22)
 
 
 _BOUNDS: dict[type[nn.Module], Callable[..., float]] = {

@@ -18,17 +18,17 @@ from lipsim import export, lower_bounds
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
 from lipsim.data.transforms import read_image
-from lipsim.errors import one_line_errors
+from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lipsim``."""
-    parser = argparse.ArgumentParser(prog="lipsim", description=__doc__)
+    parser = OneLineParser(prog="lipsim", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_audit(commands)
-    options = parser.parse_args(args)
     with one_line_errors():
+        options = parser.parse_args(args)
         sys.exit(options.run(options))
 
 
@@ -59,14 +59,15 @@ def _audit(options: argparse.Namespace) -> int:
     reached = lower_bounds.layer_norms(metric.encoder, images, [layer.name for layer in report.layers])
     attack = lower_bounds.attack_lipschitz(metric.encoder, images, options.steps)
     error = lower_bounds.feature_error(metric.encoder, images)
+    # Negated, so that NaN fails.
     broken = [
         f"{layer.kind} at '{layer.name}' reaches {reached[layer.name]:.9g}, above its bound {layer.bound:.9g}"
         for layer in report.layers
-        if reached[layer.name] > layer.bound * (1 + 1e-9)
+        if not reached[layer.name] <= layer.bound * (1 + 1e-9)
     ]
-    if attack > report.total * (1 + 1e-9):
+    if not attack <= report.total * (1 + 1e-9):
         broken.append(f"an attack reaches {attack:.9g}, above the bound {report.total:.9g} of the whole")
-    if options.require is not None and report.total > options.require:
+    if options.require is not None and not report.total <= options.require:
         broken.append(f"the bound {report.total:.9g} is above {options.require:.9g}")
     if options.json:
         layers = [{**asdict(layer), "reached": reached[layer.name]} for layer in report.layers]
@@ -84,7 +85,7 @@ def _table(report: LipschitzReport, reached: dict[str, float], attack: float, er
         value = reached[layer.name]
         used = f"{100 * value / layer.bound:.1f} %" if layer.bound else ""
         rows.append(f"{layer.bound:<14.9g}{value:<14.9g}{used:<8}{layer.kind:<20}{layer.name}")
-    used = f"{100 * attack / report.total:.1f} %"
+    used = f"{100 * attack / report.total:.1f} %" if report.total else ""
     rows.append(f"{report.total:<14.9g}{attack:<14.9g}{used:<8}the whole network; every radius divides by the bound")
     rows.append(f"forward error at most {error:.3g} in feature units, on {samples} images against float64")
     return "\n".join(rows)

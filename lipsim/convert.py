@@ -14,14 +14,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipsim import export
 from lipsim.data.transforms import RESIZES
-from lipsim.errors import one_line_errors
+from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
 from lipsim.students import SLLNetwork
 from lipsim.students.sll_network import PRESETS
@@ -318,13 +318,8 @@ def _list(names: Sequence[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + more
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help shows the options")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="convert_checkpoint.py", description="Convert a published LipSim checkpoint, strictly.")
+    parser = OneLineParser(prog="convert_checkpoint.py", description="Convert a published LipSim checkpoint, strictly.")
     parser.add_argument("published", type=Path, metavar="PUBLISHED.pth")
     parser.add_argument("output", type=Path, metavar="OUTPUT.safetensors")
     parser.add_argument(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -25,6 +27,14 @@ def one_line(message: str) -> str:
     reasons = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines]
     reasons = [reason for reason in reasons if reason and not _WRAPPING.match(reason)]
     return ": ".join([".".join(dict.fromkeys(keys)), "; ".join(dict.fromkeys(reasons))]).removeprefix(": ")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of the command line that says what is wrong in one line, through :func:`one_line_errors`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise ValueError(f"{message}; --help shows the options")
 
 
 @contextmanager

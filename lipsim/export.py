@@ -109,7 +109,9 @@ def load(path: str | Path) -> PerceptualMetric:
             feature_error=header["feature_error"],
             resize=header["resize"],
         )
-        declared = header["lipschitz"]
+        declared = None if header["lipschitz"] is None else float(header["lipschitz"])
+        if declared is not None and not declared > 0:
+            raise ValueError(f"it declares a Lipschitz bound of {declared}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot rebuild the metric in {file}: {error}") from error
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
@@ -120,7 +122,7 @@ def load(path: str | Path) -> PerceptualMetric:
     freeze(metric)
     if declared is not None:
         # Computed, not assumed: a header cannot claim less than the weights have.
-        metric.lipschitz = max(declared, metric.audit().total)
+        metric.require_lipschitz(declared)
     return metric
 
 

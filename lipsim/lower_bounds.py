@@ -6,13 +6,14 @@ and that nothing exceeds its bound.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lipsim.attacks.random import sample_normal
-from lipsim.layers import exact_copy
+from lipsim.layers import evaluation_mode, exact_copy
 from lipsim.precision import full_precision
 
 Function = Callable[[Tensor], Tensor]
@@ -83,7 +84,8 @@ def attack_lipschitz(encoder: nn.Module, images: Tensor, steps: int = 50, step_s
         y = x + direction
         for _ in range(steps):
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            growth = (exact(x) - exact(y)).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+            distance = (x - y).flatten(1).norm(dim=1).clamp(min=1e-9)  # 0 where the Jacobian is
+            growth = (exact(x) - exact(y)).flatten(1).norm(dim=1) / distance
             best = torch.maximum(best, growth.detach().max())
             gradients = torch.autograd.grad(growth.sum(), (x, y))
             x, y = (point + step_size * _unit(gradient) for point, gradient in zip((x, y), gradients, strict=True))
@@ -97,18 +99,16 @@ def feature_error(encoder: nn.Module, images: Tensor) -> float:
     """
     if not len(images):
         return 0.0
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.no_grad(), full_precision():
-            difference = encoder(images).double() - exact_copy(encoder)(images.double())
-    finally:
-        encoder.train(training)
+    with torch.no_grad(), full_precision(), evaluation_mode(encoder):
+        difference = encoder(images).double() - exact_copy(encoder)(images.double())
     return float(torch.linalg.vector_norm(difference, dim=-1).max())
 
 
 def _push_forward(function: Function, x: Tensor, direction: Tensor) -> Tensor:
-    return torch.func.jvp(function, (x,), (direction,))[1]
+    with warnings.catch_warnings():
+        # The first call loads derivatives that torch compiles with what it deprecates itself.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        return torch.func.jvp(function, (x,), (direction,))[1]
 
 
 def _unit(x: Tensor) -> Tensor:

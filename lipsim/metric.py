@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lipsim import audit, certificates, geometry
 from lipsim.data.transforms import Preprocess
-from lipsim.layers.base import parameter_versions
+from lipsim.layers.base import evaluation_mode, parameter_versions
 from lipsim.precision import full_precision
 
 
@@ -81,21 +81,39 @@ class PerceptualMetric(nn.Module):
         self.feature_error = feature_error
         self.preprocess = Preprocess(image_size, resize)
         self._lipschitz = lipschitz
-        self._audited: tuple[tuple[int, int], ...] | None = None
+        self._floor = 0.0
+        self._audited: tuple[object, ...] | None = None
         if lipschitz is None:
             self.audit()
 
     @property
     def lipschitz(self) -> float:
-        """The bound that every radius divides by; an audited one follows the weights. Set it to declare another."""
-        if self._lipschitz is None or (self._audited is not None and self._audited != self._weight_versions()):
+        """The bound that every radius divides by. Set it to declare another.
+
+        An audited one follows the weights and the layers: it is computed again after training, loading, a move, or any
+        change that tensors count. Assigning to ``.data``, or to an attribute of a layer, is not seen: call
+        :meth:`audit` then.
+        """
+        if self._lipschitz is None or (self._audited is not None and self._audited != self._state()):
             self.audit()
         assert self._lipschitz is not None
-        return self._lipschitz
+        return max(self._lipschitz, self._floor)
 
     @lipschitz.setter
     def lipschitz(self, bound: float) -> None:
-        self._lipschitz, self._audited = bound, None
+        if not bound > 0:
+            raise ValueError(f"expected a Lipschitz bound > 0, got {bound}")
+        self._lipschitz, self._audited, self._floor = bound, None, 0.0
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self._audited is not None:
+            self._audited = ()  # fused optimizers change weights without counting it
+        return super().train(mode)
+
+    def require_lipschitz(self, floor: float) -> None:
+        """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
+        self.audit()
+        self._floor = floor
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``f(x)``, ``(N, D)``, before anchor and projection.
@@ -103,13 +121,13 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: ``x`` is not ``(N, 3, image_size, image_size)``.
         """
-        self._check_shape(x)
+        self.check_shape(x)
         return self.encoder(x)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)``."""
-        self._check_shape(x)
-        self._check_shape(y)
+        self.check_shape(x)
+        self.check_shape(y)
         z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
         return geometry.cosine_distance(z, z_other, self.anchor)
 
@@ -123,13 +141,13 @@ class PerceptualMetric(nn.Module):
             ValueError: different numbers of images, a wrong shape, or weights in half precision.
         """
         for images in (reference, left, right):
-            self._check_shape(images)
+            self.check_shape(images)
         if not len(reference) == len(left) == len(right):
             raise ValueError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
         self.check_precision()
-        with full_precision():
+        with full_precision(), evaluation_mode(self.encoder):
             z, z0, z1 = self.embed(torch.cat([reference, left, right])).chunk(3)
         return self.certify_features(reference, z, z0, z1)
 
@@ -163,7 +181,7 @@ class PerceptualMetric(nn.Module):
     def distance_bounds(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``."""
         self.check_precision()
-        with full_precision():
+        with full_precision(), evaluation_mode(self.encoder):
             z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
 
@@ -182,11 +200,12 @@ class PerceptualMetric(nn.Module):
             lipsim.audit.UnboundedModuleError: there is none.
         """
         report = audit.lipschitz_bound(self.encoder, self.image_size)
-        self._lipschitz, self._audited = report.total, self._weight_versions()
+        self._lipschitz, self._audited = report.total, self._state()
         return report
 
-    def _weight_versions(self) -> tuple[tuple[int, int], ...]:
-        return parameter_versions(self.encoder)
+    def _state(self) -> tuple[object, ...]:
+        """What an audit depends on, as far as it can be told cheaply."""
+        return (*parameter_versions(self.encoder), *(id(module) for module in self.encoder.modules()))
 
     def check_precision(self) -> None:
         """Refuse weights that nothing can be certified with.
@@ -198,7 +217,12 @@ class PerceptualMetric(nn.Module):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 raise ValueError(f"{name} is stored in half precision; certify with weights in float32 or float64")
 
-    def _check_shape(self, x: Tensor) -> None:
+    def check_shape(self, x: Tensor) -> None:
+        """Refuse what are no images of this metric.
+
+        Raises:
+            ValueError: ``x`` is not ``(N, 3, image_size, image_size)``.
+        """
         expected = (3, self.image_size, self.image_size)
         if x.ndim != 4 or x.shape[1:] != expected:
             raise ValueError(

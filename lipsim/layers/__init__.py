@@ -3,13 +3,14 @@
 from lipsim.layers.activations import GroupSort, Householder, MaxMin
 from lipsim.layers.adapters import AOCConv2d, ExplicitConv2d, ExplicitLinear, SpectralConv2d, SpectralLinear
 from lipsim.layers.aol import AOLConv2d, AOLLinear
-from lipsim.layers.base import LipschitzLayer, exact_copy, freeze, unfreeze
+from lipsim.layers.base import LipschitzLayer, evaluation_mode, exact_copy, freeze, unfreeze
 from lipsim.layers.cpl import CPLConv2d, CPLLinear
 from lipsim.layers.mixing import Branches, ParallelMixing, ResidualMixing
 from lipsim.layers.orthogonal import OrthogonalLinear, OrthogonalPatches
 from lipsim.layers.reshape import (
     Centering,
     ChannelPadding,
+    ChannelShift,
     L2NormPool2d,
     ScaledAvgPool2d,
     SpaceToDepth,
@@ -26,6 +27,7 @@ __all__ = [
     "CPLLinear",
     "Centering",
     "ChannelPadding",
+    "ChannelShift",
     "ExplicitConv2d",
     "ExplicitLinear",
     "GroupSort",
@@ -44,6 +46,7 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "Truncation",
+    "evaluation_mode",
     "exact_copy",
     "freeze",
     "unfreeze",

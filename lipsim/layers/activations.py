@@ -42,6 +42,8 @@ class GroupSort(LipschitzLayer):
 
     def __init__(self, group_size: int | None = 2) -> None:
         super().__init__()
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"expected a group_size of at least 1, got {group_size}")
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +81,8 @@ class Householder(LipschitzLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, …)`` to the same shape."""
+        if x.shape[1] != 2 * len(self.angle):
+            raise ValueError(f"expected {2 * len(self.angle)} channels, got {x.shape[1]}")
         first, second = _halves(x)
         angle = self.angle.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
         sine, cosine = torch.sin(angle), torch.cos(angle)

@@ -7,6 +7,7 @@ from their papers: orthogonium's AOC and deel-torchlip's spectral layers hold up
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,9 +31,24 @@ class _ExplicitWeight(FoldedLayer):
 
     def derive(self) -> tuple[Tensor, ...]:
         """The weight, and the bias where there is one."""
-        with torch.autocast(self.source.weight.device.type, enabled=False):  # type: ignore[arg-type]
+        with torch.autocast(next(self.source.parameters()).device.type, enabled=False):
             weight, bias = self.source.weight, self.source.bias
         return (weight,) if bias is None else (weight, bias)  # type: ignore[return-value]
+
+    def _derive_for_good(self) -> tuple[Tensor, ...]:
+        # In training mode: sources that iterate there alone would serve the weight of the step before the last. What
+        # they iterate on is put back, so that folding again gives the same.
+        state = {name: tensor.clone() for name, tensor in self._tensors()}
+        self.source.train()
+        weights = tuple(weight.clone() for weight in self.derive())
+        self.source.eval()
+        for name, tensor in self._tensors():
+            tensor.data.copy_(state[name])  # the same values as before, so no version to count
+        return weights
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.source.named_parameters()
+        yield from self.source.named_buffers()
 
     def weights(self) -> tuple[Tensor, ...]:
         if not self.training and not self._fold_is_valid():
@@ -60,6 +76,8 @@ class ExplicitConv2d(_ExplicitWeight):
     """
 
     def __init__(self, source: nn.Conv2d) -> None:
+        if not isinstance(source, nn.Conv2d):
+            raise ValueError(f"expected an nn.Conv2d or a subclass of it, got {type(source).__name__}")
         super().__init__(source)
         reach = [(taps - 1) * step for taps, step in zip(source.kernel_size, source.dilation, strict=True)]
         if source.padding == "same":

@@ -33,7 +33,8 @@ class AOLLinear(FoldedLayer):
     def derive(self) -> tuple[Tensor]:
         """The rescaled matrix ``P D``."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            return (self.weight * _scale((self.weight.mT @ self.weight).abs().sum(1)),)
+            weight = _unscaled(self.weight)
+            return (weight * _scale((weight.mT @ weight).abs().sum(1)),)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weights()[0], self.bias)
@@ -93,13 +94,14 @@ class AOLConv2d(FoldedLayer):
     def derive(self) -> tuple[Tensor]:
         """The rescaled kernel, ``(out, in, k, k)``."""
         with torch.autocast(self.kernel.device.type, enabled=False):
-            columns = polyphase(self.kernel, (self.stride, self.stride)).transpose(0, 1)
+            kernel = _unscaled(self.kernel)
+            columns = polyphase(kernel, (self.stride, self.stride)).transpose(0, 1)
             reach = [size - 1 for size in columns.shape[2:]]
             gram = F.conv2d(columns, columns, padding=reach).abs().sum((1, 2, 3))
             # One factor per input channel and phase, at the taps of this phase.
             scale = _scale(gram).view(self.kernel.shape[1], self.stride, self.stride)
             taps = torch.arange(self.kernel.shape[-1], device=scale.device) % self.stride
-            return (self.kernel * scale[:, taps][:, :, taps],)
+            return (kernel * scale[:, taps][:, :, taps],)
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel,) = self.weights()
@@ -119,6 +121,11 @@ class AOLConv2d(FoldedLayer):
             f"{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={self.stride}, padding={self.padding}, "
             f"padding_mode={self.padding_mode}, bias={self.bias is not None}"
         )
+
+
+def _unscaled(weight: Tensor) -> Tensor:
+    """The weight divided by its largest entry, on which the rescaled one does not depend: squares must not vanish."""
+    return weight / weight.detach().abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _scale(rows: Tensor) -> Tensor:

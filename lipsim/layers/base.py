@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Self
 
@@ -56,11 +58,16 @@ class FoldedLayer(LipschitzLayer):
         return not self.training and bool(self._folded) and self._folded_from == self._parameter_versions()
 
     def freeze(self) -> Self:
-        # Attacks differentiate through folded weights, which tensors made in inference mode do not allow.
-        with torch.inference_mode(False), torch.no_grad(), full_precision():
-            self._folded = tuple(weight.detach() for weight in self.derive())
-        self._folded_from = self._parameter_versions()
+        if not self._pinned:
+            self.eval()
+            # Attacks differentiate through folded weights, which tensors made in inference mode do not allow.
+            with torch.inference_mode(False), torch.no_grad(), full_precision():
+                self._folded = tuple(weight.detach() for weight in self._derive_for_good())
+            self._folded_from = self._parameter_versions()
         return self
+
+    def _derive_for_good(self) -> tuple[Tensor, ...]:
+        return self.derive()
 
     def pin(self, weights: tuple[Tensor, ...]) -> None:
         """Use these weights for good, whatever the parameters; see :func:`exact_copy`."""
@@ -85,7 +92,28 @@ def parameter_versions(module: nn.Module, recurse: bool = True) -> tuple[tuple[i
 
     Tensors made in inference mode have no version, and fused optimizers and writes to ``.data`` count none.
     """
-    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in module.parameters(recurse))
+    return tuple(_version(tensor) for tensor in (*module.parameters(recurse), *module.buffers(recurse)))
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    try:
+        return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    except RuntimeError:  # inside a transform of torch.func, where tensors have no storage: matches nothing
+        return id(tensor), -2
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each module's own mode again afterwards."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True  # not train(), which would reach the children as well
+            if isinstance(child, FoldedLayer):
+                child.unfold()
 
 
 def exact_copy(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -94,7 +122,7 @@ def exact_copy(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modu
     Casting the parameters instead would derive other weights: a better orthonormalisation is another network.
     """
     copy = deepcopy(module).eval()
-    with torch.no_grad(), full_precision():
+    with torch.no_grad(), full_precision(), evaluation_mode(module):
         for original, child in list(zip(module.modules(), copy.modules(), strict=True)):
             if isinstance(original, FoldedLayer) and isinstance(child, FoldedLayer):
                 child.pin(tuple(weight.to(dtype) for weight in original.weights()))

@@ -13,7 +13,10 @@ from lipsim.layers.base import LipschitzLayer
 
 
 class Branches(LipschitzLayer):
-    """Modules that read the same input; the audit bounds each and this layer combines their bounds."""
+    """Modules that read the same input; the audit bounds each and this layer combines their bounds.
+
+    Modules that change their input in place are not for branches: the others would read what they leave.
+    """
 
     @abstractmethod
     def branches(self) -> dict[str, nn.Module]:
@@ -50,16 +53,20 @@ class ResidualMixing(Branches):
         self.logit = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
 
     def forward(self, x: Tensor) -> Tensor:
-        share = torch.sigmoid(self.logit)
+        share, change = torch.sigmoid(self.logit), self.block(x)
+        if change.shape != x.shape:
+            raise ValueError(f"expected a block that keeps the shape {tuple(x.shape)}, got {tuple(change.shape)}")
         # Not lerp: autocast leaves the block's output in another dtype than its input.
-        return (1 - share) * x + share * self.block(x)
+        return (1 - share) * x + share * change
 
     def branches(self) -> dict[str, nn.Module]:
         return {"block": self.block}
 
     def combine(self, bounds: Sequence[float]) -> float:
-        share = float(torch.sigmoid(self.logit.detach().double()))
-        return ((1 - share) + share * bounds[0]) * _rounding(self.logit)
+        # In the parameter's dtype, as forward computes it, and exactly, as a copy in float64 does.
+        shares = (torch.sigmoid(logit) for logit in (self.logit.detach(), self.logit.detach().double()))
+        factors = [(float((1 - share).double()), float(share.double())) for share in shares]
+        return max(stay + share * bounds[0] for stay, share in factors) * _rounding(self.logit)
 
 
 class ParallelMixing(Branches):
@@ -98,6 +105,6 @@ def _rounding(parameter: Tensor) -> float:
 def _declared_bound(module: nn.Module) -> float:
     if isinstance(module, LipschitzLayer):
         return module.lipschitz_bound()
-    if type(module) in (nn.Sequential, nn.Flatten, nn.Identity, nn.ReLU):
+    if type(module) in (nn.Sequential, nn.Identity, nn.ReLU):
         return math.prod(_declared_bound(child) for child in module._modules.values() if child is not None)
     raise ValueError(f"{type(module).__name__} declares no Lipschitz bound; lipsim.audit knows more modules")

@@ -110,7 +110,8 @@ def gram_iteration_bound(kernel: Tensor, stride: int = 1, iterations: int = 4) -
         kernel = polyphase(kernel.float() if half else kernel, (stride, stride))
         size = [2**iterations * (taps - 1) + 1 for taps in kernel.shape[2:]]
         tiny = torch.finfo(kernel.dtype).tiny ** 0.5
-        spectrum = torch.fft.rfft2(kernel, s=size).permute(2, 3, 0, 1)
+        largest = kernel.detach().abs().amax().clamp(min=tiny)
+        spectrum = torch.fft.rfft2(kernel / largest, s=size).permute(2, 3, 0, 1)
         gram = spectrum @ spectrum.mH if kernel.shape[0] <= kernel.shape[1] else spectrum.mH @ spectrum
         # Scaled before each squaring: the powers would overflow, or vanish.
         log_scale = gram.new_zeros((), dtype=kernel.dtype)
@@ -121,7 +122,7 @@ def gram_iteration_bound(kernel: Tensor, stride: int = 1, iterations: int = 4) -
             log_scale = 2 * (log_scale + scale.log())
         power = torch.fft.irfft2(gram.permute(2, 3, 0, 1), s=size)
         rows = power.abs().sum((1, 2, 3)).amax()
-        return torch.exp((rows.clamp(min=tiny).log() + log_scale) / 2**iterations)
+        return largest * torch.exp((rows.clamp(min=tiny).log() + log_scale) / 2**iterations)
 
 
 def polyphase(kernel: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -148,24 +149,25 @@ def _plane_norm_bound(kernel: Tensor, num_frequencies: int | None) -> float:
     degrees = [taps - 1 for taps in kernel.shape[2:]]
     # One tap has one response; else well above the 2d + 1 samples that determine the polynomial.
     counts = [1 if not degree else max(num_frequencies or default, 8 * degree) for degree in degrees]
-    phases = [
+    rows, columns = (
         torch.exp(-2j * math.pi * torch.outer(torch.arange(count), torch.arange(degree + 1)).double() / count)
         for count, degree in zip(counts, degrees, strict=True)
-    ]
+    )
     # A real kernel has conjugate responses at ω and −ω.
-    phases[1] = phases[1][: counts[1] // 2 + 1]
-    waves = torch.einsum("ai,bj->abij", *phases).flatten(0, 1).flatten(1).to(kernel.device)
-    taps = kernel.flatten(2).permute(2, 0, 1).to(waves.dtype)
+    columns = columns[: counts[1] // 2 + 1].to(kernel.device)
+    taps = kernel.permute(2, 3, 0, 1).to(columns.dtype)
     lowest, highest, frobenius = math.inf, 0.0, 0.0
-    for chunk in waves.split(max(1, _CHUNK // max(1, taps[0].numel()))):
-        response = torch.einsum("ft,toc->foc", chunk, taps)
-        gram = response @ response.mH if taps.shape[1] <= taps.shape[2] else response.mH @ response
-        eigenvalues = torch.linalg.eigvalsh(gram)
-        lowest = min(lowest, float(eigenvalues[:, 0].min()))
-        highest = max(highest, float(eigenvalues[:, -1].max()))
-        frobenius = max(frobenius, float(gram.diagonal(dim1=1, dim2=2).real.sum(1).max()))
+    for row in rows.to(kernel.device):
+        partial = torch.einsum("h,hwoc->woc", row, taps)
+        for chunk in columns.split(max(1, _CHUNK // max(1, partial[0].numel()))):
+            response = torch.einsum("fw,woc->foc", chunk, partial)
+            gram = response @ response.mH if response.shape[1] <= response.shape[2] else response.mH @ response
+            eigenvalues = torch.linalg.eigvalsh(gram)
+            lowest = min(lowest, float(eigenvalues[:, 0].min()))
+            highest = max(highest, float(eigenvalues[:, -1].max()))
+            frobenius = max(frobenius, float(gram.diagonal(dim1=1, dim2=2).real.sum(1).max()))
     # A few ulp for the products, taken of the largest trace, which bounds every eigenvalue.
-    rounding = _UNIT * (sum(kernel.shape) + taps.shape[0]) * frobenius
+    rounding = _UNIT * (sum(kernel.shape) + kernel[0, 0].numel()) * frobenius
     lowest, highest = lowest - rounding, highest + rounding
     excess = math.prod(1 / math.cos(math.pi * degree / count) for degree, count in zip(degrees, counts, strict=True))
     square = (highest + lowest) / 2 + (highest - lowest) / 2 * excess

@@ -45,6 +45,33 @@ class SpaceToDepth(LipschitzLayer):
         return str(self.block)
 
 
+class ChannelShift(LipschitzLayer):
+    """Roll four groups of channels by one pixel, down, up, right and left; the other channels stay.
+
+    A permutation of the coordinates of ``(N, C, H, W)``, since what leaves on one side returns on the other, hence an
+    isometry. Shifts in place of spatial kernels: Wu et al. 2018.
+
+    Args:
+        channels: number of channels ``C``.
+        share: of the channels that move, in [0, 1]; the last ones.
+    """
+
+    def __init__(self, channels: int, share: float = 0.5) -> None:
+        super().__init__()
+        group = int(channels * share / 4)
+        self.groups = [channels - 4 * group, *[group] * 4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        stay, down, up, right, left = x.split(self.groups, dim=1)
+        return torch.cat([stay, down.roll(1, 2), up.roll(-1, 2), right.roll(1, 3), left.roll(-1, 3)], dim=1)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"{sum(self.groups)}, moving={sum(self.groups[1:])}"
+
+
 class ScaledAvgPool2d(LipschitzLayer):
     """Mean over ``block × block`` windows times ``block``, the norm-preserving scale on constant windows.
 

@@ -20,6 +20,8 @@ from lipsim.layers.base import FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound
 from lipsim.layers.orthogonal import init_orthogonal_
 
+_ROUND_UP = 1 + 1e-11  # above the rounding of float64 sums of ten thousand terms
+
 
 class ResidualLinear(FoldedLayer):
     """Residual block on vectors: ``(N, C)`` to ``(N, C)``.
@@ -38,7 +40,7 @@ class ResidualLinear(FoldedLayer):
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """Diagonal of ``T``, ``(inner,)``, in float32 at least."""
+        """Diagonal of ``T``, ``(inner,)``."""
 
     @abstractmethod
     def gain(self, weight: Tensor, scale: Tensor) -> float:
@@ -111,7 +113,7 @@ class ResidualConv2d(FoldedLayer):
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """Diagonal of ``T``, ``(inner,)``, in float32 at least."""
+        """Diagonal of ``T``, ``(inner,)``."""
 
     @abstractmethod
     def gain(self, kernel: Tensor, scale: Tensor) -> float:
@@ -175,13 +177,16 @@ def residual_bound(weight: Tensor, output: Tensor, gain: Any, norm: float, taps:
     """
     energy = weight.square().sum(1)
     scale = torch.where(energy > 0, -(output * weight).sum(1) / (2 * torch.where(energy > 0, energy, 1.0)), 0.0)
-    c = gain(scale) * (1 + 1e-12)
+    c = gain(scale) * _ROUND_UP
     if not torch.isfinite(scale).all() or (scale < 0).any() or not math.isfinite(c):
         return math.inf
-    # What float32 rounding leaves of U + 2TW is another linear map; each pixel is read once per tap, at most, so its
-    # norm is at most √taps times its Frobenius norm.
-    residual = float(torch.linalg.vector_norm(output + 2 * scale.unsqueeze(1) * weight))
-    return max(1.0, 2 * c - 1) + math.sqrt(taps) * norm * residual
+    # What float32 rounding leaves of U + 2TW is another map R, and ‖RᵀΛW‖ ≤ ‖T^(−1/2) R‖·‖T^(1/2) W‖, where the last
+    # norm is at most √c. Each pixel is read once per tap, at most, so norms are at most √taps times Frobenius norms.
+    residual = torch.linalg.vector_norm(output + 2 * scale.unsqueeze(1) * weight, dim=1)
+    alive = scale > 0
+    weighted = float((residual[alive] / scale[alive].sqrt()).norm()) * math.sqrt(c)
+    rounding = math.sqrt(taps) * (weighted + float(residual[~alive].norm()) * norm)
+    return (max(1.0, 2 * c - 1) + rounding) * _ROUND_UP
 
 
 def _flipped(kernel: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ def _flipped(kernel: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, padding: int, out_padding: int) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         # A custom function is not autocast; the residual stream is in half precision as well.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, kernel, bias, output = (t.to(dtype) for t in (x, kernel, bias, output))
@@ -217,15 +222,17 @@ class _FusedResidual(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
         x, kernel, output, inner = ctx.saved_tensors
         padding, out_padding = ctx.paddings
-        grad_inner, grad_output, _ = _conv_backward(gradient, inner, output, out_padding, bias=False)
+        needs_x, needs_kernel, needs_bias, needs_output = ctx.needs_input_grad[:4]
+        grad_inner, grad_output, _ = _conv_backward(gradient, inner, output, out_padding, [True, needs_output, False])
         grad_inner = torch.ops.aten.threshold_backward(grad_inner, inner, 0)
-        grad_x, grad_kernel, grad_bias = _conv_backward(grad_inner, x, kernel, padding, bias=True)
-        return grad_x.add_(gradient), grad_kernel, grad_bias, grad_output, None, None
+        needed = [needs_x, needs_kernel, needs_bias]
+        grad_x, grad_kernel, grad_bias = _conv_backward(grad_inner, x, kernel, padding, needed)
+        return grad_x.add_(gradient) if needs_x else None, grad_kernel, grad_bias, grad_output, None, None
 
 
-def _conv_backward(gradient: Tensor, x: Tensor, kernel: Tensor, padding: int, bias: bool) -> Any:
+def _conv_backward(gradient: Tensor, x: Tensor, kernel: Tensor, padding: int, needed: list[bool]) -> Any:
+    """Gradients of a convolution of stride 1 with respect to input, kernel and bias, those that are needed."""
     one, zero = [1, 1], [0, 0]
-    sizes = [kernel.shape[0]] if bias else None
     return torch.ops.aten.convolution_backward(
-        gradient, x, kernel, sizes, one, [padding] * 2, one, False, zero, 1, [True, True, bias]
+        gradient, x, kernel, [kernel.shape[0]], one, [padding] * 2, one, False, zero, 1, needed
     )

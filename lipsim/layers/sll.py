@@ -30,7 +30,12 @@ class SLLLinear(ResidualLinear):
         self.q = nn.Parameter(torch.zeros(inner_features))
 
     def scale(self) -> Tensor:
-        return _scale(_Gram.apply(self.weight), self.q)
+        device, dtype = self.weight.device.type, self.weight.dtype
+        if self.training and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            # Good to three digits, which training under autocast has anyway; evaluation always has all of them, and so
+            # has float16, which overflows.
+            dtype = torch.bfloat16
+        return _scale(_Gram.apply(self.weight, dtype), self.q)
 
     def gain(self, weight: Tensor, scale: Tensor) -> float:
         return _gain(weight @ weight.mT, self.q, scale)
@@ -81,25 +86,27 @@ class SLLConv2d(ResidualConv2d):
 
 
 class _Gram(torch.autograd.Function):
-    """``W Wᵀ`` in full precision, with one product in the backward pass where autograd takes two.
+    """``W Wᵀ``, with one product in the backward pass where autograd takes two.
 
     Gram matrices are a large part of a training step with few images.
     """
 
     @staticmethod
-    def forward(weight: Tensor) -> Tensor:
+    def forward(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        factor = weight.to(dtype)
         with torch.autocast(weight.device.type, enabled=False):
-            return weight @ weight.mT
+            return (factor @ factor.mT).to(weight.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        weight, ctx.dtype = inputs
+        ctx.save_for_backward(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return (gradient + gradient.mT) @ weight
+        return ((gradient + gradient.mT).to(ctx.dtype) @ weight.to(ctx.dtype)).to(weight.dtype), None
 
 
 def _scale(gram: Tensor, q: Tensor) -> Tensor:

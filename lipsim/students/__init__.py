@@ -1,7 +1,8 @@
 """1-Lipschitz encoders: each is a sequence of layers that :mod:`lipsim.audit` can bound."""
 
-from lipsim.students.hierarchical import HierarchicalSLL
+from lipsim.students.orthogonal_shift import OrthogonalShiftNetwork
 from lipsim.students.projection import OrthogonalProjection
 from lipsim.students.sll_network import SLLNetwork
+from lipsim.students.torchlip_network import TorchlipNetwork
 
-__all__ = ["HierarchicalSLL", "OrthogonalProjection", "SLLNetwork"]
+__all__ = ["OrthogonalProjection", "OrthogonalShiftNetwork", "SLLNetwork", "TorchlipNetwork"]

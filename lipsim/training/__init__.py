@@ -1,5 +1,6 @@
 """The three stages as LightningModules, with their losses and schedules."""
 
+from lipsim.training.acceleration import Acceleration
 from lipsim.training.distillation import Distillation
 from lipsim.training.fine_tuning import FineTuning
 from lipsim.training.losses import RMSE, MarginHinge, RadiusHinge, ScaleFree
@@ -8,6 +9,7 @@ from lipsim.training.teacher_tuning import TeacherTuning
 
 __all__ = [
     "RMSE",
+    "Acceleration",
     "Constant",
     "Distillation",
     "FineTuning",

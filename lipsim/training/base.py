@@ -19,6 +19,7 @@ from lipsim.layers import freeze, unfreeze
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import TwoAFCScore
 from lipsim.precision import full_precision
+from lipsim.training.acceleration import Acceleration
 from lipsim.training.schedules import Schedule
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -36,15 +37,33 @@ class MetricModule(L.LightningModule):
         metric: the metric in training.
         optimizer: makes the optimizer from the trainable parameters.
         schedule: factor of the learning rate over the whole run.
+        acceleration: how training runs the encoder; default plainly.
     """
 
-    def __init__(self, metric: PerceptualMetric, optimizer: OptimizerFactory, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        metric: PerceptualMetric,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        acceleration: Acceleration | None = None,
+    ) -> None:
         super().__init__()
         self.metric = metric
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.scores = nn.ModuleDict()
         self._configured: list[dict[str, Any]] = []
+        self.acceleration = acceleration or Acceleration()
+        # By the identity of the encoder that it runs: a copy of this module must not train the original's.
+        self._run_encoder: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features ``(N, D)`` of images in a training step, computed as the acceleration says."""
+        self.metric.check_shape(x)
+        encoder = self.metric.encoder
+        if id(encoder) not in self._run_encoder:
+            self._run_encoder = {id(encoder): self.acceleration.wrap(encoder)}
+        return self._run_encoder[id(encoder)](x)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps."""

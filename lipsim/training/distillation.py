@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lipsim import export
 from lipsim.data.augment import ColorJitter
 from lipsim.metric import PerceptualMetric
+from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import Evaluation, MetricModule, OptimizerFactory, encoder_from, image_size_of, images_of
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
@@ -33,6 +34,7 @@ class Distillation(MetricModule):
         jitter: whether the student also sees the jittered view.
         optimizer: default Adam with the paper's β and no weight decay.
         schedule: default the paper's warm-up and cosine.
+        acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
     """
 
     def __init__(
@@ -45,10 +47,14 @@ class Distillation(MetricModule):
         jitter: bool = True,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, betas=(0.5, 0.9)),
         schedule: Schedule | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         encoder = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor), optimizer, schedule or WarmupCosine()
+            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor),
+            optimizer,
+            schedule or WarmupCosine(),
+            acceleration,
         )
         # In a list, so that neither checkpoints nor the optimizer see the teacher's weights.
         self._teacher = [export.load(teacher)]
@@ -66,7 +72,7 @@ class Distillation(MetricModule):
         with torch.no_grad():
             target = self.teacher.embed(images)
         views = [images] if self.view is None else [images, self.view(images)]
-        features = self.metric.embed(torch.cat(views)).chunk(len(views))
+        features = self.embed(torch.cat(views)).chunk(len(views))
         loss = torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
+from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import RadiusHinge, TripletLoss
 from lipsim.training.schedules import Schedule, Triangular
@@ -26,6 +27,7 @@ class FineTuning(MetricModule):
         augment: flip and turn all three images of a triplet alike; the vote stays.
         optimizer: default Adam with the paper's β.
         schedule: default the paper's triangle.
+        acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
     """
 
     def __init__(
@@ -37,17 +39,21 @@ class FineTuning(MetricModule):
         augment: bool = False,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.9)),
         schedule: Schedule | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         encoder = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor), optimizer, schedule or Triangular()
+            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor),
+            optimizer,
+            schedule or Triangular(),
+            acceleration,
         )
         self.loss = loss or RadiusHinge()
         self.augment = augment
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Loss of a batch; each distinct image is embedded once."""
-        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.metric.embed)
+        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

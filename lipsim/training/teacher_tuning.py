@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
+from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss
 from lipsim.training.schedules import Schedule, WarmupCosine
@@ -30,6 +31,7 @@ class TeacherTuning(MetricModule):
         augment: flip and turn all three images of a triplet alike; the vote stays.
         optimizer: default Adam.
         schedule: default warm-up and cosine.
+        acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
     """
 
     def __init__(
@@ -42,18 +44,19 @@ class TeacherTuning(MetricModule):
         augment: bool = True,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=3e-4),
         schedule: Schedule | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         encoder = encoder_from(teacher, init_from, "teacher")
         # No anchor: the teacher's embedding is on the unit sphere, and there is no bound that an anchor would serve.
         metric = PerceptualMetric(encoder, image_size_of(encoder), anchor=0.0, lipschitz=math.inf)
-        super().__init__(metric, optimizer, schedule or WarmupCosine(100))
+        super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration)
         self.loss = loss or MarginHinge(0.05)
         self.contrast, self.temperature = contrast, temperature
         self.augment = augment
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Hinge over a batch, and the contrastive term."""
-        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.metric.embed)
+        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
         if self.contrast:
             preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)

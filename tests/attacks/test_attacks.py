@@ -15,7 +15,7 @@ from lipsim.attacks.projections import sample_norm
 from lipsim.attacks.random import sample_normal
 from lipsim.baselines import pixel_l2
 from lipsim.data import BuiltinTriplets, Triplet
-from lipsim.students import HierarchicalSLL, OrthogonalProjection
+from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
 
 
@@ -98,7 +98,7 @@ def test_noise_depends_on_seed_and_index_only() -> None:
 
 
 def _metrics() -> dict[str, PerceptualMetric]:
-    sll = HierarchicalSLL(16, 8, blocks=(4,), depths=(2,), widths=(24,), linear_depth=1, linear_width=8)
+    sll = SLLNetwork(16, 8, channels=12, depth=2, linear_depth=1, linear_width=8)
     return {"linear": PerceptualMetric(OrthogonalProjection(16, 24), 16), "sll": PerceptualMetric(sll, 16)}
 
 
@@ -254,9 +254,11 @@ def test_null_space_of_a_vit_collides_exactly(eps: float | None) -> None:
 def test_first_operator_of_students() -> None:
     projection = first_operator(OrthogonalProjection(16, 8), 16)
     assert projection is not None and projection.kind == "OrthogonalLinear"
-    sll = HierarchicalSLL(16, 8, blocks=(4,), depths=(1,), widths=(8,), linear_depth=1, linear_width=8)
-    nn.init.normal_(sll[2][0].bias)
+    sll = SLLNetwork(16, 8, channels=8, depth=1, linear_depth=1, linear_width=8)
+    nn.init.normal_(sll[1][0].bias)
     assert first_operator(sll, 16) is None
+    default = first_operator(OrthogonalShiftNetwork(16, 8), 16)
+    assert default is not None and default.kind == "OrthogonalPatches"
 
 
 def test_trivial_kernel_gives_no_perturbation() -> None:

@@ -18,7 +18,7 @@ from lipsim.callbacks.collect import SampleTable
 from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import augmented
 from lipsim.results import read_results
-from lipsim.students import HierarchicalSLL, OrthogonalProjection
+from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
 from lipsim.train import SaveOnException
 from lipsim.training import (
@@ -84,8 +84,8 @@ def _adam(parameters) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=3e-3)
 
 
-def _student() -> HierarchicalSLL:
-    return HierarchicalSLL(16, 12, blocks=(4,), depths=(1,), widths=(12,), linear_depth=1, linear_width=12)
+def _student() -> OrthogonalShiftNetwork:
+    return OrthogonalShiftNetwork(16, 12, grid=4, widths=(32,), depths=(1,), linear_depth=1, linear_width=12)
 
 
 def _vit() -> SmallViT:
@@ -155,7 +155,7 @@ def _check_test_files(root: Path, tuning: FineTuning, data: ToyData) -> None:
     assert attacked["violations"] == 0
     null_space = results["null_space"]["sets"]["toy"]
     assert null_space["teacher"]["kernel"] and null_space["teacher"]["exact"] > 0.9
-    assert not null_space["metric"]["kernel"] and "linear" in null_space["metric"]["reason"]
+    assert null_space["metric"]["kernel"] and null_space["metric"]["exact"] > 0.5
     for name in ("gallery.png", "attacked-toy.png"):
         assert (root / "plots" / name).stat().st_size > 5000
     assert (root / "attacks.csv").is_file()

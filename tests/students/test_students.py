@@ -1,0 +1,138 @@
+"""Students: published sizes, shapes, start, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lipsim
+from lipsim import audit, export
+from lipsim.layers import freeze
+from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork, TorchlipNetwork
+from lipsim.students.orthogonal_shift import _cosines, _lowest_frequencies
+
+STUDENTS: dict[str, Callable[[int, int], nn.Module]] = {
+    "published": lambda size, features: SLLNetwork(
+        size, features, channels=12, depth=3, linear_depth=2, linear_width=6
+    ),
+    "torchlip": lambda size, features: TorchlipNetwork(size, features, (4, 2), (1, 2), (16, 32)),
+    "default": OrthogonalShiftNetwork,
+    "linear": OrthogonalProjection,
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "depth", "channels", "linear_depth", "width"),
+    [
+        ("small", 20, 45, 7, 1024),
+        ("medium", 30, 60, 10, 2048),
+        ("large", 50, 90, 10, 2048),
+        ("xlarge", 70, 120, 15, 2048),
+    ],
+)
+def test_published_sizes(preset: str, depth: int, channels: int, linear_depth: int, width: int) -> None:
+    with torch.device("meta"):
+        network = SLLNetwork.from_preset(preset)
+    convolutions = depth * (5 * channels * 9 + 2 * 5)
+    linear = linear_depth * (width * channels * 14**2 + 2 * width)
+    assert sum(p.numel() for p in network[1].parameters()) == convolutions
+    assert sum(p.numel() for p in network.parameters()) == convolutions + linear
+    if preset == "small":  # what was published
+        assert (round((convolutions + linear) / 1e6, 1), round(convolutions / 1e3, 1)) == (63.3, 40.7)
+
+
+def test_presets_that_do_not_exist_or_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="small, medium, large, xlarge"):
+        SLLNetwork.from_preset("tiny")
+    with pytest.raises(ValueError, match="images of 32 pixels leave 180 features"):
+        SLLNetwork.from_preset("small", 32, 256)
+
+
+@pytest.mark.parametrize("size", [16, 32, 40])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_are_one_lipschitz_at_their_start(name: str, size: int) -> None:
+    student = STUDENTS[name](size, 12)
+    assert student(torch.rand(2, 3, size, size)).shape == (2, 12)
+    assert 0.3 < audit.lipschitz_bound(student, size).total <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_frozen_students_compute_the_same(name: str) -> None:
+    student, x = STUDENTS[name](32, 12).eval(), torch.rand(4, 3, 32, 32)
+    expected = student(x).detach()
+    torch.testing.assert_close(freeze(student)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_survive_a_file(name: str, tmp_path: Path) -> None:
+    metric = lipsim.PerceptualMetric(STUDENTS[name](32, 12), 32).eval()
+    loaded = lipsim.load(export.save(metric, tmp_path / "student.safetensors"))
+    x = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(loaded.embed(x), metric.embed(x), rtol=1e-5, atol=1e-5)
+    assert loaded.lipschitz == pytest.approx(metric.lipschitz, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 30, 33, 64, 100, 224])
+def test_the_default_student_takes_any_image_size(size: int) -> None:
+    student = OrthogonalShiftNetwork(size, 6, linear_width=4).eval()
+    assert student(torch.rand(1, 3, size, size)).shape == (1, 6)
+
+
+def test_the_default_student_preserves_the_norm_of_smooth_images() -> None:
+    """What it starts as keeps low frequencies, and all of the length of those it keeps."""
+    student = OrthogonalShiftNetwork(64, 3072, linear_depth=0, depths=(0, 0))
+    for layer in student:
+        if hasattr(layer, "bias"):
+            layer.bias.data.zero_()
+    smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4), size=64, mode="bicubic").clamp(0, 1)
+    kept = student(smooth).norm(dim=1) / (smooth - 0.5).flatten(1).norm(dim=1)
+    assert kept.max() <= 1 + 1e-5 and kept.min() > 0.93
+    noise = torch.rand(8, 3, 64, 64)
+    assert (student(noise).norm(dim=1) / (noise - 0.5).flatten(1).norm(dim=1)).max() < 0.75
+
+
+def test_the_start_is_made_of_cosines() -> None:
+    basis = _cosines(5)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(5))
+    torch.testing.assert_close(basis[0], torch.full((5,), 5**-0.5))
+    rows = _lowest_frequencies(3, 4, 7)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(7))
+    means = rows[:3].view(3, 3, 16)  # the lowest frequency of each channel comes first
+    torch.testing.assert_close(means, torch.eye(3).unsqueeze(2).expand(-1, -1, 16) / 4)
+
+
+def _shifted_blocks(student: nn.Module, x: Tensor) -> Tensor:
+    return nn.Sequential(*list(student.children())[:-2])(x)
+
+
+def test_blocks_see_their_neighbours() -> None:
+    """A patch reaches its neighbours through the shifts, and no further in one block."""
+    student = OrthogonalShiftNetwork(32, 4, widths=(16,), depths=(1,), linear_depth=0)
+    x = torch.rand(1, 3, 32, 32)
+    y = x.clone()
+    y[:, :, 12:16, 12:16] = torch.rand(3, 4, 4)  # patch (3, 3)
+    changed = (_shifted_blocks(student, x) - _shifted_blocks(student, y)).abs().amax((0, 1)) > 1e-6
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[[3, 2, 4, 3, 3], [3, 3, 3, 2, 4]] = True
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OrthogonalShiftNetwork(64, 4000), "at most 3072 out_features"),
+        (lambda: OrthogonalShiftNetwork(64, 8, widths=(7,), depths=(1,)), "even widths"),
+        (lambda: OrthogonalShiftNetwork(64, 8, widths=(8,), depths=(1, 2)), "one length"),
+        (lambda: OrthogonalShiftNetwork(64, 8, widths=(), depths=()), "one stage at least"),
+        (lambda: TorchlipNetwork(64, 8, (4,), (1,), (7,)), "even widths"),
+        (lambda: TorchlipNetwork(64, 8, (4,), (1, 1), (8,)), "one length"),
+        (lambda: TorchlipNetwork(50, 8), "divide one after another"),
+    ],
+)
+def test_bad_arguments(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

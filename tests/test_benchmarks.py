@@ -1,0 +1,41 @@
+"""The baseline of the benchmarks is the published network, and the script runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lipsim.students import SLLNetwork
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_the_baseline_computes_what_the_student_computes() -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from published import PublishedNetwork  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    theirs = PublishedNetwork(64, 16, channels=5, depth=3)
+    ours = SLLNetwork(64, 16, channels=5, depth=3)
+    state = {name.replace("convs.", "1.").replace("linear.", "5."): w for name, w in theirs.state_dict().items()}
+    ours.load_state_dict(state)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    gradients = dict(ours.named_parameters())
+    for (name, parameter), mine in zip(theirs.named_parameters(), state, strict=True):
+        torch.testing.assert_close(gradients[mine].grad, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_speed_table_prints_ratios() -> None:
+    command = [sys.executable, str(BENCHMARKS / "students.py"), "--image-size", "112", "--batch", "1"]
+    options = ["--rounds", "1", "--only", "default student", "--skip", "compile"]
+    output = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500).stdout
+    rows = [line.split("|") for line in output.splitlines() if line.startswith("| default student")]
+    assert len(rows) == 4
+    assert all(float(row[3]) > 0 for row in rows) and all("GiB" in row[4] for row in rows[:3])

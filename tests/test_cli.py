@@ -1,0 +1,149 @@
+"""`lipsim audit`: the table, and the faults it has to catch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lipsim import PerceptualMetric, export, lower_bounds
+from lipsim.audit import UnboundedModuleError, lipschitz_bound
+from lipsim.cli import main
+from lipsim.layers import ExplicitConv2d, SLLLinear
+from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
+from lipsim.teachers import SmallViT
+
+SMALL = {"image_size": 16, "out_features": 8, "linear_depth": 1, "linear_width": 8}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    encoder = OrthogonalShiftNetwork(grid=4, widths=(8,), depths=(1,), **SMALL)
+    return export.save(PerceptualMetric(encoder, 16), tmp_path / "metric.safetensors")
+
+
+def _run(*args: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    return stop.value.code  # type: ignore[return-value]
+
+
+def test_audit_prints_each_layer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("audit", checkpoint, "--samples", "2", "--steps", "5") == 0
+    output = capsys.readouterr().out
+    for word in ("OrthogonalPatches", "ChannelShift", "SLLLinear", "whole network", "forward error", "sound"):
+        assert word in output
+
+
+def test_audit_as_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("audit", checkpoint, "--samples", "2", "--steps", "5", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0.1 < facts["lower_bound"] <= facts["lipschitz"] <= 1 + 1e-5
+    assert 0 < facts["feature_error"] < 1e-4 and facts["failures"] == []
+    assert all(0 < layer["reached"] <= layer["bound"] * (1 + 1e-9) for layer in facts["layers"])
+
+
+def test_audit_of_ones_own_images(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    assert _run("audit", checkpoint, "--images", tmp_path) == 1
+    assert "no images in" in capsys.readouterr().err
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    assert _run("audit", checkpoint, "--images", tmp_path, "--steps", "1") == 0
+    assert "on 1 images" in capsys.readouterr().out
+
+
+def test_a_requirement_that_fails(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("audit", checkpoint, "--samples", "1", "--steps", "1", "--require", "0.9") == 1
+    assert "FAILED: the bound 1.0000" in capsys.readouterr().out
+
+
+def test_an_encoder_that_forgot_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metric = PerceptualMetric(OrthogonalProjection(16, 8), 16)
+    torch.nn.init.zeros_(metric.encoder[2].weight)  # type: ignore[index, arg-type]
+    metric.lipschitz = 1.0
+    assert _run("audit", export.save(metric, tmp_path / "m.safetensors"), "--samples", "1", "--steps", "1") == 0
+    assert "whole network" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = PerceptualMetric(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), 16, lipschitz=float("inf"))
+    export.save(teacher, tmp_path / "teacher.safetensors")
+    for args, message in (
+        (["nothing.safetensors"], "no metric file"),
+        ([tmp_path / "teacher.safetensors"], "no Lipschitz bound is known for SmallViT"),
+        (["quickstart", "--samples", "0"], "--samples"),
+        ([], "the following arguments are required: checkpoint"),
+    ):
+        assert _run("audit", *args) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_half_precision_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metric = PerceptualMetric(OrthogonalProjection(16, 8), 16)
+    metric.encoder.to(torch.bfloat16)
+    export.save(metric_with_bound(metric), tmp_path / "half.safetensors")
+    assert _run("audit", tmp_path / "half.safetensors") == 1
+    assert "half precision (torch.bfloat16)" in capsys.readouterr().err
+
+
+def metric_with_bound(metric: PerceptualMetric) -> PerceptualMetric:
+    metric.lipschitz = 1.0
+    return metric
+
+
+def test_a_layer_that_declares_too_little_is_caught(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A forward pass scaled by 1.05 behind a bound that does not know it."""
+    encoder = OrthogonalProjection(16, 8)
+    metric = PerceptualMetric(encoder, 16)
+    monkeypatch.setattr(type(encoder[2]), "forward", lambda self, x: 1.05 * nn.functional.linear(x, self.weights()[0]))
+    assert _run("audit", export.save(metric, tmp_path / "m.safetensors"), "--samples", "1", "--steps", "2") == 1
+    output = capsys.readouterr().out
+    assert "FAILED: OrthogonalLinear at '2' reaches 1.04999" in output and "FAILED: an attack reaches" in output
+
+
+def test_lower_bounds_reach_known_constants() -> None:
+    linear = nn.Linear(12, 12, bias=False).double()
+    network = nn.Sequential(nn.Flatten(), linear)
+    norm = float(torch.linalg.matrix_norm(linear.weight.detach(), ord=2))
+    images = torch.rand(3, 3, 2, 2)
+    assert lower_bounds.attack_lipschitz(network, images, steps=20) == pytest.approx(norm, rel=1e-3)
+    assert lower_bounds.layer_norms(network, images, ["1"])["1"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_the_attack_beats_the_local_jacobian() -> None:
+    """Slope 3 above 1 and slope 1 below: found from points where the Jacobian is 1."""
+
+    class Kink(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) + 2 * torch.relu(x.flatten(1) - 1)
+
+    kink, images = Kink(), torch.full((1, 3, 2, 2), 0.9)
+    assert float(lower_bounds.jacobian_norm(kink, images.double())[0]) == pytest.approx(1.0)
+    assert 2.5 < lower_bounds.attack_lipschitz(kink, images, steps=60) <= 3 + 1e-9
+
+
+def test_feature_error_is_that_of_float32() -> None:
+    encoder = nn.Sequential(nn.Flatten(), SLLLinear(48, 32))
+    images = torch.rand(4, 3, 4, 4)
+    assert 1e-9 < lower_bounds.feature_error(encoder, images) < 1e-5
+    assert lower_bounds.feature_error(encoder.double(), images.double()) == 0
+    assert lower_bounds.feature_error(encoder, images[:0]) == 0
+
+
+def test_planted_faults_show_in_the_bound() -> None:
+    from orthogonium.layers.conv.adaptiveSOC import AdaptiveSOCConv2d
+    from torchvision.transforms import Normalize
+
+    unsound = AdaptiveSOCConv2d(16, 16, 3)
+    with pytest.raises(UnboundedModuleError, match="FastSOC"):
+        lipschitz_bound(nn.Sequential(nn.PixelUnshuffle(4), unsound), 16)
+    assert lipschitz_bound(nn.Sequential(nn.Conv2d(3, 16, 1), ExplicitConv2d(unsound)), 8).layers[1].bound > 1.001
+    normalised = nn.Sequential(Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), OrthogonalProjection(8, 4))
+    assert lipschitz_bound(normalised, 8).total == pytest.approx(1 / 0.224, rel=1e-6)
