@@ -3,7 +3,8 @@
 from lipsim.training.data.bapps import BappsData
 from lipsim.training.data.base import TripletData
 from lipsim.training.data.builtin import BuiltinData
+from lipsim.training.data.images import ImageFolderData
 from lipsim.training.data.material import MaterialData
 from lipsim.training.data.nights import NightsData
 
-__all__ = ["BappsData", "BuiltinData", "MaterialData", "NightsData", "TripletData"]
+__all__ = ["BappsData", "BuiltinData", "ImageFolderData", "MaterialData", "NightsData", "TripletData"]
