@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lipsim import PerceptualMetric, export
 from lipsim.callbacks import CertifyRadii
 from lipsim.data import Triplet, collate_triplets
 from lipsim.data.nights import NightsTriplets
@@ -22,6 +26,8 @@ from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
 from lipsim.training.data import NightsData
+
+ROOT = Path(__file__).parents[2]
 
 
 def _table(root: Path) -> list[dict[str, str]]:
@@ -205,6 +211,42 @@ def test_a_part_of_which_nothing_was_seen(nights: Path, tmp_path: Path) -> None:
     sets, logged, _ = _test(data, tmp_path, limit_test_batches=1)
     assert list(sets) == ["nights", f"nights_{seen}"]
     assert math.isnan(logged[f"test/nights_{unseen}/majority_score"])
+
+
+def _run(nights: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The shipped config as its users run it, on an exported metric of 8 pixels."""
+    metric = export.save(PerceptualMetric(OrthogonalProjection(8, 4), 8), root / "metric.safetensors")
+    config = ["--config", str(ROOT / "configs/nights/finetune.yaml"), "--model.init_from", str(metric)]
+    data = ["--data.root", str(nights), "--data.image_size=8", "--trainer.enable_progress_bar=false"]
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "test", *config, *data, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=400)
+
+
+def test_each_of_two_processes_sees_one_part_only(nights: Path, tmp_path: Path) -> None:
+    """The first two triplets of the test are of different parts; no process waits for scores that another lacks."""
+    one_batch = ["--data.batch_size=1", "--data.num_workers=0", "--trainer.limit_test_batches=1"]
+    run = _run(nights, tmp_path, *one_batch, "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert run.returncode == 0, run.stderr[-3000:]
+    sets = read_results(tmp_path / "runs/nights/results.json")["certified"]["sets"]
+    assert {name: scores["num_triplets"] for name, scores in sets.items()} == {
+        "nights": 2,
+        "nights_imagenet": 1,
+        "nights_non_imagenet": 1,
+    }
+    with open(tmp_path / "runs/nights/student/metrics.csv", newline="") as file:
+        (logged,) = csv.DictReader(file)
+    for name, scores in sets.items():
+        assert float(logged[f"test/{name}/majority_score"]) == scores["majority"]
+
+
+def test_damage_is_one_line_for_the_user(nights: Path, tmp_path: Path) -> None:
+    file = nights / "distort/002/006_1.png"
+    file.write_bytes(b"no image")
+    run = _run(nights, tmp_path, "--data.num_workers=1")
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert run.returncode == 1 and len(errors) == 1
+    assert errors[0].startswith(f"error: cannot read the image {file} (") and "Traceback" not in run.stderr
 
 
 def test_a_stage_reads_its_own_splits_only(nights: Path) -> None:
