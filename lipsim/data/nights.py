@@ -109,7 +109,10 @@ def read_nights(root: str | Path, split: Split, min_votes: int = MIN_VOTES) -> l
                 try:
                     if line["split"] not in get_args(Split):
                         raise ValueError(f"split is {line['split']!r}")
-                    if line["split"] == split and float(line["votes"]) >= min_votes:
+                    votes = float(line["votes"])
+                    if not votes >= 0:
+                        raise ValueError(f"votes is {line['votes']!r}")
+                    if line["split"] == split and votes >= min_votes:
                         rows.append(_row(line))
                 except (ValueError, TypeError) as error:  # TypeError: the line is short, its cells are None
                     raise ValueError(f"line {reader.line_num}: {error}") from error

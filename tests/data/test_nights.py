@@ -95,6 +95,11 @@ def _edit(root: Path, line: int, old: str, new: str) -> None:
     (root / "data.csv").write_text("\n".join(lines))
 
 
+def _votes(root: Path, line: int) -> str:
+    """The first two cells, both votes."""
+    return (root / "data.csv").read_text().splitlines()[line][:3]
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -107,7 +112,8 @@ def _edit(root: Path, line: int, old: str, new: str) -> None:
         (lambda r: (r / "distort/000/002_0.png").unlink(), FileNotFoundError, r"1 images \(distort/000/002_0\.png"),
         (lambda r: _edit(r, 1, "train", "tran"), ValueError, r"line 2: split is 'tran'"),
         (lambda r: _edit(r, 1, ",train", ",many,train"), ValueError, "line 2"),
-        (lambda r: _edit(r, 3, lines_votes(r, 3), "1,1"), ValueError, "line 4: expected one winner"),
+        (lambda r: _edit(r, 1, ",6,train", ",nan,train"), ValueError, "line 2: votes is 'nan'"),
+        (lambda r: _edit(r, 3, _votes(r, 3), "1,1"), ValueError, "line 4: expected one winner"),
         (lambda r: (r / "data.csv").write_bytes(b"\xff\xfe\x00"), ValueError, "not in the published layout"),
         (lambda r: (r / "data.csv").write_text((r / "data.csv").read_text() + "1,0,36\n"), ValueError, "line 38"),
     ],
@@ -119,12 +125,8 @@ def test_a_damaged_folder_is_refused_in_one_line(nights: Path, damage, error: ty
     assert "\n" not in str(raised.value) and str(nights) in str(raised.value)
 
 
-def lines_votes(root: Path, line: int) -> str:
-    return (root / "data.csv").read_text().splitlines()[line][:3]
-
-
 def test_rows_that_are_left_out_may_be_anything(nights: Path) -> None:
-    _edit(nights, 2, lines_votes(nights, 2), ",")  # five votes
+    _edit(nights, 2, _votes(nights, 2), ",")  # five votes
     assert len(NightsTriplets(nights, "train", Preprocess(16))) == 8
 
 
