@@ -51,6 +51,10 @@ class ResidualLinear(FoldedLayer):
         return self.weight, -2 * self.weight.mT * self.scale()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            # T on the narrow activation: a scaled copy of W is as large as W, and would be kept for the backward pass.
+            inner = torch.relu(F.linear(x, self.weight, self.bias.flatten()))
+            return x + F.linear(-2 * self.scale() * inner, self.weight.mT)
         weight, output = self.weights()
         return x + F.linear(torch.relu(F.linear(x, weight, self.bias.flatten())), output)
 

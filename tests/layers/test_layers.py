@@ -237,7 +237,7 @@ def test_bound_notices_a_missing_absolute_value() -> None:
             scale = 1 / ((self.weight @ self.weight.mT) * ratio).sum(1)
             return self.weight, -2 * self.weight.mT * scale
 
-    layer = WithoutAbsolute(6, 4).double()
+    layer = WithoutAbsolute(6, 4).double().eval()
     with torch.no_grad():
         layer.weight.normal_()
         layer.weight[1] = -0.5 * layer.weight[0]
