@@ -19,14 +19,16 @@ import lipsim
 from lipsim import PerceptualMetric, export, students, teachers
 from lipsim.data.material import IMAGES, NUM_IMAGES
 from lipsim.errors import one_line
+from lipsim.evaluate import evaluate
 from lipsim.quickstart import quickstart
 from lipsim.results import read_results
 from lipsim.train import check_checkpoint, main, train
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "evaluate")
 SMALL = ["--trainer.accelerator=cpu", "--data.num_train=32", "--data.num_val=16", "--data.num_test=16"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+EVALUATIONS = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))
 LINEAR = ROOT / "configs" / "quickstart" / "linear.yaml"
 
 
@@ -80,10 +82,24 @@ def test_every_config_runs(config: Path, material: Path) -> None:
         assert len(scores) == len(cli.datamodule.test_names if subcommand == "test" else cli.datamodule.val_names)
 
 
+@pytest.mark.parametrize("config", EVALUATIONS, ids=lambda path: path.stem)
+def test_every_evaluation_runs(config: Path, material: Path) -> None:
+    export.save(PerceptualMetric(students.OrthogonalProjection(64, 8), 64), "metric.safetensors")
+    data = {
+        "builtin": ["--data.num_test=4"],
+        "material": [f"--data.root={material}", "--data.val_triplets=20", "--data.batch_size=8"],
+    }[config.stem]
+    args = ["--config", str(config), "--checkpoint=metric.safetensors", "--trainer.accelerator=cpu", *data, *QUIET]
+    cli = evaluate([*args, "--trainer.limit_test_batches=1"])
+    results = read_results(Path(cli.trainer.default_root_dir) / "results.json")
+    assert set(results["certified"]["sets"]) == set(results["attacked"]["sets"]) == set(cli.datamodule.test_names)
+
+
 def test_every_config_says_what_it_costs() -> None:
-    for config in CONFIGS:
+    for config in [*CONFIGS, *EVALUATIONS]:
         header = [line for line in config.read_text().splitlines() if line.startswith("#")]
-        assert any("python scripts/train.py" in line for line in header), config
+        script = "evaluate" if config in EVALUATIONS else "train"
+        assert any(f"python scripts/{script}.py" in line for line in header), config
         assert any("second" in line or "minute" in line for line in header), config
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,10 +41,18 @@ class SampleTable:
         return {name: column[first] for name, column in gathered.items()}
 
 
+def pool(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of several sets as those of one, numbered anew."""
+    rows = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+    return rows | {"index": torch.arange(len(rows["index"]))}
+
+
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
-    """Write columns of equal length with a header; floats keep the digits that bring them back."""
+    """Write columns of equal length with a header; floats keep the digits that bring them back. Replaces as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    os.replace(temporary, path)
