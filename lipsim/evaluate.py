@@ -12,6 +12,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lipsim import export
@@ -78,9 +79,9 @@ class RemainingData(L.LightningDataModule):
         return list(getattr(self.data, "test_names", None) or [])
 
     @property
-    def test_pools(self) -> dict[str, list[str]]:
-        """Name → test sets that are scored together, too."""
-        return dict(getattr(self.data, "test_pools", None) or {})
+    def test_groups(self) -> dict[str, dict[str, Tensor]]:
+        """By set, the parts that are scored apart as well."""
+        return getattr(self.data, "test_groups", None) or {}
 
     def prepare_data(self) -> None:
         self.data.prepare_data()

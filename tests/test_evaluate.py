@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from lipsim import PerceptualMetric, export, students, teachers
-from lipsim.callbacks.collect import pool
 from lipsim.data import Triplet, collate_triplets
 from lipsim.data.loading import Finished, read_batch, remaining
 from lipsim.evaluate import ExportedMetric, evaluate, main
@@ -217,26 +216,22 @@ def test_budgets_are_sorted() -> None:
     assert curve["eps"][-1] == pytest.approx(0.75) and curve["certified"] == sorted(curve["certified"], reverse=True)
 
 
-def test_pools_of_sets(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    class TwoSets(BuiltinData):
-        test_pools = {"all": ["easy", "hard"]}  # noqa: RUF012
+def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parts(BuiltinData):
+        @property
+        def test_groups(self) -> dict[str, dict[str, torch.Tensor]]:
+            return {"builtin": {"early": torch.arange(COUNT) < 4, "none": torch.zeros(COUNT, dtype=torch.bool)}}
 
-        def setup(self, stage: str) -> None:
-            super().setup(stage)
-            whole = self.test_sets.pop("builtin")
-            self.test_sets = {"easy": torch.utils.data.Subset(whole, range(4)), "hard": whole}
-
-    monkeypatch.setattr("lipsim.training.data.TwoSets", TwoSets, raising=False)
+    monkeypatch.setattr("lipsim.training.data.Parts", Parts, raising=False)
     config = _config(steps=1)
-    config["data"] = {**config["data"], "class_path": "lipsim.training.data.TwoSets"}
+    config["data"] = {**config["data"], "class_path": "lipsim.training.data.Parts"}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     evaluate(_args("run"))
     for section in ("certified", "attacked"):
         sets = read_results(Path("run/results.json"))[section]["sets"]
-        assert {name: scores["num_triplets"] for name, scores in sets.items()} == {"easy": 4, "hard": 15, "all": 19}
-    assert Path("run/radii-easy.csv").is_file() and not Path("run/radii-all.csv").exists()
-    rows = {"index": torch.arange(2), "radius": torch.rand(2)}
-    assert pool([rows, rows])["index"].tolist() == [0, 1, 2, 3]
+        assert {name: scores["num_triplets"] for name, scores in sets.items()} == {"builtin": COUNT, "builtin_early": 4}
+    with open("run/radii.csv", newline="") as file:
+        assert [row["builtin_early"] for row in csv.DictReader(file)] == ["1"] * 4 + ["0"] * (COUNT - 4)
 
 
 def test_the_record_of_a_run_runs_again() -> None:

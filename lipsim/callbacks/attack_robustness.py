@@ -139,8 +139,8 @@ class AttackRobustness(TripletCallback):
         plot_grid(path, columns, labels, title=f"PGD on the reference, ε = {eps_label(self.eps[-1])}")
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        gathered, pools = self.gather(trainer)
-        sets = {name: self._summarise(rows) for name, rows in {**gathered, **pools}.items()}
+        gathered = self.gather()
+        sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
             for label, score in summary["metric"]["attacked"].items():

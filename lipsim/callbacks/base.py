@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lipsim import export
-from lipsim.callbacks.collect import SampleTable, pool
+from lipsim.callbacks.collect import SampleTable, rows_by_group
 from lipsim.data import Triplet
 from lipsim.data.loading import data_fingerprint, read_batch
 from lipsim.layers import freeze
@@ -61,16 +61,19 @@ class TripletCallback(Callback):
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         """After the last batch, on every process."""
 
-    def gather(self, trainer: L.Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-        """The rows of all processes by set, and those of the pools that the data module names.
+    def gather(self) -> dict[str, dict[str, Tensor]]:
+        """The rows of all processes by set, on every process."""
+        return {name: table.gather() for name, table in self.tables.items()}
 
-        A pool is several sets taken together, ``test_pools = {"all": ["imagenet", "other"]}``; its index counts on.
-        """
-        rows = {name: table.gather() for name, table in self.tables.items()}
-        stage = "test" if trainer.testing else "val"
-        pools: dict[str, list[str]] = getattr(trainer.datamodule, f"{stage}_pools", None) or {}  # type: ignore[attr-defined]
-        complete = {name: members for name, members in pools.items() if rows.keys() >= set(members)}
-        return rows, {name: pool([rows[member] for member in members]) for name, members in complete.items()}
+    def with_parts(
+        self, module: MetricModule, gathered: Mapping[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Gathered rows by set, each followed by the parts that the data module names (``test_groups``)."""
+        return {
+            part: part_rows
+            for name, rows in gathered.items()
+            for part, part_rows in {name: rows, **rows_by_group(rows, module.groups(name))}.items()
+        }
 
     def output_directory(self, trainer: L.Trainer) -> Path:
         """Where files go."""

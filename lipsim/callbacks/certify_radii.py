@@ -32,6 +32,9 @@ class CertifyRadii(TripletCallback):
     Features come in full precision from the evaluation step, the geometry runs in float64. The error of the float32
     features is measured against float64 on the first images of each set, enlarged, and subtracted from every radius.
 
+    Where the data module names parts of a set (``test_groups``), the results have them beside the whole, from the same
+    rows: a triplet is embedded and certified once. In radii.csv a column of 0 and 1 says what belongs to a part.
+
     Args:
         eps: ℓ2 budgets of the certified score, in input pixels in [0, 1]; sorted, repeated ones once.
         error_sample: images of each set on which the float32 error is measured; 0 certifies exact arithmetic only.
@@ -97,15 +100,13 @@ class CertifyRadii(TripletCallback):
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         assert self.report is not None
-        gathered, pools = self.gather(trainer)
-        sets = {name: self._summarise(rows) for name, rows in {**gathered, **pools}.items()}
-        for name in sets:
-            stage = "test" if trainer.testing else "val"
-            for label, score in sets[name]["certified"].items():
-                module.log(f"{stage}/{name}/certified_{label}", score, sync_dist=True)
-            module.log(f"{stage}/{name}/median_radius", sets[name]["radius"]["median"], sync_dist=True)
-            if trainer.testing and name in gathered:
-                self._write_rows(trainer, name, gathered[name])
+        gathered = self.gather()
+        sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
+        for name, scores in sets.items():
+            self._log(trainer, module, name, scores)
+        for name, rows in gathered.items():
+            membership = {part: mask[rows["index"]].long() for part, mask in module.groups(name).items()}
+            self._write_rows(trainer, name, {**rows, **membership})
         metric = module.metric
         content: dict[str, Any] = {
             "lipschitz": metric.lipschitz,
@@ -120,6 +121,12 @@ class CertifyRadii(TripletCallback):
         }
         self.results = content
         self.write_section(trainer, "certified", content)
+
+    def _log(self, trainer: L.Trainer, module: MetricModule, name: str, scores: dict[str, Any]) -> None:
+        stage = "test" if trainer.testing else "val"
+        for label, score in scores["certified"].items():
+            module.log(f"{stage}/{name}/certified_{label}", score, sync_dist=True)
+        module.log(f"{stage}/{name}/median_radius", scores["radius"]["median"], sync_dist=True)
 
     def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
         margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["index"]
@@ -146,6 +153,8 @@ class CertifyRadii(TripletCallback):
 
     @rank_zero_only
     def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
+        if not trainer.testing:
+            return
         file = "radii.csv" if len(self.tables) == 1 else f"radii-{name}.csv"
         write_csv(self.output_directory(trainer) / file, rows)
 

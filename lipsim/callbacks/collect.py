@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,10 +41,17 @@ class SampleTable:
         return {name: column[first] for name, column in gathered.items()}
 
 
-def pool(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of several sets as those of one, numbered anew."""
-    rows = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-    return rows | {"index": torch.arange(len(rows["index"]))}
+def rows_by_group(rows: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Gathered rows of each group that has any.
+
+    Args:
+        rows: columns ``(M,)`` with the sample index among them, as :meth:`SampleTable.gather` returns them.
+        groups: name → ``(N,)`` bool mask over the samples of the set.
+    """
+    chosen = {name: mask[rows["index"]] for name, mask in groups.items()}
+    return {
+        name: {key: column[mask] for key, column in rows.items()} for name, mask in chosen.items() if bool(mask.any())
+    }
 
 
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:

@@ -67,8 +67,8 @@ class NullSpaceRobustness(TripletCallback):
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         sets = {}
-        gathered, pools = self.gather(trainer)
-        for name, rows in {**gathered, **pools}.items():
+        gathered = self.gather()
+        for name, rows in self.with_parts(module, gathered).items():
             sets[name] = {key: self._summarise(key, rows) for key in self.searched}
             own = sets[name]["metric"]
             stage = "test" if trainer.testing else "val"

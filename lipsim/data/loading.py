@@ -54,6 +54,8 @@ def remaining(loader: DataLoader[Any], finished: Collection[int]) -> DataLoader[
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,
         persistent_workers=loader.persistent_workers,
+        prefetch_factor=loader.prefetch_factor,
+        worker_init_fn=loader.worker_init_fn,
         collate_fn=partial(_collate, loader.collate_fn),
         pin_memory=loader.pin_memory,
     )
