@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -64,6 +65,12 @@ class MetricModule(L.LightningModule):
         if id(encoder) not in self._run_encoder:
             self._run_encoder = {id(encoder): self.acceleration.wrap(encoder)}
         return self._run_encoder[id(encoder)](x)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        total = self.trainer.estimated_stepping_batches
+        return min(1.0, self.trainer.global_step / total) if 0 < total < math.inf else 1.0
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps."""
