@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -157,6 +158,8 @@ def evaluate(args: Sequence[str]) -> EvaluationCLI:
             something else in the same folder.
     """
     quiet_warnings()
+    # Repeated samples are counted once here, whatever Lightning advises.
+    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
     cli = EvaluationCLI(args)
     callbacks = [c for c in cli.trainer.callbacks if isinstance(c, TripletCallback)]  # type: ignore[attr-defined]
     if not callbacks:

@@ -139,16 +139,20 @@ def _callbacks(trainer: L.Trainer) -> dict[str, TripletCallback]:
 
 
 def _read(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
-    """Complete lines of a file; ``repair`` cuts off what a killed process left after them."""
+    """Complete lines of a file; ``repair`` cuts off what a killed process or machine left after them."""
     if not path.is_file():
         return
     good = 0
     with open(path, "rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if record is None:
                 break
             good += len(line)
-            yield json.loads(line)
+            yield record
     if repair and good < path.stat().st_size:
         with open(path, "r+b") as file:
             file.truncate(good)
