@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lipsim import export, lower_bounds
+from lipsim import certificates, export, lower_bounds
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
 from lipsim.data.transforms import read_image
@@ -27,6 +30,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="lipsim", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_audit(commands)
+    _add_certify(commands)
+    _add_report(commands)
     with one_line_errors():
         options = parser.parse_args(args)
         sys.exit(options.run(options))
@@ -89,6 +94,113 @@ def _table(report: LipschitzReport, reached: dict[str, float], attack: float, er
     rows.append(f"{report.total:<14.9g}{attack:<14.9g}{used:<8}the whole network; every radius divides by the bound")
     rows.append(f"forward error at most {error:.3g} in feature units, on {samples} images against float64")
     return "\n".join(rows)
+
+
+def _add_certify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "certify",
+        help="certify the answer to one triplet of image files",
+        description="Which of two images is more like a reference, and how far the answer cannot change: ℓ2 radii in "
+        "the pixels that the metric sees and in those of each file, values in [0, 1]; the ℓ∞ radius of the reference; "
+        "and how many of its pixels may take any colour.",
+    )
+    parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
+    for name in ("reference", "left", "right"):
+        parser.add_argument(name, type=Path, help="an image file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_certify)
+
+
+def _certify(options: argparse.Namespace) -> int:
+    metric = export.load(options.checkpoint)
+    if not math.isfinite(metric.lipschitz):
+        raise ValueError(f"{options.checkpoint} has no Lipschitz bound, nothing about it can be certified")
+    files = {name: getattr(options, name) for name in ("reference", "left", "right")}
+    pictures = {name: read_image(file) for name, file in files.items()}
+    dtype = next(metric.parameters()).dtype
+    images = {name: metric.preprocess(picture).to(dtype).unsqueeze(0) for name, picture in pictures.items()}
+    found = metric.certify(**images)
+    margin = float(found.margin)
+    radii = {
+        "reference": float(found.radius),
+        "left": float(found.left_radius),
+        "right": float(found.right_radius),
+        "joint": float(found.joint_radius),
+    }
+    elements = images["reference"].numel()
+    facts = {
+        "answer": "tie" if margin == 0 else "left" if margin > 0 else "right",
+        "margin": margin,
+        "radius": radii,
+        "original_radius": _original_radii(metric, pictures, radii),
+        "linf_radius": float(certificates.linf_radius(found.radius, elements)),
+        "pixels": int(found.pixels),
+        "image_size": metric.image_size,
+        "lipschitz": metric.lipschitz,
+        "feature_error": metric.feature_error,
+    }
+    print(json.dumps(facts, indent=1) if options.json else _certificate(facts))
+    return 0
+
+
+def _original_radii(
+    metric: PerceptualMetric, pictures: dict[str, Image.Image], radii: dict[str, float]
+) -> dict[str, float] | None:
+    """Radii in the pixels of the files; None where the metric resizes in 8 bits, which rounds and has no norm."""
+    if metric.preprocess.resize != "float":
+        return None
+    norms = {}
+    for name, picture in pictures.items():
+        # Its height and width in whichever order: the norm is symmetric in them. No resize: no change.
+        size = (picture.height, picture.width)
+        same = size == (metric.image_size, metric.image_size)
+        norms[name] = 1.0 if same else certificates.resize_norm(size, metric.image_size)
+    return {name: radius / norms.get(name, max(norms.values())) for name, radius in radii.items()}
+
+
+def _certificate(facts: dict[str, Any]) -> str:
+    original = facts["original_radius"]
+    size = facts["image_size"]
+    # Resizing in 8 bits rounds, which no norm bounds.
+    title = "(resized in 8 bits: none in the file's own pixels)" if original is None else "R in the file's own pixels"
+    rows = [
+        f"answer: {facts['answer']} (margin {facts['margin']:.6g}, positive for left)",
+        f"{'perturbed image':<18}{f'R at {size}×{size}':<16}{title}",
+    ]
+    for name, radius in facts["radius"].items():
+        title = "all three, each" if name == "joint" else name
+        rows.append(f"{title:<18}{radius:<16.6g}" + ("" if original is None else f"{original[name]:.6g}"))
+    rows.append(f"ℓ∞ radius of the reference {facts['linf_radius']:.6g} = {255 * facts['linf_radius']:.4g}/255")
+    rows.append(f"pixels of the reference that may take any colour: {facts['pixels']} of {size * size}")
+    return "\n".join(rows)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="tables, curves and one HTML page from the results of several runs",
+        description="Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
+        "and PNG, and report.html with the pictures of each run inside it.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--radius",
+        nargs="+",
+        default=["certified"],
+        choices=("certified", "published", "joint"),
+        help="rows of each run: the exact radius, LipSim's own, all three images moving (%(default)s)",
+    )
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lipsim import report  # matplotlib, which no other command needs
+
+    tables = report.write_report(report.load_runs(options.runs), options.output, options.radius)
+    report.print_tables(tables, Console())
+    print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
+    return 0
 
 
 def _sample_images(folder: Path | None, count: int, metric: PerceptualMetric) -> Tensor:

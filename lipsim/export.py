@@ -79,7 +79,7 @@ def load(path: str | Path) -> PerceptualMetric:
         FileNotFoundError: no such file, nor a bundled metric of that name.
         ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
     """
-    file = _resolve(path)
+    file = resolve(path)
     try:
         with safe_open(file, framework="pt") as archive:
             metadata = archive.metadata() or {}
@@ -147,7 +147,12 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str)
     module.load_state_dict(state)
 
 
-def _resolve(path: str | Path) -> Path:
+def resolve(path: str | Path) -> Path:
+    """The file of a metric that is given by path or by the name of a bundled one.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
     file = Path(path)
     if file.is_file():
         return file

@@ -40,7 +40,15 @@ def plot_scores(path: Path, certified: Mapping[str, Curve], attacked: Mapping[st
     save(figure, path)
 
 
-def plot_gallery(path: Path, images: Tensor, radius: Tensor, margin: Tensor, right_vote: Tensor, index: Tensor) -> None:
+def plot_gallery(
+    path: Path,
+    images: Tensor,
+    radius: Tensor,
+    margin: Tensor,
+    right_vote: Tensor,
+    index: Tensor,
+    attacked: tuple[Tensor, Sequence[bool]] | None = None,
+) -> None:
     """Triplets one a row: left, reference, right, with the metric's choice, the votes and the certified radius.
 
     Args:
@@ -50,17 +58,26 @@ def plot_gallery(path: Path, images: Tensor, radius: Tensor, margin: Tensor, rig
         margin: ``(N,)``, positive where left is nearer.
         right_vote: ``(N,)``.
         index: ``(N,)`` sample indices.
+        attacked: references under an attack of length R, ``(N, 3, H, W)``, and whether the answer flipped: two more
+            columns, with the change amplified around gray.
     """
     choices = ["tie" if h == 0 else "left" if h > 0 else "right" for h in margin.tolist()]
     votes = right_vote.tolist()
+    columns = [images[:, 1], images[:, 0], images[:, 2]]
     labels = [
         [f"left: {1 - vote:.0%} of votes" for vote in votes],
         [f"#{i}: {c}, R = {r:.3g}" for i, c, r in zip(index.tolist(), choices, radius.tolist(), strict=True)],
         [f"right: {vote:.0%} of votes" for vote in votes],
     ]
-    plot_grid(
-        path, [images[:, 1], images[:, 0], images[:, 2]], labels, title="certified best to worst: choice and radius"
-    )
+    if attacked is not None:
+        change = attacked[0] - images[:, 0]
+        gain = 0.5 / change.flatten(1).abs().amax(1).clamp(min=1e-6)
+        columns[2:2] = [attacked[0], 0.5 + change * gain.view(-1, 1, 1, 1)]
+        labels[2:2] = [
+            [f"PGD, ε = R: {'flipped' if flip else 'holds'}" for flip in attacked[1]],
+            [f"its change × {g:.3g}" for g in gain.tolist()],
+        ]
+    plot_grid(path, columns, labels, title="certified best to worst: choice and radius")
 
 
 def plot_grid(path: Path, columns: Sequence[Tensor], labels: Sequence[Sequence[str]], title: str) -> None:

@@ -6,19 +6,21 @@ The stages are the same that ``python scripts/train.py --config configs/quicksta
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from lipsim import report
 from lipsim.attacks.objectives import Distance
 from lipsim.baselines import BASELINES
 from lipsim.metrics import TwoAFCScore
-from lipsim.results import update_results
+from lipsim.plots import plot_scores
+from lipsim.results import read_results, update_results
+from lipsim.tables import Row, certified_curve, markdown_table, read_columns, rich_table, score_rows
 from lipsim.train import StageCLI, train
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -66,7 +68,7 @@ def quickstart(overrides: Sequence[str] = ()) -> dict[str, Any]:
     results = ROOT / "results.json"
     update_results(results, "baselines", {"sets": {name: scores}})
     update_results(results, "seconds", {stage: round(value, 1) for stage, value in seconds.items()})
-    return report.quickstart(ROOT, console)
+    return report(ROOT, console)
 
 
 def score_of(distance: Distance, loader: DataLoader[Any]) -> dict[str, float]:
@@ -78,3 +80,83 @@ def score_of(distance: Distance, loader: DataLoader[Any]) -> dict[str, float]:
         for score in (majority, vote):
             score.update(margin, batch.right_vote, batch.index)
     return {"majority": float(majority.compute()), "vote": float(vote.compute())}
+
+
+def report(root: Path, console: Console) -> dict[str, Any]:
+    """Print the quickstart's tables, write ``report.md`` and the plots; returns the contents of results.json."""
+    results = read_results(root / "results.json")
+    linear = read_results(root / "linear" / "results.json")
+    (name,) = results["certified"]["sets"]
+    tables = quickstart_tables(results, linear, name)
+    for title, rows in tables.items():
+        console.print(rich_table(rows, title))
+    lines = [*null_space_lines(results, name), _violations(results, name)]
+    for line in lines:
+        console.print(line, highlight=False)
+    _plot(root, results, name)
+    text = [part for title, rows in tables.items() for part in (f"{title}:", markdown_table(rows))]
+    (root / "report.md").write_text("\n\n".join(["# Quickstart", *text, *lines]) + "\n")
+    console.print(f"{sum(results['seconds'].values()) / 60:.1f} minutes. Report, plots and checkpoints are in {root}/;")
+    console.print(f"lipsim.load('{root}/quickstart.safetensors') gives the metric.", highlight=False)
+    return results
+
+
+def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], name: str) -> dict[str, list[Row]]:
+    """Title → rows: what is certified, and what is left under attack, for every metric."""
+    certified, attacked = results["certified"]["sets"][name], results["attacked"]["sets"][name]
+    own_linear = linear["certified"]["sets"][name]
+    rows = {
+        "student, exact radius": (certified["majority"], certified["certified"]),
+        "student, published radius": (certified["majority"], certified["published"]),
+        "linear map, exact radius": (own_linear["majority"], own_linear["certified"]),
+    }
+    names = {"metric": "student", "linear": "linear map", "teacher": "teacher (ViT, no certificate)"}
+    under_attack = {title: (attacked[key]["natural"], attacked[key]["attacked"]) for key, title in names.items()}
+    plain: dict[str, tuple[float, dict[str, float]]] = {
+        title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name].items()
+    }
+    count = certified["num_triplets"]
+    return {
+        f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": score_rows(rows),
+        f"2AFC score in % under PGD on the reference, {count} test triplets": score_rows({**under_attack, **plain}),
+    }
+
+
+def null_space_lines(results: Mapping[str, Any], name: str) -> list[str]:
+    """What the null-space search found, one sentence a metric."""
+    lines = []
+    for metric, found in results["null_space"]["sets"][name].items():
+        title = {"metric": "student", "linear": "linear map"}.get(metric, metric)
+        if found["kernel"]:
+            lines.append(
+                f"Null space of the {title}'s first operator ({found['layer']}): references moved by "
+                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of "
+                f"its norm (median; at most {found['largest_change']:.0e}); "
+                f"{100 * found['exact']:.0f} % are exact collisions."
+            )
+        else:
+            lines.append(f"Null space of the {title}'s first operator: none, {found['reason']}.")
+    return lines
+
+
+def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
+    attacked, budgets = results["attacked"]["sets"][name], [0.0, *results["attacked"]["eps"]]
+    eps = np.linspace(0, 1.5 * budgets[-1], 200)
+    student, linear = read_columns(root / "radii.csv"), read_columns(root / "linear" / "radii.csv")
+    certified = {
+        "student": (eps, certified_curve(student, "radius", eps)),
+        "student, published radius": (eps, certified_curve(student, "published_radius", eps)),
+        "linear map": (eps, certified_curve(linear, "radius", eps)),
+    }
+    names = {"metric": "student", "linear": "linear map", "teacher": "teacher"}
+    under_attack = {
+        names[key]: (budgets, [attacked[key]["natural"], *attacked[key]["attacked"].values()]) for key in names
+    }
+    plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under PGD")
+    pair = {key: under_attack[key] for key in ("teacher", "student")}
+    plot_scores(root / "plots" / "teacher-and-student.png", {}, pair, "Teacher and student under the same PGD attack")
+
+
+def _violations(results: Mapping[str, Any], name: str) -> str:
+    count = results["attacked"]["sets"][name]["violations"]
+    return f"Answers flipped inside their certified radius: {count}."

@@ -1,161 +1,258 @@
-"""Tables and plots from results.json and the CSV files of a run."""
+"""`lipsim report`: the results of several runs side by side, as tables, curves and one page that needs nothing else."""
 
 from __future__ import annotations
 
+import base64
 import csv
-from collections.abc import Mapping, Sequence
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from lipsim.plots import plot_scores
-from lipsim.results import read_results
+from lipsim.plots import Curve, plot_scores
+from lipsim.results import eps_label, read_results
+from lipsim.tables import Row, html_table, latex_table, markdown_table, percent, percents, rich_table
 
-Row = Mapping[str, str]
+KINDS = {"certified": "", "published": ", published radius", "joint": ", all three images move"}
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .8em;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}th{border-bottom:1px solid #222}tr:last-child td"
+    "{border-bottom:1px solid #222}img{max-width:100%}code{font-size:.85em;overflow-wrap:anywhere}"
+)
 
 
-def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
-    """One row an evaluation set from the section "certified" of results.json: natural and certified scores in %."""
-    return [
-        {
-            "set": name,
-            "triplets": str(scores["num_triplets"]),
-            "natural": _percent(scores["majority"]),
-            **_percents(scores["certified"]),
-            "median R": f"{scores['radius']['median']:.3g}",
-        }
-        for name, scores in certified["sets"].items()
+@dataclass(frozen=True)
+class Run:
+    """One run: the name that tables give it, its directory and the contents of its results.json."""
+
+    name: str
+    directory: Path
+    results: Mapping[str, Any]
+
+    def sets(self, section: str) -> Mapping[str, Any]:
+        """Test set → scores of a section; empty where it was not measured."""
+        return self.results.get(section, {}).get("sets", {})
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A table: natural score and the scores at each ε, one row a metric, cells in %."""
+
+    title: str
+    heading: str
+    eps: list[str]
+    rows: list[Row]
+
+
+def load_runs(paths: Sequence[str]) -> list[Run]:
+    """Read runs that are given as ``DIRECTORY``, ``…/results.json`` or ``NAME=DIRECTORY``.
+
+    Raises:
+        FileNotFoundError: no results.json.
+        ValueError: it cannot be read, holds no scores, or two runs have one name.
+    """
+    runs = []
+    for path in paths:
+        name, _, place = path.rpartition("=")
+        file = Path(place) if place.endswith(".json") else Path(place) / "results.json"
+        results = read_results(file)
+        run = Run(name or file.absolute().parent.name, file.parent, results)
+        if not run.sets("certified") and not run.sets("attacked"):
+            raise ValueError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
+        runs.append(run)
+    names = [run.name for run in runs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"several runs are called {', '.join(repeated)}; tell them apart by NAME=DIRECTORY")
+    return runs
+
+
+def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[str] = ("certified",)) -> list[ScoreTable]:
+    """Write report.md, report.tex, report.csv, report.html and a curve (PDF and PNG) for each test set.
+
+    Args:
+        runs: in the order of the rows.
+        output: folder, made where it is missing.
+        kinds: rows for each run, of :data:`KINDS`: by the exact radius, the published one, or the joint one.
+
+    Returns:
+        The tables.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    sets = list(dict.fromkeys(name for run in runs for s in ("certified", "attacked") for name in run.sets(s)))
+    tables = {name: [*certified_tables(runs, name, kinds), *attacked_tables(runs, name)] for name in sets}
+    warnings = [line for name in sets if (line := different_data(runs, name))]
+    curves = {name: output / (f"curves-{_file_name(name)}" if len(sets) > 1 else "curves") for name in sets}
+    for name, path in curves.items():
+        certified, attacked = _curves(runs, name, kinds)
+        for suffix in (".pdf", ".png"):
+            plot_scores(path.with_suffix(suffix), certified, attacked, name)
+    flat = [table for found in tables.values() for table in found]
+    markdown = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
+    (output / "report.md").write_text("\n\n".join(["# Report", *warnings, *markdown]) + "\n")
+    latex = [latex_table(table.rows, table.title, table.eps, table.heading) for table in flat]
+    (output / "report.tex").write_text("\n\n".join([r"% \usepackage{booktabs,multirow}", *latex]) + "\n")
+    with open(output / "report.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("set", "run", "metric", "score", "eps", "value"), *_numbers(runs)])
+    (output / "report.html").write_text(_page(runs, tables, curves, warnings))
+    return flat
+
+
+def print_tables(tables: Iterable[ScoreTable], console: Console) -> None:
+    """The same tables in the terminal."""
+    for table in tables:
+        console.print(rich_table(table.rows, table.title))
+
+
+def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> list[ScoreTable]:
+    """Natural and certified scores on a test set; none where no run has them."""
+    found = [(run, run.sets("certified")[name]) for run in runs if name in run.sets("certified")]
+    if not found:
+        return []
+    eps = _labels(run.results["certified"]["eps"] for run, _ in found)
+    rows = [
+        _row(run.name + KINDS[kind], scores["majority"], scores[kind], eps) for run, scores in found for kind in kinds
     ]
+    title = f"{name}: 2AFC score in %, natural and certified at ℓ2 budgets ε{_counts(s for _, s in found)}"
+    return [ScoreTable(title, "Certified score", eps, rows)]
 
 
-def quickstart(root: Path, console: Console) -> dict[str, Any]:
-    """Print the quickstart's tables, write ``report.md`` and the plots; returns the contents of results.json."""
-    results = read_results(root / "results.json")
-    linear = read_results(root / "linear" / "results.json")
-    (name,) = results["certified"]["sets"]
-    tables = quickstart_tables(results, linear, name)
-    for title, rows in tables.items():
-        console.print(rich_table(rows, title))
-    lines = [*null_space_lines(results, name), _violations(results, name)]
-    for line in lines:
-        console.print(line, highlight=False)
-    _plot(root, results, name)
-    text = [part for title, rows in tables.items() for part in (f"{title}:", markdown_table(rows))]
-    (root / "report.md").write_text("\n\n".join(["# Quickstart", *text, *lines]) + "\n")
-    console.print(f"{sum(results['seconds'].values()) / 60:.1f} minutes. Report, plots and checkpoints are in {root}/;")
-    console.print(f"lipsim.load('{root}/quickstart.safetensors') gives the metric.", highlight=False)
-    return results
-
-
-def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], name: str) -> dict[str, list[Row]]:
-    """Title → rows: what is certified, and what is left under attack, for every metric."""
-    certified, attacked = results["certified"]["sets"][name], results["attacked"]["sets"][name]
-    own_linear = linear["certified"]["sets"][name]
-    rows = {
-        "student, exact radius": (certified["majority"], certified["certified"]),
-        "student, published radius": (certified["majority"], certified["published"]),
-        "linear map, exact radius": (own_linear["majority"], own_linear["certified"]),
-    }
-    names = {"metric": "student", "linear": "linear map", "teacher": "teacher (ViT, no certificate)"}
-    under_attack = {title: (attacked[key]["natural"], attacked[key]["attacked"]) for key, title in names.items()}
-    plain: dict[str, tuple[float, dict[str, float]]] = {
-        title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name].items()
-    }
-    count = certified["num_triplets"]
-    return {
-        f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": _rows(rows),
-        f"2AFC score in % under PGD on the reference, {count} test triplets": _rows({**under_attack, **plain}),
-    }
-
-
-def null_space_lines(results: Mapping[str, Any], name: str) -> list[str]:
-    """What the null-space search found, one sentence a metric."""
-    lines = []
-    for metric, found in results["null_space"]["sets"][name].items():
-        title = {"metric": "student", "linear": "linear map"}.get(metric, metric)
-        if found["kernel"]:
-            lines.append(
-                f"Null space of the {title}'s first operator ({found['layer']}): references moved by "
-                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of "
-                f"its norm (median; at most {found['largest_change']:.0e}); "
-                f"{100 * found['exact']:.0f} % are exact collisions."
+def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
+    """Scores that attacks left on a test set, a table for each norm."""
+    tables = []
+    for norm in dict.fromkeys(str(run.results["attacked"]["norm"]) for run in runs if name in run.sets("attacked")):
+        found = [r for r in runs if name in r.sets("attacked") and str(r.results["attacked"]["norm"]) == norm]
+        eps = _labels(run.results["attacked"]["eps"] for run in found)
+        rows: list[Row] = []
+        for run in found:
+            section, scores = run.results["attacked"], run.sets("attacked")[name]
+            steps = f"{section['attack'].upper()}, {section['steps']} steps" + (
+                f" × {section['restarts']}" if section["restarts"] > 1 else ""
             )
-        else:
-            lines.append(f"Null space of the {title}'s first operator: none, {found['reason']}.")
-    return lines
+            for key, score in scores.items():
+                if isinstance(score, Mapping):
+                    title = run.name if key == "metric" else f"{run.name}: {key}"
+                    rows.append(_row(f"{title} ({steps})", score["natural"], score["attacked"], eps))
+        violations = sum(run.sets("attacked")[name]["violations"] for run in found)
+        sign = "∞" if norm == "inf" else norm
+        title = f"{name}: 2AFC score in % under attack on the reference, ℓ{sign} budgets ε"
+        title += f"{_counts(run.sets('attacked')[name] for run in found)}; {violations} certificates violated"
+        tables.append(ScoreTable(title, "Score under attack", eps, rows))
+    return tables
 
 
-def rich_table(rows: Sequence[Row], title: str) -> Table:
-    """A table for the terminal."""
-    table = Table(title=title)
-    for i, column in enumerate(rows[0]):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
+def different_data(runs: Sequence[Run], name: str) -> str | None:
+    """A warning where runs saw different data under one name."""
+    seen: dict[str, list[str]] = {}
+    for run in runs:
+        prints = {s.get("data_sha256", {}).get(name) for s in run.results.values() if isinstance(s, Mapping)}
+        for fingerprint in prints - {None}:
+            seen.setdefault(str(fingerprint), []).append(run.name)
+    groups = "; ".join(", ".join(names) for names in seen.values())
+    return f"Different data under the name {name}: {groups}. Their scores do not compare." if len(seen) > 1 else None
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The same table in Markdown."""
-    header = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [*header, *(list(row.values()) for row in rows)])
+def _row(title: str, natural: float | None, scores: Mapping[str, float], eps: Sequence[str]) -> Row:
+    cells = percents(scores)
+    return {"metric": title, "natural": percent(natural), **{label: cells.get(label, "") for label in eps}}
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a CSV file of numbers."""
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))
-    values = np.array([[_number(cell) for cell in row] for row in rows[1:]])
-    return {name: values[:, i] for i, name in enumerate(rows[0])}
+def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
+    """Labels of all budgets, ascending."""
+    return list(dict.fromkeys(eps_label(eps) for eps in sorted({eps for found in budgets for eps in found})))
 
 
-def certified_curve(rows: Mapping[str, np.ndarray], column: str, eps: np.ndarray) -> np.ndarray:
-    """Certified majority score at each ε from the columns of radii.csv."""
-    untied = rows["right_vote"] != 0.5
-    agree = ((rows["margin"] > 0) & (rows["right_vote"] < 0.5)) | ((rows["margin"] < 0) & (rows["right_vote"] > 0.5))
-    return (agree[untied, None] & (rows[column][untied, None] > eps)).mean(0)
+def _counts(scores: Iterable[Mapping[str, Any]]) -> str:
+    counts = sorted({s["num_triplets"] for s in scores})
+    return f", {counts[0]} triplets" if len(counts) == 1 else f", {counts[0]} to {counts[-1]} triplets"
 
 
-def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
-    attacked, budgets = results["attacked"]["sets"][name], [0.0, *results["attacked"]["eps"]]
-    eps = np.linspace(0, 1.5 * budgets[-1], 200)
-    student, linear = read_columns(root / "radii.csv"), read_columns(root / "linear" / "radii.csv")
-    certified = {
-        "student": (eps, certified_curve(student, "radius", eps)),
-        "student, published radius": (eps, certified_curve(student, "published_radius", eps)),
-        "linear map": (eps, certified_curve(linear, "radius", eps)),
+def _curves(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    certified: dict[str, Curve] = {}
+    attacked: dict[str, Curve] = {}
+    for run in runs:
+        title = run.name.replace("$", r"\$")  # matplotlib would read mathematics
+        if name in run.sets("certified"):
+            scores = run.sets("certified")[name]
+            # Files of older versions have no curve: their table's budgets do.
+            curve = scores.get("curve") or {"eps": run.results["certified"]["eps"]}
+            for kind in kinds:
+                points = curve.get(kind) or list(scores[kind].values())
+                certified[title + KINDS[kind]] = curve["eps"], _numeric(points)
+        if name in run.sets("attacked") and run.results["attacked"]["norm"] == 2:
+            score = run.sets("attacked")[name]["metric"]
+            budgets = [0.0, *run.results["attacked"]["eps"]]
+            attacked[title] = budgets, _numeric([score["natural"], *score["attacked"].values()])
+    return certified, attacked
+
+
+def _numeric(scores: Sequence[float | None]) -> list[float]:
+    return [float("nan") if score is None else score for score in scores]
+
+
+def _numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, Any]]:
+    """Every score: set, run, metric, kind of score, ε and value in [0, 1]."""
+    for run in runs:
+        for name, scores in run.sets("certified").items():
+            for kind in ("majority", "vote"):
+                yield name, run.name, "metric", kind, "", scores[kind]
+            for kind in KINDS:
+                for label, score in scores[kind].items():
+                    yield name, run.name, "metric", kind, label, score
+        for name, scores in run.sets("attacked").items():
+            for key, score in scores.items():
+                if isinstance(score, Mapping):
+                    yield name, run.name, key, "natural", "", score["natural"]
+                    for label, value in score["attacked"].items():
+                        yield name, run.name, key, f"attacked, norm {run.results['attacked']['norm']}", label, value
+
+
+def _page(
+    runs: Sequence[Run],
+    tables: Mapping[str, Sequence[ScoreTable]],
+    curves: Mapping[str, Path],
+    warnings: Sequence[str],
+) -> str:
+    parts = ["<h1>Report</h1>", *(f"<p><strong>{html.escape(line)}</strong></p>" for line in warnings)]
+    for name, found in tables.items():
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        for table in found:
+            parts += [f"<p>{html.escape(table.title)}</p>", html_table(table.rows)]
+        parts.append(_image(curves[name].with_suffix(".png"), f"curves of {name}"))
+    for run in runs:
+        parts += [f"<h2>{html.escape(run.name)}</h2>", html_table(_facts(run))]
+        for picture in sorted((run.directory / "plots").glob("*.png")):
+            parts += [f"<h3>{html.escape(picture.stem)}</h3>", _image(picture, f"{picture.stem} of {run.name}")]
+    head = f'<meta charset="utf-8"><title>lipsim report</title><style>{_STYLE}</style>'
+    return "\n".join([f'<!doctype html><html lang="en"><head>{head}</head><body>', *parts, "</body></html>"]) + "\n"
+
+
+def _facts(run: Run) -> list[Row]:
+    """What the numbers of a run rest on."""
+    certified, evaluation = run.results.get("certified", {}), run.results.get("evaluation", {})
+    facts = {
+        "directory": run.directory,
+        "checkpoint": evaluation.get("checkpoint"),
+        "checkpoint SHA-256": evaluation.get("checkpoint_sha256"),
+        "weights SHA-256": (certified or run.results["attacked"]).get("weights_sha256"),
+        "Lipschitz bound": certified.get("lipschitz"),
+        "anchor": certified.get("anchor"),
+        "feature error subtracted": certified.get("feature_error"),
+        "precision": certified.get("precision"),
+        "versions": ", ".join(f"{package} {v}" for package, v in run.results.get("versions", {}).items()),
     }
-    names = {"metric": "student", "linear": "linear map", "teacher": "teacher"}
-    under_attack = {
-        names[key]: (budgets, [attacked[key]["natural"], *attacked[key]["attacked"].values()]) for key in names
-    }
-    plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under PGD")
-    pair = {key: under_attack[key] for key in ("teacher", "student")}
-    plot_scores(root / "plots" / "teacher-and-student.png", {}, pair, "Teacher and student under the same PGD attack")
+    return [{"fact": key, "value": str(value)} for key, value in facts.items() if value is not None]
 
 
-def _violations(results: Mapping[str, Any], name: str) -> str:
-    count = results["attacked"]["sets"][name]["violations"]
-    return f"Answers flipped inside their certified radius: {count}."
+def _image(path: Path, title: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _rows(scores: Mapping[str, tuple[float, Mapping[str, float]]]) -> list[Row]:
-    """Rows of natural score and scores at each ε; cells that were not measured stay empty."""
-    rows = [{"metric": title, "natural": _percent(natural), **_percents(at)} for title, (natural, at) in scores.items()]
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column, "") for column in columns} for row in rows]
-
-
-def _percents(scores: Mapping[str, float]) -> dict[str, str]:
-    return {eps: _percent(score) for eps, score in scores.items()}
-
-
-def _percent(score: float | None) -> str:
-    return "" if score is None else f"{100 * score:.1f}"
-
-
-def _number(cell: str) -> float:
-    return float({"True": "1", "False": "0"}.get(cell, cell))
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)

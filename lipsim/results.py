@@ -1,4 +1,31 @@
-"""results.json: what a run measured, one section a callback, readable without this package."""
+"""results.json: what a run measured, one section a callback, readable without this package.
+
+Schema 1. Scores are shares in [0, 1]; ε and radii are ℓ2 lengths in input pixels in [0, 1]; numbers that are not finite
+are null; labels of ε are those of :func:`eps_label`. Fields may be added without a new schema number.
+
+``schema``
+    1.
+``versions``
+    Python and packages → version.
+``evaluation`` (scripts/evaluate.py)
+    ``checkpoint`` as given, ``checkpoint_sha256`` of the file, ``image_size``.
+``certified`` (:class:`lipsim.callbacks.CertifyRadii`)
+    ``lipschitz`` the audited bound, ``layers`` name → bound; ``anchor``; ``feature_error`` that was subtracted, with
+    ``feature_error_sample`` images and ``feature_error_factor``; ``precision``; ``eps`` the budgets, ascending;
+    ``sets`` name of a test set or pool → ``num_triplets``, ``num_tied_votes``, ``majority``, ``vote`` (natural scores),
+    ``certified`` (exact radius), ``published`` (LipSim's), ``joint`` (all images move): label → score, ``radius``
+    (``mean``, ``median``, ``min``, ``max``), ``one_pixel_immune``, ``curve`` (``eps``, and the three scores there).
+``attacked`` (:class:`lipsim.callbacks.AttackRobustness`)
+    ``attack``, ``norm``, ``steps``, ``restarts``, ``seed``, ``eps``; ``sets`` name → ``num_triplets``, ``violations``
+    of certificates (must be 0), and for "metric" and each other one ``natural`` and ``attacked`` label → score.
+``null_space`` (:class:`lipsim.callbacks.NullSpaceRobustness`)
+    ``seed``; ``sets`` name → metric → ``kernel``, and either ``reason`` or what was found.
+``baselines``, ``seconds`` (the quickstart)
+    natural scores of plain distances; duration of each stage.
+
+Sections of callbacks also have ``weights_sha256`` (:func:`state_fingerprint` of the encoder) and ``data_sha256``, set →
+:func:`lipsim.data.loading.data_fingerprint`.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +49,8 @@ _PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy
 def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None:
     """Write one section into a results file; the file is replaced atomically.
 
-    Other sections stay, except those that name other weights (``weights_sha256``). Numbers that are not finite become
-    null.
+    Other sections stay, except those that name other weights (``weights_sha256``) or other data (``data_sha256``).
+    Numbers that are not finite become null.
 
     Raises:
         ValueError: the file is there and is no results file of this schema.
@@ -31,10 +58,10 @@ def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None
     results: dict[str, Any] = {"schema": SCHEMA}
     if path.is_file():
         results = read_results(path)
-    weights = content.get("weights_sha256")
-    if weights is not None:
-        stale = [k for k, v in results.items() if isinstance(v, dict) and v.get("weights_sha256", weights) != weights]
-        results = {key: value for key, value in results.items() if key not in stale}
+    for key in ("weights_sha256", "data_sha256"):
+        if key in content:
+            own = content[key]
+            results = {k: v for k, v in results.items() if not isinstance(v, dict) or v.get(key, own) == own}
     results[section] = _finite(content)
     results["versions"] = versions()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ from rich.console import Console
 from lipsim.callbacks import CertifyRadii
 from lipsim.errors import one_line, one_line_errors
 from lipsim.export import load_weights
-from lipsim.report import certified_rows, rich_table
 from lipsim.results import versions
+from lipsim.tables import certified_rows, rich_table
 from lipsim.training.base import MetricModule
 
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
@@ -73,24 +73,24 @@ class StageParser(LightningArgumentParser):
 class StageCLI(LightningCLI):
     """LightningCLI with this project's defaults: what a run writes goes into ``trainer.default_root_dir``."""
 
-    def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(
-            MetricModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=RunRecord,
+    def __init__(self, args: Sequence[str], **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "model_class": MetricModule,
+            "datamodule_class": L.LightningDataModule,
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "save_config_callback": RunRecord,
             # Overwrite: a second run into the same directory would otherwise stop before it starts.
-            save_config_kwargs={"overwrite": True},
+            "save_config_kwargs": {"overwrite": True},
             # Hyper-parameters saved in a checkpoint must not override the command line on resume.
-            load_from_checkpoint_support=False,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 10},
-            parser_class=StageParser,
-            parser_kwargs={"prog": "train.py", "description": _DESCRIPTION},
-            args=list(args),
-        )
+            "load_from_checkpoint_support": False,
+            "seed_everything_default": 0,
+            "auto_configure_optimizers": False,
+            "trainer_defaults": {"default_root_dir": "runs/default", "log_every_n_steps": 10},
+            "parser_class": StageParser,
+            "parser_kwargs": {"prog": "train.py", "description": _DESCRIPTION},
+        }
+        super().__init__(args=list(args), **{**defaults, **options})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what was given; sys.argv stays as it is, since DDP starts its other processes with it."""
@@ -125,15 +125,15 @@ class StageCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        self._print_certified()
+        self.print_certified()
 
     def after_validate(self) -> None:
-        self._print_certified()
+        self.print_certified()
 
     def after_test(self) -> None:
-        self._print_certified()
+        self.print_certified()
 
-    def _print_certified(self) -> None:
+    def print_certified(self) -> None:
         """The last certification of each set as a table in the terminal."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(callback, CertifyRadii) or not callback.results or not self.trainer.is_global_zero:
@@ -185,12 +185,16 @@ def train(args: Sequence[str]) -> StageCLI:
 
     ``fit`` is understood where no subcommand is given.
     """
-    # Lightning 2.6 calls what torch 2.14 deprecates; once a stage is once too often.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    quiet_warnings()
     args = list(args)
     if not args or args[0] not in (*SUBCOMMANDS, "-h", "--help"):
         args.insert(0, "fit")
     return StageCLI(args)
+
+
+def quiet_warnings() -> None:
+    """Lightning 2.6 calls what torch 2.14 deprecates; once a stage is once too often."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 def main(args: Sequence[str] | None = None) -> None:

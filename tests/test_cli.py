@@ -1,4 +1,4 @@
-"""`lipsim audit`: the table, and the faults it has to catch."""
+"""`lipsim audit` and `lipsim certify`: what they print, and the faults they have to catch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from lipsim import PerceptualMetric, export, lower_bounds
+from lipsim import PerceptualMetric, certificates, export, lower_bounds
 from lipsim.audit import UnboundedModuleError, lipschitz_bound
 from lipsim.cli import main
+from lipsim.data.transforms import read_image, to_tensor
 from lipsim.layers import ExplicitConv2d, SLLLinear
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
@@ -47,8 +49,6 @@ def test_audit_as_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_audit_of_ones_own_images(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from PIL import Image
-
     assert _run("audit", checkpoint, "--images", tmp_path) == 1
     assert "no images in" in capsys.readouterr().err
     Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
@@ -147,3 +147,79 @@ def test_planted_faults_show_in_the_bound() -> None:
     assert lipschitz_bound(nn.Sequential(nn.Conv2d(3, 16, 1), ExplicitConv2d(unsound)), 8).layers[1].bound > 1.001
     normalised = nn.Sequential(Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), OrthogonalProjection(8, 4))
     assert lipschitz_bound(normalised, 8).total == pytest.approx(1 / 0.224, rel=1e-6)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Three image files of different sizes."""
+    files = []
+    for name, size in (("reference", (40, 30)), ("left", (16, 16)), ("right", (21, 33))):
+        pixels = (torch.rand(size[1], size[0], 3) * 255).to(torch.uint8).numpy()
+        files.append(tmp_path / f"{name}.png")
+        Image.fromarray(pixels).save(files[-1])
+    return files
+
+
+def test_certify_agrees_with_the_metric(
+    checkpoint: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    metric = export.load(checkpoint)
+    expected = metric.certify(*(metric.preprocess(read_image(file)).unsqueeze(0) for file in pictures))
+    assert _run("certify", checkpoint, *pictures, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["answer"] == ("left" if expected.prefers_left else "right") and facts["margin"] == expected.margin
+    radii = [expected.radius, expected.left_radius, expected.right_radius, expected.joint_radius]
+    assert list(facts["radius"].values()) == radii and facts["pixels"] == expected.pixels
+    assert facts["linf_radius"] == pytest.approx(float(expected.radius) / (3 * 16 * 16) ** 0.5)
+    norms = [certificates.resize_norm(size, 16) for size in ((30, 40), (33, 21))]
+    original = facts["original_radius"]
+    assert original["reference"] == pytest.approx(float(expected.radius) / norms[0], rel=1e-9)
+    assert original["left"] == facts["radius"]["left"]  # it is 16 × 16 already
+    assert original["right"] == pytest.approx(float(expected.right_radius) / norms[1], rel=1e-9)
+    assert original["joint"] == pytest.approx(float(expected.joint_radius) / max(*norms, 1.0), rel=1e-9)
+    assert _run("certify", checkpoint, *pictures) == 0
+    output = capsys.readouterr().out
+    assert f"answer: {facts['answer']}" in output and f"{original['reference']:.6g}" in output
+
+
+def test_radii_hold_in_the_pixels_of_the_file(checkpoint: Path, pictures: list[Path]) -> None:
+    """A change of the file of length R never moves the resized image further than the norm allows."""
+    metric = export.load(checkpoint)
+    x = to_tensor(read_image(pictures[0]))
+    resize = lambda image: torch.nn.functional.interpolate(  # noqa: E731
+        image[None].double(), size=(16, 16), mode="bicubic", antialias=True
+    )[0].clamp(0, 1)
+    norm = certificates.resize_norm((30, 40), metric.image_size)
+    for _ in range(20):
+        change = torch.randn_like(x, dtype=torch.float64)
+        moved = torch.linalg.vector_norm(resize(x + 0.1 * change) - resize(x))
+        assert moved <= norm * 0.1 * torch.linalg.vector_norm(change)
+
+
+def test_certify_of_a_tie_and_of_8_bit_resizing(
+    tmp_path: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    metric = PerceptualMetric(OrthogonalProjection(16, 8), 16, resize="pil")
+    file = export.save(metric, tmp_path / "pil.safetensors")
+    assert _run("certify", file, pictures[0], pictures[1], pictures[1], "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["answer"] == "tie" and set(facts["radius"].values()) == {0.0} and facts["original_radius"] is None
+    assert _run("certify", file, *pictures) == 0
+    assert "resized in 8 bits" in capsys.readouterr().out
+
+
+def test_certify_refuses_in_one_line(
+    checkpoint: Path, tmp_path: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = PerceptualMetric(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), 16, lipschitz=float("inf"))
+    export.save(teacher, tmp_path / "teacher.safetensors")
+    (tmp_path / "text.png").write_text("hello")
+    for args, message in (
+        ([tmp_path / "teacher.safetensors", *pictures], "has no Lipschitz bound"),
+        ([checkpoint, "nowhere.png", *pictures[1:]], "no image file nowhere.png"),
+        ([checkpoint, tmp_path / "text.png", *pictures[1:]], "cannot read the image"),
+        ([checkpoint, *pictures[1:]], "required: right"),
+    ):
+        assert _run("certify", *args) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

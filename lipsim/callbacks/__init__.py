@@ -1,9 +1,19 @@
 """Callbacks that certify and attack in validation and test, on any number of processes."""
 
 from lipsim.callbacks.attack_robustness import AttackRobustness
+from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.export_metric import ExportMetric
+from lipsim.callbacks.keep_batches import KeepBatches
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.triplet_gallery import TripletGallery
 
-__all__ = ["AttackRobustness", "CertifyRadii", "ExportMetric", "NullSpaceRobustness", "TripletGallery"]
+__all__ = [
+    "AttackRobustness",
+    "CertifyRadii",
+    "ExportMetric",
+    "KeepBatches",
+    "NullSpaceRobustness",
+    "TripletCallback",
+    "TripletGallery",
+]

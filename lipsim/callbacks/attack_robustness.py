@@ -16,7 +16,7 @@ from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.attacks.projections import Norm, sample_norm
 from lipsim.callbacks.base import TripletCallback, load_others
 from lipsim.callbacks.certify_radii import EPS
-from lipsim.callbacks.collect import SampleTable, write_csv
+from lipsim.callbacks.collect import write_csv
 from lipsim.data import Triplet
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
@@ -34,7 +34,7 @@ class AttackRobustness(TripletCallback):
     never happen. A test run writes results.json and attacks.csv.
 
     Args:
-        eps: budgets, in input pixels in [0, 1].
+        eps: budgets, in input pixels in [0, 1]; sorted, repeated ones once.
         norm: 2 or "inf".
         steps: PGD steps at each budget.
         restarts: PGD runs at each budget.
@@ -63,12 +63,11 @@ class AttackRobustness(TripletCallback):
         super().__init__(directory, validate)
         if not eps or any(not 0 <= e < math.inf for e in eps):
             raise ValueError(f"expected budgets eps ≥ 0, got {eps}")
-        self.eps = sorted(eps)
+        self.eps = sorted(set(eps))
         self.norm, self.steps, self.restarts, self.seed = norm, steps, restarts, seed
         self.others = load_others(others)
         self.attacked: dict[str, PerceptualMetric] = {}
         self.num_examples = num_examples
-        self.tables: dict[str, SampleTable] = {}
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
         for metric in self.others.values():
@@ -77,9 +76,10 @@ class AttackRobustness(TripletCallback):
         own = copy.deepcopy(module.metric).requires_grad_(False)
         freeze(own)
         self.attacked = {"metric": own, **self.others}
-        self.tables = {}
 
-    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+    def see(
+        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+    ) -> dict[str, Tensor]:
         # The radius is 0 where the metric has no bound.
         radius = module.metric.certify_features(batch.reference, *features).radius
         columns: dict[str, Tensor] = {"right_vote": batch.right_vote, "radius": radius}
@@ -88,7 +88,7 @@ class AttackRobustness(TripletCallback):
             columns |= {f"{key}/{column}": value for column, value in self.attack(metric, batch, margin).items()}
         if trainer.testing and trainer.is_global_zero and name not in self.tables and self.num_examples:
             self._draw_examples(trainer, batch, name)
-        self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
+        return columns
 
     def attack(self, metric: PerceptualMetric, batch: Triplet, margin: Tensor) -> dict[str, Tensor]:
         """Attack a batch: ``margin``, ``broken_at`` (smallest budget that broke it) and ``length`` (of δ), all (N,).
@@ -139,8 +139,8 @@ class AttackRobustness(TripletCallback):
         plot_grid(path, columns, labels, title=f"PGD on the reference, ε = {eps_label(self.eps[-1])}")
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        gathered = {name: table.gather() for name, table in self.tables.items()}
-        sets = {name: self._summarise(rows) for name, rows in gathered.items()}
+        gathered = self.gather()
+        sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
             for label, score in summary["metric"]["attacked"].items():

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lipsim import export
+from lipsim.callbacks.collect import SampleTable, rows_by_group
 from lipsim.data import Triplet
+from lipsim.data.loading import data_fingerprint, read_batch
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
@@ -29,21 +31,49 @@ class TripletCallback(Callback):
     Args:
         directory: where a test run writes its files; None: the trainer's ``default_root_dir``.
         validate: whether to work in validation too.
+
+    Attributes:
+        tables: by the name of an evaluation set, what :meth:`see` found out about its triplets. A test that continues
+            an interrupted one starts with the rows of the batches that are finished.
+        latest: set, sample indices and columns of the last batch.
     """
 
     def __init__(self, directory: Path | None = None, validate: bool = True) -> None:
         super().__init__()
         self.directory = directory
         self.validate = validate
+        self.tables: dict[str, SampleTable] = {}
+        self.latest: tuple[str, Tensor, dict[str, Tensor]] | None = None
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
         """Before the first batch."""
 
-    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
-        """One batch of the evaluation set ``name`` with its full-precision features ``(z, z0, z1)``."""
+    def see(
+        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+    ) -> dict[str, Tensor]:
+        """One batch of the evaluation set ``name`` with its full-precision features ``(z, z0, z1)``.
+
+        Returns:
+            Columns ``(N,)`` for :attr:`tables`: all that :meth:`finish` needs to know of these triplets.
+        """
+        return {}
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         """After the last batch, on every process."""
+
+    def gather(self) -> dict[str, dict[str, Tensor]]:
+        """The rows of all processes by set, on every process."""
+        return {name: table.gather() for name, table in self.tables.items()}
+
+    def with_parts(
+        self, module: MetricModule, gathered: Mapping[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Gathered rows by set, each followed by the parts that the data module names (``test_groups``)."""
+        return {
+            part: part_rows
+            for name, rows in gathered.items()
+            for part, part_rows in {name: rows, **rows_by_group(rows, module.groups(name))}.items()
+        }
 
     def output_directory(self, trainer: L.Trainer) -> Path:
         """Where files go."""
@@ -54,7 +84,11 @@ class TripletCallback(Callback):
         """Write a section of results.json; validation leaves no files, its scores are in the log."""
         if trainer.testing:
             module = cast(MetricModule, trainer.lightning_module)
-            content = {"weights_sha256": state_fingerprint(module.metric.encoder.state_dict()), **content}
+            data = {
+                module.set_name(i): data_fingerprint(loader) for i, loader in enumerate(evaluation_loaders(trainer))
+            }
+            weights = state_fingerprint(module.metric.encoder.state_dict())
+            content = {"weights_sha256": weights, "data_sha256": data, **content}
             update_results(self.output_directory(trainer) / "results.json", section, content)
 
     def _works(self, trainer: L.Trainer) -> bool:
@@ -82,9 +116,10 @@ class TripletCallback(Callback):
         if not isinstance(module, MetricModule):
             raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
-            with _outside_inference_mode():
+            with outside_inference_mode():
                 # Callbacks start before the module does; what they audit must be what it will evaluate.
                 freeze(module.metric)
+                self.tables, self.latest = {}, None
                 self.begin(trainer, module)
 
     def _batch(
@@ -98,9 +133,13 @@ class TripletCallback(Callback):
     ) -> None:
         # Batches without triplets (a folder of images in distillation) have nothing to certify or attack.
         if self._works(trainer) and isinstance(batch, Triplet):
-            with _outside_inference_mode():
+            with outside_inference_mode():
                 z, z0, z1 = (features.clone() for features in evaluation["features"])
-                self.see(trainer, module, (z, z0, z1), batch.clone(), module.set_name(dataloader_idx))
+                name = module.set_name(dataloader_idx)
+                columns = self.see(trainer, module, (z, z0, z1), batch.clone(), name)
+            if columns:
+                self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
+                self.latest = name, batch.index, columns
 
     def _end(self, trainer: L.Trainer, module: Any) -> None:
         if self._works(trainer):
@@ -119,7 +158,7 @@ def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric
 
 
 @contextmanager
-def _outside_inference_mode() -> Iterator[None]:
+def outside_inference_mode() -> Iterator[None]:
     """Ordinary tensors without gradients, in full precision.
 
     Lightning evaluates in inference mode, whose tensors no attack can differentiate through, and under autocast.
@@ -137,6 +176,4 @@ def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
 def first_images(loader: DataLoader, count: int) -> Tensor:
     """Up to ``count`` images ``(M, 3, H, W)`` from the start of a loader's data set, whatever its sampler does."""
     rows = list(range(min(count, len(loader.dataset))))  # type: ignore[arg-type]
-    fetch = getattr(loader.dataset, "__getitems__", lambda indices: [loader.dataset[i] for i in indices])
-    batch = loader.collate_fn(fetch(rows))
-    return images_of(batch)[:count]
+    return images_of(read_batch(loader, rows))[:count]

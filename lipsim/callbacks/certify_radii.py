@@ -14,15 +14,16 @@ from torch import Tensor
 from lipsim import certificates
 from lipsim.audit import LipschitzReport
 from lipsim.callbacks.base import TripletCallback, evaluation_loaders, first_images
-from lipsim.callbacks.collect import SampleTable, rows_by_group, write_csv
+from lipsim.callbacks.collect import write_csv
 from lipsim.data import Triplet
 from lipsim.lower_bounds import feature_error
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.results import eps_label
-from lipsim.training.base import Features, MetricModule
+from lipsim.training.base import Features, MetricModule, check_images
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
+CURVE_POINTS = 121  # from 0 to 1.5 times the largest ε
 
 
 class CertifyRadii(TripletCallback):
@@ -35,7 +36,7 @@ class CertifyRadii(TripletCallback):
     rows: a triplet is embedded and certified once. In radii.csv a column of 0 and 1 says what belongs to a part.
 
     Args:
-        eps: ℓ2 budgets of the certified score, in input pixels in [0, 1].
+        eps: ℓ2 budgets of the certified score, in input pixels in [0, 1]; sorted, repeated ones once.
         error_sample: images of each set on which the float32 error is measured; 0 certifies exact arithmetic only.
         error_factor: by which the largest measured error is enlarged.
         directory: as in :class:`TripletCallback`.
@@ -60,9 +61,8 @@ class CertifyRadii(TripletCallback):
         super().__init__(directory, validate)
         if not eps or any(not 0 <= e < math.inf for e in eps):
             raise ValueError(f"expected budgets eps ≥ 0, got {eps}")
-        self.eps = sorted(eps)
+        self.eps = sorted(set(eps))
         self.error_sample, self.error_factor = error_sample, error_factor
-        self.tables: dict[str, SampleTable] = {}
         self.report: LipschitzReport | None = None
         self.results: dict[str, Any] = {}
 
@@ -72,43 +72,41 @@ class CertifyRadii(TripletCallback):
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         loaders = evaluation_loaders(trainer) if self.error_sample else []
         samples = [first_images(loader, self.error_sample) for loader in loaders]
+        for images in samples:  # no batch has been checked yet
+            module.metric.check_shape(images)
+            check_images(images)
         errors = [feature_error(module.metric.encoder, images.to(module.device)) for images in samples]
         module.metric.feature_error = self.error_factor * max(errors, default=0.0)
-        self.tables = {}
 
-    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+    def see(
+        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+    ) -> dict[str, Tensor]:
         metric = module.metric
         z, z0, z1 = (f.double() for f in features)
         certificate = metric.certify_features(batch.reference, z, z0, z1)
         published = certificates.published_radius(z, z0, z1, anchor=metric.anchor, lipschitz=metric.lipschitz)
-        self.tables.setdefault(name, SampleTable()).append(
-            batch.index,
-            {
-                "right_vote": batch.right_vote,
-                "prefers_left": certificate.prefers_left.long(),
-                "margin": certificate.margin,
-                "radius": certificate.radius,
-                "left_radius": certificate.left_radius,
-                "right_radius": certificate.right_radius,
-                "joint_radius": certificate.joint_radius,
-                "pixels": certificate.pixels,
-                "published_radius": published,
-                "feature_norm": torch.linalg.vector_norm(z, dim=-1),
-            },
-        )
+        return {
+            "right_vote": batch.right_vote,
+            "prefers_left": certificate.prefers_left.long(),
+            "margin": certificate.margin,
+            "radius": certificate.radius,
+            "left_radius": certificate.left_radius,
+            "right_radius": certificate.right_radius,
+            "joint_radius": certificate.joint_radius,
+            "pixels": certificate.pixels,
+            "published_radius": published,
+            "feature_norm": torch.linalg.vector_norm(z, dim=-1),
+        }
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         assert self.report is not None
-        sets = {}
-        for name, table in self.tables.items():
-            rows = table.gather()
-            groups = module.groups(name)
-            for part, part_rows in {name: rows, **rows_by_group(rows, groups)}.items():
-                sets[part] = self._summarise(part_rows)
-                self._log(trainer, module, part, sets[part])
-            if trainer.testing:
-                membership = {group: mask[rows["index"]].long() for group, mask in groups.items()}
-                self._write_rows(trainer, name, {**rows, **membership})
+        gathered = self.gather()
+        sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
+        for name, scores in sets.items():
+            self._log(trainer, module, name, scores)
+        for name, rows in gathered.items():
+            membership = {part: mask[rows["index"]].long() for part, mask in module.groups(name).items()}
+            self._write_rows(trainer, name, {**rows, **membership})
         metric = module.metric
         content: dict[str, Any] = {
             "lipschitz": metric.lipschitz,
@@ -138,11 +136,15 @@ class CertifyRadii(TripletCallback):
             score.update(margin, votes, index)
             scores[kind] = float(score.compute())
         labels = [eps_label(eps) for eps in self.eps]
+        grid = torch.linspace(0, 1.5 * (self.eps[-1] or 1.0), CURVE_POINTS, dtype=torch.float64).tolist()
+        curve: dict[str, list[float]] = {"eps": grid}
         for section, column in (("certified", "radius"), ("published", "published_radius"), ("joint", "joint_radius")):
-            certified = CertifiedScore(self.eps, sync_on_compute=False)
+            certified = CertifiedScore([*self.eps, *grid], sync_on_compute=False)
             certified.update(margin, rows[column], votes, index)
-            # torchmetrics makes a scalar of a single budget.
-            scores[section] = dict(zip(labels, certified.compute().reshape(-1).tolist(), strict=True))
+            found = certified.compute().tolist()
+            scores[section] = dict(zip(labels, found, strict=False))
+            curve[section] = found[len(labels) :]
+        scores["curve"] = curve
         radius = RadiusStatistics(sync_on_compute=False)
         radius.update(rows["radius"], index)
         scores["radius"] = {name: float(value) for name, value in radius.compute().items()}
@@ -151,6 +153,8 @@ class CertifyRadii(TripletCallback):
 
     @rank_zero_only
     def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
+        if not trainer.testing:
+            return
         file = "radii.csv" if len(self.tables) == 1 else f"radii-{name}.csv"
         write_csv(self.output_directory(trainer) / file, rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,9 +55,11 @@ def rows_by_group(rows: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> d
 
 
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
-    """Write columns of equal length with a header; floats keep the digits that bring them back."""
+    """Write columns of equal length with a header; floats keep the digits that bring them back. Replaces as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    os.replace(temporary, path)

@@ -14,7 +14,6 @@ from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import sample_norm
 from lipsim.attacks.random import sample_normal
 from lipsim.callbacks.base import TripletCallback, load_others
-from lipsim.callbacks.collect import SampleTable
 from lipsim.data import Triplet
 from lipsim.metric import PerceptualMetric
 from lipsim.training.base import Features, MetricModule
@@ -45,17 +44,18 @@ class NullSpaceRobustness(TripletCallback):
         super().__init__(directory, validate)
         self.seed = seed
         self.others = load_others(others)
-        self.tables: dict[str, SampleTable] = {}
         self.searched: dict[str, tuple[PerceptualMetric, FirstOperator | None]] = {}
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
-        self.tables, self.searched = {}, {}
+        self.searched = {}
         for name, metric in {"metric": module.metric, **self.others}.items():
             # In float64, so that an exact collision shows as exact.
             exact = copy.deepcopy(metric).double().to(module.device).eval().requires_grad_(False)
             self.searched[name] = exact, first_operator(exact.encoder, exact.image_size)
 
-    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+    def see(
+        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+    ) -> dict[str, Tensor]:
         batch = batch.to(torch.float64)
         noise = sample_normal(batch.reference, seed=self.seed, index=batch.index)
         columns: dict[str, Tensor] = {"right_vote": batch.right_vote}
@@ -63,12 +63,12 @@ class NullSpaceRobustness(TripletCallback):
             if operator is not None:
                 found = _search(metric, operator, batch, noise)
                 columns |= {f"{key}/{column}": value for column, value in found.items()}
-        self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
+        return columns
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         sets = {}
-        for name, table in self.tables.items():
-            rows = table.gather()
+        gathered = self.gather()
+        for name, rows in self.with_parts(module, gathered).items():
             sets[name] = {key: self._summarise(key, rows) for key in self.searched}
             own = sets[name]["metric"]
             stage = "test" if trainer.testing else "val"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import lightning as L
@@ -9,62 +10,87 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lipsim.callbacks.base import TripletCallback
+from lipsim.attacks import TwoAFCObjective, pgd
+from lipsim.callbacks.base import TripletCallback, evaluation_loaders, outside_inference_mode
 from lipsim.data import Triplet
+from lipsim.data.loading import read_batch
+from lipsim.layers import freeze
+from lipsim.metric import PerceptualMetric
 from lipsim.plots import plot_gallery
 from lipsim.training.base import Features, MetricModule
 
 
 class TripletGallery(TripletCallback):
-    """Keeps the triplets with the largest and with the smallest radii and draws them: ``plots/gallery.png``.
+    """Draws the triplets with the largest and with the smallest radii: ``plots/gallery.png``.
+
+    Next to each reference stands what PGD with a budget of its certified radius makes of it, and the change that it
+    found, amplified.
 
     Args:
         num_triplets: of each kind.
         directory: as in :class:`TripletCallback`.
+        steps: of the attack; 0 draws none.
     """
 
-    def __init__(self, num_triplets: int = 4, directory: Path | None = None) -> None:
+    def __init__(self, num_triplets: int = 4, directory: Path | None = None, steps: int = 40) -> None:
         super().__init__(directory, validate=False)
         if num_triplets < 1:
             raise ValueError(f"expected num_triplets of at least 1, got {num_triplets}")
-        self.num_triplets = num_triplets
-        self.kept: dict[str, dict[str, Tensor]] = {}
+        self.num_triplets, self.steps = num_triplets, steps
 
-    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
-        self.kept = {}
-
-    def see(self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str) -> None:
+    def see(
+        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+    ) -> dict[str, Tensor]:
         certificate = module.metric.certify_features(batch.reference, *features)
-        rows = {
-            "images": torch.stack([batch.reference, batch.left, batch.right], dim=1).cpu(),
-            "radius": certificate.radius.cpu(),
-            "margin": certificate.margin.cpu(),
-            "right_vote": batch.right_vote.cpu(),
-            "index": batch.index.cpu(),
-        }
-        if name in self.kept:
-            rows = {key: torch.cat([self.kept[name][key], column]) for key, column in rows.items()}
-        self.kept[name] = _extremes(rows, self.num_triplets)
+        return {"right_vote": batch.right_vote, "margin": certificate.margin, "radius": certificate.radius}
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        for name, rows in self.kept.items():
-            if trainer.world_size > 1:
-                parts: list[dict[str, Tensor]] = [{} for _ in range(trainer.world_size)]
-                torch.distributed.all_gather_object(parts, rows)
-                rows = {key: torch.cat([part[key] for part in parts]) for key in rows}
-            self._draw(trainer, name, _extremes(rows, self.num_triplets))
+        rows = self.gather()
+        with outside_inference_mode():
+            for i in range(len(evaluation_loaders(trainer))):
+                name = module.set_name(i)
+                if name in rows:
+                    self._draw(trainer, module, i, name, _extremes(rows[name], self.num_triplets))
 
     @rank_zero_only
-    def _draw(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
-        file = "gallery.png" if len(self.kept) == 1 else f"gallery-{name}.png"
-        plot_gallery(self.output_directory(trainer) / "plots" / file, **rows)
+    def _draw(self, trainer: L.Trainer, module: MetricModule, loader: int, name: str, rows: dict[str, Tensor]) -> None:
+        batch = read_batch(evaluation_loaders(trainer)[loader], rows["index"].tolist()).to(module.device)
+        # No gradients to the weights, as in AttackRobustness.
+        metric = copy.deepcopy(module.metric).requires_grad_(False)
+        freeze(metric)
+        attacked = attack_at_radius(metric, batch, rows, self.steps) if self.steps else None
+        file = "gallery.png" if len(self.tables) == 1 else f"gallery-{name}.png"
+        images = torch.stack([batch.reference, batch.left, batch.right], dim=1)
+        plot_gallery(self.output_directory(trainer) / "plots" / file, images, attacked=attacked, **rows)
+
+
+def attack_at_radius(
+    metric: PerceptualMetric, batch: Triplet, rows: dict[str, Tensor], steps: int
+) -> tuple[Tensor, list[bool]]:
+    """PGD on each reference with its own certified radius as the budget.
+
+    Args:
+        metric: the metric, without gradients to its weights.
+        batch: N triplets.
+        rows: ``margin`` and ``radius`` of each.
+        steps: of PGD.
+
+    Returns:
+        Attacked references ``(N, 3, H, W)``, and which answers flipped: none, if the certificates are right.
+    """
+    images, flipped = [], []
+    chosen_left = (rows["margin"] > 0).to(batch.index.device)
+    for i, radius in enumerate(rows["radius"].tolist()):
+        row = torch.tensor([i], device=batch.index.device)
+        part = batch.select(row)
+        objective = TwoAFCObjective(metric, part.reference, part.left, part.right, chosen_left=chosen_left[row])
+        images.append(pgd(objective, part.reference, norm=2, eps=radius, steps=steps, index=part.index))
+        flipped.append(radius > 0 and bool(objective(images[-1]) > 0))
+    return torch.cat(images), flipped
 
 
 def _extremes(rows: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The ``count`` largest and the ``count`` smallest radii, each triplet once, the largest first."""
+    """The ``count`` largest and the ``count`` smallest radii, the largest first."""
     order = torch.sort(rows["radius"], descending=True, stable=True).indices
-    seen: dict[int, int] = {int(rows["index"][i]): int(i) for i in order.flip(0)}
-    order = torch.tensor([int(i) for i in order if seen[int(rows["index"][i])] == int(i)])
-    chosen = torch.unique(torch.cat([order[:count], order[-count:]]))
-    keep = order[torch.isin(order, chosen)]
+    keep = order if len(order) <= 2 * count else torch.cat([order[:count], order[-count:]])
     return {key: column[keep] for key, column in rows.items()}

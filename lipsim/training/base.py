@@ -153,6 +153,7 @@ class MetricModule(L.LightningModule):
     def _evaluate(self, batch: Any, dataloader_idx: int) -> Evaluation | None:
         if not isinstance(batch, Triplet):  # a folder of images, in distillation
             return None
+        check_votes(batch)
         with full_precision():
             z, z0, z1 = batch.embed(self.metric.embed)
         margin = self.metric.margin(z, z0, z1)
@@ -210,6 +211,17 @@ def check_images(batch: Any) -> None:
             raise ValueError(f"images {bad[:8]} of the batch have NaN or infinite pixels{where}; repair or remove them")
         hint = "; divide 8-bit images by 255" if high > 2 else ""
         raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}{where}{hint}")
+
+
+def check_votes(batch: Triplet) -> None:
+    """Refuse triplets that nobody has judged: a score of them would be an invention.
+
+    Raises:
+        ValueError: votes that are NaN or outside [0, 1].
+    """
+    bad = batch.index[~((batch.right_vote >= 0) & (batch.right_vote <= 1))]
+    if len(bad):
+        raise ValueError(f"triplets {bad.tolist()[:8]} have no vote in [0, 1]; give the votes or leave them out")
 
 
 def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> nn.Module:

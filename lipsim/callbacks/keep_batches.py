@@ -1,0 +1,171 @@
+"""Keeps the rows of finished batches on disk, so that an evaluation that is cut short can be continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import lightning as L
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lipsim.callbacks.base import TripletCallback
+from lipsim.callbacks.collect import SampleTable
+from lipsim.training.base import MetricModule
+
+Kept = dict[str, dict[str, Tensor]]  # callback → column → (N,)
+
+
+class KeepBatches(Callback):
+    """Writes what the callbacks found out about each batch to ``directory``, a file for each process, a line a batch.
+
+    A line is written whole or, where the process is killed over it, dropped. ``fingerprint.json`` says what the rows
+    belong to; rows of anything else are refused. When the test has ended the directory is removed: results.json and the
+    CSV files hold everything then.
+
+    Processes continue with the files of their own rank. Where the number of processes has changed, they share the rows
+    that the others left.
+
+    Args:
+        directory: of the files.
+        settings: what, besides the data, the rows depend on (JSON).
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.directory, self.settings = directory, settings
+        self.kept: dict[str, list[Kept]] = {}
+        self._file: IO[str] | None = None
+
+    def open(self, trainer: L.Trainer, data: Mapping[str, str]) -> dict[str, set[int]]:
+        """Read what there is, on every process.
+
+        Args:
+            trainer: of the evaluation, its process group started.
+            data: fingerprint of each set.
+
+        Returns:
+            By set, the indices of the triplets that are finished.
+
+        Raises:
+            ValueError: the rows belong to another checkpoint, other data or other settings.
+        """
+        self._check({**self.settings, "data": dict(data)})
+        trainer.strategy.barrier()  # every process has checked before any of them writes
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            # Atomic: a file cut short would refuse every further run.
+            temporary = self.directory / "fingerprint.tmp"
+            temporary.write_text(json.dumps({**self.settings, "data": dict(data)}, indent=2) + "\n")
+            temporary.replace(self.directory / "fingerprint.json")
+        rank, world = trainer.global_rank, trainer.world_size
+        own = self.directory / f"part-{rank}-of-{world}.jsonl"
+        records = list(_read(own, repair=True))
+        for path in sorted(self.directory.glob("part-*-of-*.jsonl")):
+            if not path.stem.endswith(f"-of-{world}"):
+                records += _read(path)
+        finished: dict[str, set[int]] = {}
+        self.kept = {}
+        for record in records:
+            finished.setdefault(record["set"], set()).update(record["index"])
+            self.kept.setdefault(record["set"], []).append(_tensors(record))
+        for name, indices in finished.items():
+            rank_zero_info(f"continuing: {len(indices)} triplets of {name} are finished ({self.directory})")
+        self._file = open(own, "a")
+        return finished
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # After the other callbacks have started: this one comes last.
+        for name, batches in self.kept.items():
+            for key, callback in _callbacks(trainer).items():
+                for batch in batches:
+                    if key in batch:
+                        columns = {column: values.to(pl_module.device) for column, values in batch[key].items()}
+                        callback.tables.setdefault(name, SampleTable()).append(columns.pop("index"), columns)
+        self.kept = {}
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        found = {key: callback.latest for key, callback in _callbacks(trainer).items() if callback.latest}
+        if not found or self._file is None or not isinstance(pl_module, MetricModule):
+            return
+        name, index, _ = next(iter(found.values()))
+        rows = {key: {c: _json(values) for c, values in columns.items()} for key, (_, _, columns) in found.items()}
+        self._file.write(json.dumps({"set": name, "index": index.tolist(), "rows": rows}) + "\n")
+        self._file.flush()
+        for callback in _callbacks(trainer).values():
+            callback.latest = None
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            shutil.rmtree(self.directory)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._file is not None and self._anything():
+            rank_zero_info(f"what is finished is kept in {self.directory}; the same command continues")
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _anything(self) -> bool:
+        return any(path.stat().st_size for path in self.directory.glob("part-*.jsonl"))
+
+    def _check(self, expected: Mapping[str, Any]) -> None:
+        path = self.directory / "fingerprint.json"
+        if not path.is_file() or not self._anything():
+            return
+        found = json.loads(path.read_text())
+        differ = [key for key in dict.fromkeys([*expected, *found]) if expected.get(key) != found.get(key)]
+        if differ:
+            raise ValueError(
+                f"{self.directory} holds an unfinished evaluation that differs in {', '.join(differ)}; finish that "
+                "one, remove the folder, or choose another --trainer.default_root_dir"
+            )
+
+
+def _callbacks(trainer: L.Trainer) -> dict[str, TripletCallback]:
+    """The callbacks with rows to keep, by class and position among them."""
+    found = [c for c in trainer.callbacks if isinstance(c, TripletCallback)]  # type: ignore[attr-defined]
+    return {f"{i}-{type(callback).__name__}": callback for i, callback in enumerate(found)}
+
+
+def _read(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
+    """Complete lines of a file; ``repair`` cuts off what a killed process or machine left after them."""
+    if not path.is_file():
+        return
+    good = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if record is None:
+                break
+            good += len(line)
+            yield record
+    if repair and good < path.stat().st_size:
+        with open(path, "r+b") as file:
+            file.truncate(good)
+
+
+def _json(values: Tensor) -> dict[str, Any]:
+    return {"dtype": str(values.dtype).removeprefix("torch."), "values": values.tolist()}
+
+
+def _tensors(record: Mapping[str, Any]) -> Kept:
+    index = torch.tensor(record["index"], dtype=torch.int64)
+    rows = {
+        key: {name: torch.tensor(c["values"], dtype=getattr(torch, c["dtype"])) for name, c in columns.items()}
+        for key, columns in record["rows"].items()
+    }
+    return {key: {"index": index, **columns} for key, columns in rows.items()}

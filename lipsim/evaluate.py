@@ -1,0 +1,209 @@
+"""`python scripts/evaluate.py`: certify and attack any exported metric on any data, on one process or many."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lipsim import export
+from lipsim.callbacks import KeepBatches, TripletCallback
+from lipsim.data import Triplet
+from lipsim.data.loading import Finished, data_fingerprint, remaining
+from lipsim.errors import one_line_errors
+from lipsim.precision import full_precision
+from lipsim.results import read_results, state_fingerprint, update_results, versions
+from lipsim.train import StageCLI, quiet_warnings
+from lipsim.training.base import Evaluation as Features
+from lipsim.training.base import MetricModule, check_votes
+from lipsim.training.schedules import Triangular
+
+_DESCRIPTION = """Certify and attack an exported metric, for example
+evaluate.py --config configs/evaluate/builtin.yaml --checkpoint runs/quickstart/quickstart.safetensors
+A run that was cut short continues where it was when the same command is given again."""
+
+
+class ExportedMetric(MetricModule):
+    """An exported metric behind the hooks that the callbacks of a test work with; it trains nothing.
+
+    Args:
+        checkpoint: a ``.safetensors`` file, or the name of a bundled metric.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(export.load(checkpoint), optimizer=_trains_nothing, schedule=Triangular())
+        self.checkpoint = checkpoint
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not isinstance(batch, Finished):
+            super().on_test_batch_start(batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Features | None:
+        """Features ``{"features": (z, z0, z1)}`` of a batch; None for one that is finished."""
+        if isinstance(batch, Finished):
+            return None
+        if not isinstance(batch, Triplet):
+            raise ValueError(
+                f"{self.set_name(dataloader_idx)} serves {type(batch).__name__} and no triplets with votes; "
+                "choose a data module of triplets"
+            )
+        check_votes(batch)
+        with full_precision():
+            return {"features": batch.embed(self.metric.embed)}
+
+
+class RemainingData(L.LightningDataModule):
+    """The test sets of a data module without the batches that an interrupted run has finished.
+
+    Args:
+        data: the data module.
+        keep: knows what is finished.
+    """
+
+    def __init__(self, data: L.LightningDataModule, keep: KeepBatches) -> None:
+        super().__init__()
+        self.data, self.keep = data, keep
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test sets, in the order of their loaders."""
+        return list(getattr(self.data, "test_names", None) or [])
+
+    @property
+    def test_groups(self) -> dict[str, dict[str, Tensor]]:
+        """By set, the parts that are scored apart as well."""
+        return getattr(self.data, "test_groups", None) or {}
+
+    def prepare_data(self) -> None:
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        self.data.trainer = self.trainer
+        self.data.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        self.data.teardown(stage)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """The loaders of the data module, with :class:`lipsim.data.loading.Finished` for what is finished."""
+        found = self.data.test_dataloader()
+        loaders = dict(enumerate(found if isinstance(found, Sequence) else [found]))
+        names = {i: self.test_names[i] if i < len(self.test_names) else f"set{i}" for i in loaders}
+        if not any(len(loader.dataset) for loader in loaders.values()):
+            raise ValueError(f"{type(self.data).__name__} has no test triplets; choose data with a test set")
+        assert self.trainer is not None
+        finished = self.keep.open(self.trainer, {names[i]: data_fingerprint(loader) for i, loader in loaders.items()})
+        return [remaining(loader, finished.get(names[i], set())) for i, loader in loaders.items()]
+
+
+class EvaluationCLI(StageCLI):
+    """Options ``--checkpoint``, ``--trainer…`` with the callbacks, and ``--data…``."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            args,
+            model_class=ExportedMetric,
+            subclass_mode_model=False,
+            run=False,
+            trainer_defaults={"default_root_dir": "runs/evaluate", "enable_checkpointing": False},
+            parser_kwargs={"prog": "evaluate.py", "description": _DESCRIPTION},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--checkpoint", type=str, required=True, help=".safetensors file, or a bundled name")
+        parser.link_arguments("checkpoint", "model.checkpoint")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer whose last callback keeps what is finished."""
+        trainer = super().instantiate_trainer(**kwargs)
+        directory = Path(trainer.default_root_dir)
+        if (directory / "results.json").is_file():
+            read_results(directory / "results.json")  # fail now rather than when everything is computed
+        self.keep = KeepBatches(directory / "unfinished", self._settings(trainer))
+        trainer.callbacks.append(self.keep)  # type: ignore[attr-defined]
+        return trainer
+
+    def _settings(self, trainer: Trainer) -> dict[str, Any]:
+        """What rows depend on besides the data."""
+        given = self._get(self.config, "trainer", default={}).get("callbacks") or []
+        settings = [_plain(c) for c in (given if isinstance(given, list) else [given])]
+        others = [path for c in settings for path in (c["init_args"].get("others") or {}).values()]
+        return {
+            "checkpoint_sha256": file_sha256(export.resolve(self.model.checkpoint)),
+            "others_sha256": {str(path): file_sha256(export.resolve(path)) for path in others},
+            "callbacks": settings,
+            "accelerator": type(trainer.accelerator).__name__,
+            "versions": versions(),
+        }
+
+
+def evaluate(args: Sequence[str]) -> EvaluationCLI:
+    """Run an evaluation: ``evaluate(["--config", "configs/evaluate/builtin.yaml", "--checkpoint", "quickstart"])``.
+
+    Writes results.json, the CSV files and plots into ``trainer.default_root_dir``.
+
+    Raises:
+        FileNotFoundError: no such checkpoint or data.
+        ValueError: a checkpoint without a bound, bad budgets, images or votes, or an unfinished evaluation of
+            something else in the same folder.
+    """
+    quiet_warnings()
+    # Repeated samples are counted once here, whatever Lightning advises.
+    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
+    cli = EvaluationCLI(args)
+    callbacks = [c for c in cli.trainer.callbacks if isinstance(c, TripletCallback)]  # type: ignore[attr-defined]
+    if not callbacks:
+        raise ValueError("nothing to evaluate: name lipsim.callbacks.CertifyRadii, AttackRobustness, … as callbacks")
+    cli.trainer.test(cli.model, datamodule=RemainingData(cli.datamodule, cli.keep), verbose=False)
+    if cli.trainer.is_global_zero:
+        path = Path(cli.trainer.default_root_dir) / "results.json"
+        if path.is_file():
+            sha256 = cli.keep.settings["checkpoint_sha256"]
+            metric = cli.model.metric
+            content = {"checkpoint": cli.model.checkpoint, "checkpoint_sha256": sha256, "image_size": metric.image_size}
+            weights = state_fingerprint(metric.encoder.state_dict())
+            update_results(path, "evaluation", {"weights_sha256": weights, **content})
+        cli.print_certified()
+    return cli
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of scripts/evaluate.py."""
+    with one_line_errors():
+        evaluate(sys.argv[1:] if args is None else args)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(callback: Namespace | Mapping[str, Any]) -> dict[str, Any]:
+    """A callback's configuration as JSON, without the place that it writes to."""
+    content = callback.as_dict() if isinstance(callback, Namespace) else dict(callback)
+    options = content.get("init_args") or {}
+    options = {key: _json(value) for key, value in options.items() if key != "directory"}
+    return {"class_path": content["class_path"], "init_args": options}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def _trains_nothing(_: Any) -> NoReturn:
+    raise RuntimeError("an exported metric is evaluated and not trained")

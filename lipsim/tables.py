@@ -1,0 +1,144 @@
+"""Rows of scores, and how a terminal, Markdown, LaTeX, HTML and CSV show them."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+Row = Mapping[str, str]
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "ε": r"$\varepsilon$",
+    "ℓ": r"$\ell$",
+    "∞": r"$\infty$",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
+    """One row an evaluation set from the section "certified" of results.json: natural and certified scores in %."""
+    return [
+        {
+            "set": name,
+            "triplets": str(scores["num_triplets"]),
+            "natural": percent(scores["majority"]),
+            **percents(scores["certified"]),
+            "median R": f"{scores['radius']['median']:.3g}",
+        }
+        for name, scores in certified["sets"].items()
+    ]
+
+
+def rich_table(rows: Sequence[Row], title: str) -> Table:
+    """A table for the terminal."""
+    table = Table(title=title)
+    for i, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The same table in Markdown."""
+    header = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in [*header, *(list(row.values()) for row in rows)]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def html_table(rows: Sequence[Row]) -> str:
+    """The same table in HTML."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows]
+    return "\n".join(["<table>", f"<tr>{head}</tr>", *(f"<tr>{cells}</tr>" for cells in body), "</table>"])
+
+
+def latex_table(rows: Sequence[Row], caption: str, eps: Sequence[str], heading: str) -> str:
+    """The layout of LipSim's tables (booktabs, multirow): natural score, then the scores at each ε under one heading.
+
+    Args:
+        rows: the first column names the metric, then "natural", then one column for each of ``eps``.
+        caption: of the table.
+        eps: labels of the budgets.
+        heading: above them.
+    """
+    first = next(iter(rows[0]))
+    last = 2 + len(eps)
+    lines = [
+        r"\begin{table}[t]",
+        r"  \centering",
+        rf"  \caption{{{escape_latex(caption)}}}",
+        rf"  \begin{{tabular}}{{l{'c' * (1 + len(eps))}}}",
+        r"    \toprule",
+        rf"    \multirow{{2}}{{*}}{{{escape_latex(first.capitalize())}}} & \multirow{{2}}{{*}}{{Natural score}}"
+        + (rf" & \multicolumn{{{len(eps)}}}{{c}}{{{escape_latex(heading)}}} \\" if eps else r" \\"),
+        *([rf"    \cmidrule(lr){{3-{last}}}"] if eps else []),
+        "     & & " + " & ".join(_latex_eps(label) for label in eps) + r" \\" if eps else r"     & \\",
+        r"    \midrule",
+    ]
+    for row in rows:
+        cells = [row[first], row["natural"], *(row[label] for label in eps)]
+        lines.append("    " + " & ".join(escape_latex(cell) if cell else "--" for cell in cells) + r" \\")
+    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}"])
+
+
+def escape_latex(text: str) -> str:
+    """Text with LaTeX's special characters escaped, in one line."""
+    norms = {"ℓ2": r"$\ell_2$", "ℓ∞": r"$\ell_\infty$"}
+    parts = re.split(f"({'|'.join(norms)})", text)
+    escaped = [norms[part] if part in norms else "".join(_LATEX.get(c, c) for c in part) for part in parts]
+    return " ".join("".join(escaped).split())
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a CSV file of numbers."""
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    values = np.array([[_number(cell) for cell in row] for row in rows[1:]])
+    return {name: values[:, i] for i, name in enumerate(rows[0])}
+
+
+def certified_curve(rows: Mapping[str, np.ndarray], column: str, eps: np.ndarray) -> np.ndarray:
+    """Certified majority score at each ε from the columns of radii.csv."""
+    untied = rows["right_vote"] != 0.5
+    agree = ((rows["margin"] > 0) & (rows["right_vote"] < 0.5)) | ((rows["margin"] < 0) & (rows["right_vote"] > 0.5))
+    return (agree[untied, None] & (rows[column][untied, None] > eps)).mean(0)
+
+
+def score_rows(scores: Mapping[str, tuple[float, Mapping[str, float]]]) -> list[Row]:
+    """Rows of natural score and scores at each ε; cells that were not measured stay empty."""
+    rows = [{"metric": title, "natural": percent(natural), **percents(at)} for title, (natural, at) in scores.items()]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def percents(scores: Mapping[str, float]) -> dict[str, str]:
+    """Scores in %, by the same keys."""
+    return {eps: percent(score) for eps, score in scores.items()}
+
+
+def percent(score: float | None) -> str:
+    """A score in %; empty where there is none."""
+    return "" if score is None else f"{100 * score:.1f}"
+
+
+def _latex_eps(label: str) -> str:
+    """``36/255`` as a fraction."""
+    numerator, _, denominator = label.partition("/")
+    return rf"$\frac{{{numerator}}}{{{denominator}}}$" if denominator else f"${label}$"
+
+
+def _number(cell: str) -> float:
+    return float({"True": "1", "False": "0"}.get(cell, cell))

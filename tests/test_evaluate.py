@@ -1,0 +1,258 @@
+"""scripts/evaluate.py as its users run it: killed and continued, on two processes, on bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lipsim import PerceptualMetric, export, students, teachers
+from lipsim.data import Triplet, collate_triplets
+from lipsim.data.loading import Finished, read_batch, remaining
+from lipsim.evaluate import ExportedMetric, evaluate, main
+from lipsim.results import read_results
+from lipsim.training.data import BuiltinData
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = [sys.executable, str(ROOT / "scripts/evaluate.py")]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+COUNT, BATCH = 15, 2
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    export.save(PerceptualMetric(students.OrthogonalProjection(16, 8), 16), "metric.safetensors")
+    Path("config.yaml").write_text(yaml.safe_dump(_config()))
+
+
+def _config(steps: int = 200) -> dict[str, Any]:
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "lipsim.callbacks.CertifyRadii", "init_args": {"error_sample": 4}},
+                {"class_path": "lipsim.callbacks.AttackRobustness", "init_args": {"steps": steps}},
+                {"class_path": "lipsim.callbacks.NullSpaceRobustness"},
+                {"class_path": "lipsim.callbacks.TripletGallery", "init_args": {"num_triplets": 1, "steps": 5}},
+            ],
+        },
+        "data": {
+            "class_path": "lipsim.training.data.BuiltinData",
+            "init_args": {"num_test": COUNT, "image_size": 16, "batch_size": BATCH},
+        },
+    }
+
+
+def _args(folder: str, *more: str) -> list[str]:
+    given = ["--config", "config.yaml", "--checkpoint", "metric.safetensors", "--trainer.default_root_dir", folder]
+    return [*given, *more]
+
+
+def _kill_after(batches: int, args: list[str]) -> list[str]:
+    """Start an evaluation, kill it and its children when some batches are finished; returns the lines that are kept."""
+    folder = Path(args[args.index("--trainer.default_root_dir") + 1]) / "unfinished"
+    process = subprocess.Popen(
+        [*SCRIPT, *args], env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    lines: list[str] = []
+    try:
+        deadline = time.monotonic() + 200
+        while len(lines) < batches and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+            lines = [line for path in folder.glob("part-*.jsonl") for line in path.read_text().splitlines()]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    return [line for path in folder.glob("part-*.jsonl") for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of the triplets that evaluations in this process embed."""
+    seen: list[int] = []
+    step = ExportedMetric.test_step
+
+    def spy(self: ExportedMetric, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        seen.extend([] if isinstance(batch, Finished) else batch.index.tolist())
+        return step(self, batch, batch_idx, dataloader_idx)
+
+    monkeypatch.setattr(ExportedMetric, "test_step", spy)
+    return seen
+
+
+def test_a_killed_run_continues(computed: list[int]) -> None:
+    evaluate(_args("whole"))
+    assert computed == list(range(COUNT)) and not Path("whole/unfinished").exists()
+    computed.clear()
+    lines = _kill_after(2, _args("killed"))
+    assert 2 <= len(lines) < 8
+    part = Path("killed/unfinished/part-0-of-1.jsonl")
+    part.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][: len(lines[-1]) // 2])  # killed over the last line
+    evaluate(_args("killed"))
+    assert computed == list(range(BATCH * (len(lines) - 1), COUNT))
+    for name in ("results.json", "radii.csv", "attacks.csv", "plots/gallery.png"):
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes(), name
+    assert not Path("killed/unfinished").exists()
+
+
+def test_two_processes_give_the_results_of_one(computed: list[int]) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    evaluate(_args("one"))
+    run = subprocess.run([*SCRIPT, *_args("two", *two)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = _kill_after(3, _args("mixed", *two))
+    computed.clear()
+    evaluate(_args("mixed"))  # what two processes began, one finishes
+    done = {i for line in lines for i in json.loads(line)["index"]}
+    assert done and set(range(COUNT)) - done <= set(computed) and len(computed) < COUNT
+    one = read_results(Path("one/results.json"))
+    for other in ("two", "mixed"):
+        found = read_results(Path(other, "results.json"))
+        scores, others = one["certified"]["sets"]["builtin"], found["certified"]["sets"]["builtin"]
+        for key in ("majority", "vote", "certified", "published", "joint", "num_triplets"):
+            assert scores[key] == others[key]
+        assert one["attacked"]["sets"] == found["attacked"]["sets"]
+        assert one["certified"]["data_sha256"] == found["certified"]["data_sha256"]
+        tables = []
+        for folder in ("one", other):
+            with open(Path(folder, "radii.csv"), newline="") as file:
+                tables.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
+        assert len(tables[1]) == COUNT
+        for a, b in zip(*tables, strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+def test_rows_of_something_else_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    _kill_after(1, _args("run"))
+    export.save(PerceptualMetric(students.OrthogonalProjection(16, 4), 16), "metric.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        main(_args("run", "--data.seed=3"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "differs in checkpoint_sha256, data;" in error and error.count("error:") == 1
+    assert Path("run/unfinished/part-0-of-1.jsonl").is_file()
+
+
+class BadData(BuiltinData):
+    """Built-in triplets with a fault in the seventh."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(num_test=8, image_size=16, batch_size=2)
+        self.fault = fault
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        triplets = [self.test_sets["builtin"][i] for i in range(8)]
+        x = triplets[6]
+        if self.fault == "nan":
+            triplets[6] = Triplet(x.reference * float("nan"), x.left, x.right, x.right_vote, x.index)
+        elif self.fault == "vote":
+            triplets[6] = Triplet(x.reference, x.left, x.right, x.right_vote * float("nan"), x.index)
+        elif self.fault == "none":
+            self.collate = lambda batch: torch.stack([triplet.reference for triplet in batch])
+        self.test_sets = {"builtin": [] if self.fault == "empty" else triplets}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("nan", "have NaN or infinite pixels (triplets [6, 7]"),
+        ("vote", "triplets [6] have no vote in [0, 1]"),
+        ("none", "no triplets with votes"),
+        ("empty", "has no test triplets"),
+    ],
+)
+def test_bad_data_is_one_line(
+    fault: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lipsim.training.data.BadData", BadData, raising=False)
+    config = _config(steps=1) | {"data": {"class_path": "lipsim.training.data.BadData", "init_args": {"fault": fault}}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as stop:
+        main(_args("run"))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 1 and len(errors) == 1 and message in errors[0]
+
+
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    vit = teachers.SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
+    export.save(PerceptualMetric(vit, 16, lipschitz=float("inf")), "teacher.safetensors")
+    certify = "--trainer.callbacks=lipsim.callbacks.CertifyRadii"
+    for more, message in (
+        (["--checkpoint=teacher.safetensors"], "no Lipschitz bound is known for SmallViT"),
+        (["--checkpoint=nothing.safetensors"], "no metric file nothing.safetensors"),
+        ([certify, "--trainer.callbacks.eps=[0.1,-0.2]"], "expected budgets eps ≥ 0, got [0.1, -0.2]"),
+        (["--trainer.callbacks=null"], "nothing to evaluate"),
+        (["--data.image_size=24"], "expected images of shape (N, 3, 16, 16)"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(_args("run", *more))
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert stop.value.code and len(errors) == 1 and message in errors[0], more
+
+
+def test_budgets_are_sorted() -> None:
+    certify = ["--trainer.callbacks=lipsim.callbacks.CertifyRadii", "--trainer.callbacks.eps=[0.5,0.1,0.5]"]
+    evaluate(_args("run", *certify))
+    certified = read_results(Path("run/results.json"))["certified"]
+    assert certified["eps"] == [0.1, 0.5]
+    curve = certified["sets"]["builtin"]["curve"]
+    assert curve["eps"][-1] == pytest.approx(0.75) and curve["certified"] == sorted(curve["certified"], reverse=True)
+
+
+def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parts(BuiltinData):
+        @property
+        def test_groups(self) -> dict[str, dict[str, torch.Tensor]]:
+            return {"builtin": {"early": torch.arange(COUNT) < 4, "none": torch.zeros(COUNT, dtype=torch.bool)}}
+
+    monkeypatch.setattr("lipsim.training.data.Parts", Parts, raising=False)
+    config = _config(steps=1)
+    config["data"] = {**config["data"], "class_path": "lipsim.training.data.Parts"}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    evaluate(_args("run"))
+    for section in ("certified", "attacked"):
+        sets = read_results(Path("run/results.json"))[section]["sets"]
+        assert {name: scores["num_triplets"] for name, scores in sets.items()} == {"builtin": COUNT, "builtin_early": 4}
+    with open("run/radii.csv", newline="") as file:
+        assert [row["builtin_early"] for row in csv.DictReader(file)] == ["1"] * 4 + ["0"] * (COUNT - 4)
+
+
+def test_the_record_of_a_run_runs_again() -> None:
+    config = ROOT / "configs/evaluate/builtin.yaml"
+    small = ["--data.num_test=4", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    cli = evaluate(["--config", str(config), "--checkpoint", "quickstart", *small])
+    folder = Path(cli.trainer.default_root_dir)
+    first = (folder / "results.json").read_bytes()
+    results = json.loads(first)
+    assert set(results) == {"schema", "certified", "attacked", "versions", "evaluation"}
+    assert results["evaluation"]["checkpoint_sha256"] == cli.keep.settings["checkpoint_sha256"]
+    evaluate(["--config", str(folder / "config.yaml")])
+    assert (folder / "results.json").read_bytes() == first
+
+
+def test_batches_keep_their_composition() -> None:
+    data = BuiltinData(num_test=5, image_size=16, batch_size=2)
+    data.setup("test")
+    loader = remaining(data.test_dataloader()[0], {0, 1, 2})
+    batches = list(loader)
+    assert isinstance(batches[0], Finished)
+    assert [batch.index.tolist() for batch in batches[1:]] == [[2, 3], [4]]
+    whole = collate_triplets([data.test_sets["builtin"][0]])
+    assert torch.equal(read_batch(loader, [0]).reference, whole.reference)
