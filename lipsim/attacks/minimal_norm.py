@@ -14,7 +14,7 @@ from lipsim.attacks.projections import Box, expand
 from lipsim.attacks.random import sample_normal
 
 _NEWTON_STEPS = 4
-_LEAST_DAMPING = 1e-5
+_LEAST_DAMPING = 1e-3
 
 
 def minimal_norm(
@@ -128,6 +128,7 @@ class _Search:
         """Damped SQP steps from the best change, each followed by Newton steps to the broken side."""
         delta, value, gradient = self._restore(self.best)
         damping = torch.ones_like(self.norm)
+        settled = torch.zeros_like(self.norm, dtype=torch.bool)
         for _ in range(steps):
             before = self.norm.clone()
             offset = (gradient * delta).flatten(1).sum(1) - value
@@ -138,7 +139,9 @@ class _Search:
             delta, gradient = torch.where(kept, trial, delta), torch.where(kept, trial_gradient, gradient)
             value = torch.where(better, trial_value, value)
             damping = torch.where(better, (2 * damping).clamp(max=1), damping / 2)
-            if (damping < _LEAST_DAMPING).all():
+            # A step that gained no more than rounding takes away is as good as none that helps.
+            settled = settled | (damping < _LEAST_DAMPING) | (better & (self.norm >= before * (1 - self.overshoot)))
+            if settled.all():
                 break
 
     def _restore(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
