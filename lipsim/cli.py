@@ -115,15 +115,17 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("--data", choices=("builtin", "material"), default="builtin", help="triplets (%(default)s)")
     parser.add_argument("--root", type=Path, help="folder of the Material data")
     parser.add_argument("--samples", type=int, default=4, help="how many triplets (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of the attack from each start (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the attack from each start (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images attacked at a time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of triplets, starts and controls (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if options.steps < 1:
-        raise ValueError(f"expected --steps of at least 1, got {options.steps}")
+    for name in ("samples", "steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
     metric = export.load(options.checkpoint)
     triplets = verify.sample_triplets(options.data, options.samples, metric.image_size, options.root, options.seed)
     progress = None
@@ -132,7 +134,14 @@ def _verify(options: argparse.Namespace) -> int:
         def progress(part: str) -> None:
             print(f"\r\033[K{part} …", end="", file=sys.stderr, flush=True)
 
-    result = verify.verify(metric, triplets, steps=options.steps, seed=options.seed, progress=progress)
+    result = verify.verify(
+        metric,
+        triplets,
+        steps=options.steps,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=progress,
+    )
     if progress is not None:
         print("\r\033[K", end="", file=sys.stderr)
     if options.json:

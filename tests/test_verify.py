@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lipsim
 from lipsim import PerceptualMetric, certificates, export
 from lipsim.cli import main
 from lipsim.data import Triplet
@@ -29,8 +30,15 @@ def two() -> Triplet:
     return sample_triplets("builtin", 2, 16)
 
 
+@pytest.fixture
+def no_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of other failures, which the controls do not add to."""
+    for name in ("linear_controls", "mutant_controls"):
+        monkeypatch.setattr(f"lipsim.verify.check.{name}", lambda *_: [])
+
+
 def _check(metric: PerceptualMetric, triplets: Triplet) -> Verification:
-    return verify(metric, triplets, steps=8, polish=10)
+    return verify(metric, triplets, steps=6, polish=10)
 
 
 def test_a_linear_metric_is_sound_and_tight(two: Triplet) -> None:
@@ -56,6 +64,7 @@ def test_a_network_is_sound(two: Triplet) -> None:
     assert len(broken) > 0.8 * len(result.outcomes)  # the attacks are strong enough to say something
 
 
+@pytest.mark.usefixtures("no_controls")
 def test_a_bound_that_is_5_percent_too_small_is_reported(two: Triplet) -> None:
     metric = PerceptualMetric(OrthogonalProjection(16, 24), 16)
     metric.lipschitz = 0.95
@@ -67,6 +76,7 @@ def test_a_bound_that_is_5_percent_too_small_is_reported(two: Triplet) -> None:
     assert "the encoder grows by" in text and "is below the audited one" in text and "reference (box off)" in text
 
 
+@pytest.mark.usefixtures("no_controls")
 def test_a_layer_that_declares_too_little_is_reported(two: Triplet) -> None:
     class Liar(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -138,6 +148,7 @@ def test_an_attack_that_does_not_move_fails_the_controls(monkeypatch: pytest.Mon
     assert result.violations == 0 and sum("control not caught" in line for line in result.failures) >= 3
 
 
+@pytest.mark.usefixtures("no_controls")
 def test_certificates_as_deployed_must_hold(two: Triplet) -> None:
     metric = PerceptualMetric(OrthogonalProjection(16, 24), 16, feature_error=1e-5)
     assert _check(metric, two).failures == ()
@@ -149,6 +160,32 @@ def test_certificates_as_deployed_must_hold(two: Triplet) -> None:
 
     overclaiming = Overclaiming(metric.encoder, 16, feature_error=1e-5)
     assert any("reference as deployed" in line for line in _check(overclaiming, two).failures)
+
+
+@pytest.mark.usefixtures("no_controls")
+def test_identical_images_certify_nothing_and_break_nothing() -> None:
+    x = torch.rand(1, 3, 16, 16).expand(3, -1, -1, -1)
+    same = Triplet(x, x.clone(), torch.rand(3, 3, 16, 16), torch.zeros(3), torch.arange(3))
+    tie = Triplet(same.reference, same.right, same.right, same.right_vote, same.index)
+    for triplets in (same, tie):
+        result = _check(PerceptualMetric(OrthogonalProjection(16, 8), 16), triplets)
+        assert result.failures == () and "nan" not in str(result)
+
+
+@pytest.mark.usefixtures("no_controls")
+def test_answers_do_not_depend_on_the_batch(two: Triplet) -> None:
+    metric = PerceptualMetric(OrthogonalProjection(16, 8), 16)
+    whole, parts = (verify(metric, two, steps=6, polish=10, batch_size=size) for size in (8, 1))
+    for a, b in zip(whole.outcomes, parts.outcomes, strict=True):
+        torch.testing.assert_close(a.found, b.found, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_bundled_metric_is_sound() -> None:
+    result = verify(lipsim.load("quickstart"), sample_triplets("builtin", 2, 64))
+    assert result.failures == ()
+    reference = next(outcome for outcome in result.outcomes if outcome.kind == "reference")
+    assert reference.ratios.max() < 1.5
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +217,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for args, message in (
         (["nothing.safetensors"], "no metric file"),
         ([tmp_path / "teacher.safetensors"], "no Lipschitz bound"),
-        (["quickstart", "--samples", "0"], "at least 1 sample"),
+        (["quickstart", "--samples", "0"], "--samples of at least 1"),
         (["quickstart", "--steps", "0"], "--steps of at least 1"),
         (["quickstart", "--data", "material"], "--root"),
         (["quickstart", "--data", "material", "--root", tmp_path], "no Material data"),

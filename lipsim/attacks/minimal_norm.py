@@ -130,10 +130,12 @@ class _Search:
         damping = torch.ones_like(self.norm)
         settled = torch.zeros_like(self.norm, dtype=torch.bool)
         for _ in range(steps):
-            before = self.norm.clone()
+            before, best = self.norm, self.best
             offset = (gradient * delta).flatten(1).sum(1) - value
             trial = delta + expand(damping, delta) * (self._nearest(gradient, offset) - delta)
             trial, trial_value, trial_gradient = self._restore(trial)
+            self.norm = torch.where(settled, before, self.norm)
+            self.best = torch.where(expand(settled, best), best, self.best)
             better = (self.norm < before) | ~torch.isfinite(before)
             kept = expand(better, delta)
             delta, gradient = torch.where(kept, trial, delta), torch.where(kept, trial_gradient, gradient)
@@ -153,10 +155,13 @@ class _Search:
             delta, value, gradient = last
             # Further from step to step: where rounding hides the boundary, the first aim may fall short of it.
             aim = 8**step * self.overshoot * gradient.flatten(1).norm(dim=1) * self.length(delta)
-            if ((value > 0) & (value <= 2 * aim)).all():
+            done = (value > 0) & (value <= 2 * aim)
+            if done.all():
                 break
             gradient = gradient * self._movable(delta, expand(torch.sign(aim - value), gradient) * gradient)
             scale = (aim - value) / gradient.flatten(1).square().sum(1).clamp(min=torch.finfo(value.dtype).tiny)
+            # Rows that are done stay, so that nothing depends on the other rows of the batch.
+            scale = torch.where(done, 0.0, scale)
             last = self._try(self._inside(delta + expand(scale, delta) * gradient))
             length = torch.where(last[1] > 0, self.length(last[0]), math.inf)
             use = (length < shortest) | torch.isinf(shortest)
@@ -199,9 +204,10 @@ class _Search:
             if self.box is None:
                 break
             for _ in range(30):
-                delta = self._inside(direction * expand(factor, direction))
+                aimed = direction * expand(factor, direction)
+                delta = self._inside(aimed)
                 missing = offset - (gradient * delta).flatten(1).sum(1)
-                free = (delta == direction * expand(factor, direction)) & (direction != 0)
+                free = (self.clean + aimed >= self.box[0]) & (self.clean + aimed <= self.box[1])
                 slope = torch.where(free, gain, 0.0).flatten(1).sum(1)
                 open_ = (slope > 0) & (missing > 1e-15 * offset)
                 if not open_.any():

@@ -102,9 +102,10 @@ def verify(
     metric: PerceptualMetric,
     triplets: Triplet,
     *,
-    steps: int = 50,
+    steps: int = 20,
     polish: int = 40,
     seed: int = 0,
+    batch_size: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Attack every certificate of a metric on some triplets, in float64, and plant faults that must be caught.
@@ -119,6 +120,7 @@ def verify(
         steps: of the minimal-norm attack, from each of ten starts.
         polish: steps of its polish.
         seed: of starts and controls.
+        batch_size: images attacked at a time, each at ten places; less for networks that need much memory.
         progress: called with the name of what comes next.
 
     Raises:
@@ -130,8 +132,10 @@ def verify(
         raise ValueError("this metric has no Lipschitz bound, so it certifies nothing and there is nothing to verify")
     encoder = exact_copy(metric.encoder)
     exact = PerceptualMetric(encoder, metric.image_size, metric.anchor, lipschitz=metric.lipschitz)
-    images = tuple(t.double() for t in (triplets.reference, triplets.left, triplets.right))
+    device = next((p.device for p in metric.parameters()), torch.device("cpu"))
+    images = tuple(t.to(device, torch.float64) for t in (triplets.reference, triplets.left, triplets.right))
     reference, left, right = images
+    options = {"steps": steps, "polish": polish, "seed": seed, "batch_size": batch_size}
     outcomes: list[Outcome] = []
     with full_precision():
         claims = [
@@ -141,13 +145,13 @@ def verify(
         ]
         for claim in claims:
             say(claim.kind)
-            outcomes += [attack(claim, encoder, box=box, steps=steps, polish=polish, seed=seed) for box in _BOXES]
+            outcomes += [attack(claim, encoder, box=box, **options) for box in _BOXES]
         say("pixels")
         outcomes.append(attack_pixels(exact, reference, left, right))
         say("Lipschitz constant")
         points = torch.cat([reference, *(outcome.points for outcome in outcomes if outcome.kind == "reference")])
         reached = lower_bounds.attack_lipschitz(encoder, points)
-        audited, layers = _audit(exact, points)
+        audited, layers = _audit(metric, points)
         say("controls")
         few = tuple(t[:_MUTANT_SAMPLES] for t in images)
         controls = [*linear_controls(seed), *mutant_controls(exact, few, seed)]  # type: ignore[arg-type]

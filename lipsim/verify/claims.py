@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from lipsim.metric import PerceptualMetric
 TOLERANCE = 1e-9
 STRICT = 1e-14  # a change of a distance counts as one beyond this, two hundred roundings of a distance near 1
 
-# Budgets of the distance intervals, as shares of ‖e‖/L: one that hides nothing, and one of a quarter turn's sine.
+# Budgets of the distance intervals, as shares of ‖e‖/L: a wrong distance shows in the small one, a wrong rotation in
+# the large one.
 _SHARES = (1e-4, 0.25)
 _SCALES = (1.0, 1.5, 2.0)
 _SWAPS = 3
@@ -67,6 +68,17 @@ class Claim:
     toward: Tensor
     parts: int = 1
     group: int = 1
+
+    def select(self, samples: Tensor) -> Claim:
+        """The claim about some of the samples."""
+        rows = (samples[:, None] * self.group + torch.arange(self.group)).flatten()
+        return replace(
+            self,
+            images=self.images[rows],
+            radius=self.radius[samples],
+            fixed=tuple(t[rows] for t in self.fixed),
+            toward=self.toward[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -256,30 +268,68 @@ def retrieval_claims(
 
 
 def attack(
-    claim: Claim, encoder: Callable[[Tensor], Tensor], *, box: Box, steps: int = 50, polish: int = 40, seed: int = 0
+    claim: Claim,
+    encoder: Callable[[Tensor], Tensor],
+    *,
+    box: Box,
+    steps: int = 20,
+    polish: int = 40,
+    seed: int = 0,
+    batch_size: int = 8,
 ) -> Outcome:
     """Look for the smallest change that breaks a claim.
 
     Starts: the images themselves, and at 1, 1.5 and 2 radii a random direction, the one towards ``claim.toward`` and
     the top singular vector of the encoder's Jacobian, upwards.
+
+    Args:
+        claim: what to break.
+        encoder: answers, in float64.
+        box: the range of valid images; None for all of ℝⁿ.
+        steps: gradient steps from each start.
+        polish: steps of the polish.
+        seed: of the random starts, with the position of the image.
+        batch_size: images at a time, each of which is at ten places.
     """
+    size = max(1, batch_size // claim.group)
+    chunks = torch.arange(len(claim.radius)).split(size)
+    parts = [_attack_rows(claim.select(rows), rows, encoder, box, steps, polish, seed) for rows in chunks]
+    found, points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Outcome(claim.kind, box is not None, claim.radius, found, points)
+
+
+def _attack_rows(
+    claim: Claim, index: Tensor, encoder: Callable[[Tensor], Tensor], box: Box, steps: int, polish: int, seed: int
+) -> tuple[Tensor, Tensor]:
     objective = _ClaimObjective(encoder, claim, claim.fixed)
-    x = claim.images
+    x, index = claim.images, index.repeat_interleave(claim.group)
     radius = claim.radius.repeat_interleave(claim.group)
     radius = torch.where(torch.isfinite(radius) & (radius > 0), radius, 1e-3)
     starts = [x]
-    for direction in (sample_normal(x, seed=seed), claim.toward - x, _singular(encoder, objective, claim)):
+    for direction in (
+        sample_normal(x, seed=seed, index=index),
+        claim.toward - x,
+        _singular(encoder, objective, claim, index),
+    ):
         by_part = direction.unflatten(1, (claim.parts, 3))
         unit = by_part / by_part.flatten(2).norm(dim=2).clamp(min=1e-30)[..., None, None, None]
         starts += [x + expand(scale * radius, x) * unit.flatten(1, 2) for scale in _SCALES]
     x_adv = minimal_norm(
-        objective, x, steps=steps, box=box, polish=polish, starts=torch.stack(starts), parts=claim.parts, seed=seed
+        objective,
+        x,
+        steps=steps,
+        box=box,
+        polish=polish,
+        starts=torch.stack(starts),
+        parts=claim.parts,
+        seed=seed,
+        index=index,
     )
     with torch.no_grad():
         broken = objective(x_adv) > 0
     norms = (x_adv - x).unflatten(1, (claim.parts, 3)).flatten(2).norm(dim=2).amax(1)
     found = torch.where(broken, norms, math.inf).view(-1, claim.group).amin(1)
-    return Outcome(claim.kind, box is not None, claim.radius, found, x_adv[:: claim.group, :3].detach())
+    return found, x_adv[:: claim.group, :3].detach()
 
 
 def attack_pixels(
@@ -337,10 +387,11 @@ def _top_pixels(x: Tensor, colour: Tensor, gain: Tensor, count: Tensor) -> Tenso
     return torch.where((rank < count[:, None, None])[:, None], colour, x)
 
 
-def _singular(encoder: Callable[[Tensor], Tensor], objective: _ClaimObjective, claim: Claim) -> Tensor:
+def _singular(encoder: Callable[[Tensor], Tensor], objective: _ClaimObjective, claim: Claim, index: Tensor) -> Tensor:
     """Top singular vectors of the encoder's Jacobian at the images, in the direction in which the objective grows."""
     x = claim.images.unflatten(1, (claim.parts, 3))
-    direction = jacobian_norm(encoder, x.flatten(0, 1), iterations=10)[1].unflatten(0, x.shape[:2])
+    images = index.repeat_interleave(claim.parts)
+    direction = jacobian_norm(encoder, x.flatten(0, 1), iterations=10, index=images)[1].unflatten(0, x.shape[:2])
     moving = claim.images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(moving).sum(), moving)
     along = (gradient.view_as(x) * direction).flatten(2).sum(2)
