@@ -23,6 +23,9 @@ from torch.nn import functional as F
 
 from lipsim.geometry import anchored_norm, angle, project, rotation
 
+_TURNS = (2, 1, 1)  # the reference turns against both candidates
+_CHUNK = 2**24  # elements of a batch of differences
+
 
 def linear_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
     """Linear margin ``g = ⟨z, w⟩ + κv`` and its slope ``‖w‖`` in feature space, ``(N,)`` each.
@@ -88,17 +91,28 @@ def joint_radius(
 ) -> Tensor:
     """Radius of a common budget: all three images may move by less than it, each, and the answer stays, ``(N,)``.
 
-    The largest ε with ``2α(e, Lε) + α(e0, Lε) + α(e1, Lε) < |θ_1 − θ_0|``, by bisection, rounded down.
+    The largest ε with ``2α(e, Lε) + α(e0, Lε) + α(e1, Lε) < |θ_1 − θ_0|``, by bisection, rounded down. Its gradient is
+    that of the equation (implicit differentiation).
     """
-    norm, norm0, norm1 = (anchored_norm(t, anchor) for t in (z, z0, z1))
+    norms = tuple(anchored_norm(t, anchor) for t in (z, z0, z1))
     gap = (angle(z, z1, anchor) - angle(z, z0, anchor)).abs()
-    low, high = torch.zeros_like(norm), torch.minimum(norm, torch.minimum(norm0, norm1))
-    for _ in range(60 if z.dtype == torch.float64 else 30):
-        middle = (low + high) / 2
-        used = 2 * rotation(norm, middle) + rotation(norm0, middle) + rotation(norm1, middle)
-        holds = used < gap
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    with torch.no_grad():
+        low, high = torch.zeros_like(gap), torch.minimum(norms[0], torch.minimum(norms[1], norms[2])).expand_as(gap)
+        for _ in range(60 if z.dtype == torch.float64 else 30):
+            middle = (low + high) / 2
+            holds = _turned(norms, middle) < gap
+            low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    if gap.requires_grad:
+        slope = sum(c / (n.square() - low.square()).clamp(min=1e-12).sqrt() for c, n in zip(_TURNS, norms, strict=True))
+        excess = _turned(norms, low) - gap
+        low = low - (excess - excess.detach()) / torch.as_tensor(slope).detach()
     return _finite((low - feature_error).clamp(min=0) / lipschitz)
+
+
+def signed_joint_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
+    """:func:`joint_radius` with the sign of the margin, ``(N,)``: positive prefers left. What a loss can push."""
+    g, _ = linear_margin(z, z0, z1, anchor=anchor)
+    return torch.sign(g.detach()) * joint_radius(z, z0, z1, anchor=anchor, lipschitz=lipschitz)
 
 
 def distance_interval(
@@ -167,13 +181,23 @@ def retrieval_radius(
         raise ValueError(f"expected 1 ≤ k < {len(gallery)} (the size of the gallery), got k = {k}")
     p, s = project(gallery, anchor)
     order = (z @ p.mT + anchor * s).argsort(dim=-1, descending=True, stable=True)
+    inside = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :k], True)
     radius = torch.full_like(z[:, 0], math.inf)
-    for inside in order[:, :k].unbind(-1):
-        for outside in order[:, k:].unbind(-1):
-            swap = reference_radius(
-                z, gallery[inside], gallery[outside], anchor=anchor, lipschitz=lipschitz, feature_error=feature_error
+    # Differences of embeddings, not of similarities: near-duplicates in the gallery keep their digits.
+    chunk = max(1, _CHUNK // max(1, z.numel()))
+    for member in order[:, :k].unbind(-1):
+        for start in range(0, len(gallery), chunk):
+            others = gallery[start : start + chunk]
+            swaps = reference_radius(
+                z.unsqueeze(1),
+                gallery[member].unsqueeze(1),
+                others,
+                anchor=anchor,
+                lipschitz=lipschitz,
+                feature_error=feature_error,
             )
-            radius = torch.minimum(radius, swap)
+            swaps = torch.where(inside[:, start : start + chunk], math.inf, swaps)
+            radius = torch.minimum(radius, swaps.amin(1))
     return radius
 
 
@@ -226,6 +250,12 @@ def resize_norm(original: tuple[int, int], image_size: int) -> float:
         matrix = F.interpolate(identity, size=(1, image_size), mode="bicubic", antialias=True).flatten(1)
         norm *= float(torch.linalg.matrix_norm(matrix, ord=2)) * (1 + 1e-12)
     return norm
+
+
+def _turned(norms: tuple[Tensor, ...], radius: Tensor) -> Tensor:
+    """How far the difference of two angles can turn when reference, left and right move by at most ``radius``."""
+    reference, left, right = (c * rotation(norm, radius) for c, norm in zip(_TURNS, norms, strict=True))
+    return reference + left + right
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

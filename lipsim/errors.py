@@ -17,9 +17,16 @@ _WRAPPING = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Problem with given class"
 )
 
+# What a DataLoader makes of an error in one of its processes, and where the message of an error begins in a traceback.
+_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+")
+_RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): ", re.MULTILINE)
+
 
 def one_line(message: str) -> str:
     """A message in one line; of a parser's tree of attempts, the keys that lead to the failure and its reason."""
+    if _WORKER.match(message):  # the whole traceback of the process is in the message
+        raised = list(_RAISED.finditer(message))
+        message = message[raised[-1].end() :] if raised else message
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     keys = [match[1] for line in lines if (match := re.match(r'Parser key "([^"]+)":', line))]
     if not keys and not any(_WRAPPING.match(line) for line in lines):

@@ -48,7 +48,13 @@ def angle(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:
     (p, p_anchor), (q, q_anchor) = project(z, anchor), project(y, anchor)
     difference = (p - q).square().sum(-1) + (p_anchor - q_anchor).square()
     total = (p + q).square().sum(-1) + (p_anchor + q_anchor).square()
-    return 2 * torch.atan2(difference.sqrt(), total.sqrt())
+    return 2 * torch.atan2(_root(difference), _root(total))
+
+
+def _root(square: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0 and not infinite; NaN stays NaN."""
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
 def rotation(norm: Tensor, radius: Tensor | float) -> Tensor:

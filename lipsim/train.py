@@ -136,8 +136,9 @@ class StageCLI(LightningCLI):
     def _print_certified(self) -> None:
         """The last certification of each set as a table in the terminal."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CertifyRadii) and callback.results and self.trainer.is_global_zero:
-                rows = certified_rows(callback.results)
+            if not isinstance(callback, CertifyRadii) or not callback.results or not self.trainer.is_global_zero:
+                continue
+            if rows := certified_rows(callback.results):  # none where no set has triplets
                 Console().print(rich_table(rows, "Majority score in %, natural and certified at ℓ2 budgets ε"))
 
     def run_test(self) -> None:

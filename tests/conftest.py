@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lipsim.data import Triplet
+from lipsim.data.bapps import SUBSETS
 
 # Lightning 2.6 makes calls that jsonargparse 4 deprecates; see the bound in pyproject.toml.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -37,3 +41,45 @@ def triplets() -> Triplet:
     votes = torch.tensor([0.0, 1.0, 0.2, 0.8, 0.5, 0.4, 0.6, 1.0, 0.0, 0.5, 0.9, 0.1])
     images = [torch.rand(12, 3, 16, 16) for _ in range(3)]
     return Triplet(*images, votes, torch.arange(12))
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Path:
+    """A folder in the layout of NIGHTS, columns in another order: grey tiles, of which the nearer grey won.
+
+    Twelve rows a split, every third with too few votes; two of three references of ImageNet. As in the original, one
+    ``right_path`` names the ``_0.png`` file.
+    """
+    root, rng = tmp_path / "nights", np.random.default_rng(0)
+    lines = ["right_vote,left_vote,id,prompt,votes,split,is_imagenet,right_path,left_path,ref_path"]
+    for number in range(36):
+        folder, name = f"{number // 10:03d}", f"{number % 10:03d}"
+        right, reversed_names = int(rng.integers(2)), int(number == 4)
+        paths = [f"ref/{folder}/{name}.png", *(f"distort/{folder}/{name}_{k ^ reversed_names}.png" for k in (0, 1))]
+        grey, near, far = 60 + number, 70 + number, 160 + number
+        for path, level in zip(paths, (grey, *((far, near) if right else (near, far))), strict=True):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(level - 9, level + 9, (48, 48, 3), dtype=np.uint8)).save(root / path)
+        split, votes = ("train", "val", "test")[number // 12], 5 if number % 3 == 1 else 6 + number % 5
+        row = [right, 1 - right, number, '"a word, and more"', votes, split, number % 4 != 0, *paths[::-1]]
+        lines.append(",".join(map(str, row)))
+    (root / "data.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def bapps(tmp_path: Path) -> Path:
+    """A folder in the layout of BAPPS 2AFC: six noisy patches a subset, judgements as fractions of five."""
+    root, rng = tmp_path / "bapps", np.random.default_rng(0)
+    for part, subsets in SUBSETS.items():
+        for subset in subsets:
+            folder = root / "2afc" / part / subset
+            for kind in ("ref", "p0", "p1", "judge"):
+                (folder / kind).mkdir(parents=True)
+            for number in range(6):
+                for kind in ("ref", "p0", "p1"):
+                    patch = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                    Image.fromarray(patch).save(folder / kind / f"{number:06d}.png")
+                vote = np.float64(0.5 if number == 5 else rng.integers(6) / 5)
+                np.save(folder / "judge" / f"{number:06d}.npy", vote if number % 2 else vote[None])
+    return root

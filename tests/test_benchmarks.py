@@ -33,7 +33,7 @@ def test_the_baseline_computes_what_the_student_computes() -> None:
 
 
 def test_the_speed_table_prints_ratios() -> None:
-    command = [sys.executable, str(BENCHMARKS / "students.py"), "--image-size", "112", "--batch", "1"]
+    command = [sys.executable, str(BENCHMARKS / "students.py"), "--image-size", "32", "--batch", "1"]
     options = ["--rounds", "1", "--only", "default student", "--skip", "compile"]
     output = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500).stdout
     rows = [line.split("|") for line in output.splitlines() if line.startswith("| default student")]

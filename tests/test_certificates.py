@@ -251,3 +251,42 @@ def test_bad_arguments() -> None:
         C.distance_interval(z, z, -0.1)
     with pytest.raises(ValueError, match=r"\[0, 2\]"):
         C.threshold_radius(z, z, 2.5)
+
+
+def test_joint_radius_has_the_gradient_of_its_equation() -> None:
+    features = [torch.randn(6, 5, dtype=torch.float64).mul_(2).requires_grad_() for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *f: C.joint_radius(*f), features, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda *f: C.signed_joint_radius(*f), features, atol=1e-5)
+    plain = C.joint_radius(*(f.detach() for f in features))
+    torch.testing.assert_close(C.joint_radius(*features).detach(), plain, rtol=0, atol=0)
+    same = [features[0], features[1], features[1]]
+    C.joint_radius(*same).sum().backward()
+    assert all(torch.isfinite(f.grad).all() for f in features[:2] if f.grad is not None)
+
+
+def test_signed_joint_radius_has_the_sign_of_the_margin(features: Features) -> None:
+    signed = C.signed_joint_radius(*features)
+    assert torch.equal(signed.abs(), C.joint_radius(*features))
+    margin, _ = C.linear_margin(*features)
+    assert ((signed > 0) == ((margin > 0) & (signed != 0))).all()
+    torch.testing.assert_close(C.signed_joint_radius(features[0], features[2], features[1]), -signed)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**24])
+def test_retrieval_in_chunks_is_the_minimum_over_swaps(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(C, "_CHUNK", chunk)
+    query, gallery = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    gallery[7] = gallery[2]
+    options = {"anchor": 1.0, "lipschitz": 1.3, "feature_error": 1e-4}
+    for k in (1, 3):
+        expected = []
+        for q in query:
+            order = cosine_distance(q[None], gallery, 1.0).argsort(stable=True).tolist()
+            swaps = [
+                C.reference_radius(q[None], gallery[i][None], gallery[j][None], **options)
+                for i in order[:k]
+                for j in order[k:]
+            ]
+            expected.append(torch.cat(swaps).min())
+        radius = C.retrieval_radius(query, gallery, k=k, **options)
+        torch.testing.assert_close(radius, torch.stack(expected))

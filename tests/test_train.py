@@ -56,35 +56,75 @@ def material(tmp_path: Path) -> Path:
     return root
 
 
-def _stand_ins() -> None:
-    """Untrained files where the quickstart's configs expect those of earlier stages."""
-    config = {name: yaml.safe_load((LINEAR.parent / f"{name}.yaml").read_text()) for name in ("teacher", "distill")}
-    teacher = config["teacher"]["model"]["init_args"]["teacher"]
-    student = config["distill"]["model"]["init_args"]["student"]
-    vit = getattr(teachers, teacher["class_path"].split(".")[-1])(**teacher["init_args"])
-    encoder = getattr(students, student["class_path"].split(".")[-1])(**student["init_args"])
-    folder = Path("runs/quickstart")
-    export.save(PerceptualMetric(vit, 64, anchor=0.0, lipschitz=float("inf")), folder / "teacher.safetensors")
-    export.save(PerceptualMetric(encoder, 64), folder / "distilled.safetensors")
-    export.save(PerceptualMetric(students.OrthogonalProjection(64, 8), 64), folder / "linear.safetensors")
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """An image folder of two classes, smaller and larger than the crop."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number, size in enumerate((200, 230, 250)):
+            folder = tmp_path / "imagenet" / part / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (size, 240, 3), dtype=np.uint8)).save(folder / f"{number}.JPEG")
+    return tmp_path / "imagenet"
+
+
+def _encoder(config: Path, role: str) -> torch.nn.Module:
+    """The untrained encoder that a config would train."""
+    choice = yaml.safe_load(config.read_text())["model"]["init_args"][role]
+    return getattr(teachers if role == "teacher" else students, choice["class_path"].split(".")[-1])(
+        **choice["init_args"]
+    )
+
+
+def _stand_ins(room: str = "quickstart") -> None:
+    """Untrained files where a room of configs expects those of earlier stages."""
+    folder, run = ROOT / "configs" / room, Path("runs") / room
+    encoder, vit = _encoder(folder / "distill.yaml", "student"), _encoder(folder / "teacher.yaml", "teacher")
+    size = vit.image_size
+    export.save(PerceptualMetric(vit, size, anchor=0.0, lipschitz=float("inf")), run / "teacher.safetensors")
+    export.save(PerceptualMetric(encoder, size, lipschitz=1.0), run / "distilled.safetensors")
+    for name in ("linear", room):
+        export.save(PerceptualMetric(students.OrthogonalProjection(size, 8), size), run / f"{name}.safetensors")
+
+
+# What makes a test of the real configs small: the made-up data, batches, and the depth of the paper's student.
+OPTIONS = {
+    "quickstart": SMALL,
+    "material": ["--data.val_triplets=100"],
+    "nights": ["--data.batch_size=2", "--data.num_workers=0"],
+    "bapps": ["--data.batch_size=2", "--data.num_workers=0", "--data.val_triplets=4"],
+    "imagenet": [
+        *("--data.batch_size=3", "--data.num_workers=0", "--data.triplets.num_workers=0"),
+        *("--data.triplets.batch_size=2", "--model.student.depth=1", "--model.student.linear_depth=1"),
+        *("--model.student.channels=6", "--model.student.linear_width=16"),
+    ],
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_config_runs(config: Path, material: Path) -> None:
-    _stand_ins()
-    data = [f"--data.root={material}", "--data.val_triplets=100"] if config.parent.name == "material" else SMALL
+def test_every_config_runs(config: Path, request: pytest.FixtureRequest) -> None:
+    room = config.parent.name
+    _stand_ins("quickstart" if room in ("quickstart", "material") else "nights")
+    options = list(OPTIONS[room])
+    if room != "quickstart":
+        options.append(f"--data.root={request.getfixturevalue(room)}")
+    if room == "imagenet":
+        options.append(f"--data.triplets.root={request.getfixturevalue('nights')}")
     for subcommand in ("fit", "test"):
-        cli = train([subcommand, "--config", str(config), "--trainer.fast_dev_run=true", *data, *QUIET])
+        cli = train([subcommand, "--config", str(config), "--trainer.fast_dev_run=true", *options, *QUIET])
         assert cli.trainer.state.finished
-        scores = [name for name in cli.trainer.callback_metrics if name.endswith("majority_score")]
-        assert len(scores) == len(cli.datamodule.test_names if subcommand == "test" else cli.datamodule.val_names)
+        scores = {name for name in cli.trainer.callback_metrics if name.endswith("majority_score")}
+        stage, expected = "test" if subcommand == "test" else "val", set()
+        for name, parts in getattr(cli.datamodule, f"{stage}_groups").items():
+            expected |= {f"{stage}/{part}/majority_score" for part in (name, *(f"{name}_{part}" for part in parts))}
+        assert scores == expected - {"val/images/majority_score"}
 
 
 def test_every_config_says_what_it_costs() -> None:
     for config in CONFIGS:
         header = [line for line in config.read_text().splitlines() if line.startswith("#")]
         assert any("python scripts/train.py" in line for line in header), config
-        assert any("second" in line or "minute" in line for line in header), config
+        assert any("second" in line or "minute" in line or "hour" in line for line in header), config
 
 
 def test_the_resolved_config_can_be_run_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,19 @@ class SampleTable:
         return {name: column[first] for name, column in gathered.items()}
 
 
+def rows_by_group(rows: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Gathered rows of each group that has any.
+
+    Args:
+        rows: columns ``(M,)`` with the sample index among them, as :meth:`SampleTable.gather` returns them.
+        groups: name → ``(N,)`` bool mask over the samples of the set.
+    """
+    chosen = {name: mask[rows["index"]] for name, mask in groups.items()}
+    return {
+        name: {key: column[mask] for key, column in rows.items()} for name, mask in chosen.items() if bool(mask.any())
+    }
+
+
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
     """Write columns of equal length with a header; floats keep the digits that bring them back."""
     path.parent.mkdir(parents=True, exist_ok=True)

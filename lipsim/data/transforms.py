@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,38 @@ def read_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); replace the file or remove it") from error
+        raise ValueError(f"cannot read the image {path} ({error}); replace the file") from error
+
+
+def load_image(path: str | Path, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Read an image file and turn it into the input of a metric, ``(3, S, S)``; errors name the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or ``preprocess`` refuses it.
+    """
+    image = read_image(path)
+    try:
+        return preprocess(image)
+    except ValueError as error:
+        raise ValueError(f"cannot use the image {path}: {error}") from error
+
+
+def missing_files(root: Path, names: Iterable[str]) -> list[str]:
+    """Which of the relative paths ``names`` are not under ``root``, in their order.
+
+    Each folder is listed once: on a network disk far cheaper than to ask for every file, and far cheaper than to learn
+    of a missing one after hours of training.
+    """
+    listed: dict[Path, set[str]] = {}
+    missing = []
+    for name in names:
+        path = root / name
+        if path.parent not in listed:
+            listed[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+        if path.name not in listed[path.parent]:
+            missing.append(name)
+    return missing
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@
 
 Their classes are free to do anything in ``forward``; here they only derive a weight. Its norm is measured, not taken
 from their papers: orthogonium's AOC and deel-torchlip's spectral layers hold up, orthogonium's adaptive SOC does not
-(1.002 to 1.03 instead of 1), and the bound says so.
+(1.002 to 1.005 instead of 1), and the bound says so.
 """
 
 from __future__ import annotations

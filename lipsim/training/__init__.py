@@ -3,7 +3,7 @@
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.distillation import Distillation
 from lipsim.training.fine_tuning import FineTuning
-from lipsim.training.losses import RMSE, MarginHinge, RadiusHinge, ScaleFree
+from lipsim.training.losses import RMSE, JointRadiusHinge, MarginHinge, RadiusHinge, ScaleFree
 from lipsim.training.schedules import Constant, Triangular, WarmupCosine
 from lipsim.training.teacher_tuning import TeacherTuning
 
@@ -13,6 +13,7 @@ __all__ = [
     "Constant",
     "Distillation",
     "FineTuning",
+    "JointRadiusHinge",
     "MarginHinge",
     "RadiusHinge",
     "ScaleFree",

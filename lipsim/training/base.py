@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -64,6 +65,12 @@ class MetricModule(L.LightningModule):
         if id(encoder) not in self._run_encoder:
             self._run_encoder = {id(encoder): self.acceleration.wrap(encoder)}
         return self._run_encoder[id(encoder)](x)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        total = self.trainer.estimated_stepping_batches
+        return min(1.0, self.trainer.global_step / total) if 0 < total < math.inf else 1.0
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps."""
@@ -130,6 +137,15 @@ class MetricModule(L.LightningModule):
         names = getattr(self.trainer.datamodule, f"{stage}_names", None) or []  # type: ignore[attr-defined]
         return names[dataloader_idx] if dataloader_idx < len(names) else f"set{dataloader_idx}"
 
+    def groups(self, name: str) -> dict[str, Tensor]:
+        """Parts of an evaluation set that are scored apart as well: name in the results → mask over the set's samples.
+
+        The name is that of the set and that of the part, as in ``nights_imagenet``.
+        """
+        stage = "test" if self.trainer.testing else "val"
+        groups = getattr(self.trainer.datamodule, f"{stage}_groups", None) or {}  # type: ignore[attr-defined]
+        return {f"{name}_{group}": mask for group, mask in groups.get(name, {}).items()}
+
     def _start_evaluation(self) -> None:
         freeze(self.metric)
         self.scores.clear()
@@ -141,22 +157,30 @@ class MetricModule(L.LightningModule):
             z, z0, z1 = batch.embed(self.metric.embed)
         margin = self.metric.margin(z, z0, z1)
         name = self.set_name(dataloader_idx)
+        self._score(name, margin, batch.right_vote, batch.index)
+        for group, mask in self.groups(name).items():
+            # Also without a row: processes must not disagree on which scores there are.
+            rows = mask[batch.index.cpu()].to(margin.device)
+            self._score(group, margin[rows], batch.right_vote[rows], batch.index[rows])
+        return {"features": (z, z0, z1)}
+
+    def _score(self, name: str, margin: Tensor, right_vote: Tensor, index: Tensor) -> None:
         if name not in self.scores:
             self.scores[name] = nn.ModuleDict(
                 {kind: TwoAFCScore(kind).to(self.device) for kind in ("majority", "vote")}
             )
         for score in self.scores[name].values():  # type: ignore[operator]
-            score.update(margin, batch.right_vote, batch.index)
-        return {"features": (z, z0, z1)}
+            score.update(margin, right_vote, index)
 
     def _log_scores(self, stage: str) -> None:
+        parts = {part for name in self.scores for part in self.groups(name)}
         for name, scores in self.scores.items():
             for kind, score in scores.items():  # type: ignore[operator]
                 # torchmetrics gathers inside compute(); the mean over processes is one of equal numbers.
                 self.log(
                     f"{stage}/{name}/{kind}_score",
                     score.compute().float(),
-                    prog_bar=kind == "majority",
+                    prog_bar=kind == "majority" and name not in parts,
                     sync_dist=True,
                 )
         self.scores.clear()

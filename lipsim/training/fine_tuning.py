@@ -54,6 +54,7 @@ class FineTuning(MetricModule):
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Loss of a batch; each distinct image is embedded once."""
         z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
+        self.loss.progress = self.progress
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipsim.certificates import linear_margin, signed_reference_radius
+from lipsim.certificates import linear_margin, signed_joint_radius, signed_reference_radius
 from lipsim.geometry import anchored_norm, project
 
 
 class TripletLoss(ABC):
-    """A loss on the features of 2AFC triplets."""
+    """A loss on the features of 2AFC triplets.
+
+    Attributes:
+        progress: share of the training that is done, in [0, 1]; the stage sets it before each step.
+    """
+
+    progress: float = 1.0
 
     @abstractmethod
     def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
@@ -28,14 +34,34 @@ class RadiusHinge(TripletLoss):
     Args:
         target: ℓ2 radius beyond which a triplet is left alone.
         weight_by_agreement: weigh a triplet by ``|2·right_vote − 1|`` instead of counting every majority alike.
+        ramp: share of the training over which the target grows from 0; 0 has it in full from the start.
+
+    Raises:
+        ValueError: a target that is not positive, or a ramp outside [0, 1].
     """
 
-    def __init__(self, target: float = 1.0, weight_by_agreement: bool = False) -> None:
-        self.target, self.weight_by_agreement = target, weight_by_agreement
+    def __init__(self, target: float = 1.0, weight_by_agreement: bool = False, ramp: float = 0.0) -> None:
+        if not target > 0 or not 0 <= ramp <= 1:
+            raise ValueError(f"expected a target > 0 and a ramp in [0, 1], got {target} and {ramp}")
+        self.target, self.weight_by_agreement, self.ramp = target, weight_by_agreement, ramp
 
     def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
-        radius = signed_reference_radius(z, z0, z1, anchor=anchor)
-        return _hinge(radius, self.target, right_vote, self.weight_by_agreement)
+        target = self.target * min(1.0, self.progress / self.ramp) if self.ramp else self.target
+        return _hinge(self.radius(z, z0, z1, anchor), target, right_vote, self.weight_by_agreement)
+
+    def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+        """The signed radius that the hinge acts on, ``(N,)``."""
+        return signed_reference_radius(z, z0, z1, anchor=anchor)
+
+
+class JointRadiusHinge(RadiusHinge):
+    """Hinge on the radius of a common budget for all three images; arguments as in :class:`RadiusHinge`.
+
+    Joint radii are a half to a quarter of those of the reference alone, so targets want to be smaller.
+    """
+
+    def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+        return signed_joint_radius(z, z0, z1, anchor=anchor)
 
 
 class MarginHinge(TripletLoss):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -25,6 +26,7 @@ from lipsim.training import (
     RMSE,
     Distillation,
     FineTuning,
+    JointRadiusHinge,
     MarginHinge,
     RadiusHinge,
     ScaleFree,
@@ -175,6 +177,37 @@ def test_radius_hinge_grows_radii_and_the_margin_hinge_is_the_papers() -> None:
     weight = (1 - 2 * votes).abs()
     expected = (weight * torch.relu(0.2 - lean * h)).sum() / weight.sum()
     torch.testing.assert_close(MarginHinge(0.2, weight_by_agreement=True)(z, z0, z1, votes, 1.0), expected)
+
+
+def test_joint_hinge_and_the_ramp_of_targets() -> None:
+    z, z0, z1 = (torch.randn(9, 5) for _ in range(3))
+    votes = torch.tensor([0, 1, 0.3, 0.5, 0.9, 0.5, 0, 1, 0.2])
+    lean = torch.sign(1 - 2 * votes)
+    margin, _ = certificates.linear_margin(z, z0, z1)
+    radius = torch.sign(margin) * certificates.joint_radius(z, z0, z1)
+    joint = JointRadiusHinge(0.5)
+    torch.testing.assert_close(joint(z, z0, z1, votes, 1.0), torch.relu(0.5 - lean * radius)[lean != 0].mean())
+    ramped = RadiusHinge(2.0, ramp=0.5)
+    for progress, target in ((0.0, 0.0), (0.25, 1.0), (0.5, 2.0), (0.9, 2.0)):
+        ramped.progress = progress
+        expected = RadiusHinge(target)(z, z0, z1, votes, 1.0) if target else ramped(z, z0, z1, votes, 1.0)
+        torch.testing.assert_close(ramped(z, z0, z1, votes, 1.0), expected)
+    for arguments in ({"target": 0.0}, {"target": -1.0}, {"ramp": 1.5}):
+        with pytest.raises(ValueError, match="target > 0 and a ramp"):
+            RadiusHinge(**arguments)
+
+
+def test_stages_tell_the_loss_how_far_they_are(tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(RadiusHinge):
+        def __call__(self, *arguments: Any) -> Tensor:
+            seen.append(self.progress)
+            return super().__call__(*arguments)
+
+    data = ToyData(32)
+    _trainer(tmp_path, max_epochs=4).fit(FineTuning(_student(), loss=Watching()), data)
+    assert seen == sorted(seen) and seen[0] == 0 and 0.5 < seen[-1] < 1
 
 
 def test_scale_free_loss_ignores_the_norm_and_rmse_does_not() -> None:

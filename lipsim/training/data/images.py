@@ -1,0 +1,64 @@
+"""Data module of an image folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lipsim.data.images import FolderImages
+from lipsim.training.data.base import TripletData
+
+
+class ImageFolderData(TripletData):
+    """Images without labels, for distillation: ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, such as ImageNet.
+
+    Validation compares student and teacher on the set ``images``; triplets of another data module are scored besides,
+    and a test scores those alone.
+
+    Args:
+        root: folder that has train/ and val/; nothing is downloaded.
+        image_size: side of the central crop, see :class:`lipsim.data.images.FolderImages`.
+        batch_size: images in a batch of one process.
+        num_workers: loading processes of each loader.
+        triplets: data module whose validation and test sets the student is scored on; its training set is not used.
+    """
+
+    def __init__(
+        self,
+        root: Path = Path("data/imagenet"),
+        image_size: int = 224,
+        batch_size: int = 32,
+        num_workers: int = 8,
+        triplets: TripletData | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        self.root, self.image_size, self.triplets = Path(root), image_size, triplets
+        self.collate = torch.stack
+
+    def setup(self, stage: str) -> None:
+        """List the folders that the stage needs.
+
+        Raises:
+            ValueError: a test without triplets.
+        """
+        if stage == "test" and self.triplets is None:
+            raise ValueError("a folder of images has no votes to test on; name a data module of some as data.triplets")
+        if self.triplets is not None:
+            self.triplets.trainer = self.trainer
+            self.triplets.setup("test" if stage == "test" else "validate")
+            self.test_sets = self.triplets.test_sets
+        if stage in ("fit", "validate") and not self.val_sets:
+            self.val_sets = {"images": FolderImages(self.root / "val", self.image_size)}
+            self.val_sets |= self.triplets.val_sets if self.triplets is not None else {}
+        if stage == "fit" and self.train_set is None:
+            self.train_set = FolderImages(self.root / "train", self.image_size, flip=True)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        others = [] if self.triplets is None else self.triplets.val_dataloader()
+        return [self._loader(self.val_sets["images"]), *others]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return [] if self.triplets is None else self.triplets.test_dataloader()

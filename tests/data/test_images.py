@@ -1,0 +1,65 @@
+"""The image folder and its data module on made-up files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lipsim.data.images import FolderImages
+from lipsim.training.data import ImageFolderData, NightsData
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of noise, ten by twelve pixels, besides files that are no images."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("b/2.png", "a/1.PNG", "a/0.png"):
+            path = tmp_path / "images" / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(path)
+        (tmp_path / "images" / part / "a" / "notes.txt").touch()
+        (tmp_path / "images" / part / "README.png").touch()
+    return tmp_path / "images"
+
+
+def test_images_in_order_cropped_without_resizing(folder: Path) -> None:
+    images = FolderImages(folder / "val", 6)
+    assert [bytes(name).decode() for name in images.names] == ["a/0.png", "a/1.PNG", "b/2.png"]
+    for i, name in enumerate(("a/0.png", "a/1.PNG", "b/2.png")):
+        pixels = torch.from_numpy(np.array(Image.open(folder / "val" / name))).permute(2, 0, 1).float() / 255
+        assert torch.equal(images[i], pixels[:, 2:8, 3:9])
+    larger = FolderImages(folder / "val", 16)[0]
+    assert larger.shape == (3, 16, 16) and larger[:, :3].sum() == larger[:, :, :2].sum() == 0 < larger.sum()
+
+
+def test_training_flips_half_of_them(folder: Path) -> None:
+    plain, flipped = FolderImages(folder / "train", 6)[0], FolderImages(folder / "train", 6, flip=True)
+    views = [flipped[0] for _ in range(200)]
+    share = sum(torch.equal(view, plain.flip(2)) for view in views)
+    assert share + sum(torch.equal(view, plain) for view in views) == 200 and 70 < share < 130
+
+
+def test_missing_folders_and_damaged_files(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no images at .*nowhere; expected the ImageFolder layout"):
+        FolderImages(folder / "nowhere", 6)
+    (folder / "val" / "b" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*b/2\.png"):
+        FolderImages(folder / "val", 6)[2]
+
+
+def test_triplets_of_another_module_are_scored_besides(folder: Path, nights: Path) -> None:
+    data = ImageFolderData(folder, 8, batch_size=2, num_workers=0, triplets=NightsData(nights, 8, num_workers=0))
+    data.setup("fit")
+    assert data.val_names == ["images", "nights"] and len(data.train_set) == 3  # type: ignore[arg-type]
+    assert set(data.val_groups["nights"]) == {"imagenet", "non_imagenet"} and data.val_groups["images"] == {}
+    images, triplets = (next(iter(loader)) for loader in data.val_dataloader())
+    assert images.shape == (2, 3, 8, 8) and len(triplets) == 8
+    data.setup("test")
+    assert data.test_names == ["nights"] and len(data.test_dataloader()) == 1
+    with pytest.raises(ValueError, match="no votes to test on"):
+        ImageFolderData(folder, 8).setup("test")
