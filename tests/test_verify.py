@@ -16,6 +16,7 @@ import lipsim
 from lipsim import PerceptualMetric, certificates, export
 from lipsim.cli import main
 from lipsim.data import Triplet
+from lipsim.data.material import MaterialAnswers
 from lipsim.geometry import project
 from lipsim.students import OrthogonalProjection, SLLNetwork
 from lipsim.teachers import SmallViT
@@ -178,6 +179,16 @@ def test_answers_do_not_depend_on_the_batch(two: Triplet) -> None:
     whole, parts = (verify(metric, two, steps=6, polish=10, batch_size=size) for size in (8, 1))
     for a, b in zip(whole.outcomes, parts.outcomes, strict=True):
         torch.testing.assert_close(a.found, b.found, rtol=1e-6, atol=1e-12)
+
+
+def test_material_triplets_depend_on_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, ids = torch.rand(100, 3, 16, 16), torch.stack([torch.randperm(100)[:3] for _ in range(6000)])
+    answers = MaterialAnswers(ids, torch.full((6000,), 0.2))
+    monkeypatch.setattr("lipsim.verify.check.load_material_answers", lambda root: answers)
+    monkeypatch.setattr("lipsim.verify.check.load_material_images", lambda root, size: (images, []))
+    first, again, other = (sample_triplets("material", 3, 16, Path("data"), seed) for seed in (1, 1, 2))
+    assert first.reference.shape == first.right.shape == (3, 3, 16, 16)
+    assert torch.equal(first.left, again.left) and not torch.equal(first.left, other.left)
 
 
 @pytest.mark.slow

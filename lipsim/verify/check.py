@@ -14,7 +14,7 @@ from torch import Tensor
 from lipsim import audit, lower_bounds
 from lipsim.attacks.projections import Box
 from lipsim.data import BuiltinTriplets
-from lipsim.data.material import MaterialTriplets, load_material_answers, load_material_images
+from lipsim.data.material import MaterialTriplets, load_material_answers, load_material_images, split_material
 from lipsim.data.triplet import Triplet, collate_triplets
 from lipsim.layers import exact_copy
 from lipsim.metric import PerceptualMetric
@@ -194,7 +194,7 @@ def sample_triplets(data: str, count: int, image_size: int, root: Path | None = 
         raise ValueError(f"expected data to be builtin or material, got {data!r}")
     if root is None:
         raise ValueError("Material data lie in a folder: pass it as --root")
-    answers = load_material_answers(root, "test")
+    answers = split_material(load_material_answers(root)).triplets  # never trained on, and no test data used up
     rows = torch.randperm(len(answers.ids), generator=torch.Generator().manual_seed(seed))[:count]
     return MaterialTriplets(load_material_images(root, image_size)[0], answers).__getitems__(rows.tolist())
 
