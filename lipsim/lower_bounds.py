@@ -19,7 +19,9 @@ from lipsim.precision import full_precision
 Function = Callable[[Tensor], Tensor]
 
 
-def jacobian_norm(function: Function, x: Tensor, iterations: int = 30, seed: int = 0) -> tuple[Tensor, Tensor]:
+def jacobian_norm(
+    function: Function, x: Tensor, iterations: int = 30, seed: int = 0, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Power iteration on ``JᵀJ`` at each of N points: a lower bound of ``‖J(x)‖₂`` and the direction that reaches it.
 
     Args:
@@ -27,12 +29,13 @@ def jacobian_norm(function: Function, x: Tensor, iterations: int = 30, seed: int
         x: points, ``(N, …)``, best in float64.
         iterations: products with ``JᵀJ``.
         seed: of the first direction.
+        index: ``(N,)`` sample indices that it depends on as well; None counts the rows.
 
     Returns:
         ``(N,)`` norms and ``(N, …)`` directions of length 1.
     """
     _, pull_back = torch.func.vjp(function, x)  # type: ignore[misc]
-    direction = _unit(sample_normal(x, seed=seed))
+    direction = _unit(sample_normal(x, seed=seed, index=index))
     for _ in range(iterations):
         direction = _unit(pull_back(_push_forward(function, x, direction))[0])
     image = _push_forward(function, x, direction)
