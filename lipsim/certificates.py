@@ -103,9 +103,7 @@ def joint_radius(
             holds = _turned(norms, middle) < gap
             low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
     if gap.requires_grad:
-        slope = sum(c / (n.square() - low.square()).clamp(min=1e-12).sqrt() for c, n in zip(_TURNS, norms, strict=True))
-        excess = _turned(norms, low) - gap
-        low = low - (excess - excess.detach()) / torch.as_tensor(slope).detach()
+        low = low + _implicit(norms, gap, low)
     return _finite((low - feature_error).clamp(min=0) / lipschitz)
 
 
@@ -172,13 +170,15 @@ def retrieval_radius(
 ) -> Tensor:
     """Radius within which a query ``(N, D)`` keeps the *set* of its ``k`` nearest gallery items ``(M, D)``, ``(N,)``.
 
-    The minimum of :func:`reference_radius` over swaps of one item inside with one outside, which is exact.
+    The minimum of :func:`reference_radius` over swaps of one item inside with one outside, which is exact. In float64.
 
     Raises:
         ValueError: not ``1 ≤ k < M``.
     """
     if not 1 <= k < len(gallery):
         raise ValueError(f"expected 1 ≤ k < {len(gallery)} (the size of the gallery), got k = {k}")
+    # In float64: near-duplicates are ordered and told apart by what float32 rounds away.
+    z, gallery = z.double(), gallery.double()
     p, s = project(gallery, anchor)
     order = (z @ p.mT + anchor * s).argsort(dim=-1, descending=True, stable=True)
     inside = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :k], True)
@@ -256,6 +256,20 @@ def _turned(norms: tuple[Tensor, ...], radius: Tensor) -> Tensor:
     """How far the difference of two angles can turn when reference, left and right move by at most ``radius``."""
     reference, left, right = (c * rotation(norm, radius) for c, norm in zip(_TURNS, norms, strict=True))
     return reference + left + right
+
+
+def _implicit(norms: tuple[Tensor, ...], gap: Tensor, radius: Tensor) -> Tensor:
+    """Zeros with the gradient of the ``radius`` that solves ``_turned(norms, radius) = gap``."""
+    with torch.no_grad():
+        # At the smallest norm the arcsine is vertical; vectors without a length have no gradient.
+        radius = torch.minimum(radius, (1 - 1e-6) * torch.stack([n.expand_as(gap) for n in norms]).amin(0))
+        known = radius > 0
+        radius = torch.where(known, radius, 0.0)
+    norms = tuple(torch.where(known, norm, 1.0) for norm in norms)
+    slopes = [c / (n.square() - radius.square()).sqrt() for c, n in zip(_TURNS, norms, strict=True)]
+    slope = (slopes[0] + slopes[1] + slopes[2]).detach()
+    excess = torch.where(known, _turned(norms, radius) - gap, 0.0)
+    return (excess.detach() - excess) / slope
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

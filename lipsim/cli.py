@@ -120,6 +120,9 @@ def _certify(options: argparse.Namespace) -> int:
     pictures = {name: read_image(file) for name, file in files.items()}
     dtype = next(metric.parameters()).dtype
     images = {name: metric.preprocess(picture).to(dtype).unsqueeze(0) for name, picture in pictures.items()}
+    if not metric.feature_error:
+        # The file says nothing about float32: measured here, and enlarged as CertifyRadii does.
+        metric.feature_error = 4 * lower_bounds.feature_error(metric.encoder, torch.cat(list(images.values())))
     found = metric.certify(**images)
     margin = float(found.margin)
     radii = {
@@ -147,23 +150,30 @@ def _certify(options: argparse.Namespace) -> int:
 def _original_radii(
     metric: PerceptualMetric, pictures: dict[str, Image.Image], radii: dict[str, float]
 ) -> dict[str, float] | None:
-    """Radii in the pixels of the files; None where the metric resizes in 8 bits, which rounds and has no norm."""
-    if metric.preprocess.resize != "float":
+    """Radii in the pixels of the files; None where the way from there has no norm, as resizing in 8 bits rounds.
+
+    A gray pixel becomes three equal channels, which is a factor of √3; palettes, transparency and other colour spaces
+    are no map of a norm at all.
+    """
+    gray = {"1": 3**0.5, "L": 3**0.5, "I": 3**0.5, "I;16": 3**0.5}
+    plain = all(p.mode in ("RGB", *gray) and not p.has_transparency_data for p in pictures.values())
+    if metric.preprocess.resize != "float" or not plain:
         return None
     norms = {}
     for name, picture in pictures.items():
         # Its height and width in whichever order: the norm is symmetric in them. No resize: no change.
         size = (picture.height, picture.width)
         same = size == (metric.image_size, metric.image_size)
-        norms[name] = 1.0 if same else certificates.resize_norm(size, metric.image_size)
+        resize = 1.0 if same else certificates.resize_norm(size, metric.image_size)
+        norms[name] = resize * gray.get(picture.mode, 1.0) * (1 + 1e-12)
     return {name: radius / norms.get(name, max(norms.values())) for name, radius in radii.items()}
 
 
 def _certificate(facts: dict[str, Any]) -> str:
     original = facts["original_radius"]
     size = facts["image_size"]
-    # Resizing in 8 bits rounds, which no norm bounds.
-    title = "(resized in 8 bits: none in the file's own pixels)" if original is None else "R in the file's own pixels"
+    none = "(none in the file's own pixels: resized in 8 bits, or not plain RGB or gray)"
+    title = none if original is None else "R in the file's own pixels"
     rows = [
         f"answer: {facts['answer']} (margin {facts['margin']:.6g}, positive for left)",
         f"{'perturbed image':<18}{f'R at {size}×{size}':<16}{title}",

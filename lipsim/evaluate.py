@@ -23,7 +23,7 @@ from lipsim.data.loading import Finished, data_fingerprint, remaining
 from lipsim.errors import one_line_errors
 from lipsim.precision import full_precision
 from lipsim.results import read_results, state_fingerprint, update_results, versions
-from lipsim.train import StageCLI, quiet_warnings
+from lipsim.train import StageCLI, commit, quiet_warnings
 from lipsim.training.base import Evaluation as Features
 from lipsim.training.base import MetricModule, check_votes
 from lipsim.training.schedules import Triangular
@@ -144,6 +144,8 @@ class EvaluationCLI(StageCLI):
             "callbacks": settings,
             "accelerator": type(trainer.accelerator).__name__,
             "versions": versions(),
+            "commit": commit(),
+            "limit_test_batches": trainer.limit_test_batches,
         }
 
 

@@ -58,7 +58,7 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
     """
     runs = []
     for path in paths:
-        name, _, place = path.rpartition("=")
+        name, _, place = ("", "", path) if Path(path).exists() else path.partition("=")
         file = Path(place) if place.endswith(".json") else Path(place) / "results.json"
         results = read_results(file)
         run = Run(name or file.absolute().parent.name, file.parent, results)

@@ -224,7 +224,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "accelerator": type(trainer.accelerator).__name__,
@@ -234,7 +234,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout this runs from, with "+changes" where it was edited; None outside a checkout."""
     here = Path(__file__).parent
     try:

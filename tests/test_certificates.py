@@ -290,3 +290,13 @@ def test_retrieval_in_chunks_is_the_minimum_over_swaps(chunk: int, monkeypatch: 
             expected.append(torch.cat(swaps).min())
         radius = C.retrieval_radius(query, gallery, k=k, **options)
         torch.testing.assert_close(radius, torch.stack(expected))
+
+
+def test_joint_gradients_are_finite_where_vectors_have_no_length_and_at_the_cap() -> None:
+    z, z0, z1 = (torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
+    z[0], z1[1] = 0, 0
+    z[2], z0[2], z1[2] = 0.01 * z[2], 100 * z[2], -100 * z[2]  # the reference's norm caps the radius
+    leaves = [t.requires_grad_() for t in (z, z0, z1)]
+    C.joint_radius(*leaves, anchor=0.0).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 100

@@ -139,7 +139,7 @@ class AttackRobustness(TripletCallback):
         plot_grid(path, columns, labels, title=f"PGD on the reference, ε = {eps_label(self.eps[-1])}")
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        gathered = self.gather()
+        gathered = self.gather(trainer, module)
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():

@@ -61,9 +61,11 @@ class TripletCallback(Callback):
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         """After the last batch, on every process."""
 
-    def gather(self) -> dict[str, dict[str, Tensor]]:
+    def gather(self, trainer: L.Trainer, module: MetricModule) -> dict[str, dict[str, Tensor]]:
         """The rows of all processes by set, on every process."""
-        return {name: table.gather() for name, table in self.tables.items()}
+        # In the order of the loaders: after a resume, processes may have met the sets in different orders.
+        order = [module.set_name(i) for i in range(len(evaluation_loaders(trainer)))]
+        return {name: self.tables[name].gather() for name in dict.fromkeys(order) if name in self.tables}
 
     def with_parts(
         self, module: MetricModule, gathered: Mapping[str, dict[str, Tensor]]
@@ -174,6 +176,12 @@ def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
 
 
 def first_images(loader: DataLoader, count: int) -> Tensor:
-    """Up to ``count`` images ``(M, 3, H, W)`` from the start of a loader's data set, whatever its sampler does."""
-    rows = list(range(min(count, len(loader.dataset))))  # type: ignore[arg-type]
-    return images_of(read_batch(loader, rows))[:count]
+    """About ``count`` images ``(M, 3, H, W)`` from the start of a loader's data set, whatever its sampler does.
+
+    Of triplets all three images, references and candidates alike.
+    """
+    length = len(loader.dataset)  # type: ignore[arg-type]
+    batch = read_batch(loader, list(range(min(-(-count // 3), length))))
+    if not isinstance(batch, Triplet):
+        batch = read_batch(loader, list(range(min(count, length))))
+    return images_of(batch)

@@ -100,7 +100,7 @@ class CertifyRadii(TripletCallback):
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         assert self.report is not None
-        gathered = self.gather()
+        gathered = self.gather(trainer, module)
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         for name, scores in sets.items():
             self._log(trainer, module, name, scores)

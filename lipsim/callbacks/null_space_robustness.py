@@ -67,7 +67,7 @@ class NullSpaceRobustness(TripletCallback):
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         sets = {}
-        gathered = self.gather()
+        gathered = self.gather(trainer, module)
         for name, rows in self.with_parts(module, gathered).items():
             sets[name] = {key: self._summarise(key, rows) for key in self.searched}
             own = sets[name]["metric"]

@@ -45,7 +45,7 @@ class TripletGallery(TripletCallback):
         return {"right_vote": batch.right_vote, "margin": certificate.margin, "radius": certificate.radius}
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        rows = self.gather()
+        rows = self.gather(trainer, module)
         with outside_inference_mode():
             for i in range(len(evaluation_loaders(trainer))):
                 name = module.set_name(i)

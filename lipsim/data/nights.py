@@ -122,6 +122,8 @@ def read_nights(root: str | Path, split: Split, min_votes: int = MIN_VOTES) -> l
 
 
 def _row(line: dict[str, str]) -> NightsRow:
+    if None in line.values():
+        raise ValueError("the line ends early")
     left, right = float(line["left_vote"]), float(line["right_vote"])
     if {left, right} != {0.0, 1.0}:
         raise ValueError(f"expected one winner, got left_vote {line['left_vote']} and right_vote {line['right_vote']}")
