@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -186,8 +187,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="cases whose names contain this, besides the first")
-    parser.add_argument("--skip", help="leave out cases whose names contain this")
+    parser.add_argument("--only", default="", help="cases whose names match this expression, besides the first")
+    parser.add_argument("--skip", help="leave out cases whose names match this expression")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -201,7 +202,7 @@ def main() -> None:
 
 
 def _wanted(case: Case, options: argparse.Namespace) -> bool:
-    return options.only in case.name and (options.skip is None or options.skip not in case.name)
+    return bool(re.search(options.only, case.name)) and not (options.skip and re.search(options.skip, case.name))
 
 
 def _images(options: argparse.Namespace) -> tuple[Tensor, torch.device]:
