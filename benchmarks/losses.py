@@ -37,7 +37,8 @@ from tasks import embed, scores
 
 from lipsim import cache_teacher, certificates, export
 from lipsim.data import BuiltinTriplets, SharedTriplet, Triplet, collate_triplets
-from lipsim.data.embedding_cache import EmbeddedFolder, EmbeddedImages, EmbeddingCache
+from lipsim.data.embedded_images import EmbeddedFolder, EmbeddedImages
+from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.data.images import FolderImages
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.training import RMSE, Cosine, Distillation, FineTuning, RadiusHinge, Relational, ScaleFree, WarmupCosine

@@ -22,24 +22,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from lipsim.data.images import VIEWS, FolderImages, check_views
-from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.data.images import FolderImages, check_views
+from lipsim.data.transforms import CentralCrop
 from lipsim.results import state_fingerprint
 
 FORMAT = "lipsim-embeddings"
 VERSION = 1
 DTYPES = ("float16", "float32")  # of what is stored
 PRECISIONS = ("float32", "bfloat16")  # in which the teacher runs
-CHECKED_FILES = 32  # of each set when training starts; every file is checked again whenever it is read
 _OPEN_SHARDS = 256  # a memory map keeps a file open, and a process may open some 1,000
-_RENEW = "scripts/cache_teacher.py"
+COMMAND = "scripts/cache_teacher.py"  # named by errors, as what mends them
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class CacheDescription:
 
     def __post_init__(self) -> None:
         check_views(self.views)
+        _ = self.transform  # refuses impossible sizes
         for given, known in ((self.dtype, DTYPES), (self.precision, PRECISIONS)):
             if given not in known:
                 raise ValueError(f"expected {' or '.join(known)}, got {given!r}")
@@ -87,14 +86,14 @@ class CacheDescription:
         """
         file = folder / "cache.json"
         if not file.is_file():
-            raise FileNotFoundError(f"no embedding cache at {folder}; {_RENEW} makes one")
+            raise FileNotFoundError(f"no embedding cache at {folder}; {COMMAND} makes one")
         try:
             content = json.loads(file.read_text())
             if content.pop("format") != FORMAT or content.pop("version") > VERSION:
                 raise ValueError("another format, or of a newer version of lipsim")
             return cls(**content | {"views": tuple(content["views"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"cannot read {file} ({error}); make the cache again with {_RENEW}") from error
+            raise ValueError(f"cannot read {file} ({error}); make the cache again with {COMMAND}") from error
 
     def write(self, folder: Path) -> None:
         """Write ``cache.json``, replacing it as a whole."""
@@ -103,24 +102,15 @@ class CacheDescription:
         _write(folder / "cache.json", (json.dumps(content, indent=1) + "\n").encode())
 
     def check_equal(self, other: CacheDescription, folder: Path) -> None:
-        """Refuse to add embeddings of another description to the cache in ``folder``.
+        """Refuse to add embeddings of another description to the cache in ``folder``, which this one is of.
 
         Raises:
             ValueError: they differ; the message names every field that does.
         """
         ours, theirs = asdict(self), asdict(other)
-        differing = [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        differing = [f"{name} {ours[name]} instead of {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if differing:
-            raise ValueError(
-                f"the cache {folder} has {'; '.join(differing)}; give the same options, or another --output"
-            )
-
-
-class EmbeddedImages(NamedTuple):
-    """A batch of images ``(N, 3, H, W)`` with the teacher's embedding ``(N, D)`` of each."""
-
-    images: Tensor
-    embedding: Tensor
+            raise ValueError(f"the cache {folder} has {'; '.join(differing)}; give its options, or another --output")
 
 
 class EmbeddingCache:
@@ -144,7 +134,7 @@ class EmbeddingCache:
         self.description = CacheDescription.read(self.folder)
         self.shards = shard_numbers(self.folder)
         if not self.shards:
-            raise FileNotFoundError(f"the cache {self.folder} is empty; run {_RENEW} again, which continues")
+            raise FileNotFoundError(f"the cache {self.folder} is empty; run {COMMAND} again, which continues")
         parts = [self._read_index(number) for number in self.shards]
         self._lengths = {number: len(part) for number, part in zip(self.shards, parts, strict=True)}
         paths = np.concatenate([part["path"] for part in parts])
@@ -199,7 +189,7 @@ class EmbeddingCache:
         if hashlib.sha256(content).digest() != self.sha256[row].tobytes():
             raise ValueError(
                 f"{file} is not the image whose embedding is in the cache {self.folder}: its content differs; restore "
-                f"it, or delete {index_file(self.folder, int(self._shard[row])).name} there and run {_RENEW} again"
+                f"it, or delete {index_file(self.folder, int(self._shard[row])).name} there and run {COMMAND} again"
             )
 
     def check_teacher(self, encoder: nn.Module, name: str | Path) -> None:
@@ -213,7 +203,7 @@ class EmbeddingCache:
             raise ValueError(
                 f"the cache {self.folder} is of another teacher ({self.description.encoder} "
                 f"{self.description.teacher[:12]}) than {name} ({type(encoder).__name__} {found[:12]}); name that one, "
-                f"or make a cache of this one with {_RENEW}"
+                f"or make a cache of this one with {COMMAND}"
             )
 
     def check_images(self, images: FolderImages) -> None:
@@ -226,13 +216,13 @@ class EmbeddingCache:
         if ours != theirs:
             raise ValueError(
                 f"the cache {self.folder} is of images under {theirs}, the data has {ours}; "
-                f"set image_size and resize of the data alike, or make another cache with {_RENEW}"
+                f"set image_size and resize of the data alike, or make another cache with {COMMAND}"
             )
         lacking = [view for view in images.views if view not in self.description.views]
         if lacking:
             raise ValueError(
                 f"the cache {self.folder} has the views {', '.join(self.description.views)} and lacks "
-                f"{', '.join(lacking)}; leave them out of data.views, or make another cache with {_RENEW} --views"
+                f"{', '.join(lacking)}; leave them out of data.views, or make another cache with {COMMAND} --views"
             )
 
     def _map(self, number: int) -> np.ndarray:
@@ -265,51 +255,8 @@ class EmbeddingCache:
     def _damaged(self, number: int, reason: str) -> ValueError:
         return ValueError(
             f"shard {number} of the cache {self.folder} is damaged ({reason}); delete "
-            f"{index_file(self.folder, number).name} there and run {_RENEW} again"
+            f"{index_file(self.folder, number).name} there and run {COMMAND} again"
         )
-
-
-class EmbeddedFolder(Dataset[EmbeddedImages]):
-    """The images of a folder, each with the teacher's embedding of the very view that is shown.
-
-    Args:
-        images: the images.
-        cache: embeddings of the same images.
-        prefix: path of the folder relative to that of the cached images, such as "train/".
-
-    Raises:
-        ValueError: the cache lacks images or views, is of another transform, or of other content (of 32 images here, of
-            every other when it is read).
-    """
-
-    def __init__(self, images: FolderImages, cache: EmbeddingCache, prefix: str) -> None:
-        cache.check_images(images)
-        self.images, self.cache = images, cache
-        self.rows = cache.find(np.strings.add(os.fsencode(prefix), images.names))
-        lacking = np.flatnonzero(self.rows < 0)
-        if len(lacking):
-            raise ValueError(
-                f"{len(lacking)} of {len(images)} images in {images.folder} are not in the cache {cache.folder} "
-                f"(first: {prefix}{os.fsdecode(bytes(images.names[lacking[0]]))}); run {_RENEW} again with the folder "
-                "of data.root as --images, it embeds what is missing"
-            )
-        for index in np.linspace(0, len(images) - 1, min(len(images), CHECKED_FILES)).astype(int):
-            self._content(int(index))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> EmbeddedImages:
-        """One image ``(3, S, S)`` and the embedding ``(D,)`` of its view."""
-        image = load_image(self.images.path(index), self.images.transform, self._content(index))
-        view = self.images.draw_view()
-        return EmbeddedImages(VIEWS[view](image), self.cache.embedding(int(self.rows[index]), view))
-
-    def _content(self, index: int) -> bytes:
-        file = self.images.path(index)
-        content = file.read_bytes()
-        self.cache.check_content(int(self.rows[index]), file, content)
-        return content
 
 
 def teacher_fingerprint(encoder: nn.Module) -> str:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lipsim import export
 from lipsim.data.augment import ColorJitter
-from lipsim.data.embedding_cache import EmbeddedImages, EmbeddingCache
+from lipsim.data.embedded_images import EmbeddedImages
+from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
 from lipsim.training.acceleration import Acceleration

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
-from lipsim.data.embedding_cache import EmbeddedFolder, EmbeddingCache
+from lipsim.data.embedded_images import EmbeddedFolder
+from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.data.images import FolderImages
 from lipsim.training.data.base import TripletData
 
@@ -63,7 +64,7 @@ class ImageFolderData(TripletData):
             self.train_set = self._images("train", self.views)
 
     def use_embeddings(self, cache: EmbeddingCache) -> None:
-        """From now on each image comes with its embedding, as :class:`lipsim.data.embedding_cache.EmbeddedImages`.
+        """From now on each image comes with its embedding, as :class:`lipsim.data.embedded_images.EmbeddedImages`.
 
         Raises:
             ValueError: the cache is of another transform, or lacks images or views.
