@@ -145,7 +145,7 @@ class ScaleFree(DistillationLoss):
     """
 
     def __init__(self, direction: float = 1.0, relation: float = 1.0) -> None:
-        if not min(direction, relation) >= 0 or direction == relation == 0:
+        if not (direction >= 0 and relation >= 0 and direction + relation > 0):
             raise ValueError(f"expected weights ≥ 0, one of them positive, got {direction} and {relation}")
         self.terms = [(w, loss) for w, loss in ((direction, Cosine()), (relation, Relational())) if w]
 

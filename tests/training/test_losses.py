@@ -58,7 +58,7 @@ def test_scale_free_is_their_weighted_sum(pair: tuple[torch.Tensor, torch.Tensor
     cosine, relational = Cosine()(*pair, 1.0), Relational()(*pair, 1.0)
     torch.testing.assert_close(ScaleFree(2.0, 0.5)(*pair, 1.0), 2 * cosine + relational / 2)
     torch.testing.assert_close(ScaleFree(0.0, 1.0)(*pair, 1.0), relational)
-    for weights in ((0.0, 0.0), (-1.0, 2.0), (float("nan"), 1.0)):
+    for weights in ((0.0, 0.0), (-1.0, 2.0), (float("nan"), 1.0), (1.0, float("nan"))):
         with pytest.raises(ValueError, match="expected weights ≥ 0"):
             ScaleFree(*weights)
 
