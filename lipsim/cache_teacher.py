@@ -32,7 +32,7 @@ from lipsim.data.embedding_cache import (
 )
 from lipsim.data.images import VIEWS, image_files
 from lipsim.data.transforms import CentralCrop, load_image
-from lipsim.errors import OneLineParser, one_line_errors
+from lipsim.errors import OneLineParser, one_line, one_line_errors
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
 
@@ -189,11 +189,20 @@ def build(options: argparse.Namespace) -> None:
     names, chunks = work
     own = chunks[fabric.global_rank :: fabric.world_size]
     metric.to(fabric.device)
-    with Progress(disable=not fabric.is_global_zero or not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("embedding", total=sum(len(rows) for _, rows in own))
-        for count in write_shards(options, description, metric, names, own):
-            progress.advance(task, count)
-    fabric.barrier()
+    failed = False
+    try:
+        with Progress(disable=not fabric.is_global_zero or not sys.stderr.isatty(), transient=True) as progress:
+            task = progress.add_task("embedding", total=sum(len(rows) for _, rows in own))
+            for count in write_shards(options, description, metric, names, own):
+                progress.advance(task, count)
+    except (OSError, ValueError) as error:
+        if fabric.world_size == 1:
+            raise
+        print(f"error: {one_line(str(error))} (the other processes finish their shards)", file=sys.stderr, flush=True)
+        failed = True
+    failures = fabric.all_reduce(torch.tensor(float(failed)), reduce_op="sum")  # waits for the slowest
+    if failures:
+        raise SystemExit(1)
     if fabric.is_global_zero:
         new, size = sum(len(rows) for _, rows in chunks), sum(f.stat().st_size for f in options.output.glob("*.npy"))
         print(

@@ -29,7 +29,9 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
             return image
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {path} (of no known format); replace the file") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot read the image {path} ({error}); replace the file") from error
 
 
