@@ -39,3 +39,11 @@ def test_the_speed_table_prints_ratios() -> None:
     rows = [line.split("|") for line in output.splitlines() if line.startswith("| default student")]
     assert len(rows) == 4
     assert all(float(row[3]) > 0 for row in rows) and all("GiB" in row[4] for row in rows[:3])
+
+
+def test_the_table_of_cached_steps_is_printed() -> None:
+    command = [sys.executable, str(BENCHMARKS / "distillation.py"), "--image-size", "64", "--batch", "4"]
+    options = ["--rounds", "1", "--teachers", "ViT-S/16"]
+    output = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500).stdout
+    (row,) = (line.split("|") for line in output.splitlines() if line.startswith("| ViT-S/16"))
+    assert float(row[2]) > 0 and float(row[4]) > 0
