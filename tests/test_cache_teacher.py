@@ -81,6 +81,21 @@ def test_every_view_of_every_image_has_the_embedding_that_the_teacher_gives(caps
     torch.testing.assert_close(half.embedding(5, "plain"), rounded, rtol=1e-3, atol=1e-7)
 
 
+def test_bfloat16_is_remembered_and_verified_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    main(_args("exact", "--dtype", "float32"))
+    main(_args("cache", "--precision", "bfloat16"))
+    exact, cache = EmbeddingCache("exact"), EmbeddingCache("cache")
+    assert cache.description.precision == "bfloat16"
+    stored, expected = (np.stack([c.embeddings(row) for row in range(COUNT)]) for c in (cache, exact))
+    error = np.linalg.norm(stored - expected, axis=2) / np.linalg.norm(expected, axis=2)
+    assert 1e-3 < error.max() < 5e-2
+    main(_args("cache", "--verify"))
+    assert "sound" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(_args("cache"))
+    assert "has precision bfloat16 instead of float32" in capsys.readouterr().err
+
+
 def test_a_killed_run_of_two_processes_continues_on_one() -> None:
     main(_args("whole"))
     command = [sys.executable, SCRIPT, *_args("killed"), "--devices", "2"]

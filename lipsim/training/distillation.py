@@ -86,20 +86,21 @@ class Distillation(MetricModule):
         return self._teacher[0].to(self.device) if self._teacher else None
 
     def setup(self, stage: str) -> None:
-        """Have the data module serve the embeddings of the cache.
+        """Have the data module serve the embeddings of the cache, or none.
 
         Raises:
             ValueError: it cannot, or the cache does not match it.
         """
-        if self.cache is None or stage not in ("fit", "validate"):
-            return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "use_embeddings"):
+        if stage not in ("fit", "validate"):
+            return
+        if hasattr(data, "use_embeddings"):
+            data.use_embeddings(self.cache)
+        elif self.cache is not None:
             raise ValueError(
                 f"{type(data).__name__} has no files that a cache could be of; choose ImageFolderData, or name a "
                 "teacher without model.cache"
             )
-        data.use_embeddings(self.cache)
 
     def target(self, batch: Any) -> Tensor | None:
         """The teacher's embedding of the images of a batch, ``(M, D)``; None where nobody knows it."""

@@ -193,6 +193,16 @@ def _paint(name: str) -> None:
     Image.new("RGB", (20, 20)).save(name)
 
 
+def test_data_serve_the_embeddings_of_the_stage_at_hand(seen: list[int]) -> None:
+    data = _data()
+    _fit(Distillation(student=_student(), cache=Path("cache")), data)
+    assert not seen
+    _fit(Distillation(Path("other.safetensors"), _student()), data)
+    assert sum(seen) == 2 * (16 + 6)
+    _fit(Distillation(student=_student(), cache=Path("cache")), data)
+    assert sum(seen) == 2 * (16 + 6)
+
+
 def test_a_cache_needs_files_to_look_up() -> None:
     module = Distillation(student=_student(), cache=Path("cache"))
     with pytest.raises(ValueError, match="BuiltinData has no files that a cache could be of; choose ImageFolderData"):

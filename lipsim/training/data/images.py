@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lipsim.data.embedded_images import EmbeddedFolder
 from lipsim.data.embedding_cache import EmbeddingCache
@@ -63,16 +63,19 @@ class ImageFolderData(TripletData):
         if stage == "fit" and self.train_set is None:
             self.train_set = self._images("train", self.views)
 
-    def use_embeddings(self, cache: EmbeddingCache) -> None:
+    def use_embeddings(self, cache: EmbeddingCache | None) -> None:
         """From now on each image comes with its embedding, as :class:`lipsim.data.embedded_images.EmbeddedImages`.
+
+        Args:
+            cache: where the embeddings are; None: the images come alone again.
 
         Raises:
             ValueError: the cache is of another transform, or lacks images or views.
         """
-        if isinstance(self.train_set, FolderImages):
-            self.train_set = EmbeddedFolder(self.train_set, cache, "train/")
-        if isinstance(images := self.val_sets.get("images"), FolderImages):
-            self.val_sets["images"] = EmbeddedFolder(images, cache, "val/")
+        if self.train_set is not None:
+            self.train_set = _embedded(self.train_set, cache, "train/")
+        if "images" in self.val_sets:
+            self.val_sets["images"] = _embedded(self.val_sets["images"], cache, "val/")
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         others = [] if self.triplets is None else self.triplets.val_dataloader()
@@ -83,3 +86,8 @@ class ImageFolderData(TripletData):
 
     def _images(self, part: str, views: Sequence[str]) -> FolderImages:
         return FolderImages(self.root / part, self.image_size, resize=self.resize, views=views)
+
+
+def _embedded(dataset: Dataset[Any], cache: EmbeddingCache | None, prefix: str) -> Dataset[Any]:
+    images = dataset.images if isinstance(dataset, EmbeddedFolder) else dataset
+    return images if cache is None else EmbeddedFolder(cast(FolderImages, images), cache, prefix)
