@@ -51,6 +51,7 @@ LOSSES: dict[str, Callable[[], DistillationLoss] | None] = {
     "RMSE": RMSE,
     "RMSE, scale 4": lambda: RMSE(4.0),
     "RMSE, scale 8": lambda: RMSE(8.0),
+    "RMSE, scale 16": lambda: RMSE(16.0),
     "Cosine": Cosine,
     "Relational": Relational,
     "ScaleFree": ScaleFree,
