@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
+from lipsim.weights import load_weights
 
 FORMAT = "lipsim-metric"
 VERSION = 1
@@ -23,7 +23,10 @@ BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 # The classes that a header may name: a file chooses among these and never imports anything.
 ENCODERS: dict[str, type[nn.Module]] = {
-    name: getattr(room, name) for room in (students, teachers) for name in room.__all__
+    name: cls
+    for room in (students, teachers)
+    for name in room.__all__
+    if issubclass(cls := getattr(room, name), nn.Module)
 }
 
 
@@ -124,27 +127,6 @@ def load(path: str | Path) -> PerceptualMetric:
         # Computed, not assumed: a header cannot claim less than the weights have.
         metric.require_lipschitz(declared)
     return metric
-
-
-def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state strictly.
-
-    Raises:
-        ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
-    """
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-    }
-    found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
-    if found:
-        raise ValueError(
-            f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; "
-            "they belong to another architecture or configuration"
-        )
-    module.load_state_dict(state)
 
 
 def resolve(path: str | Path) -> Path:
