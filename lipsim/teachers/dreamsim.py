@@ -120,7 +120,10 @@ class DreamSim(Ensemble):
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"expected a variant out of {', '.join(VARIANTS)}, got {variant!r}")
-        published, options = VARIANTS[variant], options or {}
+        published, options, remedy = VARIANTS[variant], options or {}, where_to_get(variant)
+        folder = None if weights is None else Path(weights).expanduser()
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"no folder with the weights of DreamSim at {folder.absolute()}; {remedy}")
         super().__init__(
             [BranchConfig(name, published.feature, options=options) for name in published.branches], image_size, head
         )
@@ -132,11 +135,7 @@ class DreamSim(Ensemble):
             "head": head,
             "options": options,
         }
-        if weights is not None:
-            folder = Path(weights).expanduser()
-            remedy = where_to_get(variant)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"no folder with the weights of DreamSim at {folder.absolute()}; {remedy}")
+        if folder is not None:
             for branch in self._branches():
                 branch.load(folder, alone=False)
             if adapter:

@@ -102,8 +102,12 @@ def _read_factors(folder: Path, remedy: str) -> tuple[Path, dict[str, dict[str, 
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"expected {' or '.join(FILES)} in {folder}, got neither; {remedy}")
+    try:
+        state = read_checkpoint(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_checkpoint(file).items():
+    for key, tensor in state.items():
         match = _KEY.fullmatch(key)
         if match is None or not isinstance(tensor, Tensor):
             raise ValueError(f"{key} in {file} is no factor of a LoRA adapter; {remedy}")
