@@ -15,6 +15,7 @@ from torch import nn
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
+from lipsim.teachers.lora import merged
 from lipsim.weights import load_weights
 
 FORMAT = "lipsim-metric"
@@ -34,7 +35,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     """Write a metric whose encoder is one of :data:`ENCODERS`, so that :func:`load` gives it back.
 
     Args:
-        metric: the metric; its Lipschitz bound is stored as it stands.
+        metric: the metric; its Lipschitz bound is stored as it stands. LoRA layers are written merged.
         path: ``….safetensors``; parent folders are made.
         notes: anything else to keep in the header (JSON).
 
@@ -43,12 +44,13 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         OSError: the file cannot be written.
     """
     path = Path(path)
-    kind = type(metric.encoder).__name__
-    if ENCODERS.get(kind) is not type(metric.encoder):
+    encoder = merged(metric.encoder)
+    kind = type(encoder).__name__
+    if ENCODERS.get(kind) is not type(encoder):
         raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
     header = {
         "encoder": kind,
-        "config": metric.encoder.config,
+        "config": encoder.config,
         "image_size": metric.image_size,
         "anchor": metric.anchor,
         "lipschitz": metric.lipschitz if math.isfinite(metric.lipschitz) else None,
@@ -56,7 +58,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         "resize": metric.preprocess.resize,
         "notes": notes or {},
     }
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in metric.encoder.state_dict().items()}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole: a process that dies while writing leaves the old file.
     temporary = path.with_name(path.name + ".tmp")

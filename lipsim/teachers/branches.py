@@ -23,6 +23,9 @@ from lipsim.teachers.layouts import TEXT_TOWER, fit, tensors_of, vit_state
 from lipsim.teachers.locate import find_weights
 from lipsim.weights import load_weights, read_checkpoint
 
+# In place of a file: random weights, which nobody gets unless they ask.
+RANDOM = "random"
+
 # The smallest text tower, which open_clip builds beside the one that is wanted.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
@@ -34,17 +37,17 @@ class BranchConfig:
     Attributes:
         model: one of :data:`lipsim.teachers.catalogue.BACKBONES`; ``timm/NAME``; or ``open_clip/NAME``, such as
             ``open_clip/convnext_base_w``. Weights that were trained with QuickGELU want the names in ``-quickgelu``.
+        weights: a file, or a folder: DreamSim's, of Hugging Face, or the cache of torch.hub, timm, open_clip or
+            transformers; "random" leaves them random.
         feature: "cls", the class token of the last block *before* the final norm; "cls_patch", the patches besides;
             "last_layer", what the model pools after its final norm; "embedding", the same after the projection. None:
             where DreamSim takes it, "last_layer" of other timm and "embedding" of open_clip models.
-        weights: a file, or a folder: DreamSim's, of Hugging Face, or the cache of torch.hub, timm, open_clip or
-            transformers. None leaves the weights random.
         options: arguments of the model, such as ``{"depth": 2}``; open_clip takes ``{"vision_cfg": {…}}``.
     """
 
     model: str
+    weights: str | Path
     feature: Feature | None = None
-    weights: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -227,6 +230,6 @@ def build_branch(config: BranchConfig, image_size: int) -> Branch:
         branch = kind(config, image_size)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"cannot build {config.model} with {config.options or 'its own options'}: {error}") from error
-    if config.weights is not None:
+    if config.weights != RANDOM:
         branch.load(config.weights)
     return branch

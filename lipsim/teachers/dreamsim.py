@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.teachers.branches import Branch, BranchConfig, build_branch
+from lipsim.teachers.branches import RANDOM, Branch, BranchConfig, build_branch
 from lipsim.teachers.catalogue import VARIANTS, where_to_get
 from lipsim.teachers.lora import merge_adapter
 
@@ -52,8 +52,8 @@ class Ensemble(nn.Module):
         self.head = ResidualHead(width, head) if head else None
         self.image_size = image_size
         self.out_features = 2 * width if dense == {True} else width
-        # Without the files: an exported teacher has its weights.
-        plain = [asdict(replace(config, weights=None)) for config in configs]
+        # Without the files: an exported teacher has its weights, and fills a random one with them.
+        plain = [asdict(replace(config, weights=RANDOM)) for config in configs]
         self.config: dict[str, Any] = {"branches": plain, "image_size": image_size, "head": head}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class DreamSim(Ensemble):
     Args:
         variant: one of :data:`lipsim.teachers.catalogue.VARIANTS`.
         weights: folder in the layout of DreamSim's zip files, which ``lipsim fetch-teacher`` fills; the DINO backbone
-            may lie in torch.hub's ``checkpoints/`` there, as the original leaves it. None: random weights, for tests,
-            benchmarks, and the weights of an exported file.
+            may lie in torch.hub's ``checkpoints/`` there, as the original leaves it. "random": random weights, for
+            tests and benchmarks.
         image_size: side of the input.
         adapter: whether to merge DreamSim's own LoRA adapter. Without, these are the backbones before its tuning.
         head: see :class:`Ensemble`.
@@ -112,7 +112,7 @@ class DreamSim(Ensemble):
     def __init__(
         self,
         variant: str = "ensemble",
-        weights: Path | None = Path("checkpoints/dreamsim"),
+        weights: str | Path = "checkpoints/dreamsim",
         image_size: int = 224,
         adapter: bool = True,
         head: int = 0,
@@ -121,15 +121,15 @@ class DreamSim(Ensemble):
         if variant not in VARIANTS:
             raise ValueError(f"expected a variant out of {', '.join(VARIANTS)}, got {variant!r}")
         published, options, remedy = VARIANTS[variant], options or {}, where_to_get(variant)
-        folder = None if weights is None else Path(weights).expanduser()
+        folder = None if weights == RANDOM else Path(weights).expanduser()
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"no folder with the weights of DreamSim at {folder.absolute()}; {remedy}")
         super().__init__(
-            [BranchConfig(name, published.feature, options=options) for name in published.branches], image_size, head
+            [BranchConfig(name, RANDOM, published.feature, options) for name in published.branches], image_size, head
         )
         self.config = {
             "variant": variant,
-            "weights": None,
+            "weights": RANDOM,
             "image_size": image_size,
             "adapter": adapter,
             "head": head,

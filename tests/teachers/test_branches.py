@@ -30,7 +30,7 @@ def x() -> Tensor:
 
 
 def _branch(model: str, path: Path | None = None, feature: Any = None, options: Any = OPTIONS) -> Branch:
-    return build_branch(BranchConfig(model, feature, path, options), 32).eval()
+    return build_branch(BranchConfig(model, path or "random", feature, options), 32).eval()
 
 
 def _clip(name: str = "ViT-B-16-quickgelu") -> Any:
@@ -68,7 +68,7 @@ def test_a_clip_embeds_after_its_projection(x: Tensor) -> None:
 
 
 def test_register_tokens_are_no_patches(x: Tensor) -> None:
-    config = BranchConfig("timm/vit_small_patch14_reg4_dinov2", "cls_patch", options={"depth": 1})
+    config = BranchConfig("timm/vit_small_patch14_reg4_dinov2", "random", "cls_patch", options={"depth": 1})
     branch = build_branch(config, 28)
     assert branch.backbone.num_prefix_tokens == 5
     assert branch(x[..., :28, :28]).shape == (2, 1 + 4, 384)

@@ -135,9 +135,11 @@ def test_an_exported_teacher_needs_no_weight_files(tmp_path: Path) -> None:
 
 def test_ensembles_of_other_models_are_exported_as_well(tmp_path: Path) -> None:
     branches = [
-        BranchConfig("timm/vit_tiny_patch16_224", options={"depth": 1, "embed_dim": 12}),
-        BranchConfig("timm/convnext_atto", options={"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}),
-        BranchConfig("open_clip/ViT-B-16", options={"embed_dim": 6, "vision_cfg": {"layers": 1, "width": 64}}),
+        BranchConfig("timm/vit_tiny_patch16_224", "random", options={"depth": 1, "embed_dim": 12}),
+        BranchConfig("timm/convnext_atto", "random", options={"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}),
+        BranchConfig(
+            "open_clip/ViT-B-16", "random", options={"embed_dim": 6, "vision_cfg": {"layers": 1, "width": 64}}
+        ),
     ]
     teacher = Ensemble(branches, image_size=32).eval()
     assert teacher.out_features == 12 + 10 + 6
@@ -160,7 +162,7 @@ def test_without_its_adapter_a_teacher_has_the_backbones_alone(tmp_path: Path) -
 
 
 def test_the_geometry_stays_in_float32_under_autocast() -> None:
-    teacher = DreamSim("ensemble", None, 32, options=OPTIONS).eval()
+    teacher = DreamSim("ensemble", "random", 32, options=OPTIONS).eval()
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         z = teacher(x)
@@ -172,7 +174,7 @@ def test_the_geometry_stays_in_float32_under_autocast() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_has_the_published_size(name: str) -> None:
     with torch.device("meta"):
-        teacher = Ensemble([BranchConfig(name)])
+        teacher = Ensemble([BranchConfig(name, "random")])
     size = sum(parameter.numel() for parameter in teacher.parameters()) / 1e6
     expected = {"s": 21.6, "b": 86.0, "l": 303.9}[name.split("vit")[1][0]]
     assert size == pytest.approx(expected, rel=0.03)
@@ -182,9 +184,9 @@ def test_every_backbone_has_the_published_size(name: str) -> None:
 
 def test_the_head_starts_as_the_identity() -> None:
     torch.manual_seed(1)
-    plain = DreamSim("ensemble", None, 32, options=OPTIONS)
+    plain = DreamSim("ensemble", "random", 32, options=OPTIONS)
     torch.manual_seed(1)
-    headed = DreamSim("ensemble", None, 32, options=OPTIONS, head=8)
+    headed = DreamSim("ensemble", "random", 32, options=OPTIONS, head=8)
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(plain(x), headed(x))
     headed.head.fc2.weight.data.normal_()  # type: ignore[union-attr]
@@ -194,21 +196,30 @@ def test_the_head_starts_as_the_identity() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DreamSim("nope", None), "expected a variant out of ensemble, dino_vitb16"),
+        (lambda: DreamSim("nope", "random"), "expected a variant out of ensemble, dino_vitb16"),
         (lambda: Ensemble([]), "at least one branch"),
-        (lambda: Ensemble([BranchConfig("vit")]), "timm/NAME or open_clip/NAME, got vit"),
-        (lambda: Ensemble([BranchConfig("open_clip/vit")]), "open_clip has no model vit"),
-        (lambda: Ensemble([BranchConfig("open_clip/ViT-B-32", "cls")]), "expected the feature 'embedding'"),
-        (lambda: Ensemble([BranchConfig("dino_vitb16", "embedding")]), "dino_vitb16 has no projection"),
-        (lambda: Ensemble([BranchConfig("timm/convnext_atto", "cls")]), "has no class token"),
-        (lambda: Ensemble([BranchConfig("mae_vitb16", options={"depht": 2})]), "cannot build mae_vitb16 with"),
+        (lambda: Ensemble([BranchConfig("vit", "random")]), "timm/NAME or open_clip/NAME, got vit"),
+        (lambda: Ensemble([BranchConfig("open_clip/vit", "random")]), "open_clip has no model vit"),
+        (lambda: Ensemble([BranchConfig("open_clip/ViT-B-32", "random", "cls")]), "expected the feature 'embedding'"),
+        (lambda: Ensemble([BranchConfig("dino_vitb16", "random", "embedding")]), "dino_vitb16 has no projection"),
+        (lambda: Ensemble([BranchConfig("timm/convnext_atto", "random", "cls")]), "has no class token"),
+        (
+            lambda: Ensemble([BranchConfig("mae_vitb16", "random", options={"depht": 2})]),
+            "cannot build mae_vitb16 with",
+        ),
         (
             lambda: Ensemble(
-                [BranchConfig("mae_vitb16", "cls_patch", options=OPTIONS), BranchConfig("mae_vitb16", options=OPTIONS)]
+                [
+                    BranchConfig("mae_vitb16", "random", "cls_patch", options=OPTIONS),
+                    BranchConfig("mae_vitb16", "random", options=OPTIONS),
+                ]
             ),
             "'cls_patch' of all branches or of none",
         ),
-        (lambda: DreamSim("ensemble", None, 32, options=OPTIONS)(torch.rand(1, 3, 40, 32)), r"\(N, 3, 32, 32\), got"),
+        (
+            lambda: DreamSim("ensemble", "random", 32, options=OPTIONS)(torch.rand(1, 3, 40, 32)),
+            r"\(N, 3, 32, 32\), got",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(make: Callable[[], object], message: str) -> None:
@@ -217,4 +228,4 @@ def test_bad_arguments_are_refused_in_one_line(make: Callable[[], object], messa
 
 
 def test_projection_widths() -> None:
-    assert DreamSim("ensemble", None, 32, options=OPTIONS).out_features == WIDTH + 2 * PROJECTION
+    assert DreamSim("ensemble", "random", 32, options=OPTIONS).out_features == WIDTH + 2 * PROJECTION

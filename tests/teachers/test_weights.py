@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lipsim.teachers import BranchConfig, DreamSim, Ensemble
-from lipsim.teachers.lora import merge_adapter, merge_layers
+from lipsim.teachers.lora import merge_adapter, merged
 from lipsim.weights import load_weights, read_checkpoint
 
 CLIP = "clip_vitb16_pretrain.pth.tar"
@@ -221,6 +221,7 @@ def test_merged_adapters_equal_peft(safe: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
     changed = {name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, plain[name])}
     assert len(changed) == 3 * DEPTH and all(name.endswith("attn.qkv.weight") for name in changed)
-    merge_layers(base)
-    assert base.state_dict().keys() == plain.keys()
-    torch.testing.assert_close(base(x), expected, rtol=0, atol=1e-5)
+    copy = merged(base)
+    assert copy.state_dict().keys() == plain.keys() and merged(copy) is copy
+    torch.testing.assert_close(copy(x), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(base(x), expected, rtol=0, atol=0)
