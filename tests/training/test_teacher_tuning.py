@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lipsim.data import Triplet
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import DreamSim, SmallViT
 from lipsim.teachers.lora import Lora
+from lipsim.train import train
 from lipsim.training import Acceleration, Distillation, TeacherTuning
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "projection": 12}
@@ -176,3 +178,20 @@ def test_targets_that_are_not_there_are_refused() -> None:
     _need_peft()
     with pytest.raises(ValueError, match="not found"):
         TeacherTuning(nn.Sequential(nn.Linear(2, 2)), tune="lora")
+
+
+def test_an_ensemble_is_named_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / "quickstart" / "teacher.yaml"
+    branches = [
+        {"model": "dino_vitb16", "weights": "random", "feature": "cls", "options": {"depth": 1, "embed_dim": 24}},
+        {"model": "timm/vit_tiny_patch16_224", "weights": "random", "options": {"depth": 1}},
+    ]
+    options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    data = ["--data.num_train=8", "--data.num_val=4", "--data.num_test=4", "--data.batch_size=4"]
+    teacher = ["--model.teacher=lipsim.teachers.Ensemble", f"--model.teacher.branches={json.dumps(branches)}"]
+    cli = train(["--config", str(config), *options, *data, *teacher])
+    assert cli.model.metric.encoder.out_features == 24 + 192
+    missing = json.dumps([{"model": "dino_vitb16", "weights": "nowhere.pth"}])
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no weights of dino_vitb16 at .*nowhere.pth"):
+        train(["--config", str(config), *options, *data, teacher[0], f"--model.teacher.branches={missing}"])
