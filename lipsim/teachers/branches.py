@@ -103,7 +103,7 @@ class Branch(nn.Module, ABC):
             FileNotFoundError: they are not there.
             ValueError: the file is damaged, or does not fit.
         """
-        remedy = where_to_get(self.model)
+        remedy = where_to_get(self.model, self.repositories)
         file = find_weights(path, self.model, self.files, self.repositories, remedy, alone=alone)
         try:
             state = self.fitted(tensors_of(read_checkpoint(file), file), file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -161,15 +162,19 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def where_to_get(name: str) -> str:
-    """How the weights of a variant or a backbone come to this machine, for messages."""
+def where_to_get(name: str, repositories: Sequence[str] = ()) -> str:
+    """How the weights of a variant or a backbone come to this machine, for messages.
+
+    Args:
+        name: of the variant or the backbone.
+        repositories: Hugging Face repositories of a backbone that is in no catalogue.
+    """
     if name in VARIANTS:
         return f"`lipsim fetch-teacher {name} --to FOLDER` downloads {', '.join(s.url for s in VARIANTS[name].sources)}"
     backbone = BACKBONES.get(name)
-    if backbone is None:
-        return "give a file, a Hugging Face folder, or the cache of timm, open_clip or transformers"
-    if backbone.sources:
+    if backbone is not None and backbone.sources:
         return f"`lipsim fetch-teacher {name} --to FOLDER` downloads {backbone.sources[0].url}"
-    if backbone.repositories:
-        return f"`lipsim fetch-teacher {backbone.repositories[0]} --to FOLDER` downloads it from Hugging Face"
-    return where_to_get(next(variant for variant, v in VARIANTS.items() if name in v.branches))
+    if repositories := repositories if backbone is None else backbone.repositories:
+        return f"`lipsim fetch-teacher {repositories[0]} --to FOLDER` downloads it from Hugging Face"
+    containing = next((variant for variant, v in VARIANTS.items() if name in v.branches), None)
+    return "give its own file or folder" if containing is None else where_to_get(containing)

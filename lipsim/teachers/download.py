@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS
 from lipsim.teachers.locate import REPOSITORY_FILES
+from lipsim.teachers.lora import CONFIG
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -60,10 +62,18 @@ def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = No
         target = folder / source.file
         if target.suffix != ".zip":
             files.append(download(source.url, target, checksum))
-        elif not _receipt(folder, source.file).is_file():
+        elif not _is_unpacked(name, folder):
             files += _unpack_once(download(source.url, target, checksum), folder, source.file)
             target.unlink()
     return files
+
+
+def _is_unpacked(name: str, folder: Path) -> bool:
+    """Whether the archive of a variant was unpacked whole, and nothing of it is gone since."""
+    variant = VARIANTS[name]
+    groups = [(f"{variant.adapter}/{CONFIG}",), *(BACKBONES[branch].files for branch in variant.branches)]
+    there = all(any((folder / file).is_file() for file in group) for group in groups)
+    return there and _receipt(folder, variant.archive.file).is_file()
 
 
 def _receipt(folder: Path, name: str) -> Path:
@@ -112,28 +122,40 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
 def _continue(url: str, partial: Path, tag: Path) -> None:
     """Write what is missing of a file to ``partial``; ``tag`` keeps the server's name for its version."""
     have, version = (partial.stat().st_size, tag.read_text()) if partial.is_file() and tag.is_file() else (0, "")
-    # If-Range: should the file have changed since, all of it comes.
-    headers = {"Range": f"bytes={have}-", "If-Range": version} if have and version else {}
-    try:
-        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
-    except HTTPError as error:
-        if error.code != 416:  # there is nothing after what we have
-            raise
-        response = urlopen(url, timeout=_TIMEOUT)
+    response, have = _open(url, have, version) if have and version else (urlopen(url, timeout=_TIMEOUT), 0)
     with response:
-        begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
-        resumed = response.status == 206 and begin is not None and int(begin[1]) == have
-        have = have if resumed else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
-        tag.write_text(response.headers.get("ETag") or "")
-        with open(partial, "ab" if resumed else "wb") as file, _progress() as progress:
+        tag.write_text(_version(response))
+        with open(partial, "ab" if have else "wb") as file, _progress() as progress:
             task = progress.add_task(partial.stem, total=total, completed=have)
             while block := response.read(_CHUNK):
                 file.write(block)
                 progress.advance(task, len(block))
             if total is not None and file.tell() != total:
                 raise OSError(f"it broke off after {file.tell()} of {total} bytes")
+
+
+def _open(url: str, have: int, version: str) -> tuple[Any, int]:
+    """The rest of a file after ``have`` bytes, or all of it and 0 where it has changed or ranges are not served."""
+    try:
+        # If-Range: should the file have changed since, all of it comes.
+        response = urlopen(Request(url, headers={"Range": f"bytes={have}-", "If-Range": version}), timeout=_TIMEOUT)
+    except HTTPError as error:
+        if error.code != 416:  # there is nothing after what we have
+            raise
+        return urlopen(url, timeout=_TIMEOUT), 0
+    if response.status != 206:
+        return response, 0
+    begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
+    if begin is not None and int(begin[1]) == have and _version(response) == version:
+        return response, have
+    response.close()  # the server does not know If-Range
+    return urlopen(url, timeout=_TIMEOUT), 0
+
+
+def _version(response: Any) -> str:
+    return str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
 
 def _progress() -> Progress:
