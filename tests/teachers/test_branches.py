@@ -155,6 +155,7 @@ def test_timm_files_load_as_they_are(x: Tensor, tmp_path: Path) -> None:
 def test_other_timm_models_drop_their_classifier(x: Tensor, tmp_path: Path) -> None:
     for model, options in (
         ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 12, "img_size": 32}),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32}),
         ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}),
     ):
         theirs = randomise(timm.create_model(model, num_classes=1000, **options))

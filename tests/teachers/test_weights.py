@@ -123,6 +123,15 @@ def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
         Ensemble([BranchConfig("mae_vitb16", weights=tmp_path / "resnet.safetensors", options=OPTIONS)], 32)
 
 
+def test_another_open_clip_tower_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file({"visual.conv1.weight": torch.ones(2), "visual.bn1.weight": torch.ones(2)}, file)  # a ResNet
+    with pytest.raises(
+        ValueError, match=r"do not fit VisionTransformer: \d+ missing \(first: blocks.0.attn.*fetch-teacher"
+    ):
+        Ensemble([BranchConfig("clip_vitb16", weights=file, options=OPTIONS)], 32)
+
+
 def test_a_cache_with_two_candidates_asks_which(tmp_path: Path) -> None:
     for repository in ("timm/vit_base_patch16_224.dino", "facebook/dino-vitb16"):
         snapshot = tmp_path / f"models--{repository.replace('/', '--')}" / "snapshots" / "abc"
