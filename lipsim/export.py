@@ -15,7 +15,7 @@ from torch import nn
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
-from lipsim.teachers.lora import merged
+from lipsim.teachers.lora_tuning import merged
 from lipsim.weights import load_weights
 
 FORMAT = "lipsim-metric"
