@@ -21,7 +21,7 @@ class Lora:
     """
 
     rank: int = 16
-    alpha: float = 8
+    alpha: int = 8
     dropout: float = 0.3
     targets: tuple[str, ...] = ("qkv",)
 
