@@ -19,7 +19,17 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # base_model.model is peft's wrapper; only states of whole training runs name the adapter.
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 # Options that change the merged weight in other ways than W + scale · B A.
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out")
+_UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+    "exclude_modules",
+    "target_parameters",
+    "layer_replication",
+)
 
 
 @torch.no_grad()

@@ -55,6 +55,8 @@ class TeacherTuning(MetricModule):
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
+        if tune not in ("all", "lora", "head"):
+            raise ValueError(f"expected to tune all, lora or head, got {tune!r}")
         encoder = encoder_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())

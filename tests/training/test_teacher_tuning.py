@@ -183,6 +183,8 @@ def test_towers_of_open_clip_take_lora_elsewhere(targets: tuple[str, ...], tmp_p
 def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="this DreamSim has no head to tune; give it one"):
         TeacherTuning(_teacher(), tune="head")
+    with pytest.raises(ValueError, match="expected to tune all, lora or head, got 'lorra'"):
+        TeacherTuning(_teacher(), tune="lorra")  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"needs peft; install it with pip install 'lipsim\[tune\]'"):
         TeacherTuning(_teacher(), tune="lora")
