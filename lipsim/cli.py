@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lipsim import certificates, export, lower_bounds, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
-from lipsim.data.transforms import read_image
+from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
 
@@ -119,7 +119,7 @@ def _certify(options: argparse.Namespace) -> int:
     files = {name: getattr(options, name) for name in ("reference", "left", "right")}
     pictures = {name: read_image(file) for name, file in files.items()}
     dtype = next(metric.parameters()).dtype
-    images = {name: metric.preprocess(picture).to(dtype).unsqueeze(0) for name, picture in pictures.items()}
+    images = {name: load_image(file, metric.preprocess).to(dtype).unsqueeze(0) for name, file in files.items()}
     if not metric.feature_error:
         # The file says nothing about float32: measured here, and enlarged as CertifyRadii does.
         metric.feature_error = 4 * lower_bounds.feature_error(metric.encoder, torch.cat(list(images.values())))
@@ -221,7 +221,7 @@ def _sample_images(folder: Path | None, count: int, metric: PerceptualMetric) ->
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)[:count]
     if not files:
         raise FileNotFoundError(f"no images in {folder} ({', '.join(IMG_EXTENSIONS)})")
-    return torch.stack([metric.preprocess(read_image(file)) for file in files])
+    return torch.stack([load_image(file, metric.preprocess) for file in files])
 
 
 def _add_verify(commands: Any) -> None:
