@@ -234,14 +234,23 @@ def _add_verify(commands: Any) -> None:
         "planted fault is missed.",
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
-    parser.add_argument("--data", choices=("builtin", "material"), default="builtin", help="triplets (%(default)s)")
-    parser.add_argument("--root", type=Path, help="folder of the Material data")
+    parser.add_argument("--data", choices=verify.DATA, default="builtin", help="triplets (%(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the data")
     parser.add_argument("--samples", type=int, default=4, help="how many triplets (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of the attack from each start (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images attacked at a time (%(default)s)")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, or a GPU with float64 (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of triplets, starts and controls (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_verify)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(1, dtype=torch.float64, device=name)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {name!r} ({str(error).splitlines()[0]})") from error
+    return torch.device(name)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -249,7 +258,10 @@ def _verify(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
     metric = export.load(options.checkpoint)
-    triplets = verify.sample_triplets(options.data, options.samples, metric.image_size, options.root, options.seed)
+    metric.to(options.device)
+    triplets = verify.sample_triplets(
+        options.data, options.samples, metric.image_size, options.root, options.seed, metric.preprocess.resize
+    )
     progress = None
     if sys.stderr.isatty():
 
