@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
+from lipsim.teachers.lora import has_adapter, merged
+from lipsim.weights import load_weights, read_checkpoint
 
 FORMAT = "lipsim-metric"
 VERSION = 1
@@ -25,7 +25,10 @@ BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 # The classes that a header may name: a file chooses among these and never imports anything.
 ENCODERS: dict[str, type[nn.Module]] = {
-    name: getattr(room, name) for room in (students, teachers) for name in room.__all__
+    name: cls
+    for room in (students, teachers)
+    for name in room.__all__
+    if issubclass(cls := getattr(room, name), nn.Module)
 }
 
 
@@ -33,7 +36,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     """Write a metric whose encoder is one of :data:`ENCODERS`, so that :func:`load` gives it back.
 
     Args:
-        metric: the metric; its Lipschitz bound is stored as it stands.
+        metric: the metric; its Lipschitz bound is stored as it stands. LoRA layers are written merged.
         path: ``….safetensors``; parent folders are made.
         notes: anything else to keep in the header (JSON).
 
@@ -42,10 +45,11 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         OSError: the file cannot be written.
     """
     path = Path(path)
-    header = {**describe(metric), "notes": notes or {}}
+    encoder = merged(metric.encoder)
+    header = {**describe(metric, encoder), "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in metric.encoder.state_dict().items()}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole: a process that dies while writing leaves the old file.
     temporary = path.with_name(path.name + ".tmp")
@@ -61,18 +65,22 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     return path
 
 
-def describe(metric: PerceptualMetric) -> dict[str, Any]:
-    """What rebuilds a metric besides its weights (JSON); ``lipschitz`` is None without a bound, else "audited".
+def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
+    """What rebuilds a metric with this encoder besides its weights (JSON).
+
+    ``lipschitz`` is None without a bound, else "audited".
 
     Raises:
-        ValueError: the encoder is of a class that no header can name.
+        ValueError: the encoder is of a class that no header can name, or has LoRA layers.
     """
-    kind = type(metric.encoder).__name__
-    if ENCODERS.get(kind) is not type(metric.encoder):
+    kind = type(encoder).__name__
+    if ENCODERS.get(kind) is not type(encoder):
         raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
+    if has_adapter(encoder):
+        raise ValueError(f"this {kind} has LoRA layers beside its weights; lipsim.export.save merges them")
     return {
         "encoder": kind,
-        "config": metric.encoder.config,
+        "config": encoder.config,
         "image_size": metric.image_size,
         "anchor": metric.anchor,
         "lipschitz": AUDITED if metric.has_bound else None,
@@ -126,7 +134,7 @@ def load(path: str | Path) -> PerceptualMetric:
     return metric
 
 
-def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and encoder weights of a ``.safetensors`` file."""
     try:
         with safe_open(file, framework="pt") as archive:
@@ -148,39 +156,18 @@ def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"cannot rebuild the metric in {file}: {error!r}") from error
 
 
-def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and encoder weights of a training checkpoint, without running what is pickled in it."""
+def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and encoder weights of a training checkpoint."""
+    content = read_checkpoint(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
         header, state = json.loads(content[FORMAT]), content["state_dict"]
-    except KeyError as error:
-        raise ValueError(f"{file} is no checkpoint of a stage of this package ({error} is missing)") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot read the checkpoint {file} ({reason})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} does not say how to rebuild a metric; it is no checkpoint of a stage of this package, or one with "
+            "an encoder of another package or with LoRA layers: export the metric when training ends"
+        ) from error
     prefix = "metric.encoder."
     return header, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-
-def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state strictly.
-
-    Raises:
-        ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
-    """
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-    }
-    found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
-    if found:
-        raise ValueError(
-            f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; "
-            "they belong to another architecture or configuration"
-        )
-    module.load_state_dict(state)
 
 
 def resolve(path: str | Path) -> Path:

@@ -39,3 +39,12 @@ def test_the_speed_table_prints_ratios() -> None:
     rows = [line.split("|") for line in output.splitlines() if line.startswith("| default student")]
     assert len(rows) == 4
     assert all(float(row[3]) > 0 for row in rows) and all("GiB" in row[4] for row in rows[:3])
+
+
+def test_the_tables_of_teachers(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "teachers.py"), "--variant", "clip_vitb32", "--depth", "1"]
+    options = ["--batch", "2", "--rounds", "1", "--device", "cpu"]
+    output = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500).stdout
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 5 and rows[0][0].strip() == "plain float32 loop"
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 and float(row[3]) < 1e-2 for row in rows)

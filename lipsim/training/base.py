@@ -100,8 +100,8 @@ class MetricModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the metric, so that :func:`lipsim.load` takes the checkpoint as well."""
         try:
-            checkpoint[export.FORMAT] = json.dumps(export.describe(self.metric))
-        except ValueError:  # an encoder of the user's own: the checkpoint resumes, and no more
+            checkpoint[export.FORMAT] = json.dumps(export.describe(self.metric, self.metric.encoder))
+        except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
             return
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
