@@ -93,7 +93,10 @@ def add_adapter(module: nn.Module, lora: Lora) -> None:
     except ImportError as error:
         raise ValueError("tuning with LoRA needs peft; install it with pip install 'lipsim[tune]'") from error
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
     )
     module.requires_grad_(False)
     peft.inject_adapter_in_model(config, module)
