@@ -21,7 +21,7 @@ class Lora:
     """
 
     rank: int = 16
-    alpha: int = 8
+    alpha: float = 8
     dropout: float = 0.3
     targets: tuple[str, ...] = ("qkv",)
 
@@ -37,15 +37,23 @@ def add_adapter(module: nn.Module, lora: Lora) -> None:
     except ImportError as error:
         raise ValueError("tuning with LoRA needs peft; install it with pip install 'lipsim[tune]'") from error
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
     )
     module.requires_grad_(False)
     peft.inject_adapter_in_model(config, module)
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether the network has LoRA layers that are not merged."""
+    return any(_is_adapted(child) for child in module.modules())
+
+
 def merged(module: nn.Module) -> nn.Module:
     """The network with its LoRA layers merged: a copy with plain ones in their place, or itself if it has none."""
-    if not any(_is_adapted(child) for child in module.modules()):
+    if not has_adapter(module):
         return module
     copy = deepcopy(module)
     _merge_children(copy)
