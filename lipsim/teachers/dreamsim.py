@@ -66,7 +66,7 @@ class Ensemble(nn.Module):
         if x.ndim != 4 or x.shape[1:] != (3, size, size):
             raise ValueError(
                 f"expected images of shape (N, 3, {size}, {size}), got {tuple(x.shape)}; "
-                f"lipsim.data.Preprocess({size}, 'pil') resizes as DreamSim does"
+                f"lipsim.data.transforms.Preprocess({size}, 'pil') resizes as DreamSim does"
             )
         tokens = torch.cat([branch(x) for branch in self.branches], dim=-1)
         if tokens.dtype in (torch.float16, torch.bfloat16):

@@ -10,11 +10,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from public_layouts import write_variant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lipsim import export
 from lipsim.data import Triplet
+from lipsim.data.nights import NightsTriplets
+from lipsim.data.transforms import Preprocess
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import BranchConfig, DreamSim, Ensemble, SmallViT
 from lipsim.teachers.lora_tuning import Lora
@@ -211,3 +214,26 @@ def test_an_ensemble_is_named_on_the_command_line(tmp_path: Path, monkeypatch: p
     missing = json.dumps([{"model": "dino_vitb16", "weights": "nowhere.pth"}])
     with pytest.raises((ValueError, FileNotFoundError), match=r"no weights of dino_vitb16 at .*nowhere.pth"):
         train(["--config", str(config), *options, *data, teacher[0], f"--model.teacher.branches={missing}"])
+
+
+@torch.no_grad()
+def test_a_published_model_is_scored_without_training(nights: Path, tmp_path: Path) -> None:
+    folder = write_variant(tmp_path / "weights", "ensemble")
+    config = Path(__file__).parents[2] / "configs" / "nights" / "dreamsim.yaml"
+    teacher = [f"--model.teacher.weights={folder}", f"--model.teacher.options={json.dumps(SMALL)}"]
+    data = [f"--data.root={nights}", "--data.batch_size=4", "--data.num_workers=0"]
+    trainer = [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    published = ["--model.teacher.adapter=true", "--model.tune=all"]
+    cli = train(["test", "--config", str(config), *teacher, *data, *trainer, *published])
+    encoder = DreamSim("ensemble", folder, options=SMALL).eval()
+    right = []
+    for index in range(len(triplets := NightsTriplets(nights, "test", Preprocess(224, "pil")))):
+        one = triplets[index]
+        z, z0, z1 = encoder(torch.stack([one.reference, one.left, one.right])).double()
+        right.append(((z @ z1 > z @ z0) == bool(one.right_vote > 0.5)).double())
+    score = cli.trainer.callback_metrics["test/nights/majority_score"]
+    torch.testing.assert_close(score.double(), torch.stack(right).mean(), rtol=1e-6, atol=0)
