@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
-from lipsim.teachers.lora import has_adapter, merged
+from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.weights import load_weights, read_checkpoint
 
 FORMAT = "lipsim-metric"

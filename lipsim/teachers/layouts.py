@@ -86,7 +86,7 @@ TEXT_TOWER = (
 
 LAYOUTS = (
     Layout("DreamSim's CLIP", "pos_drop.weight", ((r"^pos_drop\.", "norm_pre."), (r"^proj$", "head.weight.T"))),
-    Layout("timm", "cls_token"),
+    Layout("timm and DINO", "patch_embed.proj.weight"),
     Layout("open_clip", "visual.conv1.weight", _OPEN_CLIP, TEXT_TOWER),
     Layout("the vision tower of open_clip", "conv1.weight", _OPEN_CLIP),
     Layout(
@@ -155,9 +155,9 @@ def vit_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
         if missing := [part for part in parts if part not in converted]:
             raise ValueError(f"the attention weights in {source} are not whole: no {missing[0]} beside {name}")
         converted[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([converted.pop(part) for part in parts])
-    for name, shape in (("cls_token", (1, 1, -1)), ("pos_embed", (1, -1, converted["cls_token"].shape[-1]))):
-        if name in converted and converted[name].ndim < 3:
-            converted[name] = converted[name].reshape(shape)
+    for name in ("cls_token", "pos_embed"):  # without leading dimensions of 1 in some layouts
+        while name in converted and converted[name].ndim < 3:
+            converted[name] = converted[name].unsqueeze(0)
     return converted
 
 
@@ -181,10 +181,10 @@ def fit(state: dict[str, Tensor], vit: VisionTransformer, source: Path) -> dict[
         del state["head.bias"]
     positions = state.get("pos_embed")
     if positions is not None and vit.pos_embed is not None:
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         bias = state.pop("patch_embed.proj.bias", None) if vit.patch_embed.proj.bias is None else None
         if bias is not None:
-            positions = torch.cat([positions[:, :1], positions[:, 1:] + bias], dim=1)
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            positions = torch.cat([positions[:, :prefix], positions[:, prefix:] + bias], dim=1)
         state["pos_embed"] = resize_positions(positions, vit.patch_embed.grid_size, prefix)
     return state
 

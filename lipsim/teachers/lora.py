@@ -1,12 +1,10 @@
-"""LoRA adapters (Hu et al. 2022): read from folders that peft writes, trained with peft, merged into the weights."""
+"""LoRA adapters (Hu et al. 2022) in the folders that peft writes: read, checked, and merged into the weights."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,66 +61,6 @@ def merge_adapter(modules: Mapping[str, nn.Module], folder: Path, remedy: str) -
                     f"the adapter was made for another network: {remedy}"
                 )
         layer.weight += scale * (pair["B"].float() @ pair["A"].float()).to(layer.weight)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter to train; the defaults are those of DreamSim's ensemble.
-
-    Attributes:
-        rank: of the factors.
-        alpha: the product of the factors is scaled by alpha / rank. DreamSim's single models have 32.
-        dropout: of what enters the factors. DreamSim's single models have 0.2.
-        targets: names of the layers that get factors.
-    """
-
-    rank: int = 16
-    alpha: float = 8
-    dropout: float = 0.3
-    targets: tuple[str, ...] = ("qkv",)
-
-
-def add_adapter(module: nn.Module, lora: Lora) -> None:
-    """Put trainable factors into a network with peft, and freeze all the rest, in place.
-
-    Raises:
-        ValueError: peft is not installed, or no layer is a target.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("tuning with LoRA needs peft; install it with pip install 'lipsim[tune]'") from error
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-    )
-    module.requires_grad_(False)
-    peft.inject_adapter_in_model(config, module)
-
-
-def has_adapter(module: nn.Module) -> bool:
-    """Whether the network has LoRA layers that are not merged."""
-    return any(True for _ in _lora_layers(module))
-
-
-def merged(module: nn.Module) -> nn.Module:
-    """The network with its LoRA layers merged: a copy with plain ones in their place, or itself if it has none."""
-    if not has_adapter(module):
-        return module
-    copy = deepcopy(module)
-    for parent, name, layer in list(_lora_layers(copy)):
-        layer.merge(safe_merge=True)
-        setattr(parent, name, layer.get_base_layer())
-    return copy
-
-
-def _lora_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for parent in module.modules():
-        for name, child in parent.named_children():
-            if hasattr(child, "lora_A") and hasattr(child, "get_base_layer"):
-                yield parent, name, child
 
 
 def _read_config(folder: Path, remedy: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
-from lipsim.teachers.lora import Lora, add_adapter
+from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss

@@ -97,6 +97,19 @@ def test_clip_backbones_equal_open_clip(kind: str, x: Tensor, tmp_path: Path) ->
     torch.testing.assert_close(named(x)[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_cache_of_open_clip(x: Tensor, tmp_path: Path) -> None:
+    clip = _clip("ViT-B-16")
+    snapshot = tmp_path / "models--laion--CLIP-ViT-B-16-laion2B-s34B-b88K" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    save_file(clip.state_dict(), snapshot / "open_clip_model.safetensors")
+    branch = _branch("open_clip/ViT-B-16", tmp_path, options={"embed_dim": PROJECTION, "vision_cfg": VISION})
+    torch.testing.assert_close(branch(x)[:, 0], clip.encode_image((x - branch.mean) / branch.std))
+    with pytest.raises(
+        FileNotFoundError, match=r"expected one of .*models--laion.*fetch-teacher timm/vit_base_patch32"
+    ):
+        _branch("open_clip/ViT-B-32", tmp_path, options={})
+
+
 def test_an_open_clip_folder_with_another_activation_is_refused(tmp_path: Path) -> None:
     save_file(_clip("ViT-B-16").state_dict(), tmp_path / "open_clip_model.safetensors")
     config = tmp_path / "open_clip_config.json"
@@ -155,6 +168,7 @@ def test_timm_files_load_as_they_are(x: Tensor, tmp_path: Path) -> None:
 def test_other_timm_models_drop_their_classifier(x: Tensor, tmp_path: Path) -> None:
     for model, options in (
         ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 12, "img_size": 32}),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32}),
         ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}),
     ):
         theirs = randomise(timm.create_model(model, num_classes=1000, **options))

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lipsim.teachers import BranchConfig, DreamSim, Ensemble
-from lipsim.teachers.lora import merge_adapter, merged
+from lipsim.teachers.lora import merge_adapter
+from lipsim.teachers.lora_tuning import merged
 from lipsim.weights import load_weights, read_checkpoint
 
 CLIP = "clip_vitb16_pretrain.pth.tar"
@@ -121,6 +122,15 @@ def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"resnet.safetensors is no vision transformer in a known layout.*layer4.weight"
     ):
         Ensemble([BranchConfig("mae_vitb16", weights=tmp_path / "resnet.safetensors", options=OPTIONS)], 32)
+
+
+def test_another_open_clip_tower_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file({"visual.conv1.weight": torch.ones(2), "visual.bn1.weight": torch.ones(2)}, file)  # a ResNet
+    with pytest.raises(
+        ValueError, match=r"do not fit VisionTransformer: \d+ missing \(first: blocks.0.attn.*fetch-teacher"
+    ):
+        Ensemble([BranchConfig("clip_vitb16", weights=file, options=OPTIONS)], 32)
 
 
 def test_a_cache_with_two_candidates_asks_which(tmp_path: Path) -> None:

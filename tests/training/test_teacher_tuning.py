@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from lipsim import export
 from lipsim.data import Triplet
 from lipsim.students import OrthogonalProjection
-from lipsim.teachers import DreamSim, SmallViT
-from lipsim.teachers.lora import Lora
+from lipsim.teachers import BranchConfig, DreamSim, Ensemble, SmallViT
+from lipsim.teachers.lora_tuning import Lora
 from lipsim.train import train
 from lipsim.training import Acceleration, Distillation, TeacherTuning
 
@@ -164,6 +164,20 @@ def test_the_recipe_is_dreamsims() -> None:
     assert module.metric.preprocess.resize == "pil" and module.loss.margin == 0.05
     (optimizer,) = {type(module.optimizer_factory(factors.values()))}
     assert optimizer is torch.optim.Adam and module.optimizer_factory(factors.values()).defaults["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("targets", [("attn",), ("c_fc", "c_proj")])
+def test_towers_of_open_clip_take_lora_elsewhere(targets: tuple[str, ...], tmp_path: Path) -> None:
+    _need_peft()
+    options = {"embed_dim": 6, "vision_cfg": {"layers": 2, "width": 64}}
+    teacher = Ensemble([BranchConfig("open_clip/ViT-B-16", "random", options=options)], 32)
+    names = teacher.state_dict().keys()
+    module = TeacherTuning(teacher, tune="lora", lora=Lora(4, targets=targets), optimizer=_adam)
+    _trainer(tmp_path).fit(module, Brightness())
+    loaded = export.load(export.save(module.metric, tmp_path / "teacher.safetensors"))
+    assert loaded.encoder.state_dict().keys() == names
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.embed(x), module.metric.eval().embed(x), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
