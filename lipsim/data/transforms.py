@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,35 +11,43 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import center_crop
 
 RESIZES = ("float", "pil")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read and decode an image file.
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
+    """Read and decode an image file, or decode its ``content`` where that is read already.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, or truncated.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             return image
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {path} (of no known format); replace the file") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot read the image {path} ({error}); replace the file") from error
 
 
-def load_image(path: str | Path, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+def load_image(path: str | Path, preprocess: Callable[[Image.Image], Tensor], content: bytes | None = None) -> Tensor:
     """Read an image file and turn it into the input of a metric, ``(3, S, S)``; errors name the file.
+
+    Args:
+        path: the file.
+        preprocess: from the decoded image to a tensor.
+        content: the bytes of the file where they are read already.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or ``preprocess`` refuses it.
     """
-    image = read_image(path)
+    image = read_image(path, content)
     try:
         return preprocess(image)
     except ValueError as error:
@@ -114,3 +123,32 @@ class Preprocess:
 
     def __repr__(self) -> str:
         return f"Preprocess(image_size={self.image_size}, resize={self.resize!r})"
+
+
+class CentralCrop:
+    """PIL image to its central pixels, ``(3, image_size, image_size)`` in [0, 1]; the aspect ratio is kept.
+
+    Args:
+        image_size: side of the output; a smaller image gets a black border.
+        resize: what the short side is resized to first (in float, bicubic, antialiased, clamped); None: the image is
+            cropped as it is, the published view (Ghazanfari et al. 2024).
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, image_size: int, resize: int | None = None) -> None:
+        if image_size < 1 or (resize is not None and resize < 1):
+            raise ValueError(f"expected an image_size and a resize of at least 1, got {image_size} and {resize}")
+        self.image_size, self.resize = image_size, resize
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        x = to_tensor(image)
+        if self.resize is not None and min(x.shape[1:]) != self.resize:
+            scale = self.resize / min(x.shape[1:])
+            size = [max(self.resize, round(side * scale)) for side in x.shape[1:]]
+            x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        return center_crop(x, [self.image_size, self.image_size])
+
+    def __repr__(self) -> str:
+        return f"CentralCrop(image_size={self.image_size}, resize={self.resize})"

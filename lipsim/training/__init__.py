@@ -3,7 +3,15 @@
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.distillation import Distillation
 from lipsim.training.fine_tuning import FineTuning
-from lipsim.training.losses import RMSE, JointRadiusHinge, MarginHinge, RadiusHinge, ScaleFree
+from lipsim.training.losses import (
+    RMSE,
+    Cosine,
+    JointRadiusHinge,
+    MarginHinge,
+    RadiusHinge,
+    Relational,
+    ScaleFree,
+)
 from lipsim.training.schedules import Constant, Triangular, WarmupCosine
 from lipsim.training.teacher_tuning import TeacherTuning
 
@@ -11,11 +19,13 @@ __all__ = [
     "RMSE",
     "Acceleration",
     "Constant",
+    "Cosine",
     "Distillation",
     "FineTuning",
     "JointRadiusHinge",
     "MarginHinge",
     "RadiusHinge",
+    "Relational",
     "ScaleFree",
     "TeacherTuning",
     "Triangular",

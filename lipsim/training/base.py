@@ -158,12 +158,14 @@ class MetricModule(L.LightningModule):
         freeze(self.metric)
         self.scores.clear()
 
-    def _evaluate(self, batch: Any, dataloader_idx: int) -> Evaluation | None:
+    def _evaluate(
+        self, batch: Any, dataloader_idx: int, embed: Callable[[Tensor], Tensor] | None = None
+    ) -> Evaluation | None:
         if not isinstance(batch, Triplet):  # a folder of images, in distillation
             return None
         check_votes(batch)
         with full_precision():
-            z, z0, z1 = batch.embed(self.metric.embed)
+            z, z0, z1 = batch.embed(embed or self.metric.embed)
         margin = self.metric.margin(z, z0, z1)
         name = self.set_name(dataloader_idx)
         self._score(name, margin, batch.right_vote, batch.index)

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 from lipsim import export
 from lipsim.data.augment import ColorJitter
+from lipsim.data.embedded_images import EmbeddedImages
+from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.metric import PerceptualMetric
+from lipsim.precision import full_precision
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import Evaluation, MetricModule, OptimizerFactory, encoder_from, image_size_of, images_of
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
@@ -25,8 +28,11 @@ class Distillation(MetricModule):
     2AFC scores, validation logs the mean cosine similarity of both embeddings and the correlation of all distances
     within a batch.
 
+    The teacher's embeddings may come from a cache (``scripts/cache_teacher.py``) of the images of a folder: the teacher
+    is not run then, and triplets are scored but not compared with it.
+
     Args:
-        teacher: exported metric whose encoder is the teacher.
+        teacher: exported metric whose encoder is the teacher; with a cache only to check that it is the one.
         student: 1-Lipschitz encoder with as many features as the teacher.
         init_from: exported metric to start from instead.
         anchor: constant coordinate of the student's metric.
@@ -35,11 +41,16 @@ class Distillation(MetricModule):
         optimizer: default Adam with the paper's β and no weight decay.
         schedule: default the paper's warm-up and cosine.
         acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
+        cache: folder of the teacher's embeddings of the images of the data module.
+
+    Raises:
+        FileNotFoundError: no such teacher, metric or cache.
+        ValueError: neither a teacher nor a cache, or a cache of another teacher.
     """
 
     def __init__(
         self,
-        teacher: Path,
+        teacher: Path | None = None,
         student: nn.Module | None = None,
         init_from: Path | None = None,
         anchor: float = 1.0,
@@ -48,6 +59,7 @@ class Distillation(MetricModule):
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, betas=(0.5, 0.9)),
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
+        cache: Path | None = None,
     ) -> None:
         encoder = encoder_from(student, init_from, "student")
         super().__init__(
@@ -56,21 +68,51 @@ class Distillation(MetricModule):
             schedule or WarmupCosine(),
             acceleration,
         )
+        if teacher is None and cache is None:
+            raise ValueError(
+                "expected a teacher, a cache of its embeddings, or both; name model.teacher or model.cache"
+            )
         # In a list, so that neither checkpoints nor the optimizer see the teacher's weights.
-        self._teacher = [export.load(teacher)]
+        self._teacher = [] if teacher is None else [export.load(teacher)]
+        self.cache = None if cache is None else EmbeddingCache(cache)
+        if self.cache is not None and teacher is not None:
+            self.cache.check_teacher(self._teacher.pop().encoder, teacher)
         self.loss = loss or ScaleFree()
         self.view = ColorJitter() if jitter else None
 
     @property
-    def teacher(self) -> PerceptualMetric:
-        """The frozen teacher's metric, on the device of the student."""
-        return self._teacher[0].to(self.device)
+    def teacher(self) -> PerceptualMetric | None:
+        """The frozen teacher's metric, on the device of the student; None where a cache stands for it."""
+        return self._teacher[0].to(self.device) if self._teacher else None
+
+    def setup(self, stage: str) -> None:
+        """Have the data module serve the embeddings of the cache, or none.
+
+        Raises:
+            ValueError: it cannot, or the cache does not match it.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage not in ("fit", "validate"):
+            return
+        if hasattr(data, "use_embeddings"):
+            data.use_embeddings(self.cache)
+        elif self.cache is not None:
+            raise ValueError(
+                f"{type(data).__name__} has no files that a cache could be of; choose ImageFolderData, or name a "
+                "teacher without model.cache"
+            )
+
+    def target(self, batch: Any) -> Tensor | None:
+        """The teacher's embedding of the images of a batch, ``(M, D)``; None where nobody knows it."""
+        if isinstance(batch, EmbeddedImages):
+            return batch.embedding
+        with torch.no_grad():
+            return None if self.teacher is None else self.teacher.embed(images_of(batch))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss over the clean and the jittered view."""
-        images = images_of(batch)
-        with torch.no_grad():
-            target = self.teacher.embed(images)
+        images, target = images_of(batch), self.target(batch)
+        assert target is not None
         views = [images] if self.view is None else [images, self.view(images)]
         features = self.embed(torch.cat(views)).chunk(len(views))
         loss = torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean()
@@ -79,18 +121,19 @@ class Distillation(MetricModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
         """Compare student and teacher; score the student where the batch has triplets."""
-        evaluation = super().validation_step(batch, batch_idx, dataloader_idx)
         images = images_of(batch)
-        student, target = self.metric.embed(images), self.teacher.embed(images)
+        with full_precision():
+            student, target = self.metric.embed(images), self.target(batch)
         name = f"val/{self.set_name(dataloader_idx)}"
         values = {}
-        if len(images) > 2:  # the last images of a folder may make one pair, or none
+        if target is not None and len(images) > 2:  # the last images of a folder may make one pair, or none
             values["distance_correlation"] = distance_correlation(student, target, self.metric.anchor)
-        if student.shape == target.shape:
+        if target is not None and student.shape == target.shape:
             values["cosine_similarity"] = F.cosine_similarity(student, target).mean()
         for key, value in values.items():
             self.log(f"{name}/{key}", value, sync_dist=True, batch_size=len(images), add_dataloader_idx=False)
-        return evaluation
+        # The triplets of a batch have its images in this order: they are embedded once.
+        return self._evaluate(batch, dataloader_idx, embed=lambda _: student)
 
 
 def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:

@@ -89,38 +89,68 @@ class DistillationLoss(ABC):
 
 
 class RMSE(DistillationLoss):
-    """Root mean squared error over batch and features, the paper's loss: it ties the student to the teacher's norm."""
+    """Root mean squared error over batch and features, the paper's loss: it ties the student to the teacher's norm.
+
+    Args:
+        scale: what the teacher's features are multiplied by. A certified radius grows with the norm of the student's
+            features, which for a teacher of unit norm the paper's 1 makes short.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        if not scale > 0:
+            raise ValueError(f"expected a scale > 0, got {scale}")
+        self.scale = scale
 
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
         _check_dimensions(student, teacher)
-        return F.mse_loss(student, teacher).sqrt()
+        return F.mse_loss(student, self.scale * teacher).sqrt()
+
+
+class Cosine(DistillationLoss):
+    """Mean of ``1 − cos(f(x), t(x))``: the teacher's direction, whatever the norm."""
+
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+        _check_dimensions(student, teacher)
+        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+class Relational(DistillationLoss):
+    """Relative RMSE between both metrics' cosine distances of all pairs of a batch; any teacher's dimension will do.
+
+    The student's distances, anchor included, count after their scale is matched to the teacher's (the slope of a
+    least-squares line through 0; Park et al. 2019, RKD, divide by means): a 1-Lipschitz map must be free to shrink all
+    distances alike. A batch of one or two images has one scale at most to compare, and counts 0.
+    """
+
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+        if len(student) < 3:
+            return 0 * student.sum()
+        ours, theirs = pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)
+        slope = (ours * theirs).sum() / ours.square().sum().clamp(min=1e-12)
+        return (F.mse_loss(slope * ours, theirs) / theirs.square().mean()).sqrt()
 
 
 class ScaleFree(DistillationLoss):
-    """Direction and relations, whatever the norm: the radius grows with the norm, so the student keeps its own.
-
-    ``direction·mean(1 − cos(f(x), t(x))) + relation·RMSE(cosines between the images of the batch)``. The relation
-    compares the student's distances, anchor included, with the teacher's, after matching their scale (the slope of a
-    least-squares line through 0): a 1-Lipschitz map must be free to shrink all distances alike.
+    """Direction and relations, whatever the norm: :class:`Cosine` and :class:`Relational` as a weighted sum.
 
     Args:
-        direction: weight of the first term, 0 for a teacher of another dimension.
+        direction: weight of the first, 0 for a teacher of another dimension.
         relation: weight of the second.
+
+    Raises:
+        ValueError: a negative weight, or nothing but zeros.
     """
 
     def __init__(self, direction: float = 1.0, relation: float = 1.0) -> None:
-        self.direction, self.relation = direction, relation
+        if not (direction >= 0 and relation >= 0 and direction + relation > 0):
+            raise ValueError(f"expected weights ≥ 0, one of them positive, got {direction} and {relation}")
+        self.terms = [(w, loss) for w, loss in ((direction, Cosine()), (relation, Relational())) if w]
 
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
-        loss = student.new_zeros(())
-        if self.direction:
-            _check_dimensions(student, teacher)
-            loss = loss + self.direction * (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
-        if self.relation and len(student) > 2:
-            ours, theirs = pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)
-            slope = (ours * theirs).sum() / ours.square().sum().clamp(min=1e-12)
-            loss = loss + self.relation * (F.mse_loss(slope * ours, theirs) / theirs.square().mean()).sqrt()
-        return loss
+        return torch.stack([weight * loss(student, teacher, anchor) for weight, loss in self.terms]).sum()
 
 
 def _hinge(value: Tensor, target: float, right_vote: Tensor, weight_by_agreement: bool) -> Tensor:
@@ -140,5 +170,5 @@ def _check_dimensions(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"the student has {student.shape[-1]} features and the teacher {teacher.shape[-1]}; set the student's "
-            "out_features to the teacher's, or distil relations only (ScaleFree with direction 0)"
+            "out_features to the teacher's, or distil relations only (Relational)"
         )

@@ -38,7 +38,7 @@ def test_images_in_order_cropped_without_resizing(folder: Path) -> None:
 
 
 def test_training_flips_half_of_them(folder: Path) -> None:
-    plain, flipped = FolderImages(folder / "train", 6)[0], FolderImages(folder / "train", 6, flip=True)
+    plain, flipped = FolderImages(folder / "train", 6)[0], FolderImages(folder / "train", 6, views=("plain", "flip"))
     views = [flipped[0] for _ in range(200)]
     share = sum(torch.equal(view, plain.flip(2)) for view in views)
     assert share + sum(torch.equal(view, plain) for view in views) == 200 and 70 < share < 130

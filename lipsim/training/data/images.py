@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lipsim.data.embedded_images import EmbeddedFolder
+from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.data.images import FolderImages
 from lipsim.training.data.base import TripletData
 
@@ -20,7 +22,9 @@ class ImageFolderData(TripletData):
 
     Args:
         root: folder that has train/ and val/; nothing is downloaded.
-        image_size: side of the central crop, see :class:`lipsim.data.images.FolderImages`.
+        image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
+        resize: what the short side is resized to before; None: nothing, as published.
+        views: names of :data:`lipsim.data.images.VIEWS`, of which training shows one at a time; validation: "plain".
         batch_size: images in a batch of one process.
         num_workers: loading processes of each loader.
         triplets: data module whose validation and test sets the student is scored on; its training set is not used.
@@ -30,13 +34,16 @@ class ImageFolderData(TripletData):
         self,
         root: Path = Path("data/imagenet"),
         image_size: int = 224,
+        resize: int | None = None,
+        views: Sequence[str] = ("plain", "flip"),
         batch_size: int = 32,
         num_workers: int = 8,
         triplets: TripletData | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        self.root, self.image_size, self.triplets = Path(root), image_size, triplets
-        self.collate = torch.stack
+        self.root, self.image_size, self.resize, self.views = Path(root), image_size, resize, tuple(views)
+        self.triplets = triplets
+        self.collate = default_collate
 
     def setup(self, stage: str) -> None:
         """List the folders that the stage needs.
@@ -51,10 +58,24 @@ class ImageFolderData(TripletData):
             self.triplets.setup("test" if stage == "test" else "validate")
             self.test_sets = self.triplets.test_sets
         if stage in ("fit", "validate") and not self.val_sets:
-            self.val_sets = {"images": FolderImages(self.root / "val", self.image_size)}
+            self.val_sets = {"images": self._images("val", ("plain",))}
             self.val_sets |= self.triplets.val_sets if self.triplets is not None else {}
         if stage == "fit" and self.train_set is None:
-            self.train_set = FolderImages(self.root / "train", self.image_size, flip=True)
+            self.train_set = self._images("train", self.views)
+
+    def use_embeddings(self, cache: EmbeddingCache | None) -> None:
+        """From now on each image comes with its embedding, as :class:`lipsim.data.embedded_images.EmbeddedImages`.
+
+        Args:
+            cache: where the embeddings are; None: the images come alone again.
+
+        Raises:
+            ValueError: the cache is of another transform, or lacks images or views.
+        """
+        if self.train_set is not None:
+            self.train_set = _embedded(self.train_set, cache, "train/")
+        if "images" in self.val_sets:
+            self.val_sets["images"] = _embedded(self.val_sets["images"], cache, "val/")
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         others = [] if self.triplets is None else self.triplets.val_dataloader()
@@ -62,3 +83,11 @@ class ImageFolderData(TripletData):
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [] if self.triplets is None else self.triplets.test_dataloader()
+
+    def _images(self, part: str, views: Sequence[str]) -> FolderImages:
+        return FolderImages(self.root / part, self.image_size, resize=self.resize, views=views)
+
+
+def _embedded(dataset: Dataset[Any], cache: EmbeddingCache | None, prefix: str) -> Dataset[Any]:
+    images = dataset.images if isinstance(dataset, EmbeddedFolder) else dataset
+    return images if cache is None else EmbeddedFolder(cast(FolderImages, images), cache, prefix)

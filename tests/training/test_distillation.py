@@ -1,0 +1,223 @@
+"""Distillation from an embedding cache: the teacher is not run, and a cache of something else is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lipsim import PerceptualMetric, cache_teacher, export
+from lipsim.callbacks import CertifyRadii
+from lipsim.data import SharedTriplet
+from lipsim.data.embedded_images import EmbeddedImages
+from lipsim.data.embedding_cache import EmbeddingCache
+from lipsim.students import OrthogonalShiftNetwork
+from lipsim.teachers import SmallViT
+from lipsim.train import train
+from lipsim.training import Distillation, ScaleFree
+from lipsim.training.data import BuiltinData, ImageFolderData
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher, images in train/ and val/, and the teacher's embeddings of them in cache/."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "other"):
+        vit = SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
+        export.save(PerceptualMetric(vit, 16, anchor=0.0, lipschitz=float("inf")), f"{name}.safetensors")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        file = Path("images") / ("val" if i % 4 == 3 else "train") / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(file)
+    _cache("cache")
+
+
+def _cache(output: str, *more: str) -> None:
+    given = ["--teacher", "teacher.safetensors", "--images", "images", "--output", output]
+    cache_teacher.main([*given, "--accelerator", "cpu", "--num-workers", "0", "--dtype", "float32", *more])
+
+
+def _data(**options: Any) -> ImageFolderData:
+    return ImageFolderData(Path("images"), **{"image_size": 16, "batch_size": 4, "num_workers": 0, **options})
+
+
+def _student(out_features: int = 12) -> OrthogonalShiftNetwork:
+    torch.manual_seed(0)
+    return OrthogonalShiftNetwork(16, out_features, grid=4, widths=(32,), depths=(1,), linear_depth=1, linear_width=12)
+
+
+def _trainer(**options: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False}
+    return L.Trainer(accelerator="cpu", devices=1, max_epochs=2, enable_checkpointing=False, **quiet, **options)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images teachers embed, batch by batch."""
+    counts: list[int] = []
+    forward = SmallViT.forward
+
+    def spy(self: SmallViT, x: Tensor) -> Tensor:
+        counts.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(SmallViT, "forward", spy)
+    return counts
+
+
+def _fit(module: Distillation, data: L.LightningDataModule) -> dict[str, float]:
+    trainer = _trainer()
+    L.seed_everything(3, verbose=False)
+    trainer.fit(module, data)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("teacher", [None, Path("teacher.safetensors")])
+def test_a_cache_gives_what_the_teacher_gives(teacher: Path | None, seen: list[int]) -> None:
+    """Same views, same order, same jitter: the weights after training are the same to rounding."""
+    plainly = Distillation(Path("teacher.safetensors"), _student())
+    expected = _fit(plainly, _data())
+    assert sum(seen) == 2 * (16 + 6)  # 16 of 18 training images an epoch, and 6 to validate on
+    seen.clear()
+    cached = Distillation(teacher, _student(), cache=Path("cache"))
+    found = _fit(cached, _data())
+    assert not seen and cached.teacher is None
+    assert {"val/images/cosine_similarity", "val/images/distance_correlation"} < found.keys()
+    assert found == pytest.approx(expected, rel=1e-3)
+    for (name, a), b in zip(plainly.metric.named_parameters(), cached.metric.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_both_views_have_the_target_of_the_clean_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, seen = export.load("teacher.safetensors"), []
+
+    class Watching(ScaleFree):
+        def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+            seen.append(teacher)
+            return super().__call__(student, teacher, anchor)
+
+    def watch(module: Distillation, batch: EmbeddedImages, batch_idx: int) -> None:
+        assert isinstance(batch, EmbeddedImages)
+        with torch.no_grad():
+            torch.testing.assert_close(batch.embedding, metric.embed(batch.images), rtol=1e-4, atol=1e-5)
+        seen.append(batch.embedding)
+
+    monkeypatch.setattr(Distillation, "on_train_batch_start", watch)
+    _fit(Distillation(student=_student(), cache=Path("cache"), loss=Watching()), _data(num_workers=2))
+    assert len(seen) == 3 * 8
+    for target, clean, jittered in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        assert torch.equal(target, clean) and torch.equal(target, jittered)
+
+
+def test_triplets_are_scored_besides_and_embedded_once(seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    embed = PerceptualMetric.embed
+
+    def spy(self: PerceptualMetric, x: Tensor) -> Tensor:
+        counts.append(len(x))
+        return embed(self, x)
+
+    builtin = BuiltinData(num_train=8, num_val=10, num_test=8, image_size=16, batch_size=8)
+    module = Distillation(student=_student(), cache=Path("cache"))
+    monkeypatch.setattr(PerceptualMetric, "embed", spy)
+    trainer = _trainer(callbacks=[CertifyRadii(error_sample=4)])
+    trainer.validate(module, _data(triplets=builtin), verbose=False)
+    metrics = trainer.callback_metrics
+    assert {"val/builtin/majority_score", "val/builtin/certified_1", "val/images/cosine_similarity"} < metrics.keys()
+    assert "val/builtin/cosine_similarity" not in metrics and not seen
+    images = 6 + 3 * 10
+    assert sum(counts) - images <= 4  # CertifyRadii measures the error of some
+    counts.clear()
+    trainer = _trainer()
+    trainer.validate(Distillation(Path("teacher.safetensors"), _student()), builtin, verbose=False)
+    assert sum(counts) == 2 * 3 * 10 and sum(seen) == 30  # student and teacher
+    assert "val/builtin/cosine_similarity" in trainer.callback_metrics
+
+
+def test_shared_triplets_are_compared_image_by_image(triplets: Any) -> None:
+    """The comparison is over the distinct images, the scores over the triplets, from one embedding."""
+    module = Distillation(Path("teacher.safetensors"), _student()).eval()
+    ids = torch.tensor([[0, 1, 2], [2, 3, 4], [1, 0, 5]])
+    batch = SharedTriplet(triplets.reference[:6], ids, torch.tensor([0.0, 1, 0]), torch.arange(3))
+    logged: dict[str, Tensor] = {}
+    module.log = lambda name, value, **_: logged.__setitem__(name.split("/")[-1], value)  # type: ignore[assignment]
+    module.set_name = lambda index: "shared"  # type: ignore[method-assign]
+    module.groups = lambda name: {}  # type: ignore[method-assign]
+    with torch.no_grad():
+        found = module.validation_step(batch, 0)
+        student = module.metric.embed(batch.distinct)
+        target = export.load("teacher.safetensors").embed(batch.distinct)
+    assert found is not None
+    for part, column in zip(found["features"], ids.unbind(1), strict=True):
+        torch.testing.assert_close(part, student[column])
+    cosine = (student * target).sum(1) / (student.norm(dim=1) * target.norm(dim=1))
+    torch.testing.assert_close(logged["cosine_similarity"], cosine.mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        (
+            {},
+            lambda: shutil.copy("other.safetensors", "teacher.safetensors"),
+            "is of another teacher .SmallViT .* than",
+        ),
+        ({"image_size": 8}, None, "of images under CentralCrop.image_size=16, resize=None., the data has .*_size=8"),
+        ({"resize": 16}, None, "set image_size and resize of the data alike, or make another cache"),
+        ({"cache": "plain"}, lambda: _cache("plain", "--views", "plain"), "plain and lacks flip; leave them out"),
+        ({}, lambda: _paint("images/train/class0/4.png"), "class0/4.png is not the image whose embedding is in"),
+        ({}, lambda: _paint("images/val/class1/x.png"), "1 of 7 images in images/val are not in .*val/class1/x.png"),
+        ({}, lambda: shutil.rmtree("cache"), "no embedding cache at cache; scripts/cache_teacher.py makes one"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(
+    options: dict[str, Any], change: Callable[[], Any] | None, message: str
+) -> None:
+    if change is not None:
+        change()
+    cache = Path(options.pop("cache", "cache"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        _fit(Distillation(Path("teacher.safetensors"), _student(), cache=cache), _data(**options))
+
+
+def _paint(name: str) -> None:
+    Image.new("RGB", (20, 20)).save(name)
+
+
+def test_data_serve_the_embeddings_of_the_stage_at_hand(seen: list[int]) -> None:
+    data = _data()
+    _fit(Distillation(student=_student(), cache=Path("cache")), data)
+    assert not seen
+    _fit(Distillation(Path("other.safetensors"), _student()), data)
+    assert sum(seen) == 2 * (16 + 6)
+    _fit(Distillation(student=_student(), cache=Path("cache")), data)
+    assert sum(seen) == 2 * (16 + 6)
+
+
+def test_a_cache_needs_files_to_look_up() -> None:
+    module = Distillation(student=_student(), cache=Path("cache"))
+    with pytest.raises(ValueError, match="BuiltinData has no files that a cache could be of; choose ImageFolderData"):
+        _fit(module, BuiltinData(num_train=8, num_val=4, num_test=4, image_size=16))
+    with pytest.raises(ValueError, match=r"name model\.teacher or model\.cache"):
+        Distillation(student=_student())
+    assert len(EmbeddingCache("cache")) == 24
+
+
+def test_the_command_line_takes_a_cache_in_place_of_a_teacher() -> None:
+    config = Path(__file__).parents[2] / "configs/imagenet/distill.yaml"
+    student = ["--model.student=lipsim.students.OrthogonalProjection", "--model.student.image_size=16"]
+    data = ["--data.root=images", "--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    cache = ["--model.teacher=null", "--model.cache=cache", "--model.student.out_features=12", "--data.triplets=null"]
+    small = ["--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"]
+    cli = train(["fit", "--config", str(config), *student, *data, *cache, *quiet, *small])
+    assert cli.trainer.callback_metrics["val/images/cosine_similarity"].isfinite()

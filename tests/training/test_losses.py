@@ -1,0 +1,77 @@
+"""The losses of distillation against their formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lipsim.training import RMSE, Cosine, Relational, ScaleFree
+from lipsim.training.losses import DistillationLoss
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of a student of any norm, and of a teacher on the unit sphere, ``(9, 5)``."""
+    return 3 * torch.randn(9, 5, dtype=torch.float64), F.normalize(torch.randn(9, 5, dtype=torch.float64), dim=1)
+
+
+def test_rmse_to_a_scaled_target(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    z, t = (features.numpy() for features in pair)
+    for scale in (1.0, 8.0):
+        expected = np.sqrt(((z - scale * t) ** 2).mean())
+        assert float(RMSE(scale)(*pair, 1.0)) == pytest.approx(expected, rel=1e-12)
+    assert RMSE(8.0)(8 * pair[1], pair[1], 1.0) == 0
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a scale > 0"):
+            RMSE(scale)
+
+
+def test_cosine_is_the_direction_alone(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    z, t = (features.numpy() for features in pair)
+    cosines = (z * t).sum(1) / np.linalg.norm(z, axis=1)
+    assert float(Cosine()(*pair, 1.0)) == pytest.approx(1 - cosines.mean(), rel=1e-12)
+    assert float(Cosine()(7 * pair[1], pair[1], 1.0)) == pytest.approx(0, abs=1e-12)
+
+
+def test_relational_compares_distances_of_all_pairs_after_one_factor(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    z, t = (features.numpy() for features in pair)
+    e = np.concatenate([z, np.ones((9, 1))], axis=1)
+    e /= np.linalg.norm(e, axis=1, keepdims=True)
+    upper = np.triu_indices(9, 1)
+    ours, theirs = (1 - e @ e.T)[upper], (1 - t @ t.T)[upper]
+    factor = np.linalg.lstsq(ours[:, None], theirs, rcond=None)[0][0]
+    expected = np.sqrt(((factor * ours - theirs) ** 2).sum() / (theirs**2).sum())
+    assert float(Relational()(*pair, 1.0)) == pytest.approx(expected, rel=1e-9)
+    assert float(Relational()(7 * pair[1], pair[1], 0.0)) == pytest.approx(0, abs=1e-7)
+    # Relations know no basis and no dimension.
+    basis = torch.linalg.qr(torch.randn(8, 5, dtype=torch.float64))[0]
+    assert float(Relational()(pair[0] @ basis.T, pair[1], 1.0)) == pytest.approx(expected, rel=1e-9)
+    small = pair[0][:2].clone().requires_grad_()
+    loss = Relational()(small, pair[1][:2], 1.0)  # the last images of a folder, or one on each of many processes
+    loss.backward()
+    assert loss == 0 and small.grad is not None and not small.grad.any()
+
+
+def test_scale_free_is_their_weighted_sum(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    cosine, relational = Cosine()(*pair, 1.0), Relational()(*pair, 1.0)
+    torch.testing.assert_close(ScaleFree(2.0, 0.5)(*pair, 1.0), 2 * cosine + relational / 2)
+    torch.testing.assert_close(ScaleFree(0.0, 1.0)(*pair, 1.0), relational)
+    for weights in ((0.0, 0.0), (-1.0, 2.0), (float("nan"), 1.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="expected weights ≥ 0"):
+            ScaleFree(*weights)
+
+
+@pytest.mark.parametrize("loss", [RMSE(), RMSE(8.0), Cosine(), Relational(), ScaleFree()])
+def test_gradients_are_those_of_the_formula(loss: DistillationLoss, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    z = pair[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda features: loss(features, pair[1], 1.0), z)
+
+
+@pytest.mark.parametrize("loss", [RMSE(), Cosine(), ScaleFree()])
+def test_another_dimension_is_refused(loss: DistillationLoss) -> None:
+    with pytest.raises(
+        ValueError, match=r"6 features and the teacher 8; set .* or distil relations only \(Relational\)"
+    ):
+        loss(torch.randn(4, 6), torch.randn(4, 8), 1.0)
