@@ -17,10 +17,10 @@ from rich.console import Console
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lipsim import certificates, export, lower_bounds, verify
+from lipsim import certificates, export, lower_bounds, teacher_commands, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
-from lipsim.data.transforms import read_image
+from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
 
@@ -33,6 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     _add_certify(commands)
     _add_verify(commands)
     _add_report(commands)
+    teacher_commands.add_commands(commands)
     with one_line_errors():
         options = parser.parse_args(args)
         sys.exit(options.run(options))
@@ -119,7 +120,7 @@ def _certify(options: argparse.Namespace) -> int:
     files = {name: getattr(options, name) for name in ("reference", "left", "right")}
     pictures = {name: read_image(file) for name, file in files.items()}
     dtype = next(metric.parameters()).dtype
-    images = {name: metric.preprocess(picture).to(dtype).unsqueeze(0) for name, picture in pictures.items()}
+    images = {name: load_image(file, metric.preprocess).to(dtype).unsqueeze(0) for name, file in files.items()}
     if not metric.feature_error:
         # The file says nothing about float32: measured here, and enlarged as CertifyRadii does.
         metric.feature_error = 4 * lower_bounds.feature_error(metric.encoder, torch.cat(list(images.values())))
@@ -221,7 +222,7 @@ def _sample_images(folder: Path | None, count: int, metric: PerceptualMetric) ->
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)[:count]
     if not files:
         raise FileNotFoundError(f"no images in {folder} ({', '.join(IMG_EXTENSIONS)})")
-    return torch.stack([metric.preprocess(read_image(file)) for file in files])
+    return torch.stack([load_image(file, metric.preprocess) for file in files])
 
 
 def _add_verify(commands: Any) -> None:
@@ -234,14 +235,23 @@ def _add_verify(commands: Any) -> None:
         "planted fault is missed.",
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
-    parser.add_argument("--data", choices=("builtin", "material"), default="builtin", help="triplets (%(default)s)")
-    parser.add_argument("--root", type=Path, help="folder of the Material data")
+    parser.add_argument("--data", choices=verify.DATA, default="builtin", help="triplets (%(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the data")
     parser.add_argument("--samples", type=int, default=4, help="how many triplets (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of the attack from each start (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images attacked at a time (%(default)s)")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, or a GPU with float64 (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of triplets, starts and controls (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_verify)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(1, dtype=torch.float64, device=name)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {name!r} ({str(error).splitlines()[0]})") from error
+    return torch.device(name)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -249,7 +259,10 @@ def _verify(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
     metric = export.load(options.checkpoint)
-    triplets = verify.sample_triplets(options.data, options.samples, metric.image_size, options.root, options.seed)
+    metric.to(options.device)
+    triplets = verify.sample_triplets(
+        options.data, options.samples, metric.image_size, options.root, options.seed, metric.preprocess.resize
+    )
     progress = None
     if sys.stderr.isatty():
 

@@ -25,6 +25,7 @@ from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
 from lipsim.students import SLLNetwork
 from lipsim.students.sll_network import PRESETS
+from lipsim.weights import load_weights
 
 # DataParallel, the published metric around its network, and the wrapper that normalises the input.
 _PREFIXES = re.compile(r"((module|backbone|model)\.)*")
@@ -282,7 +283,7 @@ def _build(state: dict[str, Tensor], image_size: int | None, out_features: int, 
     ]
     if wrong:
         raise ValueError(f"wrong shapes beside convs.0.kernel and linear.1.weight in {path}: {_list(wrong)}")
-    export.load_weights(encoder, {_own_name(name): tensor.float() for name, tensor in state.items()}, str(path))
+    load_weights(encoder, {_own_name(name): tensor.float() for name, tensor in state.items()}, str(path))
     return encoder
 
 

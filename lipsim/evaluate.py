@@ -13,6 +13,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -37,7 +38,7 @@ class ExportedMetric(MetricModule):
     """An exported metric behind the hooks that the callbacks of a test work with; it trains nothing.
 
     Args:
-        checkpoint: a ``.safetensors`` file, or the name of a bundled metric.
+        checkpoint: a ``.safetensors`` file, a ``.ckpt`` of a stage, or the name of a bundled metric.
     """
 
     def __init__(self, checkpoint: str) -> None:
@@ -102,8 +103,26 @@ class RemainingData(L.LightningDataModule):
         if not any(len(loader.dataset) for loader in loaders.values()):
             raise ValueError(f"{type(self.data).__name__} has no test triplets; choose data with a test set")
         assert self.trainer is not None
-        finished = self.keep.open(self.trainer, {names[i]: data_fingerprint(loader) for i, loader in loaders.items()})
+        fingerprints = {names[i]: data_fingerprint(loader) for i, loader in loaders.items()}
+        self._check_resize()
+        if self.trainer.is_global_zero:
+            remove_other_results(
+                Path(self.trainer.default_root_dir), self.keep.settings["checkpoint_sha256"], fingerprints
+            )
+        finished = self.keep.open(self.trainer, fingerprints)
         return [remaining(loader, finished.get(names[i], set())) for i, loader in loaders.items()]
+
+    def _check_resize(self) -> None:
+        """Refuse images that were resized in another way than the metric expects.
+
+        Raises:
+            ValueError: they are.
+        """
+        given = getattr(getattr(self.data, "preprocess", None), "resize", None)
+        assert self.trainer is not None and isinstance(self.trainer.lightning_module, MetricModule)
+        expected = self.trainer.lightning_module.metric.preprocess.resize
+        if given not in (None, expected):
+            raise ValueError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
 
 
 class EvaluationCLI(StageCLI):
@@ -120,7 +139,9 @@ class EvaluationCLI(StageCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--checkpoint", type=str, required=True, help=".safetensors file, or a bundled name")
+        parser.add_argument(
+            "--checkpoint", type=str, required=True, help=".safetensors or .ckpt file, or a bundled name"
+        )
         parser.link_arguments("checkpoint", "model.checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -172,9 +193,14 @@ def evaluate(args: Sequence[str]) -> EvaluationCLI:
         if path.is_file():
             sha256 = cli.keep.settings["checkpoint_sha256"]
             metric = cli.model.metric
-            content = {"checkpoint": cli.model.checkpoint, "checkpoint_sha256": sha256, "image_size": metric.image_size}
-            weights = state_fingerprint(metric.encoder.state_dict())
-            update_results(path, "evaluation", {"weights_sha256": weights, **content})
+            content = {
+                "weights_sha256": state_fingerprint(metric.encoder.state_dict()),
+                "checkpoint": cli.model.checkpoint,
+                "checkpoint_sha256": sha256,
+                "image_size": metric.image_size,
+                "resize": metric.preprocess.resize,
+            }
+            update_results(path, "evaluation", content)
         cli.print_certified()
     return cli
 
@@ -183,6 +209,27 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of scripts/evaluate.py."""
     with one_line_errors():
         evaluate(sys.argv[1:] if args is None else args)
+
+
+def remove_other_results(directory: Path, checkpoint_sha256: str, data: Mapping[str, str]) -> None:
+    """Remove what an evaluation of another checkpoint or other data has left in a run directory.
+
+    Its tables and pictures would stand beside the new ones as if they belonged to them.
+    """
+    path = directory / "results.json"
+    if not path.is_file():
+        return
+    results = read_results(path)
+    sections = [section for section in results.values() if isinstance(section, dict)]
+    checkpoints = {section.get("checkpoint_sha256", checkpoint_sha256) for section in sections}
+    sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
+    same = all(found.get(name) == sha256 for found in sets for name, sha256 in data.items())
+    if checkpoints == {checkpoint_sha256} and same:
+        return
+    rank_zero_info(f"removing the results of another evaluation from {directory}")
+    for pattern in ("results.json", "radii*.csv", "attacks*.csv", "plots/*.png"):
+        for file in directory.glob(pattern):
+            file.unlink()
 
 
 def file_sha256(path: Path) -> str:

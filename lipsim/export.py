@@ -8,22 +8,27 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
+from lipsim.teachers.lora_tuning import has_adapter, merged
+from lipsim.weights import load_weights, read_checkpoint
 
 FORMAT = "lipsim-metric"
 VERSION = 1
+AUDITED = "audited"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 # The classes that a header may name: a file chooses among these and never imports anything.
 ENCODERS: dict[str, type[nn.Module]] = {
-    name: getattr(room, name) for room in (students, teachers) for name in room.__all__
+    name: cls
+    for room in (students, teachers)
+    for name in room.__all__
+    if issubclass(cls := getattr(room, name), nn.Module)
 }
 
 
@@ -31,7 +36,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     """Write a metric whose encoder is one of :data:`ENCODERS`, so that :func:`load` gives it back.
 
     Args:
-        metric: the metric; its Lipschitz bound is stored as it stands.
+        metric: the metric; its Lipschitz bound is stored as it stands. LoRA layers are written merged.
         path: ``….safetensors``; parent folders are made.
         notes: anything else to keep in the header (JSON).
 
@@ -40,20 +45,11 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         OSError: the file cannot be written.
     """
     path = Path(path)
-    kind = type(metric.encoder).__name__
-    if ENCODERS.get(kind) is not type(metric.encoder):
-        raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
-    header = {
-        "encoder": kind,
-        "config": metric.encoder.config,
-        "image_size": metric.image_size,
-        "anchor": metric.anchor,
-        "lipschitz": metric.lipschitz if math.isfinite(metric.lipschitz) else None,
-        "feature_error": metric.feature_error,
-        "resize": metric.preprocess.resize,
-        "notes": notes or {},
-    }
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in metric.encoder.state_dict().items()}
+    encoder = merged(metric.encoder)
+    header = {**describe(metric, encoder), "notes": notes or {}}
+    if header["lipschitz"] == AUDITED:
+        header["lipschitz"] = metric.lipschitz
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole: a process that dies while writing leaves the old file.
     temporary = path.with_name(path.name + ".tmp")
@@ -69,17 +65,77 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     return path
 
 
+def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
+    """What rebuilds a metric with this encoder besides its weights (JSON).
+
+    ``lipschitz`` is None without a bound, else "audited".
+
+    Raises:
+        ValueError: the encoder is of a class that no header can name, or has LoRA layers.
+    """
+    kind = type(encoder).__name__
+    if ENCODERS.get(kind) is not type(encoder):
+        raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
+    if has_adapter(encoder):
+        raise ValueError(f"this {kind} has LoRA layers beside its weights; lipsim.export.save merges them")
+    return {
+        "encoder": kind,
+        "config": encoder.config,
+        "image_size": metric.image_size,
+        "anchor": metric.anchor,
+        "lipschitz": AUDITED if metric.has_bound else None,
+        "feature_error": metric.feature_error,
+        "resize": metric.preprocess.resize,
+    }
+
+
 def load(path: str | Path) -> PerceptualMetric:
-    """Load an exported metric, in evaluation mode and with folded weights.
+    """Load a metric, in evaluation mode and with folded weights.
 
     Args:
-        path: a ``.safetensors`` file, or the name of a bundled metric ("quickstart").
+        path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
+            bundled metric ("quickstart").
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
         ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
     """
     file = resolve(path)
+    header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    try:
+        if header["encoder"] not in ENCODERS:
+            raise ValueError(
+                f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
+            )
+        encoder = ENCODERS[header["encoder"]](**header["config"])
+        metric = PerceptualMetric(
+            encoder,
+            header["image_size"],
+            anchor=header["anchor"],
+            lipschitz=math.inf,
+            feature_error=header["feature_error"],
+            resize=header["resize"],
+        )
+        declared = header["lipschitz"]
+        floor = 0.0 if declared in (None, AUDITED) else float(declared)
+        if declared is not None and declared != AUDITED and not floor > 0:
+            raise ValueError(f"it declares a Lipschitz bound of {declared}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot rebuild the metric in {file}: {error}") from error
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        encoder.to(dtypes.pop())
+    load_weights(encoder, state, str(file))
+    metric.requires_grad_(False)
+    freeze(metric)
+    if declared is not None:
+        # Computed, not assumed: a header cannot claim less than the weights have.
+        metric.require_lipschitz(floor)
+    return metric
+
+
+def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and encoder weights of a ``.safetensors`` file."""
     try:
         with safe_open(file, framework="pt") as archive:
             metadata = archive.metadata() or {}
@@ -95,56 +151,23 @@ def load(path: str | Path) -> PerceptualMetric:
     if int(metadata.get("version", "0")) > VERSION:
         raise ValueError(f"{file} has format version {metadata['version']}, newer than {VERSION}; update lipsim")
     try:
-        header = json.loads(metadata["metric"])
-        if header["encoder"] not in ENCODERS:
-            raise ValueError(
-                f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
-            )
-        encoder = ENCODERS[header["encoder"]](**header["config"])
-        metric = PerceptualMetric(
-            encoder,
-            header["image_size"],
-            anchor=header["anchor"],
-            lipschitz=math.inf,
-            feature_error=header["feature_error"],
-            resize=header["resize"],
-        )
-        declared = None if header["lipschitz"] is None else float(header["lipschitz"])
-        if declared is not None and not declared > 0:
-            raise ValueError(f"it declares a Lipschitz bound of {declared}")
+        return json.loads(metadata["metric"]), state
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"cannot rebuild the metric in {file}: {error!r}") from error
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and encoder weights of a training checkpoint."""
+    content = read_checkpoint(file)
+    try:
+        header, state = json.loads(content[FORMAT]), content["state_dict"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot rebuild the metric in {file}: {error}") from error
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        encoder.to(dtypes.pop())
-    load_weights(encoder, state, str(file))
-    metric.requires_grad_(False)
-    freeze(metric)
-    if declared is not None:
-        # Computed, not assumed: a header cannot claim less than the weights have.
-        metric.require_lipschitz(declared)
-    return metric
-
-
-def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state strictly.
-
-    Raises:
-        ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
-    """
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-    }
-    found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
-    if found:
         raise ValueError(
-            f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; "
-            "they belong to another architecture or configuration"
-        )
-    module.load_state_dict(state)
+            f"{file} does not say how to rebuild a metric; it is no checkpoint of a stage of this package, or one with "
+            "an encoder of another package or with LoRA layers: export the metric when training ends"
+        ) from error
+    prefix = "metric.encoder."
+    return header, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
 def resolve(path: str | Path) -> Path:

@@ -87,6 +87,11 @@ class PerceptualMetric(nn.Module):
             self.audit()
 
     @property
+    def has_bound(self) -> bool:
+        """Whether a bound is known, without computing it again."""
+        return self._lipschitz != math.inf
+
+    @property
     def lipschitz(self) -> float:
         """The bound that every radius divides by. Set it to declare another.
 
@@ -156,7 +161,7 @@ class PerceptualMetric(nn.Module):
         """:meth:`certify` from features ``(N, D)`` that are known already; the geometry runs in float64."""
         z, z0, z1 = z.double(), z0.double(), z1.double()
         options = self.certificate_options
-        radius = certificates.reference_radius(z, z0, z1, **options)
+        radius = self.reference_radius(z, z0, z1)
         left_radius, right_radius = certificates.candidate_radii(z, z0, z1, **options)
         margin = self.margin(z, z0, z1)
         return TwoAFCCertificate(
@@ -168,6 +173,10 @@ class PerceptualMetric(nn.Module):
             joint_radius=certificates.joint_radius(z, z0, z1, **options),
             pixels=certificates.certified_pixels(reference, radius),
         )
+
+    def reference_radius(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
+        """Certified radius ``(N,)`` of the reference from features ``(N, D)``, in float64; 0 without a bound."""
+        return certificates.reference_radius(z.double(), z0.double(), z1.double(), **self.certificate_options)
 
     def margin(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
         """Margin ``h = d(x, x1) − d(x, x0)`` from features ``(N, D)``, in float64: positive where left is nearer.

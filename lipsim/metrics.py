@@ -1,6 +1,7 @@
 """torchmetrics for 2AFC data. Each counts a sample once, however often a distributed sampler repeats it.
 
-Keyword arguments that are not named go to ``torchmetrics.Metric`` (``sync_on_compute``, …).
+:func:`triplet_metrics` has all of them in one collection. Keyword arguments that are not named go to
+``torchmetrics.Metric`` (``sync_on_compute``, …).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat
+
+from lipsim.results import eps_label
 
 
 class _PerSample(Metric):
@@ -78,14 +81,8 @@ class TwoAFCScore(_PerSample):
         return score.sum() / weight.sum()
 
 
-class CertifiedScore(_PerSample):
-    """Share of the triplets without a tied vote on which the metric agrees with the majority *and* ``radius > ε``.
-
-    Args:
-        eps: budgets, each at least 0.
-    """
-
-    higher_is_better = True
+class _CertifiedShares(_PerSample):
+    """Share of the triplets without a tied vote on which the metric agrees with the majority and ``radius > ε``."""
 
     def __init__(self, eps: Sequence[float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -97,12 +94,38 @@ class CertifiedScore(_PerSample):
         """Add triplets with their certified ``radius`` (N,)."""
         self._append(index, agrees(margin, right_vote), radius, right_vote != 0.5)
 
-    def compute(self) -> Tensor:
-        """``(len(eps),)`` scores in [0, 1]."""
+    def _shares(self) -> Tensor:
         agree, radius, untied = self._samples().unbind(1)
         eps = torch.tensor(self.eps, dtype=radius.dtype, device=radius.device)
         held = (agree > 0).unsqueeze(1) & (radius.unsqueeze(1) > eps)
         return held.sum(0) / untied.sum()
+
+
+class CertifiedScore(_CertifiedShares):
+    """Share of the triplets without a tied vote on which the metric agrees with the majority *and* ``radius > ε``.
+
+    Args:
+        eps: budgets, each at least 0.
+    """
+
+    higher_is_better = True
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scores in [0, 1] by budget, ``certified_36/255`` and so on."""
+        return {f"certified_{eps_label(eps)}": s for eps, s in zip(self.eps, self._shares(), strict=True)}
+
+
+class CertifiedCurve(_CertifiedShares):
+    """:class:`CertifiedScore` over a grid of budgets, as something to plot.
+
+    Args:
+        eps: the grid.
+    """
+
+    def compute(self) -> Tensor:
+        """``(2, len(eps))``: the budgets, and the scores there."""
+        shares = self._shares()
+        return torch.stack([torch.tensor(self.eps, dtype=shares.dtype, device=shares.device), shares])
 
 
 class RadiusStatistics(_PerSample):
@@ -113,9 +136,35 @@ class RadiusStatistics(_PerSample):
         self._append(index, radius)
 
     def compute(self) -> dict[str, Tensor]:
-        """``mean``, ``median``, ``min``, ``max``."""
-        (radius,) = self._samples().unbind(1)
-        return {"mean": radius.mean(), "median": radius.median(), "min": radius.min(), "max": radius.max()}
+        """``radius_mean``, ``radius_median``, ``radius_min``, ``radius_max``."""
+        radius = self._samples()[:, 0].sort().values
+        median = (radius[(len(radius) - 1) // 2] + radius[len(radius) // 2]) / 2
+        return {
+            "radius_mean": radius.mean(),
+            "radius_median": median,
+            "radius_min": radius[0],
+            "radius_max": radius[-1],
+        }
+
+
+def triplet_metrics(eps: Sequence[float], prefix: str | None = None, **kwargs: Any) -> MetricCollection:
+    """All scores of certified triplets: ``majority_score``, ``vote_score``, ``certified_36/255``, ``radius_mean``, ….
+
+    Update it by name, each metric takes what it needs: ``update(margin=…, radius=…, right_vote=…, index=…)``.
+
+    Args:
+        eps: budgets of the certified scores.
+        prefix: put before each name, such as "test/".
+        kwargs: of each metric.
+    """
+    metrics: dict[str, Metric] = {
+        "majority_score": TwoAFCScore("majority", **kwargs),
+        "vote_score": TwoAFCScore("vote", **kwargs),
+        "certified": CertifiedScore(eps, **kwargs),
+        "radius": RadiusStatistics(**kwargs),
+    }
+    # No compute groups: they share states, and these differ.
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)  # type: ignore[arg-type]
 
 
 def agrees(margin: Tensor, right_vote: Tensor) -> Tensor:

@@ -115,8 +115,12 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> li
     if not found:
         return []
     eps = _labels(run.results["certified"]["eps"] for run, _ in found)
+    # Where votes are fractions, agreeing with the majority and with the votes are two scores.
+    fractional = any(scores["vote"] != scores["majority"] for _, scores in found)
     rows = [
-        _row(run.name + KINDS[kind], scores["majority"], scores[kind], eps) for run, scores in found for kind in kinds
+        _row(run.name + KINDS[kind], scores["majority"], scores[kind], eps, scores["vote"] if fractional else None)
+        for run, scores in found
+        for kind in kinds
     ]
     title = f"{name}: 2AFC score in %, natural and certified at ℓ2 budgets ε{_counts(s for _, s in found)}"
     return [ScoreTable(title, "Certified score", eps, rows)]
@@ -157,9 +161,12 @@ def different_data(runs: Sequence[Run], name: str) -> str | None:
     return f"Different data under the name {name}: {groups}. Their scores do not compare." if len(seen) > 1 else None
 
 
-def _row(title: str, natural: float | None, scores: Mapping[str, float], eps: Sequence[str]) -> Row:
+def _row(
+    title: str, natural: float | None, scores: Mapping[str, float], eps: Sequence[str], vote: float | None = None
+) -> Row:
     cells = percents(scores)
-    return {"metric": title, "natural": percent(natural), **{label: cells.get(label, "") for label in eps}}
+    share = {} if vote is None else {"vote share": percent(vote)}
+    return {"metric": title, "natural": percent(natural), **share, **{label: cells.get(label, "") for label in eps}}
 
 
 def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
@@ -168,8 +175,12 @@ def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
 
 
 def _counts(scores: Iterable[Mapping[str, Any]]) -> str:
-    counts = sorted({s["num_triplets"] for s in scores})
-    return f", {counts[0]} triplets" if len(counts) == 1 else f", {counts[0]} to {counts[-1]} triplets"
+    """How many triplets have a majority to agree with, and how many have none."""
+    found = list(scores)
+    tied = sorted({s.get("num_tied_votes", 0) for s in found})
+    counts = sorted({s["num_triplets"] - s.get("num_tied_votes", 0) for s in found})
+    text = f", {counts[0]} triplets" if len(counts) == 1 else f", {counts[0]} to {counts[-1]} triplets"
+    return text + (f" (and {tied[-1]} with a tied vote, left out)" if tied[-1] else "")
 
 
 def _curves(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> tuple[dict[str, Curve], dict[str, Curve]]:

@@ -8,11 +8,13 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
 ``versions``
     Python and packages → version.
 ``evaluation`` (scripts/evaluate.py)
-    ``checkpoint`` as given, ``checkpoint_sha256`` of the file, ``image_size``.
+    ``checkpoint`` as given, ``checkpoint_sha256`` of the file, ``image_size``, ``resize`` (see
+    :class:`lipsim.data.transforms.Preprocess`).
 ``certified`` (:class:`lipsim.callbacks.CertifyRadii`)
     ``lipschitz`` the audited bound, ``layers`` name → bound; ``anchor``; ``feature_error`` that was subtracted, with
-    ``feature_error_sample`` images and ``feature_error_factor``; ``precision``; ``eps`` the budgets, ascending;
-    ``sets`` name of a test set or pool → ``num_triplets``, ``num_tied_votes``, ``majority``, ``vote`` (natural scores),
+    ``feature_error_sample`` images and ``feature_error_factor``; ``resize``; ``precision``; ``eps`` the budgets,
+    ascending; ``sets`` name of a test set or part → ``num_triplets``, ``num_tied_votes`` among them, ``majority``
+    (without these) and ``vote``, the natural scores,
     ``certified`` (exact radius), ``published`` (LipSim's), ``joint`` (all images move): label → score, ``radius``
     (``mean``, ``median``, ``min``, ``max``), ``one_pixel_immune``, ``curve`` (``eps``, and the three scores there).
 ``attacked`` (:class:`lipsim.callbacks.AttackRobustness`)
@@ -23,8 +25,8 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
 ``baselines``, ``seconds`` (the quickstart)
     natural scores of plain distances; duration of each stage.
 
-Sections of callbacks also have ``weights_sha256`` (:func:`state_fingerprint` of the encoder) and ``data_sha256``, set →
-:func:`lipsim.data.loading.data_fingerprint`.
+What belongs to a metric has ``weights_sha256`` (:func:`state_fingerprint` of the encoder), and what was measured on
+data has ``data_sha256``: set or part → :func:`lipsim.data.loading.data_fingerprint`.
 """
 
 from __future__ import annotations
@@ -119,6 +121,6 @@ def _finite(value: Any) -> Any:
 
 
 def eps_label(eps: float) -> str:
-    """How tables write a budget: ``36/255`` where it is a whole number of 255ths, else the number."""
-    steps = eps * 255
-    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 and round(steps) != 255 else f"{eps:g}"
+    """How tables write a budget: ``36/255`` where it is a whole number of 255ths below 1, else the number."""
+    steps = round(eps * 255)
+    return f"{steps}/255" if 0 < steps < 255 and abs(eps * 255 - steps) < 1e-9 else f"{eps:.12g}"

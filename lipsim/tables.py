@@ -28,12 +28,18 @@ _LATEX = {
 
 
 def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
-    """One row an evaluation set from the section "certified" of results.json: natural and certified scores in %."""
+    """One row an evaluation set from the section "certified" of results.json: natural and certified scores in %.
+
+    "triplets" counts those with a majority; "vote share" is there where votes are fractions.
+    """
+    fractional = any(scores["vote"] != scores["majority"] for scores in certified["sets"].values())
     return [
         {
             "set": name,
-            "triplets": str(scores["num_triplets"]),
+            # Without a majority there is nothing to agree with.
+            "triplets": str(scores["num_triplets"] - scores["num_tied_votes"]),
             "natural": percent(scores["majority"]),
+            **({"vote share": percent(scores["vote"])} if fractional else {}),
             **percents(scores["certified"]),
             "median R": f"{scores['radius']['median']:.3g}",
         }
@@ -69,27 +75,30 @@ def latex_table(rows: Sequence[Row], caption: str, eps: Sequence[str], heading: 
     """The layout of LipSim's tables (booktabs, multirow): natural score, then the scores at each ε under one heading.
 
     Args:
-        rows: the first column names the metric, then "natural", then one column for each of ``eps``.
+        rows: the first column names the metric, then "natural" and perhaps "vote share", then one column for each of
+            ``eps``.
         caption: of the table.
         eps: labels of the budgets.
         heading: above them.
     """
-    first = next(iter(rows[0]))
-    last = 2 + len(eps)
+    first, *natural = (column for column in rows[0] if column not in eps)
+    plain = len(natural) + 1
+    titles = {"natural": "Natural score", "vote share": "Vote share"}
     lines = [
         r"\begin{table}[t]",
         r"  \centering",
         rf"  \caption{{{escape_latex(caption)}}}",
-        rf"  \begin{{tabular}}{{l{'c' * (1 + len(eps))}}}",
+        rf"  \begin{{tabular}}{{l{'c' * (len(natural) + len(eps))}}}",
         r"    \toprule",
-        rf"    \multirow{{2}}{{*}}{{{escape_latex(first.capitalize())}}} & \multirow{{2}}{{*}}{{Natural score}}"
+        "    "
+        + " & ".join(rf"\multirow{{2}}{{*}}{{{titles.get(c, c.capitalize())}}}" for c in (first, *natural))
         + (rf" & \multicolumn{{{len(eps)}}}{{c}}{{{escape_latex(heading)}}} \\" if eps else r" \\"),
-        *([rf"    \cmidrule(lr){{3-{last}}}"] if eps else []),
-        "     & & " + " & ".join(_latex_eps(label) for label in eps) + r" \\" if eps else r"     & \\",
+        *([rf"    \cmidrule(lr){{{plain + 1}-{plain + len(eps)}}}"] if eps else []),
+        "    " + " & ".join([""] * plain + [_latex_eps(label) for label in eps]) + r" \\",
         r"    \midrule",
     ]
     for row in rows:
-        cells = [row[first], row["natural"], *(row[label] for label in eps)]
+        cells = [row[column] for column in (first, *natural, *eps)]
         lines.append("    " + " & ".join(escape_latex(cell) if cell else "--" for cell in cells) + r" \\")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}"])
 

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from lipsim.callbacks import CertifyRadii
 from lipsim.errors import one_line, one_line_errors
-from lipsim.export import load_weights
 from lipsim.results import versions
 from lipsim.tables import certified_rows, rich_table
 from lipsim.training.base import MetricModule
+from lipsim.weights import load_weights
 
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
 train.py --config configs/quickstart/distill.yaml --trainer.max_epochs 3

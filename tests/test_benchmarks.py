@@ -41,6 +41,15 @@ def test_the_speed_table_prints_ratios() -> None:
     assert all(float(row[3]) > 0 for row in rows) and all("GiB" in row[4] for row in rows[:3])
 
 
+def test_the_tables_of_teachers(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "teachers.py"), "--variant", "clip_vitb32", "--depth", "1"]
+    options = ["--batch", "2", "--rounds", "1", "--device", "cpu"]
+    output = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500).stdout
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 5 and rows[0][0].strip() == "plain float32 loop"
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 and float(row[3]) < 1e-2 for row in rows)
+
+
 def test_the_table_of_cached_steps_is_printed() -> None:
     command = [sys.executable, str(BENCHMARKS / "distillation.py"), "--image-size", "64", "--batch", "4"]
     options = ["--rounds", "1", "--teachers", "ViT-S/16"]

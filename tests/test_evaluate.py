@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from lipsim.data import Triplet, collate_triplets
 from lipsim.data.loading import Finished, read_batch, remaining
 from lipsim.evaluate import ExportedMetric, evaluate, main
 from lipsim.results import read_results
+from lipsim.training import FineTuning
 from lipsim.training.data import BuiltinData
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +151,91 @@ def test_rows_of_something_else_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert Path("run/unfinished/part-0-of-1.jsonl").is_file()
 
 
+class TwoSets(BuiltinData):
+    """Two test sets of one module, the second with fewer batches."""
+
+    def __init__(self) -> None:
+        super().__init__(num_test=9, image_size=16, batch_size=2)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        other = BuiltinData(num_test=5, image_size=16, seed=3)
+        other.setup(stage)
+        self.test_sets = {**self.test_sets, "other": other.test_sets["builtin"]}
+
+
+def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lipsim.training.data.TwoSets", TwoSets, raising=False)
+    # What the processes of a command line can import.
+    source = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_evaluate, lipsim.training.data"
+    )
+    runner = tmp_path / "run.py"
+    runner.write_text(
+        f"{source}\nlipsim.training.data.TwoSets = test_evaluate.TwoSets\n"
+        "from lipsim.evaluate import main\nif __name__ == '__main__':\n    main()\n"
+    )
+    config = _config(steps=60) | {"data": {"class_path": "lipsim.training.data.TwoSets"}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", [sys.executable, str(runner)])
+    evaluate(_args("whole"))
+    two = _args("resumed", "--trainer.devices=2", "--trainer.strategy=ddp")
+    first = _kill_after(2, _args("resumed"))
+    second = _kill_after(len(first) + 2, two)
+    assert 2 <= len(first) < len(second) < 8
+    run = subprocess.run([*SCRIPT, *two], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    whole, resumed = (read_results(Path(folder, "results.json")) for folder in ("whole", "resumed"))
+    assert list(resumed["certified"]["sets"]) == ["builtin", "other"]
+    for name, scores in whole["certified"]["sets"].items():
+        for key in ("num_triplets", "majority", "vote", "certified", "published", "joint"):
+            assert resumed["certified"]["sets"][name][key] == scores[key]
+    assert resumed["attacked"]["sets"] == whole["attacked"]["sets"]
+    assert resumed["certified"]["feature_error"] == whole["certified"]["feature_error"]
+
+
+def test_checkpoints_of_training_are_evaluated_too() -> None:
+    metric = PerceptualMetric(students.OrthogonalProjection(16, 8), 16)
+    stage = FineTuning(init_from=export.save(metric, "start.safetensors"))
+    trainer = L.Trainer(accelerator="cpu", logger=False, max_steps=2, enable_progress_bar=False, limit_val_batches=0)
+    trainer.fit(stage, BuiltinData(num_train=8, num_val=2, image_size=16, batch_size=4))
+    trainer.save_checkpoint("last.ckpt")
+    certify = "--trainer.callbacks=lipsim.callbacks.CertifyRadii"
+    evaluate(_args("ckpt", certify, "--checkpoint=last.ckpt"))
+    evaluate(_args("file", certify, f"--checkpoint={export.save(stage.metric, 'last.safetensors')}"))
+    found, expected = (read_results(Path(folder, "results.json"))["certified"] for folder in ("ckpt", "file"))
+    assert found == expected
+    torch.save({"state_dict": {}}, "other.ckpt")
+    with pytest.raises(ValueError, match="does not say how to rebuild a metric"):
+        export.load("other.ckpt")
+
+
+def test_what_is_left_is_continued_with_the_same_error(capsys: pytest.CaptureFixture[str]) -> None:
+    _kill_after(1, _args("run"))
+    path = Path("run/unfinished/fingerprint.json")
+    settings = json.loads(path.read_text())
+    measured = settings["feature_error"]
+    assert measured > 0
+    for error, message in ((measured / 2, "whose features were off by at most"), (None, "no fingerprint.json")):
+        path.unlink() if error is None else path.write_text(json.dumps({**settings, "feature_error": error}))
+        with pytest.raises(SystemExit):
+            main(_args("run"))
+        assert message in capsys.readouterr().err
+    path.write_text(json.dumps({**settings, "feature_error": 2 * measured}))
+    evaluate(_args("run"))
+    assert read_results(Path("run/results.json"))["certified"]["feature_error"] == 2 * measured
+
+
+def test_nothing_of_another_evaluation_stays() -> None:
+    evaluate(_args("run", "--trainer.callbacks.steps=1"))
+    certify = ["--trainer.callbacks=lipsim.callbacks.CertifyRadii"]
+    evaluate(_args("run", *certify))
+    assert Path("run/attacks.csv").is_file() and "attacked" in read_results(Path("run/results.json"))  # the same data
+    evaluate(_args("run", *certify, "--data.seed=5"))
+    assert sorted(path.name for path in Path("run").glob("*.csv")) == ["radii.csv"]
+    assert not list(Path("run/plots").glob("*.png")) and "attacked" not in read_results(Path("run/results.json"))
+
+
 class BadData(BuiltinData):
     """Built-in triplets with a fault in the seventh."""
 
@@ -199,6 +286,7 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--checkpoint=nothing.safetensors"], "no metric file nothing.safetensors"),
         ([certify, "--trainer.callbacks.eps=[0.1,-0.2]"], "expected budgets eps ≥ 0, got [0.1, -0.2]"),
         (["--trainer.callbacks=null"], "nothing to evaluate"),
+        ([certify, "--trainer.callbacks.eps=[0.5,0.1]"], "eps in ascending order, each once, got [0.5, 0.1]"),
         (["--data.image_size=24"], "expected images of shape (N, 3, 16, 16)"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -207,8 +295,17 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code and len(errors) == 1 and message in errors[0], more
 
 
-def test_budgets_are_sorted() -> None:
-    certify = ["--trainer.callbacks=lipsim.callbacks.CertifyRadii", "--trainer.callbacks.eps=[0.5,0.1,0.5]"]
+def test_images_resized_in_another_way_are_refused(nights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config() | {"data": {"class_path": "lipsim.training.data.NightsData"}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    given = [f"--data.root={nights}", "--data.image_size=16", "--data.num_workers=0"]
+    with pytest.raises(SystemExit):
+        main(_args("run", *given, "--data.resize=pil"))
+    assert "expects images resized by 'float'; pass --data.resize=float" in capsys.readouterr().err
+
+
+def test_budgets_and_curve() -> None:
+    certify = ["--trainer.callbacks=lipsim.callbacks.CertifyRadii", "--trainer.callbacks.eps=[0.1,0.5]"]
     evaluate(_args("run", *certify))
     certified = read_results(Path("run/results.json"))["certified"]
     assert certified["eps"] == [0.1, 0.5]

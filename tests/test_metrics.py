@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lipsim.metrics import CertifiedScore, RadiusStatistics, TwoAFCScore
+from lipsim.metrics import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore, triplet_metrics
 
 MARGIN = torch.tensor([0.3, -0.2, 0.1, 0.0, -0.4, 0.2])
 VOTES = torch.tensor([0.0, 1.0, 0.8, 0.2, 0.5, 0.4])
@@ -28,13 +28,48 @@ def test_certified_score_is_strict() -> None:
     radius = torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0, 0.125])
     score = CertifiedScore([0.0, 0.125, 0.5, 0.9])
     score.update(MARGIN, radius, VOTES, INDEX)
-    assert score.compute().tolist() == pytest.approx([3 / 5, 2 / 5, 1 / 5, 1 / 5])
+    expected = {"certified_0": 3 / 5, "certified_0.125": 2 / 5, "certified_0.5": 1 / 5, "certified_0.9": 1 / 5}
+    assert {name: value.item() for name, value in score.compute().items()} == pytest.approx(expected)
+    single = CertifiedScore([0.5])
+    single.update(MARGIN, radius, VOTES, INDEX)
+    assert single.compute() == {"certified_0.5": pytest.approx(1 / 5)}
+
+
+def test_certified_curve() -> None:
+    curve = CertifiedCurve([0.0, 0.125, 0.5])
+    curve.update(MARGIN, torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0, 0.125]), VOTES, INDEX)
+    assert curve.compute().tolist() == [[0.0, 0.125, 0.5], pytest.approx([3 / 5, 2 / 5, 1 / 5])]
 
 
 def test_radius_statistics() -> None:
     score = RadiusStatistics()
     score.update(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 1, 2]))
-    assert {k: v.item() for k, v in score.compute().items()} == {"mean": 2, "median": 2, "min": 1, "max": 3}
+    expected = {"radius_mean": 2, "radius_median": 2, "radius_min": 1, "radius_max": 3}
+    assert {k: v.item() for k, v in score.compute().items()} == expected
+    score.update(torch.tensor([6.0]), torch.tensor([3]))
+    assert score.compute()["radius_median"] == 2.5  # between the two in the middle
+
+
+def test_collection_has_a_name_for_every_number() -> None:
+    collection = triplet_metrics([36 / 255, 0.5, 2.0], prefix="test/")
+    radius = torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0, 0.125])
+    for rows in (slice(0, 4), slice(2, 6)):
+        part = {"margin": MARGIN, "radius": radius, "right_vote": VOTES, "index": INDEX}
+        collection.update(**{name: column[rows] for name, column in part.items()})
+    scores = collection.compute()
+    assert {k: v.item() for k, v in scores.items()} == pytest.approx(
+        {
+            "test/majority_score": 3 / 5,
+            "test/vote_score": (1 + 1 + 0.2 + 0.5 + 0.5 + 0.6) / 6,
+            "test/certified_36/255": 2 / 5,
+            "test/certified_0.5": 1 / 5,
+            "test/certified_2": 0,
+            "test/radius_mean": radius.mean().item(),
+            "test/radius_median": 0.75,
+            "test/radius_min": 0,
+            "test/radius_max": 3,
+        }
+    )
 
 
 def test_bad_arguments() -> None:

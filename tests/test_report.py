@@ -16,17 +16,20 @@ from lipsim.results import SCHEMA, read_results, update_results
 from lipsim.tables import escape_latex, html_table, markdown_table
 
 
-def _write(folder: Path, natural: float, eps: dict[str, float], scores: list[float], data: str = "d") -> Path:
+def _write(
+    folder: Path, natural: float, eps: dict[str, float], scores: list[float], data: str = "d", **changed: float
+) -> Path:
     certified = dict(zip(eps, scores, strict=True))
     sets = {
         "builtin": {
             "num_triplets": 200,
             "majority": natural,
-            "vote": natural - 0.1,
+            "vote": natural,
             "certified": certified,
             "published": {label: score / 2 for label, score in certified.items()},
             "joint": {label: score / 4 for label, score in certified.items()},
             "radius": {"mean": 1.0, "median": 1.0, "min": 0.0, "max": 2.0},
+            **changed,
         }
     }
     hashes = {"weights_sha256": f"w{natural}", "data_sha256": {"builtin": data}}
@@ -130,3 +133,14 @@ def test_cells_are_escaped() -> None:
     assert escape_latex("50 % of $x_1^2\\\n ℓ∞ ε") == (
         r"50 \% of \$x\_1\textasciicircum{}2\textbackslash{} $\ell_\infty$ $\varepsilon$"
     )
+
+
+def test_fractions_of_votes_have_a_column_and_ties_are_counted(tmp_path: Path) -> None:
+    first = _write(tmp_path / "a", 0.8, {"1": 1.0}, [0.5], vote=0.75, num_tied_votes=12)
+    second = _write(tmp_path / "b", 0.9, {"1": 1.0}, [0.6])
+    out = tmp_path / "out"
+    assert _report(first, second, "--output", out) == 0
+    markdown, latex = (out / "report.md").read_text(), (out / "report.tex").read_text()
+    assert "| metric | natural | vote share | 1 |" in markdown and "| a | 80.0 | 75.0 | 50.0 |" in markdown
+    assert "188 to 200 triplets (and 12 with a tied vote, left out)" in markdown
+    assert r"\begin{tabular}{lccc}" in latex and r"\cmidrule(lr){4-4}" in latex and "a & 80.0 & 75.0 & 50.0" in latex

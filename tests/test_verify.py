@@ -65,6 +65,45 @@ def test_a_network_is_sound(two: Triplet) -> None:
     assert len(broken) > 0.8 * len(result.outcomes)  # the attacks are strong enough to say something
 
 
+def test_controls_are_caught_on_long_features(two: Triplet) -> None:
+    """Features a thousand times the anchor, as networks without contraction have them at 224 pixels."""
+
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = OrthogonalProjection(16, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.map(x) + 1000
+
+    metric = PerceptualMetric(Long(), 16, lipschitz=1.00001)
+    assert metric.embed(two.reference).norm(dim=1).min() > 1000
+    result = _check(metric, two)
+    assert not result.violations and [c.name for c in result.controls if not c.caught] == []
+
+
+@pytest.mark.parametrize("data", ["nights", "bapps"])
+def test_triplets_of_the_published_sets(data: str, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue(data)
+    first, again, other = (sample_triplets(data, 3, 16, root, seed) for seed in (1, 1, 2))
+    assert first.reference.shape == (3, 3, 16, 16) and torch.equal(first.left, again.left)
+    assert not torch.equal(first.index, other.index)
+    pil = sample_triplets(data, 3, 16, root, 1, resize="pil")
+    assert (first.reference - pil.reference).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="pass it as --root"):
+        sample_triplets(data, 3, 16)
+
+
+@pytest.mark.usefixtures("no_controls")
+def test_batches_do_not_change_what_is_found(two: Triplet) -> None:
+    metric = PerceptualMetric(OrthogonalProjection(16, 24), 16)
+    one, both = (verify(metric, two, steps=4, polish=5, batch_size=size) for size in (1, 2))
+    for a, b in zip(one.outcomes, both.outcomes, strict=True):
+        torch.testing.assert_close(a.found, b.found, rtol=1e-9, atol=0)
+    for first, second in zip(one.layers, both.layers, strict=True):
+        assert first[:2] == second[:2] and first[2] == pytest.approx(second[2], rel=1e-4)
+
+
 @pytest.mark.usefixtures("no_controls")
 def test_a_bound_that_is_5_percent_too_small_is_reported(two: Triplet) -> None:
     metric = PerceptualMetric(OrthogonalProjection(16, 24), 16)

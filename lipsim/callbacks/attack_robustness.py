@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.attacks.projections import Norm, sample_norm
-from lipsim.callbacks.base import TripletCallback, load_others
+from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.collect import write_csv
 from lipsim.data import Triplet
@@ -34,7 +34,7 @@ class AttackRobustness(TripletCallback):
     never happen. A test run writes results.json and attacks.csv.
 
     Args:
-        eps: budgets, in input pixels in [0, 1]; sorted, repeated ones once.
+        eps: budgets, in input pixels in [0, 1], ascending.
         norm: 2 or "inf".
         steps: PGD steps at each budget.
         restarts: PGD runs at each budget.
@@ -45,7 +45,7 @@ class AttackRobustness(TripletCallback):
         validate: as in :class:`TripletCallback`; off by default, attacks cost hundreds of forward passes.
 
     Raises:
-        ValueError: a negative budget.
+        ValueError: budgets that are negative or not ascending.
     """
 
     def __init__(
@@ -61,9 +61,7 @@ class AttackRobustness(TripletCallback):
         validate: bool = False,
     ) -> None:
         super().__init__(directory, validate)
-        if not eps or any(not 0 <= e < math.inf for e in eps):
-            raise ValueError(f"expected budgets eps ≥ 0, got {eps}")
-        self.eps = sorted(set(eps))
+        self.eps = check_budgets(eps)
         self.norm, self.steps, self.restarts, self.seed = norm, steps, restarts, seed
         self.others = load_others(others)
         self.attacked: dict[str, PerceptualMetric] = {}
@@ -81,7 +79,7 @@ class AttackRobustness(TripletCallback):
         self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         # The radius is 0 where the metric has no bound.
-        radius = module.metric.certify_features(batch.reference, *features).radius
+        radius = module.metric.reference_radius(*features)
         columns: dict[str, Tensor] = {"right_vote": batch.right_vote, "radius": radius}
         for key, metric in self.attacked.items():
             margin = metric.margin(*(features if key == "metric" else batch.embed(metric.embed)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,9 +88,10 @@ class TripletCallback(Callback):
         """Write a section of results.json; validation leaves no files, its scores are in the log."""
         if trainer.testing:
             module = cast(MetricModule, trainer.lightning_module)
-            data = {
-                module.set_name(i): data_fingerprint(loader) for i, loader in enumerate(evaluation_loaders(trainer))
-            }
+            data: dict[str, str] = {}
+            for i, loader in enumerate(evaluation_loaders(trainer)):
+                name = module.set_name(i)
+                data |= dict.fromkeys([name, *module.groups(name)], data_fingerprint(loader))
             weights = state_fingerprint(module.metric.encoder.state_dict())
             content = {"weights_sha256": weights, "data_sha256": data, **content}
             update_results(self.output_directory(trainer) / "results.json", section, content)
@@ -146,6 +149,19 @@ class TripletCallback(Callback):
     def _end(self, trainer: L.Trainer, module: Any) -> None:
         if self._works(trainer):
             self.finish(trainer, module)
+
+
+def check_budgets(eps: Sequence[float]) -> list[float]:
+    """Budgets that a table can have as its columns.
+
+    Raises:
+        ValueError: none, negative or infinite ones, or not in ascending order.
+    """
+    if not eps or any(not 0 <= e < math.inf for e in eps):
+        raise ValueError(f"expected budgets eps ≥ 0, got {list(eps)}")
+    if any(a >= b for a, b in pairwise(eps)):
+        raise ValueError(f"expected budgets eps in ascending order, each once, got {list(eps)}")
+    return list(eps)
 
 
 def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from lipsim import certificates
 from lipsim.audit import LipschitzReport
-from lipsim.callbacks.base import TripletCallback, evaluation_loaders, first_images
+from lipsim.callbacks.base import TripletCallback, check_budgets, evaluation_loaders, first_images
 from lipsim.callbacks.collect import write_csv
 from lipsim.data import Triplet
 from lipsim.lower_bounds import feature_error
 from lipsim.metric import PerceptualMetric
-from lipsim.metrics import CertifiedScore, RadiusStatistics, TwoAFCScore
+from lipsim.metrics import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.results import eps_label
 from lipsim.training.base import Features, MetricModule, check_images
 
@@ -36,7 +35,7 @@ class CertifyRadii(TripletCallback):
     rows: a triplet is embedded and certified once. In radii.csv a column of 0 and 1 says what belongs to a part.
 
     Args:
-        eps: ℓ2 budgets of the certified score, in input pixels in [0, 1]; sorted, repeated ones once.
+        eps: ℓ2 budgets of the certified score, in input pixels in [0, 1], ascending.
         error_sample: images of each set on which the float32 error is measured; 0 certifies exact arithmetic only.
         error_factor: by which the largest measured error is enlarged.
         directory: as in :class:`TripletCallback`.
@@ -47,7 +46,7 @@ class CertifyRadii(TripletCallback):
 
     Raises:
         lipsim.audit.UnboundedModuleError: the encoder has no Lipschitz bound (when validation or test starts).
-        ValueError: a negative budget; weights in half precision.
+        ValueError: budgets that are negative or not ascending; weights in half precision.
     """
 
     def __init__(
@@ -59,9 +58,7 @@ class CertifyRadii(TripletCallback):
         validate: bool = True,
     ) -> None:
         super().__init__(directory, validate)
-        if not eps or any(not 0 <= e < math.inf for e in eps):
-            raise ValueError(f"expected budgets eps ≥ 0, got {eps}")
-        self.eps = sorted(set(eps))
+        self.eps = check_budgets(eps)
         self.error_sample, self.error_factor = error_sample, error_factor
         self.report: LipschitzReport | None = None
         self.results: dict[str, Any] = {}
@@ -76,7 +73,9 @@ class CertifyRadii(TripletCallback):
             module.metric.check_shape(images)
             check_images(images)
         errors = [feature_error(module.metric.encoder, images.to(module.device)) for images in samples]
-        module.metric.feature_error = self.error_factor * max(errors, default=0.0)
+        largest = torch.tensor(max(errors, default=0.0), dtype=torch.float64, device=module.device)
+        # The same on every process, whatever hardware it runs on.
+        module.metric.feature_error = self.error_factor * float(trainer.strategy.reduce(largest, reduce_op="max"))
 
     def see(
         self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
@@ -115,6 +114,7 @@ class CertifyRadii(TripletCallback):
             "feature_error": metric.feature_error,
             "feature_error_sample": self.error_sample,
             "feature_error_factor": self.error_factor,
+            "resize": metric.preprocess.resize,
             "precision": f"features {_dtype(metric)} with TF32 and autocast off, geometry float64",
             "eps": self.eps,
             "sets": sets,
@@ -139,15 +139,18 @@ class CertifyRadii(TripletCallback):
         grid = torch.linspace(0, 1.5 * (self.eps[-1] or 1.0), CURVE_POINTS, dtype=torch.float64).tolist()
         curve: dict[str, list[float]] = {"eps": grid}
         for section, column in (("certified", "radius"), ("published", "published_radius"), ("joint", "joint_radius")):
-            certified = CertifiedScore([*self.eps, *grid], sync_on_compute=False)
-            certified.update(margin, rows[column], votes, index)
-            found = certified.compute().tolist()
-            scores[section] = dict(zip(labels, found, strict=False))
-            curve[section] = found[len(labels) :]
+            at_eps, over_grid = (
+                CertifiedScore(self.eps, sync_on_compute=False),
+                CertifiedCurve(grid, sync_on_compute=False),
+            )
+            for metric in (at_eps, over_grid):
+                metric.update(margin, rows[column], votes, index)
+            scores[section] = dict(zip(labels, map(float, at_eps.compute().values()), strict=True))
+            curve[section] = over_grid.compute()[1].tolist()
         scores["curve"] = curve
         radius = RadiusStatistics(sync_on_compute=False)
         radius.update(rows["radius"], index)
-        scores["radius"] = {name: float(value) for name, value in radius.compute().items()}
+        scores["radius"] = {key.removeprefix("radius_"): float(value) for key, value in radius.compute().items()}
         scores["one_pixel_immune"] = float((rows["pixels"] >= 1).double().mean())
         return scores
 

@@ -19,6 +19,7 @@ from lipsim.callbacks.collect import SampleTable
 from lipsim.training.base import MetricModule
 
 Kept = dict[str, dict[str, Tensor]]  # callback → column → (N,)
+_ERROR = "feature_error"
 
 
 class KeepBatches(Callback):
@@ -58,11 +59,8 @@ class KeepBatches(Callback):
         self._check({**self.settings, "data": dict(data)})
         trainer.strategy.barrier()  # every process has checked before any of them writes
         self.directory.mkdir(parents=True, exist_ok=True)
-        if trainer.is_global_zero:
-            # Atomic: a file cut short would refuse every further run.
-            temporary = self.directory / "fingerprint.tmp"
-            temporary.write_text(json.dumps({**self.settings, "data": dict(data)}, indent=2) + "\n")
-            temporary.replace(self.directory / "fingerprint.json")
+        if trainer.is_global_zero and not self._anything():
+            _replace(self.directory / "fingerprint.json", {**self.settings, "data": dict(data)})
         rank, world = trainer.global_rank, trainer.world_size
         own = self.directory / f"part-{rank}-of-{world}.jsonl"
         records = list(_read(own, repair=True))
@@ -81,6 +79,7 @@ class KeepBatches(Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # After the other callbacks have started: this one comes last.
+        self._agree_on_error(trainer, pl_module)
         for name, batches in self.kept.items():
             for key, callback in _callbacks(trainer).items():
                 for batch in batches:
@@ -111,6 +110,29 @@ class KeepBatches(Callback):
             rank_zero_info(f"what is finished is kept in {self.directory}; the same command continues")
         self._close()
 
+    def _agree_on_error(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Certify every triplet with the same error of the features, that of the run that was cut short.
+
+        Raises:
+            ValueError: it is larger here.
+        """
+        path = self.directory / "fingerprint.json"
+        settings, continues = json.loads(path.read_text()), self._anything()
+        trainer.strategy.barrier()  # every process has read before one of them writes
+        if not isinstance(module, MetricModule):
+            return
+        found, measured = settings.get(_ERROR), module.metric.feature_error
+        if continues and found is not None:
+            if measured > found:
+                raise ValueError(
+                    f"{self.directory} holds an unfinished evaluation whose features were off by at most {found:.3g}, "
+                    f"here it is {measured:.3g}; finish it where it was started, or remove the folder"
+                )
+            module.metric.feature_error = found
+        elif trainer.is_global_zero:
+            _replace(path, {**settings, _ERROR: measured})
+        trainer.strategy.barrier()  # no row before that
+
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -120,16 +142,26 @@ class KeepBatches(Callback):
         return any(path.stat().st_size for path in self.directory.glob("part-*.jsonl"))
 
     def _check(self, expected: Mapping[str, Any]) -> None:
-        path = self.directory / "fingerprint.json"
-        if not path.is_file() or not self._anything():
+        if not self._anything():
             return
+        path = self.directory / "fingerprint.json"
+        if not path.is_file():
+            raise ValueError(f"{self.directory} has rows and no {path.name} that says of what; remove the folder")
         found = json.loads(path.read_text())
+        found.pop(_ERROR, None)
         differ = [key for key in dict.fromkeys([*expected, *found]) if expected.get(key) != found.get(key)]
         if differ:
             raise ValueError(
                 f"{self.directory} holds an unfinished evaluation that differs in {', '.join(differ)}; finish that "
                 "one, remove the folder, or choose another --trainer.default_root_dir"
             )
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one step: a file cut short would refuse every further run."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def _callbacks(trainer: L.Trainer) -> dict[str, TripletCallback]:

@@ -41,8 +41,9 @@ class TripletGallery(TripletCallback):
     def see(
         self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
-        certificate = module.metric.certify_features(batch.reference, *features)
-        return {"right_vote": batch.right_vote, "margin": certificate.margin, "radius": certificate.radius}
+        metric = module.metric
+        margin, radius = metric.margin(*features), metric.reference_radius(*features)
+        return {"right_vote": batch.right_vote, "margin": margin, "radius": radius}
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         rows = self.gather(trainer, module)

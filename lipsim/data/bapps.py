@@ -77,6 +77,10 @@ class BappsTriplets(Dataset[Triplet]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def manifest(self) -> list[str]:
+        """What the set consists of, a line a triplet; see :func:`lipsim.data.loading.data_fingerprint`."""
+        return [" ".join(files) for files in self.files]
+
     def __getitem__(self, index: int) -> Triplet:
         """One triplet: images ``(3, S, S)``, scalar vote and index."""
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it

@@ -51,6 +51,11 @@ class MaterialTriplets(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.answers.ids)
 
+    def manifest(self) -> list[str]:
+        """What the set consists of, a line a triplet; see :func:`lipsim.data.loading.data_fingerprint`."""
+        votes = self.answers.right_vote.tolist()
+        return [f"{ids} {vote}" for ids, vote in zip(self.answers.ids.tolist(), votes, strict=True)]
+
     def __getitem__(self, index: int) -> SharedTriplet:
         return self.__getitems__([index])
 

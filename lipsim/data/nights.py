@@ -81,6 +81,10 @@ class NightsTriplets(Dataset[Triplet]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def manifest(self) -> list[str]:
+        """What the set consists of, a line a triplet; see :func:`lipsim.data.loading.data_fingerprint`."""
+        return [f"{row.id} {row.right_vote} {' '.join(row.paths)} {row.is_imagenet}" for row in self.rows]
+
     def __getitem__(self, index: int) -> Triplet:
         """One triplet: images ``(3, S, S)``, scalar vote and index."""
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it

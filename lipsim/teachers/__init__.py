@@ -1,5 +1,7 @@
 """Teachers: encoders whose embedding a 1-Lipschitz student learns to follow."""
 
+from lipsim.teachers.branches import BranchConfig
+from lipsim.teachers.dreamsim import DreamSim, Ensemble
 from lipsim.teachers.vit import SmallViT
 
-__all__ = ["SmallViT"]
+__all__ = ["BranchConfig", "DreamSim", "Ensemble", "SmallViT"]

@@ -59,3 +59,7 @@ class SmallViT(nn.Module):
         """``(N, 3, S, S)`` in [0, 1] to unit-norm embeddings ``(N, width)``."""
         embedding = self.vit((x - 0.5) / 0.25)
         return F.normalize(embedding - embedding.mean(-1, keepdim=True), dim=-1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the input of each block alone in training, and compute the rest again in the backward pass."""
+        self.vit.set_grad_checkpointing(enable)

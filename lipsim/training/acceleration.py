@@ -22,7 +22,8 @@ class Acceleration:
 
     Attributes:
         channels_last: store images with their channels innermost; convolutions on CPUs and tensor cores prefer that.
-        checkpoint: keep the activations of about √n of n layers and compute the others again in the backward pass.
+        checkpoint: keep the activations of about √n of n layers, or of teachers the input of each block, and compute
+            the others again in the backward pass.
         compile: ``torch.compile`` the encoder; the first steps of each batch shape are slow.
     """
 
@@ -37,11 +38,15 @@ class Acceleration:
             ValueError: activation checkpointing of an encoder that is no sequence of layers, or has layers of other
                 packages, whose weights iterate a step further each time they are derived.
         """
+        own = getattr(encoder, "set_grad_checkpointing", None)
+        if own is not None:
+            own(self.checkpoint)
+        in_segments = self.checkpoint and own is None
         layers = list(_leaves(encoder))
-        if self.checkpoint and len(layers) == 1:
+        if in_segments and len(layers) == 1:
             raise ValueError(f"expected a sequence of layers to checkpoint, got one {type(layers[0]).__name__}")
         foreign = [type(m).__name__ for m in encoder.modules() if isinstance(m, (ExplicitConv2d, ExplicitLinear))]
-        if self.checkpoint and foreign:
+        if in_segments and foreign:
             raise ValueError(f"cannot checkpoint {foreign[0]}: its weight would not be derived a second time alike")
         segments = max(1, round(math.sqrt(len(layers))))
 
@@ -49,7 +54,7 @@ class Acceleration:
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             features: Tensor = (
-                checkpoint_sequential(layers, segments, x, use_reentrant=False) if self.checkpoint else encoder(x)
+                checkpoint_sequential(layers, segments, x, use_reentrant=False) if in_segments else encoder(x)
             )
             return features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -95,6 +96,13 @@ class MetricModule(L.LightningModule):
                     rank_zero_info(f"resuming with {name} = {configured[name]}; the checkpoint had {group.get(name)}")
                     group[name] = configured[name]
             group["lr"] = group["initial_lr"] * factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the metric, so that :func:`lipsim.load` takes the checkpoint as well."""
+        try:
+            checkpoint[export.FORMAT] = json.dumps(export.describe(self.metric, self.metric.encoder))
+        except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
+            return
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_images(batch)

@@ -1,9 +1,10 @@
-"""Tuning of a teacher on 2AFC votes: DreamSim's recipe (Fu et al. 2023) in small."""
+"""Tuning of a teacher on 2AFC votes: DreamSim's recipe (Fu et al. 2023), on its backbones or in small."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
+from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss
@@ -21,9 +23,14 @@ from lipsim.training.schedules import Schedule, WarmupCosine
 class TeacherTuning(MetricModule):
     """Train an encoder without a Lipschitz bound on triplets, with a hinge on the cosine margin.
 
+    What is exported has the tuned weights in plain layers, for :class:`lipsim.training.Distillation` to take.
+
     Args:
-        teacher: the encoder, such as :class:`lipsim.teachers.SmallViT`.
+        teacher: the encoder, such as :class:`lipsim.teachers.DreamSim` without its adapter, or ``SmallViT``.
         init_from: exported metric to start from instead.
+        tune: "all" weights; "lora", low-rank factors on some layers, DreamSim's recipe (needs ``lipsim[tune]``); or the
+            "head" alone, which the teacher has to have (``head`` of :class:`lipsim.teachers.Ensemble`).
+        lora: rank, scale, dropout and place of the factors.
         loss: default a hinge on the margin, 0.05 as DreamSim has it.
         contrast: weight of a contrastive term (InfoNCE, van den Oord et al. 2018) between references and preferred
             candidates of a batch. A teacher from scratch learns from it what images are, which a pretrained one knows.
@@ -38,6 +45,8 @@ class TeacherTuning(MetricModule):
         self,
         teacher: nn.Module | None = None,
         init_from: Path | None = None,
+        tune: Literal["all", "lora", "head"] = "all",
+        lora: Lora | None = None,
         loss: TripletLoss | None = None,
         contrast: float = 0.0,
         temperature: float = 0.07,
@@ -46,9 +55,25 @@ class TeacherTuning(MetricModule):
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
+        if tune not in ("all", "lora", "head"):
+            raise ValueError(f"expected to tune all, lora or head, got {tune!r}")
         encoder = encoder_from(teacher, init_from, "teacher")
+        if tune == "lora":
+            add_adapter(encoder, lora or Lora())
+        elif tune == "head":
+            head = getattr(encoder, "head", None)
+            if not isinstance(head, nn.Module):
+                raise ValueError(f"this {type(encoder).__name__} has no head to tune; give it one, such as head: 512")
+            encoder.requires_grad_(False)
+            head.requires_grad_(True)
         # No anchor: the teacher's embedding is on the unit sphere, and there is no bound that an anchor would serve.
-        metric = PerceptualMetric(encoder, image_size_of(encoder), anchor=0.0, lipschitz=math.inf)
+        metric = PerceptualMetric(
+            encoder,
+            image_size_of(encoder),
+            anchor=0.0,
+            lipschitz=math.inf,
+            resize=getattr(encoder, "resize", "float"),
+        )
         super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration)
         self.loss = loss or MarginHinge(0.05)
         self.contrast, self.temperature = contrast, temperature

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lipsim import audit, lower_bounds
 from lipsim.attacks.projections import Box
 from lipsim.data import BuiltinTriplets
+from lipsim.data.bapps import BappsTriplets
+from lipsim.data.loading import fetch
 from lipsim.data.material import MaterialTriplets, load_material_answers, load_material_images, split_material
+from lipsim.data.nights import NightsTriplets
+from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet, collate_triplets
 from lipsim.layers import exact_copy
 from lipsim.metric import PerceptualMetric
@@ -32,6 +37,7 @@ from lipsim.verify.controls import Control, linear_controls, mutant_controls
 
 _BOXES: tuple[Box, ...] = (None, (0.0, 1.0))
 _MUTANT_SAMPLES = 2
+DATA = ("builtin", "material", "nights", "bapps")
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def verify(
         steps: of the minimal-norm attack, from each of ten starts.
         polish: steps of its polish.
         seed: of starts and controls.
-        batch_size: images attacked at a time, each at ten places; less for networks that need much memory.
+        batch_size: images attacked at a time, most of them at ten places; less for networks that need much memory.
         progress: called with the name of what comes next.
 
     Raises:
@@ -147,11 +153,13 @@ def verify(
             say(claim.kind)
             outcomes += [attack(claim, encoder, box=box, **options) for box in _BOXES]
         say("pixels")
-        outcomes.append(attack_pixels(exact, reference, left, right))
+        outcomes.append(_in_batches(lambda *rows: attack_pixels(exact, *rows), images, batch_size))
         say("Lipschitz constant")
         points = torch.cat([reference, *(outcome.points for outcome in outcomes if outcome.kind == "reference")])
-        reached = lower_bounds.attack_lipschitz(encoder, points)
-        audited, layers = _audit(metric, points)
+        batches = points.split(batch_size)
+        growth = [lower_bounds.attack_lipschitz(encoder, batch) for batch in batches]
+        reached = float(torch.tensor(growth, dtype=torch.float64).max())  # NaN must not be lost between numbers
+        audited, layers = _audit(metric, batches)
         say("controls")
         few = tuple(t[:_MUTANT_SAMPLES] for t in images)
         controls = [*linear_controls(seed), *mutant_controls(exact, few, seed)]  # type: ignore[arg-type]
@@ -178,34 +186,62 @@ def verify(
     )
 
 
-def sample_triplets(data: str, count: int, image_size: int, root: Path | None = None, seed: int = 0) -> Triplet:
-    """Some triplets to verify on: built-in ones, or from a clone of the Material data.
+def sample_triplets(
+    data: str, count: int, image_size: int, root: Path | None = None, seed: int = 0, resize: str = "float"
+) -> Triplet:
+    """Some triplets to verify on, drawn from what no stage trains on.
+
+    Args:
+        data: one of :data:`DATA`: the first built-in test triplets, or some of the held-out triplets of Material, of
+            the test split of NIGHTS, or of the validation part of BAPPS.
+        count: how many.
+        image_size: side of the images.
+        root: folder of the data, built-in ones have none.
+        seed: of the draw.
+        resize: of files, as in :class:`lipsim.data.transforms.Preprocess`.
 
     Raises:
-        ValueError: an unknown data set, Material without a root, or no samples.
+        ValueError: an unknown data set, one without its root, or no samples.
         FileNotFoundError: no data at ``root``.
     """
     if count < 1:
         raise ValueError(f"expected at least 1 sample, got {count}")
+    if data not in DATA:
+        raise ValueError(f"expected data to be one of {', '.join(DATA)}, got {data!r}")
     if data == "builtin":
-        triplets = BuiltinTriplets("test", count, image_size=image_size, seed=seed)
-        return collate_triplets([triplets[i] for i in range(count)])
-    if data != "material":
-        raise ValueError(f"expected data to be builtin or material, got {data!r}")
+        builtin = BuiltinTriplets("test", count, image_size=image_size, seed=seed)
+        return collate_triplets([builtin[i] for i in range(count)])
     if root is None:
-        raise ValueError("Material data lie in a folder: pass it as --root")
-    answers = split_material(load_material_answers(root)).triplets  # never trained on, and no test data used up
-    rows = torch.randperm(len(answers.ids), generator=torch.Generator().manual_seed(seed))[:count]
-    return MaterialTriplets(load_material_images(root, image_size)[0], answers).__getitems__(rows.tolist())
+        raise ValueError(f"the data of {data} lie in a folder: pass it as --root")
+    dataset: Dataset[Any]
+    if data == "material":
+        answers = split_material(load_material_answers(root)).triplets
+        dataset = MaterialTriplets(load_material_images(root, image_size)[0], answers)
+    elif data == "nights":
+        dataset = NightsTriplets(root, "test", Preprocess(image_size, resize))
+    else:
+        dataset = BappsTriplets(root, "val", Preprocess(image_size, resize))
+    length = len(dataset)
+    rows = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    found = fetch(dataset, rows)
+    return found if isinstance(found, Triplet) else collate_triplets(found)
 
 
-def _audit(metric: PerceptualMetric, points: Tensor) -> tuple[float | None, list[tuple[str, float, float]]]:
-    """The audited bound, and per layer the bound and what the layer reaches at the points."""
+def _in_batches(attack: Callable[..., Outcome], images: tuple[Tensor, ...], size: int) -> Outcome:
+    parts = [attack(*rows) for rows in zip(*(t.split(size) for t in images), strict=True)]
+    radius, found, points = (torch.cat([getattr(p, name) for p in parts]) for name in ("radius", "found", "points"))
+    return replace(parts[0], radius=radius, found=found, points=points)
+
+
+def _audit(metric: PerceptualMetric, batches: Sequence[Tensor]) -> tuple[float | None, list[tuple[str, float, float]]]:
+    """The audited bound, and per layer the bound and the most that the layer reaches at the points."""
     try:
         report = audit.lipschitz_bound(metric.encoder, metric.image_size)
     except audit.UnboundedModuleError:
         return None, []
-    reached = lower_bounds.layer_norms(metric.encoder, points, [layer.name for layer in report.layers])
+    names = [layer.name for layer in report.layers]
+    found = [lower_bounds.layer_norms(metric.encoder, points, names) for points in batches]
+    reached = {name: float(torch.tensor([norms[name] for norms in found], dtype=torch.float64).max()) for name in names}
     return report.total, [(f"{row.kind} at '{row.name}'", row.bound, reached[row.name]) for row in report.layers]
 
 

@@ -1,0 +1,237 @@
+"""Downloads of weight files, on explicit request: with progress, resumed after a break, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lipsim.teachers.catalogue import BACKBONES, VARIANTS
+from lipsim.teachers.locate import REPOSITORY_FILES
+from lipsim.teachers.lora import CONFIG
+
+_CHUNK = 1 << 20
+_TIMEOUT = 60  # seconds without a byte
+
+
+def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = None, sha256: str = "") -> list[Path]:
+    """Download the weight files of a teacher into a folder. What is there whole already is kept.
+
+    Args:
+        name: a DreamSim variant, a backbone, or a Hugging Face repository such as ``timm/vit_base_patch16_224.dino``.
+        folder: where to; repositories are stored there as Hugging Face's own cache stores them.
+        archive: a local copy of the variant's zip file, to unpack in place of any download.
+        sha256: checksum of the first file, or of the archive, or the beginning of it.
+
+    Returns:
+        The files and folders that the teacher is read from.
+
+    Raises:
+        FileNotFoundError: no such archive, or no such file on the server.
+        ValueError: an unknown name, or a file that is damaged or has another checksum.
+        OSError: the connection broke; the same command continues where it was.
+    """
+    folder = Path(folder).expanduser()
+    sources = VARIANTS[name].sources if name in VARIANTS else BACKBONES[name].sources if name in BACKBONES else ()
+    if archive is not None:
+        if name not in VARIANTS:
+            raise ValueError(f"expected a DreamSim variant ({', '.join(VARIANTS)}) with an archive, got {name}")
+        return _unpack_once(Path(archive), folder, sources[0].file, sha256)
+    if not sources:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            known = sorted({*VARIANTS, *(backbone for backbone in BACKBONES if BACKBONES[backbone].sources)})
+            raise ValueError(f"expected {', '.join(known)}, or a Hugging Face repository, got {name}")
+        return [fetch_repository(name, folder, sha256)]
+    files: list[Path] = []
+    for number, source in enumerate(sources):
+        checksum = sha256 if sha256 and number == 0 else source.sha256
+        target = folder / source.file
+        if target.suffix != ".zip":
+            files.append(download(source.url, target, checksum))
+        elif not _is_unpacked(name, folder):
+            files += _unpack_once(download(source.url, target, checksum), folder, source.file)
+            target.unlink()
+    return files
+
+
+def _is_unpacked(name: str, folder: Path) -> bool:
+    """Whether the archive of a variant was unpacked whole, and nothing of it is gone since."""
+    variant = VARIANTS[name]
+    groups = [(f"{variant.adapter}/{CONFIG}",), *(BACKBONES[branch].files for branch in variant.branches)]
+    there = all(any((folder / file).is_file() for file in group) for group in groups)
+    return there and _receipt(folder, variant.archive.file).is_file()
+
+
+def _receipt(folder: Path, name: str) -> Path:
+    """The file that says that an archive was unpacked whole, and its checksum in the format of sha256sum."""
+    return folder / f"{name}.sha256"
+
+
+def _unpack_once(archive: Path, folder: Path, name: str, sha256: str = "") -> list[Path]:
+    checksum = check_sha256(archive, sha256)
+    members = unpack(archive, folder)
+    _receipt(folder, name).write_text(f"{checksum}  {name}\n")
+    return members
+
+
+def download(url: str, target: Path, sha256: str = "") -> Path:
+    """Download one file; a broken download is continued where it stopped. A file that is there is checked and kept.
+
+    Raises:
+        FileNotFoundError: the server does not have it.
+        ValueError: its checksum is another.
+        OSError: there is no connection, or it broke.
+    """
+    if target.is_file():
+        check_sha256(target, sha256)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, tag = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.etag")
+    try:
+        _continue(url, partial, tag)
+    except HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"{url} is not there (any more): HTTP {error.code}") from error
+        raise OSError(f"cannot download {url}: HTTP {error.code} {error.reason}") from error
+    except (OSError, HTTPException) as error:
+        raise OSError(f"cannot download {url}: {error}; the same command continues where it was") from error
+    tag.unlink()
+    try:
+        check_sha256(partial, sha256)
+    except ValueError:
+        partial.unlink()
+        raise
+    os.replace(partial, target)
+    return target
+
+
+def _continue(url: str, partial: Path, tag: Path) -> None:
+    """Write what is missing of a file to ``partial``; ``tag`` keeps the server's name for its version."""
+    have, version = (partial.stat().st_size, tag.read_text()) if partial.is_file() and tag.is_file() else (0, "")
+    response, have = _open(url, have, version) if have and version else (urlopen(url, timeout=_TIMEOUT), 0)
+    with response:
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        tag.write_text(_version(response))
+        with open(partial, "ab" if have else "wb") as file, _progress() as progress:
+            task = progress.add_task(partial.stem, total=total, completed=have)
+            while block := response.read(_CHUNK):
+                file.write(block)
+                progress.advance(task, len(block))
+            if total is not None and file.tell() != total:
+                raise OSError(f"it broke off after {file.tell()} of {total} bytes")
+
+
+def _open(url: str, have: int, version: str) -> tuple[Any, int]:
+    """The rest of a file after ``have`` bytes, or all of it and 0 where it has changed or ranges are not served."""
+    try:
+        # If-Range: should the file have changed since, all of it comes.
+        response = urlopen(Request(url, headers={"Range": f"bytes={have}-", "If-Range": version}), timeout=_TIMEOUT)
+    except HTTPError as error:
+        if error.code != 416:  # there is nothing after what we have
+            raise
+        return urlopen(url, timeout=_TIMEOUT), 0
+    if response.status != 206:
+        return response, 0
+    begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
+    if begin is not None and int(begin[1]) == have and _version(response) == version:
+        return response, have
+    response.close()  # the server does not know If-Range
+    return urlopen(url, timeout=_TIMEOUT), 0
+
+
+def _version(response: Any) -> str:
+    return str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def fetch_repository(repository: str, folder: Path, sha256: str = "", endpoint: str | None = None) -> Path:
+    """Download the weights of a Hugging Face repository, into the layout of its cache.
+
+    Large files are named by their SHA-256 there, which is compared with what arrived.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or no weights in it.
+        ValueError: the checksum is another.
+        OSError: there is no connection, or it broke.
+    """
+    for file in ("open_clip_config.json", "config.json", *REPOSITORY_FILES):
+        try:
+            path = Path(hf_hub_download(repository, file, cache_dir=folder, endpoint=endpoint))
+        except RepositoryNotFoundError as error:
+            raise FileNotFoundError(f"Hugging Face has no repository {repository}, or not for everyone") from error
+        except LocalEntryNotFoundError as error:
+            raise OSError(f"cannot reach Hugging Face for {repository}; the same command continues") from error
+        except EntryNotFoundError:
+            continue
+        except HfHubHTTPError as error:
+            raise OSError(f"cannot download {file} of {repository}: {error}") from error
+        if file in REPOSITORY_FILES:
+            blob = path.resolve().name
+            check_sha256(path, sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else ""))
+            return path
+    raise FileNotFoundError(f"{repository} on Hugging Face has none of {', '.join(REPOSITORY_FILES)}")
+
+
+def unpack(archive: Path, folder: Path) -> list[Path]:
+    """Unpack a zip file; the checksum of each member is compared. Returns what lies at its top.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is truncated, damaged, no zip file, or has a member that would lie outside the folder.
+        OSError: the disk is full or read-only.
+    """
+    if not archive.is_file():
+        raise FileNotFoundError(f"no zip file {archive}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with zipfile.ZipFile(archive) as content, tempfile.TemporaryDirectory(dir=folder) as temporary:
+            names = [name for name in content.namelist() if not name.startswith("__MACOSX")]
+            if unsafe := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+                raise ValueError(f"{archive} has a member outside its folder: {unsafe[0]}")
+            content.extractall(temporary, names)
+            members = []
+            for member in sorted(Path(temporary).iterdir()):
+                target = folder / member.name
+                if member.is_dir():
+                    shutil.copytree(member, target, dirs_exist_ok=True)
+                else:
+                    os.replace(member, target)
+                members.append(target)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
+    return members
+
+
+def check_sha256(path: Path, expected: str = "") -> str:
+    """The SHA-256 of a file, compared with what is known of its beginning.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is another.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected.lower()):
+        raise ValueError(f"expected the SHA-256 of {path} to be {expected.lower()}, got {found}; get it again")
+    return found

@@ -1,0 +1,80 @@
+"""LoRA adapters (Hu et al. 2022) in training: put into a network by peft, and merged for those who use the result."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter to train; the defaults are those of DreamSim's ensemble.
+
+    Attributes:
+        rank: of the factors.
+        alpha: the product of the factors is scaled by alpha / rank. DreamSim's single models have 32.
+        dropout: of what enters the factors. DreamSim's single models have 0.2.
+        targets: names of the layers that get factors.
+    """
+
+    rank: int = 16
+    alpha: float = 8
+    dropout: float = 0.3
+    targets: tuple[str, ...] = ("qkv",)
+
+
+def add_adapter(module: nn.Module, lora: Lora) -> None:
+    """Put trainable factors into a network with peft, and freeze all the rest, in place.
+
+    Raises:
+        ValueError: peft is not installed, or no layer is a target.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("tuning with LoRA needs peft; install it with pip install 'lipsim[tune]'") from error
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+    )
+    module.requires_grad_(False)
+    peft.inject_adapter_in_model(config, module)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether the network has LoRA layers that are not merged."""
+    return any(_is_adapted(child) for child in module.modules())
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """The network with its LoRA layers merged: a copy with plain ones in their place, or itself if it has none."""
+    if not has_adapter(module):
+        return module
+    copy = deepcopy(module)
+    _merge_children(copy)
+    return copy
+
+
+def _merge_children(parent: nn.Module) -> None:
+    for name, child in list(parent.named_children()):
+        if _is_adapted(child):
+            setattr(parent, name, _plain(child))
+        else:
+            _merge_children(child)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+
+
+def _plain(layer: Any) -> nn.Module:
+    """The layer under peft's, with merged weights."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):  # attention of torch, whose weights are not in layers
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+    layer.merge(safe_merge=True)
+    return layer.get_base_layer()

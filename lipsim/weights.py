@@ -1,0 +1,92 @@
+"""Weights from files that may be a stranger's: tensors and plain containers only, and every tensor accounted for."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_OTHER = "they belong to another architecture or configuration"
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source: str, remedy: str = _OTHER) -> None:
+    """Load a state strictly.
+
+    Args:
+        module: what the state belongs to.
+        state: its tensors.
+        source: the file, for the message.
+        remedy: what the message says in the end.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
+    """
+    own = module.state_dict()
+    misshapen = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    faults = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in misshapen],
+    }
+    found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
+    if found:
+        raise ValueError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; {remedy}")
+    module.load_state_dict(state)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a ``.safetensors`` file, or what ``torch.save`` wrote, without running code of the file.
+
+    Returns:
+        The mapping that the file holds, on the CPU: tensors by name, or containers of such.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is truncated, no checkpoint, or needs code to be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"cannot read {path} ({_reason(error)}); it is truncated or no safetensors file: get it again"
+            ) from error
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript archive, whose weights cannot be read without its code; take the safetensors "
+            "file of the same model instead (on Hugging Face, timm/ repositories have those of OpenAI's CLIP)"
+        )
+    try:
+        # argparse.Namespace: training checkpoints keep their arguments beside the weights. It holds values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on formats of old torch versions
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the pickled bytes lead it to
+        raise ValueError(
+            f"cannot read {path} ({_reason(error)}); it is truncated, no checkpoint, or needs more than tensors and "
+            "plain containers: get it again"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"expected a mapping of names to tensors in {path}, got {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False  # the format of old torch versions, or damaged: torch.load tells
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,239 @@
+"""Tuning of teachers: all weights, the head, or LoRA factors; checkpointing and bf16; what distillation gets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from public_layouts import write_variant
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lipsim import export
+from lipsim.data import Triplet
+from lipsim.data.nights import NightsTriplets
+from lipsim.data.transforms import Preprocess
+from lipsim.students import OrthogonalProjection
+from lipsim.teachers import BranchConfig, DreamSim, Ensemble, SmallViT
+from lipsim.teachers.lora_tuning import Lora
+from lipsim.train import train
+from lipsim.training import Acceleration, Distillation, TeacherTuning
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "projection": 12}
+
+
+class Brightness(L.LightningDataModule):
+    """Triplets whose nearer candidate has the brightness of the reference, 32 pixels."""
+
+    test_names = val_names = ("brightness",)
+
+    def __init__(self, num: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        level, right = torch.rand(2, num, generator=generator)
+        right = (right > 0.5).float()
+
+        def images(shift: Tensor) -> Tensor:
+            noise = 0.1 * torch.randn(num, 3, 32, 32, generator=generator)
+            return (0.2 + 0.3 * (level + shift).view(-1, 1, 1, 1) + noise).clamp(0, 1)
+
+        self.batch = Triplet(images(0 * right), images(right), images(1 - right), right, torch.arange(num))
+
+    def _loader(self, shuffle: bool) -> Any:
+        def collate(rows: list[int]) -> Triplet:
+            return self.batch.select(torch.tensor(rows))
+
+        return DataLoader(range(len(self.batch)), batch_size=8, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> Any:
+        return self._loader(True)
+
+    def val_dataloader(self) -> Any:
+        return self._loader(False)
+
+
+def _trainer(root: Path, **options: Any) -> L.Trainer:
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return L.Trainer(default_root_dir=root, accelerator="cpu", devices=1, **quiet, **options)
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=3e-3)
+
+
+def _teacher(head: int = 0) -> DreamSim:
+    return DreamSim("ensemble", "random", 32, head=head, options=SMALL)
+
+
+def _need_peft() -> None:
+    pytest.importorskip("peft", reason="comes with the extra lipsim[tune]")
+
+
+@pytest.mark.parametrize("tune", ["all", "head", "lora"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_tuning_changes_what_it_should_and_distillation_takes_it(tune: Any, precision: Any, tmp_path: Path) -> None:
+    if tune == "lora":
+        _need_peft()
+    teacher, data = _teacher(head=6 if tune == "head" else 0), Brightness()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    module = TeacherTuning(teacher, tune=tune, lora=Lora(rank=4, dropout=0.0), optimizer=_adam, augment=False)
+    trainer = _trainer(tmp_path, max_epochs=12, precision=precision)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["val/brightness/majority_score"] > 0.9
+    file = export.save(module.metric, tmp_path / "teacher.safetensors")
+    loaded = export.load(file)
+    after = loaded.encoder.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    if tune == "all":
+        assert {name for name, _ in _teacher().named_parameters()} == changed
+    else:
+        expected = {"head": "head.", "lora": ".attn.qkv.weight"}[tune]
+        assert changed == {
+            name for name in before if expected in name and (tune == "lora" or name.startswith(expected))
+        }
+    z = module.metric.eval().embed(data.batch.left)
+    torch.testing.assert_close(loaded.embed(data.batch.left), z, rtol=0, atol=1e-5)
+    distillation = Distillation(file, OrthogonalProjection(32, teacher.out_features))
+    torch.testing.assert_close(distillation.teacher.embed(data.batch.left), z, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tune", ["all", "lora"])
+def test_checkpointing_leaves_gradients_equal(tune: Any) -> None:
+    if tune == "lora":
+        _need_peft()
+    for teacher in (_teacher(), SmallViT(32, patch_size=8, width=24, depth=3, heads=2)):
+        module = TeacherTuning(teacher, tune=tune, lora=Lora(rank=4, dropout=0.2))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "lora_B" in name:  # they start at 0, where the other factors have no gradient
+                    parameter.normal_(std=0.1)
+        module.train()
+        gradients, kept = [], []
+        for checkpoint in (False, True):
+            run = Acceleration(checkpoint=checkpoint).wrap(teacher)
+            torch.manual_seed(0)  # of the dropout
+            module.zero_grad()
+            sizes: dict[int, int] = {}
+
+            def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                features = run(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+            (features * torch.arange(features.shape[1])).sum().backward()
+            gradients.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+            kept.append(sum(sizes.values()))
+        assert (
+            gradients[0].keys() == gradients[1].keys() == {n for n, p in module.named_parameters() if p.requires_grad}
+        )
+        for name, gradient in gradients[0].items():
+            assert gradient.abs().sum() > 0, name
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+        assert kept[1] < 0.7 * kept[0]
+
+
+def test_lora_resumes(tmp_path: Path) -> None:
+    _need_peft()
+    data = Brightness()
+    first = _trainer(tmp_path)
+    module = TeacherTuning(_teacher(), tune="lora", optimizer=_adam)
+    first.fit(module, data)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = TeacherTuning(_teacher(), tune="lora", optimizer=_adam)
+    trainer = _trainer(tmp_path, max_epochs=3)
+    trainer.fit(resumed, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert trainer.global_step == 12
+    frozen = {n: p for n, p in resumed.named_parameters() if not p.requires_grad}
+    assert frozen and all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in frozen.items())
+
+
+def test_the_recipe_is_dreamsims() -> None:
+    _need_peft()
+    module = TeacherTuning(_teacher(), tune="lora")
+    factors = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    # A and B of each of three backbones' two qkv layers, of rank 16.
+    assert len(factors) == 3 * 2 * 2 and all(".attn.qkv.lora_" in name for name in factors)
+    assert {tuple(p.shape) for p in factors.values()} == {(16, 24), (72, 16)}
+    layer = module.metric.encoder.branches[0].backbone.blocks[0].attn.qkv
+    assert layer.scaling["default"] == 8 / 16 and layer.lora_dropout["default"].p == 0.3
+    assert module.metric.preprocess.resize == "pil" and module.loss.margin == 0.05
+    (optimizer,) = {type(module.optimizer_factory(factors.values()))}
+    assert optimizer is torch.optim.Adam and module.optimizer_factory(factors.values()).defaults["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("targets", [("attn",), ("c_fc", "c_proj")])
+def test_towers_of_open_clip_take_lora_elsewhere(targets: tuple[str, ...], tmp_path: Path) -> None:
+    _need_peft()
+    options = {"embed_dim": 6, "vision_cfg": {"layers": 2, "width": 64}}
+    teacher = Ensemble([BranchConfig("open_clip/ViT-B-16", "random", options=options)], 32)
+    names = teacher.state_dict().keys()
+    module = TeacherTuning(teacher, tune="lora", lora=Lora(4, targets=targets), optimizer=_adam)
+    _trainer(tmp_path).fit(module, Brightness())
+    loaded = export.load(export.save(module.metric, tmp_path / "teacher.safetensors"))
+    assert loaded.encoder.state_dict().keys() == names
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.embed(x), module.metric.eval().embed(x), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="this DreamSim has no head to tune; give it one"):
+        TeacherTuning(_teacher(), tune="head")
+    with pytest.raises(ValueError, match="expected to tune all, lora or head, got 'lorra'"):
+        TeacherTuning(_teacher(), tune="lorra")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"needs peft; install it with pip install 'lipsim\[tune\]'"):
+        TeacherTuning(_teacher(), tune="lora")
+
+
+def test_targets_that_are_not_there_are_refused() -> None:
+    _need_peft()
+    with pytest.raises(ValueError, match="not found"):
+        TeacherTuning(nn.Sequential(nn.Linear(2, 2)), tune="lora")
+
+
+def test_an_ensemble_is_named_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / "quickstart" / "teacher.yaml"
+    branches = [
+        {"model": "dino_vitb16", "weights": "random", "feature": "cls", "options": {"depth": 1, "embed_dim": 24}},
+        {"model": "timm/vit_tiny_patch16_224", "weights": "random", "options": {"depth": 1}},
+    ]
+    options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    data = ["--data.num_train=8", "--data.num_val=4", "--data.num_test=4", "--data.batch_size=4"]
+    teacher = ["--model.teacher=lipsim.teachers.Ensemble", f"--model.teacher.branches={json.dumps(branches)}"]
+    cli = train(["--config", str(config), *options, *data, *teacher])
+    assert cli.model.metric.encoder.out_features == 24 + 192
+    missing = json.dumps([{"model": "dino_vitb16", "weights": "nowhere.pth"}])
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no weights of dino_vitb16 at .*nowhere.pth"):
+        train(["--config", str(config), *options, *data, teacher[0], f"--model.teacher.branches={missing}"])
+
+
+@torch.no_grad()
+def test_a_published_model_is_scored_without_training(nights: Path, tmp_path: Path) -> None:
+    folder = write_variant(tmp_path / "weights", "ensemble")
+    config = Path(__file__).parents[2] / "configs" / "nights" / "dreamsim.yaml"
+    teacher = [f"--model.teacher.weights={folder}", f"--model.teacher.options={json.dumps(SMALL)}"]
+    data = [f"--data.root={nights}", "--data.batch_size=4", "--data.num_workers=0"]
+    trainer = [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    published = ["--model.teacher.adapter=true", "--model.tune=all"]
+    cli = train(["test", "--config", str(config), *teacher, *data, *trainer, *published])
+    encoder = DreamSim("ensemble", folder, options=SMALL).eval()
+    right = []
+    for index in range(len(triplets := NightsTriplets(nights, "test", Preprocess(224, "pil")))):
+        one = triplets[index]
+        z, z0, z1 = encoder(torch.stack([one.reference, one.left, one.right])).double()
+        right.append(((z @ z1 > z @ z0) == bool(one.right_vote > 0.5)).double())
+    score = cli.trainer.callback_metrics["test/nights/majority_score"]
+    torch.testing.assert_close(score.double(), torch.stack(right).mean(), rtol=1e-6, atol=0)
