@@ -1,6 +1,7 @@
 """Attacks on similarity metrics: one a file, pure functions on an objective that is positive where it breaks."""
 
 from lipsim.attacks.apgd import apgd
+from lipsim.attacks.auto import SuiteResult, auto
 from lipsim.attacks.mi_fgsm import mi_fgsm
 from lipsim.attacks.minimal_norm import minimal_norm
 from lipsim.attacks.null_space import FirstOperator, first_operator, null_space, project_to_kernel
@@ -13,8 +14,10 @@ __all__ = [
     "DistanceObjective",
     "FirstOperator",
     "Objective",
+    "SuiteResult",
     "TwoAFCObjective",
     "apgd",
+    "auto",
     "first_operator",
     "mi_fgsm",
     "minimal_norm",

@@ -72,7 +72,7 @@ def square(
 @torch.no_grad()
 def _run(batch: Survivors, ball: Ball, steps: int, seed: int, area: float) -> None:
     height, width = batch.clean.shape[-2:]
-    draws = sample_uniform(batch.clean.new_empty(len(batch), steps, ball.parts * _DRAWS), seed=seed, index=batch.index)
+    draws = sample_uniform(batch.clean.new_empty(len(batch), steps, _DRAWS), seed=seed, index=batch.index)
     stripes = sample_uniform(batch.clean, seed=-1 - seed, index=batch.index)
     begin = _stripes if ball.norm == "inf" else _tiles
     current = batch.clean + begin(ball.split(stripes), ball.eps).view_as(batch.clean)
@@ -84,13 +84,15 @@ def _run(batch: Survivors, ball: Ball, steps: int, seed: int, area: float) -> No
             return
         share = area / 2 ** sum(step > at * steps for at in _HALVINGS)
         side = min(max(round((share * height * width) ** 0.5), 1), min(height, width) - 1)
-        numbers = draws[:, step].reshape(-1, _DRAWS)
-        delta, clean = ball.split(current - batch.clean), ball.split(batch.clean)
+        delta = (current - batch.clean).unflatten(1, (ball.parts, -1))
+        # One image a step, where several move.
+        moved, numbers = delta[:, step % ball.parts], draws[:, step]
         if ball.norm == "inf":
-            delta = _square_linf(delta, side, ball.eps, numbers)
+            moved = _square_linf(moved, side, ball.eps, numbers)
         else:
-            delta = _square_l2(delta, max(side, 3) | 1, ball.eps, numbers)
-        trial = ball.project((clean + delta).view_as(current), batch.clean)
+            moved = _square_l2(moved, max(side, 3) | 1, ball.eps, numbers)
+        delta[:, step % ball.parts] = moved
+        trial = ball.project(batch.clean + delta.flatten(1, 2), batch.clean)
         trial_value = batch.objective(trial)
         better = trial_value > value
         current, value = torch.where(expand(better, current), trial, current), torch.where(better, trial_value, value)
