@@ -41,8 +41,8 @@ def apgd(
         norm: 2, "inf" or 0.
         eps: budget, the largest norm of ``x_adv − x``; in ℓ0 a number of pixels.
         steps: forward and backward passes of a run; one more forward pass looks at its last point.
-        step_size: length of the first step; None: the radius of the ball, which leaves lower scores on trained metrics than
-            the published diameter, most of all after few steps (:meth:`Ball.step_size` in ℓ0).
+        step_size: length of the first step; None: the radius of the ball (:meth:`Ball.step_size` in ℓ0). The published
+            diameter leaves higher scores on trained metrics, most of all after few steps.
         restarts: runs; the first starts at ``x``, the others at random points.
         box: the range of valid images; None for all of ℝⁿ.
         parts: the channels are that many images, each with a budget of its own.
