@@ -230,7 +230,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--norm", choices=[str(norm) for norm in NORMS], default="2", help="of the change (%(default)s)"
     )
-    parser.add_argument("--eps", nargs="+", type=_budget, help="budgets in [0, 1] pixels, as 0.5 or 8/255")
+    parser.add_argument("--eps", nargs="+", type=budget, help="budgets in [0, 1] pixels, as 0.5 or 8/255")
     parser.add_argument("--attacks", nargs="+", help=f"of a triplet, among {', '.join(ATTACKS[2])}, one_pixel")
     parser.add_argument("--steps", type=int, default=100, help="of attacks with gradients (%(default)s)")
     parser.add_argument("--restarts", type=int, default=1, help="of each attack (%(default)s)")
@@ -289,7 +289,7 @@ def _left_nearer(distances: dict[str, float]) -> bool:
     return distances["reference, left"] < distances["reference, right"]
 
 
-def _budget(text: str) -> float:
+def budget(text: str) -> float:
     """A number or a fraction such as 8/255."""
     try:
         return float(Fraction(text))

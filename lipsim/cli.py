@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lipsim import attack_images, certificates, export, lower_bounds, verify
+from lipsim import attack_images, attack_tables, certificates, export, lower_bounds, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
 from lipsim.data.transforms import read_image
@@ -33,6 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     _add_certify(commands)
     _add_verify(commands)
     attack_images.add_command(commands)
+    attack_tables.add_command(commands)
     _add_report(commands)
     with one_line_errors():
         options = parser.parse_args(args)

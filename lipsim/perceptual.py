@@ -136,7 +136,7 @@ def _backbone(net: Net, weights: str | Path | None) -> nn.ModuleList:
     file = folder / FILES[net] if folder.is_dir() or weights is None else folder
     if not file.is_file():
         raise FileNotFoundError(
-            f"no backbone weights at {file}: nothing is downloaded here; bring torchvision's {FILES[net]}, pass its path"
+            f"no backbone weights at {file}: nothing is downloaded here; bring torchvision's {FILES[net]}"
         )
     features = alexnet(weights=None).features if net == "alex" else vgg.make_layers(vgg.cfgs["D"])
     layers = features[: _TAPS[net][-1] + 1]
