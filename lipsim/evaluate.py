@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -230,6 +231,7 @@ def remove_other_results(directory: Path, checkpoint_sha256: str, data: Mapping[
     for pattern in ("results.json", "radii*.csv", "attacks*.csv", "plots/*.png"):
         for file in directory.glob(pattern):
             file.unlink()
+    shutil.rmtree(directory / "adversarial", ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

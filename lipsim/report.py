@@ -127,27 +127,35 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> li
 
 
 def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
-    """Scores that attacks left on a test set, a table for each norm."""
+    """Scores that attacks left on a test set, a table for each norm and each image that moves."""
+    attacked = [run for run in runs if name in run.sets("attacked")]
     tables = []
-    for norm in dict.fromkeys(str(run.results["attacked"]["norm"]) for run in runs if name in run.sets("attacked")):
-        found = [r for r in runs if name in r.sets("attacked") and str(r.results["attacked"]["norm"]) == norm]
+    for norm, target in dict.fromkeys(map(_threat, attacked)):
+        found = [run for run in attacked if _threat(run) == (norm, target)]
         eps = _labels(run.results["attacked"]["eps"] for run in found)
         rows: list[Row] = []
         for run in found:
             section, scores = run.results["attacked"], run.sets("attacked")[name]
-            steps = f"{section['attack'].upper()}, {section['steps']} steps" + (
-                f" × {section['restarts']}" if section["restarts"] > 1 else ""
-            )
+            attacks = ", ".join(section.get("attacks", [section["attack"]]))
+            restarts = f" × {section['restarts']}" if section["restarts"] > 1 else ""
             for key, score in scores.items():
                 if isinstance(score, Mapping):
                     title = run.name if key == "metric" else f"{run.name}: {key}"
-                    rows.append(_row(f"{title} ({steps})", score["natural"], score["attacked"], eps))
+                    title += f" ({attacks}; {section['steps']} steps{restarts})"
+                    rows.append(_row(title, score["natural"], score["attacked"], eps))
         violations = sum(run.sets("attacked")[name]["violations"] for run in found)
         sign = "∞" if norm == "inf" else norm
-        title = f"{name}: 2AFC score in % under attack on the reference, ℓ{sign} budgets ε"
+        moving = "all three images" if target == "all" else f"the {target}"
+        title = f"{name}: 2AFC score in % under attack on {moving}, ℓ{sign} budgets ε"
         title += f"{_counts(run.sets('attacked')[name] for run in found)}; {violations} certificates violated"
         tables.append(ScoreTable(title, "Score under attack", eps, rows))
     return tables
+
+
+def _threat(run: Run) -> tuple[str, str]:
+    """Norm of the changes, and which image they are of."""
+    section = run.results["attacked"]
+    return str(section["norm"]), section.get("target", "reference")
 
 
 def different_data(runs: Sequence[Run], name: str) -> str | None:

@@ -18,8 +18,10 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     ``certified`` (exact radius), ``published`` (LipSim's), ``joint`` (all images move): label → score, ``radius``
     (``mean``, ``median``, ``min``, ``max``), ``one_pixel_immune``, ``curve`` (``eps``, and the three scores there).
 ``attacked`` (:class:`lipsim.callbacks.AttackRobustness`)
-    ``attack``, ``norm``, ``steps``, ``restarts``, ``seed``, ``eps``; ``sets`` name → ``num_triplets``, ``violations``
-    of certificates (must be 0), and for "metric" and each other one ``natural`` and ``attacked`` label → score.
+    ``attack`` ("auto" or names), ``attacks`` in their order, ``norm``, ``target``, ``steps``, ``restarts``,
+    ``queries``, ``seed``, ``eps``; ``sets`` name → ``num_triplets``, ``num_tied_votes`` among them, ``violations`` of
+    certificates (must be 0), and for "metric" and each other one ``natural``, ``attacked`` label → score under the
+    worst attack, and ``after`` attack → what it and those before it left.
 ``null_space`` (:class:`lipsim.callbacks.NullSpaceRobustness`)
     ``seed``; ``sets`` name → metric → ``kernel``, and either ``reason`` or what was found.
 ``baselines``, ``seconds`` (the quickstart)

@@ -36,7 +36,8 @@ def _write(
     content = {**hashes, "lipschitz": 1.00001, "precision": "full", "eps": list(eps.values()), "sets": sets}
     update_results(folder / "results.json", "certified", content)
     attacked = {"natural": natural, "attacked": {label: score + 0.05 for label, score in certified.items()}}
-    attack = {"attack": "pgd", "norm": 2, "steps": 20, "restarts": 1, "eps": list(eps.values())}
+    attack = {"attack": "auto", "attacks": ["apgd", "square"], "norm": 2, "target": "reference", "steps": 20}
+    attack |= {"restarts": 1, "eps": list(eps.values())}
     found = {"builtin": {"num_triplets": 200, "metric": attacked, "teacher": attacked, "violations": 0}}
     update_results(folder / "results.json", "attacked", {**hashes, **attack, "sets": found})
     (folder / "plots").mkdir()
@@ -67,7 +68,7 @@ def test_reports_hold_the_numbers(runs: list[str], tmp_path: Path, capsys: pytes
     assert "| metric | natural | 36/255 | 72/255 | 1 |" in markdown
     assert "| first_run | 87.6 | 65.4 | 32.1 |  |" in markdown
     assert "| <B> & 100%, published radius | 90.0 | 35.0 | 30.0 | 6.2 |" in markdown  # 6.15 rounds to even
-    assert "| first_run: teacher (PGD, 20 steps) | 87.6 | 70.4 | 37.1 |  |" in markdown
+    assert "| first_run: teacher (apgd, square; 20 steps) | 87.6 | 70.4 | 37.1 |  |" in markdown
     latex = (out / "report.tex").read_text()
     assert r"first\_run & 87.6 & 65.4 & 32.1 & -- \\" in latex
     assert r"\textless{}B\textgreater{} \& 100\% & 90.0 & 70.0 & 60.0 & 12.3 \\" in latex

@@ -213,7 +213,7 @@ class AttackRobustness(TripletCallback):
 
     def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
         untied = rows["right_vote"] != 0.5
-        summary: dict[str, Any] = {"num_triplets": len(untied)}
+        summary: dict[str, Any] = {"num_triplets": len(untied), "num_tied_votes": int((~untied).sum())}
         for name in self.attacked:
             broken_at = rows[f"{name}/broken_at"][untied]
             # What the attacks up to this one, in their order, have left.
