@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
+
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, the finest scale first
+_WINDOW = 11
 
 
 def pixel_l2(x: Tensor, y: Tensor) -> Tensor:
@@ -21,4 +27,17 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return 1 - similarity
 
 
-BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel l2": pixel_l2, "SSIM": ssim}
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """``1 − MS-SSIM`` (Wang et al. 2003), ``(N,)``; small images have as many of the five scales as fit.
+
+    An image of 64 pixels has three, whose exponents are scaled to the same sum; below 24 pixels only the first.
+    """
+    side = min(x.shape[-2:])
+    count = sum(side // 2**k > _WINDOW - 1 and side > (_WINDOW - 1) * 2**k for k in range(len(_SCALES)))
+    betas = _SCALES[: max(count, 1)]
+    betas = tuple(beta * sum(_SCALES) / sum(betas) for beta in betas)
+    similarity = multiscale_structural_similarity_index_measure(x, y, data_range=1.0, reduction="none", betas=betas)
+    return 1 - similarity
+
+
+BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel l2": pixel_l2, "SSIM": ssim, "MS-SSIM": ms_ssim}

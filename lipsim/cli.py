@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lipsim import certificates, export, lower_bounds, teacher_commands, verify
+from lipsim import attack_images, attack_tables, certificates, export, lower_bounds, teacher_commands, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
 from lipsim.data.transforms import load_image, read_image
@@ -32,6 +32,8 @@ def main(args: Sequence[str] | None = None) -> None:
     _add_audit(commands)
     _add_certify(commands)
     _add_verify(commands)
+    attack_images.add_command(commands)
+    attack_tables.add_command(commands)
     _add_report(commands)
     teacher_commands.add_commands(commands)
     with one_line_errors():

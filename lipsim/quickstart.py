@@ -116,9 +116,10 @@ def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], nam
         title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name].items()
     }
     count = certified["num_triplets"]
+    suite = "2AFC score in % under attack (APGD, minimal norm, Square) on the reference"
     return {
         f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": score_rows(rows),
-        f"2AFC score in % under PGD on the reference, {count} test triplets": score_rows({**under_attack, **plain}),
+        f"{suite}, {count} test triplets": score_rows({**under_attack, **plain}),
     }
 
 
@@ -152,9 +153,9 @@ def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
     under_attack = {
         names[key]: (budgets, [attacked[key]["natural"], *attacked[key]["attacked"].values()]) for key in names
     }
-    plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under PGD")
+    plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under attack")
     pair = {key: under_attack[key] for key in ("teacher", "student")}
-    plot_scores(root / "plots" / "teacher-and-student.png", {}, pair, "Teacher and student under the same PGD attack")
+    plot_scores(root / "plots" / "teacher-and-student.png", {}, pair, "Teacher and student under the same attacks")
 
 
 def _violations(results: Mapping[str, Any], name: str) -> str:

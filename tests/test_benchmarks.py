@@ -56,3 +56,14 @@ def test_the_table_of_cached_steps_is_printed() -> None:
     output = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=500).stdout
     (row,) = (line.split("|") for line in output.splitlines() if line.startswith("| ViT-S/16"))
     assert float(row[2]) > 0 and float(row[4]) > 0
+
+
+def test_the_attack_tables_print_ratios_and_scores() -> None:
+    options = ["--triplets", "2", "--steps", "2", "--rounds", "1", "--reach-triplets", "4", "--reach-steps", "1"]
+    command = [sys.executable, str(BENCHMARKS / "attacks.py"), *options]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| quickstart")]
+    costs, scores = [row for row in rows if len(row) == 4], [row for row in rows if len(row) == 9]
+    assert len(costs) == 6 and all(float(row[3]) > 0 for row in costs)
+    assert [row[2].strip() for row in scores] == ["pgd", "mi_fgsm", "apgd"]
+    assert all(0 <= float(cell) <= 100 for row in scores for cell in row[3:])

@@ -39,7 +39,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("config.yaml").write_text(yaml.safe_dump(_config()))
 
 
-def _config(steps: int = 200) -> dict[str, Any]:
+def _config(steps: int = 80) -> dict[str, Any]:
     return {
         "trainer": {
             "accelerator": "cpu",
@@ -49,7 +49,7 @@ def _config(steps: int = 200) -> dict[str, Any]:
             "enable_model_summary": False,
             "callbacks": [
                 {"class_path": "lipsim.callbacks.CertifyRadii", "init_args": {"error_sample": 4}},
-                {"class_path": "lipsim.callbacks.AttackRobustness", "init_args": {"steps": steps}},
+                {"class_path": "lipsim.callbacks.AttackRobustness", "init_args": {"steps": steps, "queries": 40}},
                 {"class_path": "lipsim.callbacks.NullSpaceRobustness"},
                 {"class_path": "lipsim.callbacks.TripletGallery", "init_args": {"num_triplets": 1, "steps": 5}},
             ],

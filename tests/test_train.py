@@ -324,7 +324,7 @@ def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
         left = [scores[metric]["natural"], *scores[metric]["attacked"].values()]
         assert left == sorted(left, reverse=True)
     assert scores["violations"] == 0
-    assert set(results["baselines"]["sets"]["builtin"]) == {"pixel l2", "SSIM"}
+    assert set(results["baselines"]["sets"]["builtin"]) == {"pixel l2", "SSIM", "MS-SSIM"}
     printed = capsys.readouterr().out
     assert "published radius" in printed and "Null space of the student's first operator" in printed
     metric = lipsim.load(folder / "quickstart.safetensors")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipsim.attacks.objectives import Objective
-from lipsim.attacks.pgd import _value_and_gradient
+from lipsim.attacks.objectives import Objective, value_and_gradient
 from lipsim.attacks.projections import Box, expand
 from lipsim.attacks.random import sample_normal
 
@@ -175,8 +174,7 @@ class _Search:
         """The change as the sum with the image rounds it, its objective and gradient; the best is kept."""
         x_adv = self.clean + delta
         delta = x_adv - self.clean
-        value, gradient = _value_and_gradient(self.objective, x_adv)
-        gradient = torch.where(torch.isfinite(gradient), gradient, 0.0)
+        value, gradient = value_and_gradient(self.objective, x_adv)
         length = self.length(delta)
         better = (value > 0) & (length < self.norm)
         self.best = torch.where(expand(better, delta), delta, self.best)

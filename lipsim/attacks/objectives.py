@@ -12,35 +12,62 @@ from lipsim.geometry import cosine_distance, project
 from lipsim.metric import PerceptualMetric
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-Target = Literal["reference", "left", "right"]
-TARGETS: tuple[Target, ...] = ("reference", "left", "right")
+Target = Literal["reference", "left", "right", "all"]
+IMAGES: tuple[Target, ...] = ("reference", "left", "right")
+TARGETS: tuple[Target, ...] = (*IMAGES, "all")
+_TINY = 1e-12  # of a distance
 
 
 class Objective(Protocol):
     """A per-sample scalar to maximise; ``> 0`` means broken."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to ``(N,)``, differentiable."""
+        """``(N, 3, H, W)`` to ``(N,)``, differentiable (but for Square and one pixel)."""
         ...
 
     def select(self, rows: Tensor) -> Objective:
-        """The same objective on some of the samples, given as ``(M,)`` indices (attacks drop samples once broken)."""
+        """The same objective on some of the samples, given as ``(M,)`` indices.
+
+        Attacks drop samples once broken, and repeat one for a population of changes.
+        """
         ...
+
+
+def value_and_gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective ``(N,)`` and its gradient like ``x``, 0 where it is not finite.
+
+    Raises:
+        ValueError: the objective cannot be differentiated.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        value = objective(x)
+        if not value.requires_grad:
+            raise ValueError("the objective has no gradient; attack it with square or one_pixel, which need none")
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class TwoAFCObjective:
     """The negated margin of the side to break: positive where the metric strictly prefers the other candidate.
 
-    The two images that do not move are embedded once, here. A metric without features (SSIM, LPIPS, any callable
-    ``(x, y) → (N,)`` distances) is evaluated on the moving image's two distances.
+    What does not move is embedded once, here. Of a metric without features (SSIM, LPIPS, any callable
+    ``(x, y) → (N,)`` distances) a distance between two images that stay is computed once.
 
     Args:
         metric: a :class:`lipsim.PerceptualMetric` or a callable that returns distances.
         reference: ``(N, 3, H, W)``.
         left: ``(N, 3, H, W)``.
         right: ``(N, 3, H, W)``.
-        target: which image the attack moves.
+        target: which image the attack moves; "all" moves the three together, as nine channels in three parts.
         chosen_left: ``(N,)`` bool, the answer to break. None: the metric's own answer on the clean triplet.
+
+    Attributes:
+        images: ``(N, 3·parts, H, W)``, the clean images that move: where attacks start.
+        parts: 3 where all move, else 1: what attacks take as ``parts``.
+
+    Raises:
+        ValueError: an unknown target.
     """
 
     def __init__(
@@ -54,18 +81,23 @@ class TwoAFCObjective:
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
-        self.metric = metric
-        self.target = target
-        self.clean = {"reference": reference, "left": left, "right": right}
-        self.features: dict[str, Tensor] = {}
-        if isinstance(metric, PerceptualMetric):
-            still = [name for name in TARGETS if name != target]
-            with torch.no_grad():
-                embedded = metric.embed(torch.cat([self.clean[name] for name in still])).chunk(2)
-            self.features = dict(zip(still, embedded, strict=True))
-        if chosen_left is None:
-            with torch.no_grad():
-                chosen_left = self._margin(self.clean[target]) > 0
+        self.metric, self.target = metric, target
+        clean = {"reference": reference, "left": left, "right": right}
+        moving = list(IMAGES) if target == "all" else [target]
+        self.images = torch.cat([clean[name] for name in moving], 1)
+        self.parts = len(moving)
+        # Tensors with a row a triplet: features or images that stay, and a distance between two of them.
+        self.still: dict[str, Tensor] = {name: clean[name] for name in IMAGES if name not in moving}
+        with torch.no_grad():
+            if isinstance(metric, PerceptualMetric):
+                if self.still:
+                    embedded = metric.embed(torch.cat(list(self.still.values()))).chunk(len(self.still))
+                    self.still = dict(zip(self.still, embedded, strict=True))
+            elif target in ("left", "right"):
+                other = "right" if target == "left" else "left"
+                self.still["distance"] = metric(reference, self.still.pop(other))
+            if chosen_left is None:
+                chosen_left = self._margin(self.images) > 0
         self.sign = torch.where(chosen_left, -1.0, 1.0).to(reference)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,54 +106,73 @@ class TwoAFCObjective:
     def select(self, rows: Tensor) -> TwoAFCObjective:
         """The objective of some of the triplets."""
         part = object.__new__(TwoAFCObjective)
-        part.metric, part.target = self.metric, self.target
-        part.clean = {name: images[rows] for name, images in self.clean.items()}
-        part.features = {name: z[rows] for name, z in self.features.items()}
-        part.sign = self.sign[rows]
+        part.metric, part.target, part.parts = self.metric, self.target, self.parts
+        part.images, part.sign = self.images[rows], self.sign[rows]
+        part.still = {name: tensor[rows] for name, tensor in self.still.items()}
         return part
 
     def _margin(self, x: Tensor) -> Tensor:
-        """``h = d(reference, right) − d(reference, left)`` with ``x`` in the place of the target."""
+        """``h = d(reference, right) − d(reference, left)`` with ``x`` in the place of what moves."""
         if isinstance(self.metric, PerceptualMetric):
-            z = {**self.features, self.target: self.metric.embed(x)}
-            return _feature_margin(z["reference"], z["left"], z["right"], self.metric.anchor)
-        images = {**self.clean, self.target: x}
-        return self.metric(images["reference"], images["right"]) - self.metric(images["reference"], images["left"])
+            if self.target == "all":
+                z, z0, z1 = self.metric.embed(torch.cat(x.chunk(3, 1))).chunk(3)
+            else:
+                found = {**self.still, self.target: self.metric.embed(x)}
+                z, z0, z1 = (found[name] for name in IMAGES)
+            return _feature_margin(z, z0, z1, self.metric.anchor)
+        if self.target == "left":
+            return self.still["distance"] - self.metric(self.still["reference"], x)
+        if self.target == "right":
+            return self.metric(self.still["reference"], x) - self.still["distance"]
+        if self.target == "all":
+            reference, left, right = x.chunk(3, 1)
+        else:
+            reference, left, right = x, self.still["left"], self.still["right"]
+        return self.metric(reference, right) - self.metric(reference, left)
 
 
 class DistanceObjective:
-    """Push ``d(x + δ, other)`` above a threshold, or below it.
+    """Make two images look different, ``d(x + δ, other)`` above a threshold, or alike, below it.
 
     Args:
         metric: a :class:`lipsim.PerceptualMetric` or a callable that returns distances.
         other: images ``(N, 3, H, W)`` to compare with; the clean images themselves for ``d(x, x + δ)``.
-        threshold: the distance to cross.
+        threshold: the distance to cross, a number or ``(N,)``. None: as far as the budget goes; nothing counts as
+            broken then, so that no attack stops early.
         increase: True drives the two apart, False together (a collision).
     """
 
     def __init__(
-        self, metric: PerceptualMetric | Distance, other: Tensor, threshold: float | Tensor = 0.0, increase: bool = True
+        self,
+        metric: PerceptualMetric | Distance,
+        other: Tensor,
+        threshold: float | Tensor | None = None,
+        increase: bool = True,
     ) -> None:
-        self.metric, self.other, self.increase = metric, other, increase
-        self.threshold = torch.as_tensor(threshold, dtype=other.dtype, device=other.device).expand(len(other))
-        self.features: Tensor | None = None
+        self.metric, self.increase = metric, increase
+        self.threshold: Tensor | None = None
+        if threshold is not None:
+            self.threshold = torch.as_tensor(threshold, dtype=other.dtype, device=other.device).expand(len(other))
+        self.other = other
         if isinstance(metric, PerceptualMetric):
             with torch.no_grad():
-                self.features = metric.embed(other)
+                self.other = metric.embed(other)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.metric, PerceptualMetric) and self.features is not None:
-            distance = cosine_distance(self.metric.embed(x), self.features, self.metric.anchor)
+        if isinstance(self.metric, PerceptualMetric):
+            distance = cosine_distance(self.metric.embed(x), self.other, self.metric.anchor)
         else:
             distance = self.metric(x, self.other)
-        return distance - self.threshold if self.increase else self.threshold - distance
+        if self.threshold is not None:
+            return distance - self.threshold if self.increase else self.threshold - distance
+        # Increasing in the distance, never positive, and with all digits of small distances.
+        return -1 / (distance + _TINY) if self.increase else -distance
 
     def select(self, rows: Tensor) -> DistanceObjective:
         """The objective of some of the pairs."""
         part = object.__new__(DistanceObjective)
-        part.metric, part.increase = self.metric, self.increase
-        part.other, part.threshold = self.other[rows], self.threshold[rows]
-        part.features = None if self.features is None else self.features[rows]
+        part.metric, part.increase, part.other = self.metric, self.increase, self.other[rows]
+        part.threshold = None if self.threshold is None else self.threshold[rows]
         return part
 
 

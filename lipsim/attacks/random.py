@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +16,25 @@ def sample_normal(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | No
     Row ``i`` is a function of ``(seed, index[i])`` alone, drawn on the CPU in float32, so that it is the same in any
     batch, on any device and in any precision. ``index`` None counts the rows from 0.
     """
+    return _sample(like, lambda row, generator: row.normal_(generator=generator), seed, index)
+
+
+def sample_uniform(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
+    """Numbers uniform in [0, 1), otherwise as :func:`sample_normal`."""
+    return _sample(like, lambda row, generator: row.uniform_(generator=generator), seed, index)
+
+
+def _sample(
+    like: Tensor,
+    draw: Callable[[Tensor, torch.Generator], Tensor],
+    seed: int,
+    index: Tensor | Sequence[int] | None,
+) -> Tensor:
     indices = range(len(like)) if index is None else [int(i) for i in index]
     if len(indices) != len(like):
         raise ValueError(f"expected one index a sample, got {len(indices)} for {len(like)} samples")
     noise = torch.empty(like.shape, dtype=torch.float32)
     for row, i in zip(noise, indices, strict=True):
         generator = torch.Generator().manual_seed((seed * _SEED_STRIDE + i * 0xBF58476D1CE4E5B9) % 2**63)
-        row.normal_(generator=generator)
+        draw(row, generator)
     return noise.to(like)

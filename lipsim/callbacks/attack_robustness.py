@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.utils import save_image
 
-from lipsim.attacks import TwoAFCObjective, pgd
-from lipsim.attacks.projections import Norm, sample_norm
+from lipsim.attacks import SuiteResult, TwoAFCObjective, auto
+from lipsim.attacks.auto import SUITES, check_attacks
+from lipsim.attacks.objectives import IMAGES, TARGETS, Target
+from lipsim.attacks.projections import Ball, Norm, sample_norm
 from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.collect import write_csv
@@ -25,35 +31,51 @@ from lipsim.plots import plot_grid
 from lipsim.results import eps_label
 from lipsim.training.base import Features, MetricModule
 
+_RADII: dict[Target, str] = {
+    "reference": "radius",
+    "left": "left_radius",
+    "right": "right_radius",
+    "all": "joint_radius",
+}
+
 
 class AttackRobustness(TripletCallback):
-    """PGD on the reference of each triplet at growing budgets; logs the score that is left.
+    """The suite :func:`lipsim.attacks.auto` on each triplet at growing budgets; logs the score that is left.
 
-    A sample is attacked while the metric agrees with its votes; once broken it counts as broken at every larger budget
-    and is not attacked again. An answer that flips inside its certified radius is counted as a violation, which must
-    never happen. A test run writes results.json and attacks.csv.
+    A sample is attacked while the metric agrees with its votes; once any attack has broken it, it counts as broken at
+    every larger budget and is not attacked again. An answer that flips inside its certified radius is counted as a
+    violation, which must never happen.
+
+    A test run writes results.json, attacks.csv, and for the first triplets of each set the attacked images: exact ones
+    in ``adversarial/SET.safetensors``, 8-bit ones beside it, and a picture in ``plots/attacked-SET.png``.
 
     Args:
-        eps: budgets, in input pixels in [0, 1], ascending.
-        norm: 2 or "inf".
-        steps: PGD steps at each budget.
-        restarts: PGD runs at each budget.
-        seed: of the random starts, which depend on the sample's index and not on batches or processes.
+        eps: budgets, in input pixels in [0, 1] (in ℓ0 numbers of pixels), ascending.
+        norm: 2, "inf" or 0.
+        attacks: by name, in the order in which they run; None: the suite of the norm.
+        steps: of attacks with gradients at each budget.
+        restarts: of each attack at each budget.
+        queries: forward passes of attacks without gradients at each budget; None: five times ``steps``.
+        target: which image moves; "all": the three together, each within the budget.
+        seed: of everything random, which depends on the sample's index and not on batches or processes.
         others: name → exported metric, attacked in the same way on the same triplets.
-        num_examples: triplets that a test draws, clean and attacked at the largest budget: plots/attacked-….png.
+        num_examples: triplets of each set whose images a test saves and draws.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`; off by default, attacks cost hundreds of forward passes.
 
     Raises:
-        ValueError: budgets that are negative or not ascending.
+        ValueError: a bad budget, norm or target, or an attack that is unknown or does not work in this norm.
     """
 
     def __init__(
         self,
         eps: list[float] = list(EPS),  # noqa: B006  (copied below)
         norm: Norm = 2,
+        attacks: list[str] | None = None,
         steps: int = 50,
         restarts: int = 1,
+        queries: int | None = None,
+        target: Target = "reference",
         seed: int = 0,
         others: dict[str, Path] | None = None,
         num_examples: int = 3,
@@ -62,7 +84,13 @@ class AttackRobustness(TripletCallback):
     ) -> None:
         super().__init__(directory, validate)
         self.eps = check_budgets(eps)
-        self.norm, self.steps, self.restarts, self.seed = norm, steps, restarts, seed
+        for budget in eps:
+            Ball(norm, budget)  # refuses bad ones now
+        if target not in TARGETS:
+            raise ValueError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
+        self.attacks = check_attacks(attacks, norm)
+        self.norm, self.target, self.seed = norm, target, seed
+        self.steps, self.restarts, self.queries = steps, restarts, 5 * steps if queries is None else queries
         self.others = load_others(others)
         self.attacked: dict[str, PerceptualMetric] = {}
         self.num_examples = num_examples
@@ -79,62 +107,87 @@ class AttackRobustness(TripletCallback):
         self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         # The radius is 0 where the metric has no bound.
-        radius = module.metric.reference_radius(*features)
-        columns: dict[str, Tensor] = {"right_vote": batch.right_vote, "radius": radius}
+        certificate = module.metric.certify_features(batch.reference, *features)
+        columns: dict[str, Tensor] = {
+            "right_vote": batch.right_vote,
+            "radius": getattr(certificate, _RADII[self.target]),
+        }
+        found: dict[str, SuiteResult] = {}
         for key, metric in self.attacked.items():
             margin = metric.margin(*(features if key == "metric" else batch.embed(metric.embed)))
-            columns |= {f"{key}/{column}": value for column, value in self.attack(metric, batch, margin).items()}
+            found[key] = self.attack(metric, batch, margin, _progress(trainer, key))
+            columns |= {f"{key}/{column}": values for column, values in self._columns(found[key], batch).items()}
+            columns[f"{key}/margin"] = margin
         if trainer.testing and trainer.is_global_zero and name not in self.tables and self.num_examples:
-            self._draw_examples(trainer, batch, name)
+            self._save_examples(trainer, batch, found, name)
         return columns
 
-    def attack(self, metric: PerceptualMetric, batch: Triplet, margin: Tensor) -> dict[str, Tensor]:
-        """Attack a batch: ``margin``, ``broken_at`` (smallest budget that broke it) and ``length`` (of δ), all (N,).
-
-        Where no budget did, the last two are ∞; where the metric does not agree with the votes to begin with, 0.
-        """
-        broken_at = torch.full_like(margin, math.inf)
-        broken_at[~agrees(margin, batch.right_vote)] = 0.0
-        length = broken_at.clone()
-        for eps in self.eps:
-            rows = torch.isinf(broken_at).nonzero().flatten()
-            if not len(rows):
-                break
-            part = batch.select(rows)
-            x_adv, value = self._run(metric, part, margin[rows] > 0, eps)
-            broken_at[rows[value > 0]] = eps
-            length[rows] = torch.where(value > 0, sample_norm(x_adv - part.reference), length[rows])
-        return {"margin": margin, "broken_at": broken_at, "length": length}
-
-    def _run(self, metric: PerceptualMetric, batch: Triplet, chosen_left: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Attacked references and the objective there."""
-        objective = TwoAFCObjective(metric, batch.reference, batch.left, batch.right, chosen_left=chosen_left)
-        x_adv = pgd(
-            objective,
-            batch.reference,
-            norm=self.norm,
-            eps=eps,
-            steps=self.steps,
-            restarts=self.restarts,
-            seed=self.seed,
-            index=batch.index,
-        )
-        return x_adv, objective(x_adv)
-
-    def _draw_examples(self, trainer: L.Trainer, batch: Triplet, name: str) -> None:
-        batch = batch.select(torch.arange(min(self.num_examples, len(batch)), device=batch.index.device))
-        attacked, titles = [batch.reference], [["reference"] * len(batch)]
-        for key, metric in self.attacked.items():
-            margin = metric.margin(*batch.embed(metric.embed))
-            x_adv, value = self._run(metric, batch, margin > 0, self.eps[-1])
-            attacked.append(x_adv)
-            titles.append(
-                [f"{'this metric' if key == 'metric' else key}: {'flipped' if v > 0 else 'holds'}" for v in value]
+    def attack(
+        self,
+        metric: PerceptualMetric,
+        batch: Triplet,
+        margin: Tensor,
+        progress: Callable[[str], None] | None = None,
+    ) -> SuiteResult:
+        """Attack a batch; where the metric does not agree with the votes to begin with, it counts as broken at 0."""
+        images = (batch.reference, batch.left, batch.right)
+        whole = TwoAFCObjective(metric, *images, target=self.target, chosen_left=margin > 0)
+        broken_at = torch.zeros_like(margin)
+        by = {name: broken_at.clone() for name in self.attacks}
+        x_adv = whole.images.clone()
+        rows = agrees(margin, batch.right_vote).nonzero().flatten()
+        if len(rows):
+            result = auto(
+                whole.select(rows),
+                whole.images[rows],
+                norm=self.norm,
+                eps=self.eps,
+                attacks=self.attacks,
+                steps=self.steps,
+                restarts=self.restarts,
+                queries=self.queries,
+                parts=whole.parts,
+                seed=self.seed,
+                index=batch.index[rows],
+                progress=progress,
             )
-        columns = [batch.left, *attacked, batch.right]
-        labels = [["left"] * len(batch), *titles, ["right"] * len(batch)]
-        path = self.output_directory(trainer) / "plots" / f"attacked-{name}.png"
-        plot_grid(path, columns, labels, title=f"PGD on the reference, ε = {eps_label(self.eps[-1])}")
+            broken_at[rows], x_adv[rows] = result.broken_at, result.x_adv
+            for name, values in result.by.items():
+                by[name][rows] = values
+        return SuiteResult(broken_at, by, x_adv)
+
+    def _columns(self, found: SuiteResult, batch: Triplet) -> dict[str, Tensor]:
+        """``broken_at``, ``length`` (ℓ2 norm of the change that broke it, ∞ where none did) and ``by`` each attack."""
+        clean = torch.cat([getattr(batch, name) for name in self._moving], 1)
+        length = sample_norm(found.x_adv - clean, 2, len(self._moving)).double()
+        length = torch.where(torch.isinf(found.broken_at), math.inf, length)
+        return {"broken_at": found.broken_at, "length": length, **found.by}
+
+    @property
+    def _moving(self) -> list[str]:
+        return list(IMAGES) if self.target == "all" else [self.target]
+
+    def _save_examples(self, trainer: L.Trainer, batch: Triplet, found: dict[str, SuiteResult], name: str) -> None:
+        count = min(self.num_examples, len(batch))
+        index = batch.index[:count].tolist()
+        columns: dict[str, Tensor] = {image: getattr(batch, image)[:count] for image in IMAGES}
+        labels = [[f"#{i}: {image}" for i in index] if image == "reference" else [image] * count for image in columns]
+        for key, result in found.items():
+            title = "this metric" if key == "metric" else key
+            for image, x_adv in zip(self._moving, result.x_adv[:count].chunk(len(self._moving), 1), strict=True):
+                columns[f"{key}/{image}"] = x_adv
+                labels.append([f"{title}: {_verdict(broken_at)}" for broken_at in result.broken_at[:count].tolist()])
+        directory = self.output_directory(trainer)
+        norm = "∞" if self.norm == "inf" else self.norm
+        title = f"ℓ{norm} attacks up to ε = {eps_label(self.eps[-1])} on {self.target}"
+        plot_grid(directory / "plots" / f"attacked-{name}.png", list(columns.values()), labels, title=title)
+        folder = directory / "adversarial" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        exact = {column: images.detach().cpu().contiguous() for column, images in columns.items()}
+        save_file({"index": batch.index[:count].cpu(), **exact}, folder.with_name(f"{name}.safetensors"))
+        for column, images in exact.items():
+            for i, image in zip(index, images, strict=True):
+                save_image(image, folder / f"{i:06d}-{column.replace('/', '-')}.png")
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         gathered = self.gather(trainer, module)
@@ -142,26 +195,66 @@ class AttackRobustness(TripletCallback):
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
             for label, score in summary["metric"]["attacked"].items():
-                module.log(f"{stage}/{name}/pgd_{label}", score, sync_dist=True)
+                module.log(f"{stage}/{name}/attacked_{label}", score, sync_dist=True)
         for name, rows in gathered.items():
             self._write_rows(trainer, name, rows)
-        settings = {"attack": "pgd", "norm": self.norm, "steps": self.steps, "restarts": self.restarts}
-        self.write_section(trainer, "attacked", {**settings, "seed": self.seed, "eps": self.eps, "sets": sets})
+        settings = {
+            "attack": "auto" if self.attacks == SUITES[self.norm] else "+".join(self.attacks),
+            "attacks": list(self.attacks),
+            "norm": self.norm,
+            "target": self.target,
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "queries": self.queries,
+            "seed": self.seed,
+            "eps": self.eps,
+        }
+        self.write_section(trainer, "attacked", {**settings, "sets": sets})
 
     def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
         untied = rows["right_vote"] != 0.5
         summary: dict[str, Any] = {"num_triplets": len(untied)}
         for name in self.attacked:
             broken_at = rows[f"{name}/broken_at"][untied]
-            left = {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
-            summary[name] = {"natural": float((broken_at > 0).double().mean()), "attacked": left}
+            # What the attacks up to this one, in their order, have left.
+            by = torch.stack([rows[f"{name}/{attack}"][untied] for attack in self.attacks]).cummin(0).values
+            summary[name] = {
+                "natural": float((broken_at > 0).double().mean()),
+                "attacked": self._scores(broken_at),
+                "after": {attack: self._scores(left) for attack, left in zip(self.attacks, by, strict=True)},
+            }
         # A certificate R promises the answer for every ‖δ‖₂ < R.
         violated = (rows["metric/broken_at"] > 0) & (rows["metric/length"] < rows["radius"])
         summary["violations"] = int(violated.sum())
         return summary
+
+    def _scores(self, broken_at: Tensor) -> dict[str, float]:
+        return {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
 
     @rank_zero_only
     def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
         if trainer.testing:
             file = "attacks.csv" if len(self.tables) == 1 else f"attacks-{name}.csv"
             write_csv(self.output_directory(trainer) / file, rows)
+
+
+def _verdict(broken_at: float) -> str:
+    if broken_at == 0:
+        return "wrong as it is"
+    return "holds" if math.isinf(broken_at) else f"flipped at {eps_label(broken_at)}"
+
+
+def _progress(trainer: L.Trainer, key: str) -> Callable[[str], None] | None:
+    """Shows in the progress bar which attack runs; None where there is no bar."""
+    bar = trainer.progress_bar_callback
+    if not isinstance(bar, RichProgressBar) or not bar.is_enabled:
+        return None
+    task = bar.test_progress_bar_id if trainer.testing else bar.val_progress_bar_id
+    stage = bar.test_description if trainer.testing else bar.validation_description
+
+    def show(text: str) -> None:
+        if bar.progress is not None and task is not None:
+            bar.progress.update(task, description=f"{stage} {key}: {text}")
+            bar.refresh()
+
+    return show

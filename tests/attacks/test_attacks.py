@@ -71,7 +71,7 @@ def test_bad_budgets_are_refused(eps: float) -> None:
     objective, x = _linear_problem(torch.ones(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="budget eps"):
         pgd(objective, x, eps=eps)
-    with pytest.raises(ValueError, match="norm 2 or 'inf'"):
+    with pytest.raises(ValueError, match="norm 2, 'inf' or 0"):
         pgd(objective, x, norm=1, eps=0.1)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,297 @@
+"""Attack one pair or triplet of images: `lipsim attack A.png B.png [C.png]`, and the functions behind it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.utils import save_image
+
+from lipsim import export
+from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
+from lipsim.attacks.auto import ATTACKS
+from lipsim.attacks.objectives import IMAGES, TARGETS, Distance, Target
+from lipsim.attacks.projections import NORMS, Norm, sample_norm
+from lipsim.data.transforms import load_image
+from lipsim.metric import PerceptualMetric
+from lipsim.precision import full_precision
+from lipsim.results import eps_label
+
+Goal = Literal["different", "alike"]
+GOALS: tuple[Goal, ...] = ("different", "alike")
+# Budgets where none is given: for a triplet the smallest that suffices counts, a pair takes the one in the middle.
+_EPS: dict[Norm, tuple[float, ...]] = {
+    2: (36 / 255, 108 / 255, 1.0, 2.0, 4.0),
+    "inf": (1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255),
+    0: (1.0, 4.0, 16.0, 64.0, 256.0),
+}
+
+
+@dataclass(frozen=True)
+class AttackedImages:
+    """Images before and after an attack.
+
+    Attributes:
+        clean: name → ``(3, H, W)``.
+        attacked: the same names; images that did not move are equal to the clean ones.
+        before: pair of names, as in "reference, left" → distance.
+        after: the same after the attack.
+        rounded: the same after the attack, with images rounded to 8 bits as PNG files hold them.
+        eps: budget within which the attack succeeded; ∞ where it did not. Of a pair, the budget.
+        norm: of the budget.
+        length: ``ℓ2`` norm of the change, the largest of the images that moved.
+    """
+
+    clean: dict[str, Tensor]
+    attacked: dict[str, Tensor]
+    before: dict[str, float]
+    after: dict[str, float]
+    rounded: dict[str, float]
+    eps: float
+    norm: Norm
+    length: float
+
+    def save(self, folder: Path) -> None:
+        """Write each image (``NAME.png``, and ``NAME-attacked.png`` where it moved), the exact tensors and a picture.
+
+        The tensors are in ``images.safetensors``; ``picture.png`` shows each image clean, perturbed, and the change
+        amplified around gray, under the distances before and after.
+        """
+        from lipsim.plots import plot_grid  # matplotlib, which the command line loads only where it draws
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {**self.clean, **{f"{name}-attacked": self.attacked[name] for name in self._moved}}
+        for name, image in tensors.items():
+            save_image(image, folder / f"{name}.png")
+        save_file({name: image.cpu().contiguous() for name, image in tensors.items()}, folder / "images.safetensors")
+        clean = torch.stack(list(self.clean.values()))
+        attacked = torch.stack([self.attacked[name] for name in self.clean])
+        change = attacked - clean
+        gain = 0.5 / change.flatten(1).abs().amax(1).clamp(min=1e-6)
+        moved = [name in self._moved for name in self.clean]
+        labels = [
+            list(self.clean),
+            [f"‖δ‖₂ = {float(d.norm()):.3g}" if m else "stays" for d, m in zip(change, moved, strict=True)],
+            [f"change × {float(g):.3g}" if m else "" for g, m in zip(gain, moved, strict=True)],
+        ]
+        columns = [clean, attacked, 0.5 + change * gain.view(-1, 1, 1, 1)]
+        lines = [f"d({pair}): {self.before[pair]:.4g} → {self.after[pair]:.4g}" for pair in self.before]
+        plot_grid(folder / "picture.png", columns, labels, title="\n".join(lines))
+
+    @property
+    def _moved(self) -> list[str]:
+        return [name for name in self.clean if not torch.equal(self.clean[name], self.attacked[name])]
+
+    def facts(self) -> dict[str, Any]:
+        """What JSON output holds."""
+        return {
+            "eps": self.eps if math.isfinite(self.eps) else None,
+            "norm": self.norm,
+            "length": self.length,
+            "before": self.before,
+            "after": self.after,
+            "rounded": self.rounded,
+        }
+
+
+def attack_triplet(
+    metric: PerceptualMetric | Distance,
+    reference: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    target: Target = "reference",
+    norm: Norm = 2,
+    eps: float | Iterable[float] | None = None,
+    attacks: Sequence[str] | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    seed: int = 0,
+) -> AttackedImages:
+    """Turn a metric's answer to one triplet around with the suite :func:`lipsim.attacks.auto`.
+
+    Args:
+        metric: a metric, frozen for speed, or a callable that returns distances.
+        reference: ``(3, H, W)`` in [0, 1].
+        left: the same.
+        right: the same.
+        target: which image moves; "all": the three, each within the budget.
+        norm: 2, "inf" or 0.
+        eps: budgets; the smallest that suffices is taken. None: five from what nobody sees to what everybody does.
+        attacks: by name; None: the suite of the norm.
+        steps: of attacks with gradients.
+        restarts: of each attack.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a bad target, norm, budget or attack, or images outside [0, 1].
+    """
+    with full_precision():
+        objective = TwoAFCObjective(metric, reference[None], left[None], right[None], target)
+        found = auto(
+            objective,
+            objective.images,
+            norm=norm,
+            eps=_EPS[norm] if eps is None else eps,
+            attacks=attacks,
+            steps=steps,
+            restarts=restarts,
+            parts=objective.parts,
+            seed=seed,
+        )
+    clean: dict[str, Tensor] = {"reference": reference, "left": left, "right": right}
+    moving = IMAGES if target == "all" else (target,)
+    moved: dict[str, Tensor] = dict(zip(moving, found.x_adv[0].chunk(objective.parts), strict=True))
+    pairs = [("reference", "left"), ("reference", "right")]
+    return _outcome(metric, clean, {**clean, **moved}, pairs, float(found.broken_at), norm)
+
+
+def attack_pair(
+    metric: PerceptualMetric | Distance,
+    image: Tensor,
+    other: Tensor,
+    *,
+    goal: Goal = "different",
+    norm: Norm = 2,
+    eps: float | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    seed: int = 0,
+) -> AttackedImages:
+    """Change one image so that a metric finds it as different from, or as like another as it can get, with APGD.
+
+    Args:
+        metric: a metric, frozen for speed, or a callable that returns distances.
+        image: ``(3, H, W)`` in [0, 1], the one that moves.
+        other: the same; equal to ``image`` for ``d(x, x + δ)``.
+        goal: "different" or "alike".
+        norm: 2, "inf" or 0.
+        eps: the budget.
+        steps: of each run.
+        restarts: runs.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a bad goal, norm or budget, or images outside [0, 1].
+    """
+    if goal not in GOALS:
+        raise ValueError(f"expected goal 'different' or 'alike', got {goal!r}")
+    budget = _EPS[norm][2] if eps is None else eps
+    with full_precision():
+        objective = DistanceObjective(metric, other[None], increase=goal == "different")
+        x_adv = apgd(objective, image[None], norm=norm, eps=budget, steps=steps, restarts=restarts, seed=seed)
+    clean = {"image": image, "other": other}
+    return _outcome(metric, clean, {"image": x_adv[0], "other": other}, [("image", "other")], budget, norm)
+
+
+@torch.no_grad()
+def _outcome(
+    metric: PerceptualMetric | Distance,
+    clean: dict[str, Tensor],
+    attacked: dict[str, Tensor],
+    pairs: Sequence[tuple[str, str]],
+    eps: float,
+    norm: Norm,
+) -> AttackedImages:
+    def distances(images: dict[str, Tensor]) -> dict[str, float]:
+        with full_precision():
+            return {f"{a}, {b}": float(metric(images[a][None], images[b][None])) for a, b in pairs}
+
+    rounded = {name: (image * 255).round() / 255 for name, image in attacked.items()}
+    length = max(float(sample_norm(attacked[name][None] - clean[name][None])) for name in clean)
+    return AttackedImages(clean, attacked, distances(clean), distances(attacked), distances(rounded), eps, norm, length)
+
+
+def add_command(commands: Any) -> None:
+    """Register `lipsim attack`."""
+    parser = commands.add_parser(
+        "attack",
+        help="attack a metric on one pair or triplet of image files",
+        description="Two files: change the first within a budget until the metric finds the two as different, or as "
+        "alike, as it can. Three: reference, left and right; change one of them, or all, until the metric takes the "
+        "other candidate, within the smallest of the budgets that suffices. Writes the images, the exact tensors and "
+        "a picture with the change amplified.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="two or three image files")
+    parser.add_argument(
+        "--checkpoint", default="quickstart", help="a .safetensors file or a bundled name (%(default)s)"
+    )
+    parser.add_argument("--goal", choices=GOALS, default="different", help="of a pair (%(default)s)")
+    parser.add_argument("--target", choices=TARGETS, default="reference", help="of a triplet (%(default)s)")
+    parser.add_argument(
+        "--norm", choices=[str(norm) for norm in NORMS], default="2", help="of the change (%(default)s)"
+    )
+    parser.add_argument("--eps", nargs="+", type=budget, help="budgets in [0, 1] pixels, as 0.5 or 8/255")
+    parser.add_argument("--attacks", nargs="+", help=f"of a triplet, among {', '.join(ATTACKS[2])}, one_pixel")
+    parser.add_argument("--steps", type=int, default=100, help="of attacks with gradients (%(default)s)")
+    parser.add_argument("--restarts", type=int, default=1, help="of each attack (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("attacked"), help="folder to write (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if len(options.images) not in (2, 3):
+        raise ValueError(f"expected two or three images, got {len(options.images)}")
+    metric = export.load(options.checkpoint)
+    dtype = next(metric.parameters()).dtype
+    images = [load_image(path, metric.preprocess).to(dtype) for path in options.images]
+    norm: Norm = {str(norm): norm for norm in NORMS}[options.norm]
+    common: dict[str, Any] = {"norm": norm, "steps": options.steps, "restarts": options.restarts, "seed": options.seed}
+    if len(images) == 3:
+        found = attack_triplet(
+            metric, *images, target=options.target, eps=options.eps, attacks=options.attacks, **common
+        )
+    else:
+        if options.attacks or (options.eps and len(options.eps) > 1):
+            raise ValueError("a pair is attacked by APGD within one budget; --attacks and more budgets need a triplet")
+        found = attack_pair(metric, *images, goal=options.goal, eps=(options.eps or [None])[0], **common)
+    found.save(options.output)
+    if options.json:
+        print(json.dumps(found.facts(), indent=1))
+        return 0
+    print(_summary(found))
+    print(f"images, exact tensors and picture.png are in {options.output}/")
+    return 0
+
+
+def _summary(found: AttackedImages) -> str:
+    sign = "∞" if found.norm == "inf" else found.norm
+    head = f"{'distance':<20}{'before':<12}{'after':<12}in 8 bits"
+    rows = [
+        f"{f'd({pair})':<20}{found.before[pair]:<12.5g}{found.after[pair]:<12.5g}{found.rounded[pair]:.5g}"
+        for pair in found.before
+    ]
+    if math.isinf(found.eps):
+        last = "the answer holds within every budget that was tried"
+    elif found.eps == 0:
+        last = "the metric has no answer to turn around: both candidates are at one distance"
+    else:
+        budget = eps_label(found.eps) if found.eps < 1 else f"{found.eps:g}"
+        verb = "turned around" if len(found.before) == 2 else "changed"
+        last = f"{verb} within ε = {budget} in ℓ{sign}; ‖δ‖₂ = {found.length:.5g}"
+        if len(found.before) == 2 and _left_nearer(found.rounded) == _left_nearer(found.before):
+            last += "; rounding to 8 bits undoes it, as images.safetensors does not"
+    return "\n".join([head, *rows, last])
+
+
+def _left_nearer(distances: dict[str, float]) -> bool:
+    return distances["reference, left"] < distances["reference, right"]
+
+
+def budget(text: str) -> float:
+    """A number or a fraction such as 8/255."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None

@@ -1,0 +1,311 @@
+"""`lipsim attack-tables`: many metrics under the same attacks on the same triplets, as LipSim's tables have it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim import export, verify
+from lipsim.attack_images import budget
+from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
+from lipsim.attacks.auto import ATTACKS
+from lipsim.attacks.objectives import Distance, Objective
+from lipsim.attacks.projections import Norm
+from lipsim.baselines import BASELINES
+from lipsim.data import Triplet
+from lipsim.metric import PerceptualMetric
+from lipsim.metrics import agrees
+from lipsim.perceptual import DISTS, LPIPS
+from lipsim.precision import full_precision
+from lipsim.results import update_results
+from lipsim.tables import Row, latex_table, markdown_table, percent, rich_table
+
+Metric = PerceptualMetric | Distance
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the metrics are attacked.
+
+    Attributes:
+        eps: ℓ2 budgets of the scores under the suite.
+        one: the ℓ2 budget of attacks one by one, of distances and of transfer.
+        linf: the ℓ∞ budget of the suite.
+        steps: of attacks with gradients.
+        queries: of attacks without.
+        batch_size: triplets attacked at a time.
+        seed: of everything random.
+    """
+
+    eps: tuple[float, ...] = (36 / 255, 72 / 255, 108 / 255, 1.0, 2.0, 3.0)
+    one: float = 1.0
+    linf: float = 4 / 255
+    steps: int = 20
+    queries: int = 50
+    batch_size: int = 64
+    seed: int = 0
+
+
+def measure(
+    metrics: Mapping[str, Metric],
+    triplets: Triplet,
+    settings: Settings | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Attack every metric on the same triplets.
+
+    Args:
+        metrics: name → metric, or a callable that returns distances.
+        triplets: N of them, on the device of the metrics.
+        settings: budgets and steps.
+        progress: told what runs next.
+
+    Returns:
+        ``scores``: metric → natural majority score, ``l2`` budget → score under the suite, ``linf`` the same at one
+        budget, ``alone`` attack → score at one ℓ2 budget. ``distances``: metric → quantiles of ``d(x, x + δ)`` at that
+        budget, as they are and as shares of the median distance between reference and candidates. ``transfer``: source
+        → target → share of the target's right answers that turn around on references attacked on the source.
+    """
+    settings = settings or Settings()
+    if not len(triplets):
+        raise ValueError("expected at least one triplet, got none")
+    found: dict[str, Any] = {"scores": {}, "distances": {}, "transfer": {name: {} for name in metrics}}
+    found |= {"num_triplets": len(triplets), "one": settings.one, "linf": settings.linf, "steps": settings.steps}
+    found["queries"] = settings.queries
+    with full_precision():
+        right = {name: _right(metric, triplets, settings) for name, metric in metrics.items()}
+        for name, metric in metrics.items():
+            found["scores"][name] = _scores(name, metric, triplets, right[name], settings, progress)
+            _say(progress, f"{name}: d(x, x + δ)")
+            found["distances"][name] = _distances(metric, triplets, settings)
+            _say(progress, f"{name}: transfer")
+            attacked = _pushed(metric, triplets, settings)
+            for other, target in metrics.items():
+                held = _right(target, attacked, settings)
+                share = float((right[other] & ~held).sum() / right[other].sum().clamp(min=1))
+                found["transfer"][name][other] = share
+    return found
+
+
+def _scores(
+    name: str,
+    metric: Metric,
+    triplets: Triplet,
+    right: Tensor,
+    settings: Settings,
+    progress: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    untied = (triplets.right_vote != 0.5).sum()
+    chosen = right.nonzero().flatten()
+
+    def left(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> list[float]:
+        """Scores at each budget."""
+        broken_at = []
+        for rows in chosen.split(settings.batch_size):
+            part = triplets.select(rows)
+            objective = TwoAFCObjective(metric, part.reference, part.left, part.right)
+            result = auto(
+                objective,
+                part.reference,
+                norm=norm,
+                eps=eps,
+                attacks=attacks,
+                steps=settings.steps,
+                queries=settings.queries,
+                seed=settings.seed,
+                index=part.index,
+            )
+            broken_at.append(result.broken_at)
+        broken = torch.cat(broken_at) if broken_at else torch.empty(0)
+        return [float((broken > e).sum() / untied) for e in eps]
+
+    scores: dict[str, Any] = {"natural": float(right.sum() / untied)}
+    _say(progress, f"{name}: suite in ℓ2")
+    scores["l2"] = dict(zip(map(_label, settings.eps), left(2, settings.eps, None), strict=True))
+    _say(progress, f"{name}: suite in ℓ∞")
+    scores["linf"] = left("inf", [settings.linf], None)[0]
+    scores["alone"] = {}
+    for attack in ATTACKS[2]:
+        _say(progress, f"{name}: {attack} alone")
+        scores["alone"][attack] = left(2, [settings.one], [attack])[0]
+    return scores
+
+
+def _distances(metric: Metric, triplets: Triplet, settings: Settings) -> dict[str, Any]:
+    """Quantiles of the largest ``d(x, x + δ)`` that APGD finds at the one budget."""
+    reached, natural = [], []
+    for part in _batches(triplets, settings.batch_size):
+        objective = DistanceObjective(metric, part.reference)
+        x_adv = apgd(
+            objective, part.reference, eps=settings.one, steps=settings.steps, seed=settings.seed, index=part.index
+        )
+        with torch.no_grad():
+            reached.append(metric(part.reference, x_adv).double())
+            natural += [metric(part.reference, images).double() for images in (part.left, part.right)]
+    levels = torch.tensor(_QUANTILES, dtype=torch.float64)
+    quantiles = torch.cat(reached).quantile(levels).tolist()
+    scale = float(torch.cat(natural).median())
+    labels = [f"{100 * q:g} %" for q in _QUANTILES]
+    return {
+        "reached": dict(zip(labels, quantiles, strict=True)),
+        "natural_median": scale,
+        "shares": {label: value / scale if scale else math.nan for label, value in zip(labels, quantiles, strict=True)},
+    }
+
+
+class _Beyond:
+    """An objective without an end: attacks go on past the boundary, so that the change carries over to others."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(self.objective(x))  # increasing, and never positive
+
+    def select(self, rows: Tensor) -> _Beyond:
+        return _Beyond(self.objective.select(rows))
+
+
+def _pushed(metric: Metric, triplets: Triplet, settings: Settings) -> Triplet:
+    """The triplets with references that APGD moves as far over to the other candidate as the budget allows."""
+    moved = []
+    for part in _batches(triplets, settings.batch_size):
+        objective = _Beyond(TwoAFCObjective(metric, part.reference, part.left, part.right))
+        options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "index": part.index}
+        moved.append(apgd(objective, part.reference, eps=settings.one, **options))
+    return Triplet(torch.cat(moved), triplets.left, triplets.right, triplets.right_vote, triplets.index)
+
+
+@torch.no_grad()
+def _right(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
+    """``(N,)`` bool: the metric agrees with the majority of votes."""
+    margins = []
+    for part in _batches(triplets, settings.batch_size):
+        if isinstance(metric, PerceptualMetric):
+            margins.append(metric.margin(*part.embed(metric.embed)))
+        else:
+            margins.append(metric(part.reference, part.right) - metric(part.reference, part.left))
+    return agrees(torch.cat(margins), triplets.right_vote)
+
+
+def _batches(triplets: Triplet, size: int) -> list[Triplet]:
+    return [triplets.select(rows) for rows in torch.arange(len(triplets)).split(size)]
+
+
+def _say(progress: Callable[[str], None] | None, text: str) -> None:
+    if progress is not None:
+        progress(text)
+
+
+def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
+    """Title → rows, cells in %, from what :func:`measure` found."""
+    count, one = found["num_triplets"], _label(found["one"])
+    suite: list[Row] = []
+    alone: list[Row] = []
+    distances: list[Row] = []
+    transfer: list[Row] = []
+    names = {"apgd": "APGD", "minimal_norm": "minimal norm", "square": "Square", "pgd": "PGD", "mi_fgsm": "MI-FGSM"}
+    for name, scores in found["scores"].items():
+        at = {label: percent(score) for label, score in scores["l2"].items()}
+        linf = {f"ℓ∞ {_label(found['linf'])}": percent(scores["linf"])}
+        suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
+        cells = {names[attack]: percent(score) for attack, score in scores["alone"].items()}
+        alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
+        moved = found["distances"][name]
+        cells = {label: f"{value:.3g}" for label, value in moved["reached"].items()}
+        distances.append({"metric": name, **cells, "median, of natural": f"{percent(moved['shares']['50 %'])} %"})
+        cells = {other: percent(share) for other, share in found["transfer"][name].items()}
+        transfer.append({"made on": name, **cells})
+    return {
+        f"{data}: 2AFC score in %, natural and under the suite on the reference, {count} triplets, ℓ2 budgets": suite,
+        f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {one}": alone,
+        f"{data}: d(x, x + δ) that APGD reaches in ℓ2, ε = {one}: quantiles, and the median as a share of the median "
+        "distance between reference and candidates": distances,
+        f"{data}: transfer, share in % of right answers that turn around on references attacked in ℓ2, ε = {one}, "
+        "on another metric": transfer,
+    }
+
+
+def add_command(commands: Any) -> None:
+    """Register `lipsim attack-tables`."""
+    parser = commands.add_parser(
+        "attack-tables",
+        help="many metrics side by side, natural and attacked",
+        description="Natural and attacked 2AFC scores of exported metrics and of pixel l2, SSIM and MS-SSIM, each "
+        "attack alone, the distances d(x, x + δ) that an attack reaches, and how attacks transfer. Writes tables.md, "
+        "tables.tex and results.json (section attack_tables). LPIPS and DISTS join where their backbone's weights are "
+        "given.",
+    )
+    parser.add_argument("metrics", nargs="+", metavar="NAME=FILE", help="exported metrics of one image size")
+    parser.add_argument("--data", choices=("builtin", "material"), default="builtin", help="triplets (%(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the Material data")
+    parser.add_argument("--samples", type=int, default=200, help="how many triplets (%(default)s)")
+    parser.add_argument("--eps", nargs="+", type=budget, default=list(Settings.eps), help="ℓ2 budgets of the suite")
+    parser.add_argument("--one", type=budget, default=Settings.one, help="ℓ2 budget of the rest (%(default)s)")
+    parser.add_argument("--linf", type=budget, default=Settings.linf, help="ℓ∞ budget of the suite (4/255)")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="of attacks with gradients (%(default)s)")
+    parser.add_argument("--queries", type=int, default=Settings.queries, help="of Square (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="triplets at a time (%(default)s)")
+    parser.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's AlexNet weights; adds LPIPS")
+    parser.add_argument("--dists", type=Path, metavar="FILE", help="torchvision's VGG-16 weights; adds DISTS")
+    parser.add_argument("--seed", type=int, default=1, help="of triplets and attacks (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("attack-tables"), help="folder to write (%(default)s)")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    for name in ("samples", "steps", "queries", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
+    metrics: dict[str, Metric] = {}
+    for given in options.metrics:
+        name, _, file = given.rpartition("=")
+        metrics[name or Path(file).stem] = export.load(file)
+    sizes = {metric.image_size for metric in metrics.values() if isinstance(metric, PerceptualMetric)}
+    if len(sizes) > 1 or len(metrics) < len(options.metrics):
+        raise ValueError(f"expected metrics of different names and one image size, got {list(metrics)} at {sizes}")
+    metrics |= BASELINES
+    if options.lpips:
+        metrics["LPIPS (AlexNet)"] = LPIPS("alex", options.lpips)
+    if options.dists:
+        metrics["DISTS"] = DISTS(options.dists)
+    triplets = verify.sample_triplets(options.data, options.samples, sizes.pop(), options.root, options.seed)
+    settings = Settings(
+        eps=tuple(sorted(options.eps)),
+        one=options.one,
+        linf=options.linf,
+        steps=options.steps,
+        queries=options.queries,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    console = Console()
+    with console.status("attacking") as status:
+        found = measure(metrics, triplets, settings, lambda text: status.update(f"attacking {text}"))
+    update_results(options.output / "results.json", "attack_tables", {"data": options.data, **found})
+    shown = tables(found, options.data)
+    for title, rows in shown.items():
+        console.print(rich_table(rows, title))
+    text = [part for title, rows in shown.items() for part in (f"{title}:", markdown_table(rows))]
+    (options.output / "tables.md").write_text("\n\n".join(text) + "\n")
+    title, rows = next(iter(shown.items()))
+    latex = latex_table(rows, title, list(rows[0])[2:], "Score under attack")
+    (options.output / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n")
+    console.print(f"tables.md, tables.tex and results.json are in {options.output}/")
+    return 0
+
+
+def _label(eps: float) -> str:
+    """A budget as these tables write it: fractions of 255 below 1."""
+    steps = eps * 255
+    return f"{round(steps)}/255" if eps < 1 and abs(steps - round(steps)) < 1e-6 else f"{eps:g}"

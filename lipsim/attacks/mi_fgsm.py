@@ -1,0 +1,76 @@
+"""Momentum iterative FGSM (Dong et al. 2018), also called MIA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipsim.attacks.objectives import Objective, value_and_gradient
+from lipsim.attacks.projections import Ball, Box, Norm, expand
+from lipsim.attacks.survivors import Survivors
+
+
+def mi_fgsm(
+    objective: Objective,
+    x: Tensor,
+    *,
+    norm: Norm = 2,
+    eps: float,
+    steps: int = 100,
+    step_size: float | None = None,
+    restarts: int = 1,
+    box: Box = (0.0, 1.0),
+    parts: int = 1,
+    seed: int = 0,
+    index: Tensor | Sequence[int] | None = None,
+    decay: float = 1.0,
+) -> Tensor:
+    """Maximise an objective within a ball along accumulated gradients, the best point of all steps kept.
+
+    Gradients are divided by their mean absolute value and added up; each step has the same length. The published steps
+    of ``eps/steps`` reach the sphere only where all of them agree; those here add up to 2.5 times its radius.
+
+    Args:
+        objective: per-sample scalar to maximise.
+        x: images ``(N, C, H, W)``, float32 or float64, inside the box.
+        norm: 2 or "inf", or 0 as in :func:`lipsim.attacks.pgd`.
+        eps: budget, the largest norm of ``x_adv − x``.
+        steps: forward and backward passes of a run; one more forward pass looks at its last point.
+        step_size: None: :meth:`Ball.step_size`.
+        restarts: runs; the first starts at ``x``, the others at random points.
+        box: the range of valid images; None for all of ℝⁿ.
+        parts: the channels are that many images, each with a budget of its own.
+        seed: of the random starts.
+        index: ``(N,)`` sample indices that the random starts depend on.
+        decay: of the accumulated gradient from step to step, ``μ``.
+
+    Returns:
+        ``x_adv`` like ``x``, with the best objective found; ``x`` itself where ``eps`` is 0.
+
+    Raises:
+        ValueError: a bad norm, budget or box, or an objective without a gradient.
+    """
+    ball = Ball(norm, eps, box, parts)
+    ball.check(x)
+    if eps == 0 or steps < 1:
+        return x.detach().clone()
+    size = ball.step_size(steps) if step_size is None else step_size
+    batch = Survivors(objective, x, index)
+    for restart in range(restarts):
+        start = batch.random_start(ball, seed, restart)
+        current = batch.clean if restart == 0 else start
+        momentum = torch.zeros_like(current)
+        for _ in range(steps):
+            if not len(batch):
+                return batch.best
+            value, gradient = value_and_gradient(batch.objective, current)
+            current, gradient, start, momentum = batch.keep(current, value, current, gradient, start, momentum)
+            scale = gradient.abs().flatten(1).mean(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+            momentum = decay * momentum + gradient / expand(scale, gradient)
+            stuck = expand((momentum == 0).flatten(1).all(1), current)
+            moved = current + size * ball.direction(momentum)
+            current = ball.project(torch.where(stuck, start, moved), batch.clean)
+        batch.keep_last(current)
+    return batch.best

@@ -1,0 +1,138 @@
+"""One-pixel attack (Su et al. 2017): differential evolution over places and colours, batched over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipsim.attacks.objectives import Objective
+from lipsim.attacks.projections import Ball, Box
+from lipsim.attacks.random import sample_normal, sample_uniform
+from lipsim.attacks.survivors import Survivors
+
+_SCALE = 0.5  # F, of the difference of two members that is added to a third
+
+
+def one_pixel(
+    objective: Objective,
+    x: Tensor,
+    *,
+    num_pixels: int = 1,
+    steps: int = 100,
+    population: int = 400,
+    restarts: int = 1,
+    box: Box = (0.0, 1.0),
+    seed: int = 0,
+    index: Tensor | Sequence[int] | None = None,
+    batch_size: int = 512,
+) -> Tensor:
+    """Maximise an objective by changing a few pixels, found by differential evolution without gradients.
+
+    A member of the population is ``(row, column, colour)`` for each pixel. A child is one member plus half the
+    difference of two others, brought back to the image and the box, and replaces its parent where it is better. The
+    first members have uniform places and colours normal around the middle of the box.
+
+    Args:
+        objective: per-sample scalar to maximise; needs no gradient.
+        x: images ``(N, C, H, W)`` inside the box.
+        num_pixels: how many pixels may change.
+        steps: generations.
+        population: members of each sample.
+        restarts: runs.
+        box: the range of a colour; this attack needs one.
+        seed: of the evolution.
+        index: ``(N,)`` sample indices that the evolution depends on.
+        batch_size: images that the objective sees at a time.
+
+    Returns:
+        ``x_adv`` like ``x``, with the best objective found; ``x`` itself where no change is better.
+
+    Raises:
+        ValueError: no box, a number of pixels below 1, or a population below 4.
+    """
+    Ball(0, num_pixels, box).check(x)
+    if box is None or num_pixels < 1 or population < 4:
+        raise ValueError(f"expected at least 1 pixel and a population of at least 4, got {num_pixels} and {population}")
+    batch = Survivors(objective, x, index)
+    for restart in range(restarts):
+        if len(batch):
+            _evolve(batch, num_pixels, steps, population, box, (seed * 1_000 + restart) * (steps + 2), batch_size)
+    return batch.best
+
+
+@torch.no_grad()
+def _evolve(
+    batch: Survivors,
+    num_pixels: int,
+    steps: int,
+    population: int,
+    box: tuple[float, float],
+    seed: int,
+    batch_size: int,
+) -> None:
+    channels = batch.clean.shape[1]
+    shape = batch.clean.new_empty(len(batch), population, num_pixels, 2 + channels)
+    members = sample_uniform(shape, seed=seed, index=batch.index)
+    colours = 0.5 + 0.5 * sample_normal(shape[..., 2:], seed=seed + 1, index=batch.index)
+    members = torch.cat([members[..., :2], colours.clamp(0, 1)], -1)  # all in [0, 1]; scaled in _paint
+    value = _values(batch, members, box, batch_size)
+    members, value = _keep_best(batch, members, value, box)
+    for step in range(steps):
+        if not len(batch):
+            return
+        draws = sample_uniform(value.new_empty(*value.shape, 3), seed=seed + 2 + step, index=batch.index)
+        a, b, c = (_take(members, rows) for rows in _three_others(draws))
+        children = (a + _SCALE * (b - c)).clamp(0, 1)
+        found = _values(batch, children, box, batch_size)
+        better = found > value
+        members = torch.where(better[..., None, None], children, members)
+        value = torch.where(better, found, value)
+        members, value = _keep_best(batch, members, value, box)
+
+
+def _keep_best(batch: Survivors, members: Tensor, value: Tensor, box: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    top, best = value.max(1)
+    x_adv = _paint(batch.clean, _take(members, best[:, None])[:, 0], box)
+    members, value = batch.keep(x_adv, top, members, value)
+    return members, value
+
+
+def _values(batch: Survivors, members: Tensor, box: tuple[float, float], batch_size: int) -> Tensor:
+    """Objective of every member, ``(M, P)``."""
+    sample = torch.arange(len(batch), device=members.device).repeat_interleave(members.shape[1])
+    parts = []
+    for rows, some in zip(sample.split(batch_size), members.flatten(0, 1).split(batch_size), strict=True):
+        parts.append(batch.objective.select(rows)(_paint(batch.clean[rows], some, box)))
+    return torch.cat(parts).view(members.shape[:2]).nan_to_num(nan=-torch.inf)
+
+
+def _paint(x: Tensor, members: Tensor, box: tuple[float, float]) -> Tensor:
+    """Images ``(M, C, H, W)`` with the pixels of members ``(M, k, 2 + C)`` put in; a later one covers an earlier."""
+    size = torch.tensor(x.shape[-2:], device=x.device)
+    place = (members[..., :2] * size).long().minimum(size - 1)
+    x = x.clone()
+    sample = torch.arange(len(x), device=x.device)
+    for k in range(members.shape[1]):
+        x[sample, :, place[:, k, 0], place[:, k, 1]] = box[0] + (box[1] - box[0]) * members[:, k, 2:]
+    return x
+
+
+def _take(members: Tensor, rows: Tensor) -> Tensor:
+    """Members ``(M, P, …)`` at positions ``(M, Q)``."""
+    return members[torch.arange(len(members), device=members.device)[:, None], rows]
+
+
+def _three_others(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three positions for each, different from each other and from its own, from uniform numbers ``(M, P, 3)``."""
+    count = draws.shape[1]
+    own = torch.arange(count, device=draws.device).expand(draws.shape[:2])
+    chosen = [own]
+    for k in range(3):
+        # Among those that are left, counted past the ones that are taken, smallest first.
+        position = (draws[..., k] * (count - 1 - k)).long().clamp(max=count - 2 - k)
+        for taken in torch.stack(chosen).sort(0).values:
+            position = position + (position >= taken)
+        chosen.append(position)
+    return chosen[1], chosen[2], chosen[3]

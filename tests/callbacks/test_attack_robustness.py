@@ -1,0 +1,128 @@
+"""What AttackRobustness writes, for every target and norm."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import lipsim
+from lipsim import PerceptualMetric, export
+from lipsim.attacks.projections import sample_norm
+from lipsim.callbacks import AttackRobustness
+from lipsim.data import BuiltinTriplets
+from lipsim.evaluate import evaluate
+from lipsim.metrics import agrees
+from lipsim.results import read_results
+from lipsim.students import OrthogonalProjection
+from lipsim.teachers import SmallViT
+
+COUNT = 10
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    export.save(PerceptualMetric(OrthogonalProjection(16, 8), 16), "metric.safetensors")
+    vit = SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
+    export.save(PerceptualMetric(vit, 16, anchor=0.0, lipschitz=math.inf), "teacher.safetensors")
+
+
+def _evaluate(**options: Any) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The section of results.json and the rows of attacks.csv."""
+    given = {"steps": 10, "others": {"teacher": "teacher.safetensors"}, **options}
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "lipsim.callbacks.AttackRobustness", "init_args": given}],
+        },
+        "data": {
+            "class_path": "lipsim.training.data.BuiltinData",
+            "init_args": {"num_test": COUNT, "image_size": 16, "batch_size": 4},
+        },
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    evaluate(["--config", "config.yaml", "--checkpoint", "metric.safetensors", "--trainer.default_root_dir", "out"])
+    with open("out/attacks.csv", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return read_results(Path("out/results.json"))["attacked"], rows
+
+
+def test_scores_follow_from_the_rows() -> None:
+    section, rows = _evaluate(eps=[1.0, 0.1, 0.3])
+    assert [row["index"] for row in rows] == list(range(COUNT))
+    assert section["attack"] == "auto" and section["attacks"] == ["apgd", "minimal_norm", "square"]
+    found = section["sets"]["builtin"]
+    assert found["num_triplets"] == COUNT and found["violations"] == 0
+    triplets = BuiltinTriplets("test", COUNT, image_size=16)
+    reference, left, right = (t.float() / 255 for t in triplets.images.unbind(1))
+    for key in ("metric", "teacher"):
+        metric = lipsim.load(f"{key}.safetensors")
+        margin = metric.margin(*(metric.embed(t) for t in (reference, left, right)))
+        agree = agrees(margin, triplets.right_vote)
+        broken_at = torch.tensor([row[f"{key}/broken_at"] for row in rows])
+        assert ((broken_at > 0) == agree).all()
+        natural = found[key]["natural"]
+        assert natural == pytest.approx(float(agree.double().mean()))
+        scores = [natural, *found[key]["attacked"].values()]
+        assert scores == sorted(scores, reverse=True) and list(found[key]["attacked"]) == ["0.1", "0.3", "1"]
+        for label, eps in (("0.1", 0.1), ("0.3", 0.3), ("1", 1.0)):
+            assert found[key]["attacked"][label] == pytest.approx(float((broken_at > eps).double().mean()))
+            after = [found[key]["after"][attack][label] for attack in section["attacks"]]
+            assert after == sorted(after, reverse=True) and after[-1] == found[key]["attacked"][label]
+    for row in rows:
+        if 0 < row["metric/broken_at"] < math.inf:
+            assert row["radius"] <= row["metric/length"] <= row["metric/broken_at"] + 1e-6
+            assert min(row[f"metric/{attack}"] for attack in section["attacks"]) == row["metric/broken_at"]
+
+
+@pytest.mark.parametrize(
+    ("target", "norm", "eps"), [("all", 2, [0.5]), ("left", "inf", [0.05]), ("reference", 0, [1, 8]), ("right", 2, [1])]
+)
+def test_images_that_are_saved_are_what_the_rows_say(target: str, norm: Any, eps: list[float]) -> None:
+    section, rows = _evaluate(target=target, norm=norm, eps=eps, num_examples=2, queries=60)
+    assert section["target"] == target and section["norm"] == norm
+    assert section["sets"]["builtin"]["violations"] == 0
+    assert Path("out/plots/attacked-builtin.png").stat().st_size > 5000
+    images = load_file("out/adversarial/builtin.safetensors")
+    assert images["index"].tolist() == [0, 1]
+    moving = ["reference", "left", "right"] if target == "all" else [target]
+    for key in ("metric", "teacher"):
+        metric = lipsim.load(f"{key}.safetensors")
+        triplet = {name: images.get(f"{key}/{name}", images[name]) for name in ("reference", "left", "right")}
+        margin = metric.margin(*(metric.embed(t) for t in triplet.values()))
+        for i, row in enumerate(rows[:2]):
+            delta = torch.cat([images[f"{key}/{name}"][i : i + 1] - images[name][i : i + 1] for name in moving], 1)
+            assert float(sample_norm(delta, norm, len(moving))) <= eps[-1] + 1e-6
+            flipped = float(margin[i]) * row[f"{key}/margin"] < 0
+            assert flipped == (0 < row[f"{key}/broken_at"] < math.inf)
+            if flipped:
+                assert row[f"{key}/length"] == pytest.approx(float(sample_norm(delta, 2, len(moving))), rel=1e-5)
+    for name in moving:
+        with Image.open(f"out/adversarial/builtin/000000-teacher-{name}.png") as image:
+            assert image.size == (16, 16)
+
+
+def test_bad_settings_are_refused_at_once() -> None:
+    for options, message in (
+        ({"eps": []}, "at least one budget"),
+        ({"eps": [-1.0]}, "finite budget"),
+        ({"norm": 0, "eps": [0.5]}, "whole number of pixels"),
+        ({"attacks": ["nothing"]}, "expected different attacks"),
+        ({"target": "both"}, "expected target"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AttackRobustness(**options)
+    assert AttackRobustness(eps=[1.0, 36 / 255, 1.0]).eps == [36 / 255, 1.0]

@@ -1,0 +1,80 @@
+"""LPIPS and DISTS against torchmetrics', with backbones of random weights; MS-SSIM on small images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import dists as torchmetrics_dists
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+from torchmetrics.functional.image.lpips import _LPIPS
+from torchvision.models import alexnet, vgg16
+
+from lipsim.attacks import DistanceObjective, pgd
+from lipsim.baselines import ms_ssim
+from lipsim.perceptual import DISTS, FILES, LPIPS, Net
+
+# torchmetrics reads a module constant of torch.load that warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.load")
+
+
+@pytest.fixture
+def images() -> tuple[Tensor, Tensor]:
+    x = torch.rand(3, 3, 64, 64)
+    return x, (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
+
+
+def _weights(folder: Path, net: Net) -> torch.nn.Module:
+    network = (alexnet if net == "alex" else vgg16)(weights=None)
+    torch.save(network.state_dict(), folder / FILES[net])
+    return network
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_is_torchmetrics(net: Net, tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
+    network = _weights(tmp_path, net)
+    theirs = _LPIPS(net=net, pnet_rand=True)
+    for part in range(1, 6):
+        for i, layer in getattr(theirs.net, f"slice{part}").named_children():
+            if layer.state_dict():
+                layer.load_state_dict(network.features[int(i)].state_dict())
+    ours = LPIPS(net, tmp_path)
+    expected = theirs(*images, normalize=True).flatten()
+    torch.testing.assert_close(ours(*images), expected, rtol=1e-4, atol=1e-7)
+    assert torch.equal(ours(images[0], images[0]), torch.zeros(3))
+    x_adv = pgd(DistanceObjective(ours, images[0]), images[0], eps=1.0, steps=3)
+    assert (ours(x_adv, images[0]) > 1e-4).all()
+
+
+def test_dists_is_torchmetrics(tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = _weights(tmp_path, "vgg")
+    monkeypatch.setattr(torchmetrics_dists, "vgg16", lambda weights: network)
+    expected = torchmetrics_dists.DISTSNetwork()(*images)
+    torch.testing.assert_close(DISTS(tmp_path / FILES["vgg"])(*images), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_missing_and_foreign_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    for make in (lambda: LPIPS(), lambda: DISTS(), lambda: LPIPS("vgg", tmp_path / "nothing.pth")):
+        with pytest.raises(FileNotFoundError, match="nothing is downloaded here; bring torchvision's"):
+            make()
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not torchvision's"):
+        LPIPS("alex", tmp_path / "other.pth")
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot read the weights"):
+        DISTS(tmp_path / "broken.pth")
+
+
+def test_ms_ssim_at_full_size_is_the_published_one() -> None:
+    x = torch.rand(2, 3, 180, 180)
+    y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    expected = 1 - multiscale_structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ms_ssim(x, y), expected)
+    for size in (16, 32, 64, 160):
+        small, other = x[..., :size, :size], y[..., :size, :size]
+        distance = ms_ssim(small, other)
+        assert distance.shape == (2,) and (distance > 0).all() and (distance < 1).all()
+        torch.testing.assert_close(ms_ssim(small, small), torch.zeros(2), rtol=0, atol=1e-5)
