@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from students import seconds
@@ -30,17 +31,22 @@ from lipsim.data.embedded_images import EmbeddedFolder, EmbeddedImages
 from lipsim.data.embedding_cache import CacheDescription, EmbeddingCache, write_shard
 from lipsim.data.images import FolderImages
 from lipsim.students import OrthogonalShiftNetwork
-from lipsim.teachers import SmallViT
+from lipsim.teachers import DreamSim, SmallViT
 from lipsim.training import Distillation
 
-TEACHERS = {"ViT-S/16": (384, 6), "ViT-B/16": (768, 12)}  # width, heads
+TEACHERS: dict[str, Callable[[int], nn.Module]] = {
+    "ViT-S/16": lambda size: SmallViT(size, patch_size=16, width=384, depth=12, heads=6),
+    "ViT-B/16": lambda size: SmallViT(size, patch_size=16, width=768, depth=12, heads=12),
+    "DreamSim ensemble": lambda size: DreamSim("ensemble", "random", size),
+}
 
 
 def steps(teacher: str, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """A step of distillation without the cache and with it, of one and the same stage."""
     torch.manual_seed(0)
-    (features, heads), size = TEACHERS[teacher], options.image_size
-    vit = SmallViT(size, patch_size=16, width=features, depth=12, heads=heads)
+    size = options.image_size
+    vit = TEACHERS[teacher](size)
+    features = vit.out_features
     with tempfile.TemporaryDirectory() as folder:
         metric = PerceptualMetric(vit, size, anchor=0.0, lipschitz=float("inf"))
         file = export.save(metric, Path(folder) / "teacher.safetensors")
