@@ -24,7 +24,7 @@ from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
 from lipsim.results import state_fingerprint, update_results
-from lipsim.training.base import Features, MetricModule, images_of
+from lipsim.training.base import Features, MetricModule, evaluation_loaders, images_of
 
 
 class TripletCallback(Callback):
@@ -183,12 +183,6 @@ def outside_inference_mode() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad(), full_precision():
         yield
-
-
-def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
-    """The data loaders of the evaluation that is running."""
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [cast(DataLoader, loaders)]
 
 
 def first_images(loader: DataLoader, count: int) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lipsim import certificates
 from lipsim.audit import LipschitzReport
-from lipsim.callbacks.base import TripletCallback, check_budgets, evaluation_loaders, first_images
+from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
 from lipsim.callbacks.collect import write_csv
 from lipsim.data import Triplet
 from lipsim.lower_bounds import feature_error
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.results import eps_label
-from lipsim.training.base import Features, MetricModule, check_images
+from lipsim.training.base import Features, MetricModule, check_images, evaluation_loaders
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
 CURVE_POINTS = 121  # from 0 to 1.5 times the largest ε

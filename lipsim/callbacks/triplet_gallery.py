@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lipsim.attacks import TwoAFCObjective, pgd
-from lipsim.callbacks.base import TripletCallback, evaluation_loaders, outside_inference_mode
+from lipsim.callbacks.base import TripletCallback, outside_inference_mode
 from lipsim.data import Triplet
 from lipsim.data.loading import read_batch
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.plots import plot_gallery
-from lipsim.training.base import Features, MetricModule
+from lipsim.training.base import Features, MetricModule, evaluation_loaders
 
 
 class TripletGallery(TripletCallback):

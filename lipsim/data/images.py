@@ -41,7 +41,8 @@ class FolderImages(Dataset[Tensor]):
         check_views(views)
         self.folder, self.views = Path(folder), tuple(views)
         self.transform = CentralCrop(image_size, resize)
-        classes = sorted(entry for entry in self.folder.iterdir() if entry.is_dir()) if self.folder.is_dir() else []
+        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        classes = sorted(entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         names = [f"{part.name}/{name}" for part in classes for name in sorted(os.listdir(part)) if _is_image(name)]
         if not names:
             raise FileNotFoundError(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
+import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
@@ -37,30 +40,62 @@ class OpenClipBranch(Branch):
         finally:
             logging.getLogger().setLevel(level)
         tower = clip.visual
-        out_features = options.get("embed_dim", described["embed_dim"])
-        super().__init__(config.model, tower, out_features, tower.image_mean, tower.image_std)
         tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-        self.files = tuple(Path(tag["url"]).name for tag in tags if tag.get("url"))
-        self.repositories = tuple(dict.fromkeys(tag["hf_hub"].rstrip("/") for tag in tags if tag.get("hf_hub")))
+        # Statistics are those of the weights; a tower without weights has OpenAI's, whatever it is.
+        known = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags if tag.get("mean") and tag.get("std")}
+        mean, std = known.pop() if len(known) == 1 else (tower.image_mean, tower.image_std)
+        super().__init__(config.model, tower, options.get("embed_dim", described["embed_dim"]), mean, std)
+        self.tags = tags
+        # Weights that were trained with the other activation would load, and be wrong: they are not looked for.
+        fitting = [tag for tag in tags if bool(tag.get("quick_gelu")) == self.quick]
+        self.files = tuple(Path(tag["url"]).name for tag in fitting if tag.get("url"))
+        self.repositories = tuple(dict.fromkeys(_repository(tag) for tag in fitting if tag.get("hf_hub")))
+
+    @property
+    def quick(self) -> bool:
+        """Whether the activation is QuickGELU."""
+        return any(isinstance(module, QuickGELU) for module in self.backbone.modules())
 
     def tokens(self, x: Tensor) -> Tensor:
         return self.backbone(x).unsqueeze(1)
 
     def fitted(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-        self._check_activation(file)
+        self._follow(file)
         if any(key.startswith("visual.") for key in state):  # a whole CLIP; else the vision tower alone
             state = {key: tensor for key, tensor in state.items() if not re.fullmatch(TEXT_TOWER, key)}
         return {key.removeprefix("visual."): t.float() if t.is_floating_point() else t for key, t in state.items()}
 
-    def _check_activation(self, file: Path) -> None:
-        """The same shapes with another activation would load, and be wrong."""
+    def _follow(self, file: Path) -> None:
+        """Take statistics and activation from what is known of a file: by its name, and by a description beside it."""
+        for tag in self.tags:
+            named = bool(tag.get("url")) and Path(tag["url"]).name == file.name
+            cached = bool(tag.get("hf_hub")) and f"models--{_repository(tag).replace('/', '--')}" in file.parts
+            if named or cached:
+                self._check_activation(bool(tag.get("quick_gelu")), file)
+                self._normalise_by(tag)
+                break
         path = file.parent / "open_clip_config.json"
         if not path.is_file():
             return
         try:
-            quick = bool(json.loads(path.read_text())["model_cfg"].get("quick_gelu", False))
-        except (ValueError, KeyError, AttributeError) as error:
+            described = json.loads(path.read_text())
+            quick = bool(described["model_cfg"].get("quick_gelu", False))
+            self._normalise_by(described.get("preprocess_cfg", {}))
+        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"cannot read {path} ({error}); get it again, or remove it") from error
-        if quick != any(isinstance(module, QuickGELU) for module in self.backbone.modules()):
+        self._check_activation(quick, path)
+
+    def _check_activation(self, quick: bool, source: Path) -> None:
+        """The same shapes with another activation would load, and be wrong."""
+        if quick != self.quick:
             kind, other = ("QuickGELU", "with") if quick else ("GELU", "without")
-            raise ValueError(f"{path} asks for {kind}; take the name {other} -quickgelu in place of {self.model}")
+            raise ValueError(f"{source} asks for {kind}; take the name {other} -quickgelu in place of {self.model}")
+
+    def _normalise_by(self, description: Mapping[str, Any]) -> None:
+        for name in ("mean", "std"):
+            if description.get(name) is not None:
+                getattr(self, name).copy_(torch.tensor(description[name]).view(1, 3, 1, 1))
+
+
+def _repository(tag: Mapping[str, Any]) -> str:
+    return str(tag["hf_hub"]).rstrip("/")

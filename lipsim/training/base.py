@@ -14,9 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from lipsim import export
 from lipsim.data import Triplet
+from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze, unfreeze
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import TwoAFCScore
@@ -96,6 +98,13 @@ class MetricModule(L.LightningModule):
                     rank_zero_info(f"resuming with {name} = {configured[name]}; the checkpoint had {group.get(name)}")
                     group[name] = configured[name]
             group["lr"] = group["initial_lr"] * factor
+
+    def setup(self, stage: str) -> None:
+        """Expect images as the data module resizes them: what a metric is trained on is what it is for."""
+        given = getattr(getattr(self.trainer.datamodule, "preprocess", None), "resize", None)  # type: ignore[attr-defined]
+        if given is not None and given != self.metric.preprocess.resize:
+            rank_zero_info(f"the metric expects images resized by {given!r} from now on, as these data are")
+            self.metric.preprocess = Preprocess(self.metric.image_size, given)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the metric, so that :func:`lipsim.load` takes the checkpoint as well."""
@@ -195,6 +204,12 @@ class MetricModule(L.LightningModule):
                     sync_dist=True,
                 )
         self.scores.clear()
+
+
+def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
+    """The data loaders of the evaluation that is running."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [cast(DataLoader, loaders)]
 
 
 def images_of(batch: Any) -> Tensor:

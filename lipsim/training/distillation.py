@@ -8,15 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lipsim import export
+from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.data.embedded_images import EmbeddedImages
 from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import Evaluation, MetricModule, OptimizerFactory, encoder_from, image_size_of, images_of
+from lipsim.training.base import (
+    Evaluation,
+    MetricModule,
+    OptimizerFactory,
+    encoder_from,
+    evaluation_loaders,
+    image_size_of,
+    images_of,
+)
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
 
@@ -91,6 +101,7 @@ class Distillation(MetricModule):
         Raises:
             ValueError: it cannot, or the cache does not match it.
         """
+        super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage not in ("fit", "validate"):
             return
@@ -125,15 +136,31 @@ class Distillation(MetricModule):
         with full_precision():
             student, target = self.metric.embed(images), self.target(batch)
         name = f"val/{self.set_name(dataloader_idx)}"
-        values = {}
+        values: dict[str, tuple[Tensor, int]] = {}
         if target is not None and len(images) > 2:  # the last images of a folder may make one pair, or none
-            values["distance_correlation"] = distance_correlation(student, target, self.metric.anchor)
+            correlation = distance_correlation(student, target, self.metric.anchor)
+            values["distance_correlation"] = correlation, len(images)
         if target is not None and student.shape == target.shape:
-            values["cosine_similarity"] = F.cosine_similarity(student, target).mean()
-        for key, value in values.items():
-            self.log(f"{name}/{key}", value, sync_dist=True, batch_size=len(images), add_dataloader_idx=False)
+            new = torch.ones(len(images))
+            if not isinstance(batch, Triplet):
+                loader = evaluation_loaders(self.trainer)[dataloader_idx]
+                new = unrepeated(len(images), batch_idx, loader, self.global_rank, self.trainer.world_size)
+            cosines = F.cosine_similarity(student, target) * new.to(student)
+            values["cosine_similarity"] = cosines.sum() / new.sum().clamp(min=1).to(student), int(new.sum())
+        for key, (value, count) in values.items():
+            self.log(f"{name}/{key}", value, sync_dist=True, batch_size=count, add_dataloader_idx=False)
         # The triplets of a batch have its images in this order: they are embedded once.
         return self._evaluate(batch, dataloader_idx, embed=lambda _: student)
+
+
+def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, world_size: int) -> Tensor:
+    """Which of a batch a distributed sampler has not put there to fill the last one, ``(count,)`` of 0 and 1.
+
+    For the order of a loader that is not shuffled: process ``rank`` gets every ``world_size``-th position of the set.
+    """
+    assert loader.batch_size is not None
+    position = (batch_idx * loader.batch_size + torch.arange(count)) * world_size + rank
+    return (position < len(loader.dataset)).float()  # type: ignore[arg-type]
 
 
 def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lipsim import PerceptualMetric, cache_teacher, export
 from lipsim.callbacks import CertifyRadii
@@ -24,6 +26,7 @@ from lipsim.teachers import SmallViT
 from lipsim.train import train
 from lipsim.training import Distillation, ScaleFree
 from lipsim.training.data import BuiltinData, ImageFolderData
+from lipsim.training.distillation import unrepeated
 
 
 @pytest.fixture(autouse=True)
@@ -221,3 +224,15 @@ def test_the_command_line_takes_a_cache_in_place_of_a_teacher() -> None:
     small = ["--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"]
     cli = train(["fit", "--config", str(config), *student, *data, *cache, *quiet, *small])
     assert cli.trainer.callback_metrics["val/images/cosine_similarity"].isfinite()
+
+
+@pytest.mark.parametrize(("size", "world_size", "batch_size"), [(19, 2, 4), (7, 3, 2), (8, 4, 8), (5, 1, 2), (3, 2, 1)])
+def test_images_that_a_distributed_sampler_repeats_count_once(size: int, world_size: int, batch_size: int) -> None:
+    dataset, seen = TensorDataset(torch.arange(size)), []
+    for rank in range(world_size):
+        sampler = DistributedSampler(dataset, world_size, rank, shuffle=False)
+        loader = DataLoader(dataset, batch_size, sampler=sampler)
+        for i, (batch,) in enumerate(loader):
+            new = unrepeated(len(batch), i, loader, rank, world_size)
+            seen += batch[new > 0].tolist()
+    assert sorted(seen) == list(range(size))

@@ -35,6 +35,7 @@ from lipsim.training import (
     WarmupCosine,
 )
 from lipsim.training.base import check_images
+from lipsim.training.data import NightsData
 
 
 class ToyData(L.LightningDataModule):
@@ -328,3 +329,11 @@ def test_a_stage_needs_an_encoder(tmp_path: Path) -> None:
         FineTuning()
     with pytest.raises(ValueError, match="image_size"):
         FineTuning(torch.nn.Flatten())
+
+
+def test_a_metric_expects_images_as_its_training_data_were_resized(nights: Path) -> None:
+    stage = FineTuning(OrthogonalProjection(16, 8))
+    assert stage.metric.preprocess.resize == "float"
+    trainer = L.Trainer(accelerator="cpu", logger=False, fast_dev_run=True, enable_progress_bar=False)
+    trainer.fit(stage, NightsData(nights, image_size=16, resize="pil", batch_size=2, num_workers=0))
+    assert stage.metric.preprocess.resize == "pil" and stage.metric.preprocess.image_size == 16
