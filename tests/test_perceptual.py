@@ -32,7 +32,7 @@ def _weights(folder: Path, net: Net) -> torch.nn.Module:
     return network
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_lpips_is_torchmetrics(net: Net, tmp_path: Path, images: tuple[Tensor, Tensor]) -> None:
     network = _weights(tmp_path, net)
     theirs = _LPIPS(net=net, pnet_rand=True)

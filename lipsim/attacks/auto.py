@@ -31,7 +31,7 @@ ATTACKS: dict[Norm, tuple[str, ...]] = {
 }
 _BY_NAME: dict[str, Callable[..., Tensor]] = {"apgd": apgd, "pgd": pgd, "mi_fgsm": mi_fgsm, "square": square}
 _POPULATION = 50
-_POLISH = 10
+_POLISH = 4
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def auto(
     """Run several attacks one after the other at each budget, the smallest first.
 
     A sample that is broken is broken at every larger budget too, and is not attacked again. The minimal-norm attack
-    knows no budget: it runs once on a sample, from the image and from the best point of the attack before it, and
-    breaks the sample at every budget that the change it found fits into.
+    knows no budget: it runs once on a sample, from the image and from the best point of the attack before it, and in
+    its turn breaks the sample at the first budget that the change it found fits into.
 
     Args:
         objective: per-sample scalar to maximise; ``> 0`` is broken.
@@ -111,7 +111,6 @@ def auto(
         index=index,
     )
     for budget in [budget for budget in budgets if budget > 0]:
-        suite.claim_nearest(budget)
         for name in suite.by:
             rows = suite.unbroken
             if not len(rows):
@@ -175,7 +174,9 @@ class _Suite:
         """One attack on the samples at ``rows``."""
         if name == "minimal_norm":
             self._search(budget, rows[~self.searched[rows]])
-            self.claim_nearest(budget)
+            broken = rows[self.least[rows] <= budget]
+            self.x_adv[broken] = self.nearest[broken]
+            self._claim(name, budget, broken)
             return
         goal, clean = self.objective.select(rows), self.clean[rows]
         options: dict[str, Any] = {"restarts": self.restarts, "box": self.box, "seed": self.seed}
@@ -192,14 +193,6 @@ class _Suite:
         with torch.no_grad():
             broken = goal(found) > 0
         self._claim(name, budget, rows[broken])
-
-    def claim_nearest(self, budget: float) -> None:
-        """Break what the minimal-norm attack has found a change for that fits into the budget."""
-        rows = self.unbroken
-        rows = rows[self.least[rows] <= budget]
-        self.x_adv[rows] = self.nearest[rows]
-        if "minimal_norm" in self.by:
-            self._claim("minimal_norm", budget, rows)
 
     def result(self) -> SuiteResult:
         return SuiteResult(self.broken_at, self.by, self.x_adv)
