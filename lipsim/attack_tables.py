@@ -26,7 +26,7 @@ from lipsim.metric import PerceptualMetric
 from lipsim.metrics import agrees
 from lipsim.perceptual import DISTS, LPIPS
 from lipsim.precision import full_precision
-from lipsim.results import update_results
+from lipsim.results import eps_label, update_results
 from lipsim.tables import Row, latex_table, markdown_table, percent, rich_table
 
 Metric = PerceptualMetric | Distance
@@ -131,7 +131,7 @@ def _scores(
 
     scores: dict[str, Any] = {"natural": float(right.sum() / untied)}
     _say(progress, f"{name}: suite in ℓ2")
-    scores["l2"] = dict(zip(map(_label, settings.eps), left(2, settings.eps, None), strict=True))
+    scores["l2"] = dict(zip(map(eps_label, settings.eps), left(2, settings.eps, None), strict=True))
     _say(progress, f"{name}: suite in ℓ∞")
     scores["linf"] = left("inf", [settings.linf], None)[0]
     scores["alone"] = {}
@@ -209,7 +209,7 @@ def _say(progress: Callable[[str], None] | None, text: str) -> None:
 
 def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
     """Title → rows, cells in %, from what :func:`measure` found."""
-    count, one = found["num_triplets"], _label(found["one"])
+    count, one = found["num_triplets"], eps_label(found["one"])
     suite: list[Row] = []
     alone: list[Row] = []
     distances: list[Row] = []
@@ -217,7 +217,7 @@ def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
     names = {"apgd": "APGD", "minimal_norm": "minimal norm", "square": "Square", "pgd": "PGD", "mi_fgsm": "MI-FGSM"}
     for name, scores in found["scores"].items():
         at = {label: percent(score) for label, score in scores["l2"].items()}
-        linf = {f"ℓ∞ {_label(found['linf'])}": percent(scores["linf"])}
+        linf = {f"ℓ∞ {eps_label(found['linf'])}": percent(scores["linf"])}
         suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
         cells = {names[attack]: percent(score) for attack, score in scores["alone"].items()}
         alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
@@ -247,8 +247,8 @@ def add_command(commands: Any) -> None:
         "given.",
     )
     parser.add_argument("metrics", nargs="+", metavar="NAME=FILE", help="exported metrics of one image size")
-    parser.add_argument("--data", choices=("builtin", "material"), default="builtin", help="triplets (%(default)s)")
-    parser.add_argument("--root", type=Path, help="folder of the Material data")
+    parser.add_argument("--data", choices=verify.DATA, default="builtin", help="triplets (%(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the data")
     parser.add_argument("--samples", type=int, default=200, help="how many triplets (%(default)s)")
     parser.add_argument("--eps", nargs="+", type=budget, default=list(Settings.eps), help="ℓ2 budgets of the suite")
     parser.add_argument("--one", type=budget, default=Settings.one, help="ℓ2 budget of the rest (%(default)s)")
@@ -303,9 +303,3 @@ def _run(options: argparse.Namespace) -> int:
     (options.output / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n")
     console.print(f"tables.md, tables.tex and results.json are in {options.output}/")
     return 0
-
-
-def _label(eps: float) -> str:
-    """A budget as these tables write it: fractions of 255 below 1."""
-    steps = eps * 255
-    return f"{round(steps)}/255" if eps < 1 and abs(steps - round(steps)) < 1e-6 else f"{eps:g}"

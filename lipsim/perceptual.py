@@ -6,7 +6,6 @@ torchvision's classification networks, whose files the user brings.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,8 @@ import torchmetrics.functional.image as torchmetrics_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg
+
+from lipsim.weights import read_checkpoint
 
 Net = Literal["alex", "vgg"]
 FILES: dict[Net, str] = {
@@ -47,7 +48,7 @@ class LPIPS(nn.Module):
         super().__init__()
         self.taps = _TAPS[net]
         self.layers = _backbone(net, weights)
-        heads = _read(_SHARED / "lpips_models" / f"{net}.pth")
+        heads = read_checkpoint(_SHARED / "lpips_models" / f"{net}.pth")
         for k in range(len(self.taps)):
             self.register_buffer(f"head{k}", heads[f"lin{k}.model.1.weight"])
         # Of images in [0, 1]: the published shift and scale are for [−1, 1].
@@ -92,7 +93,7 @@ class DISTS(nn.Module):
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         self.layers = _backbone("vgg", weights)
-        shared = _read(_SHARED / "dists_models" / "weights.pt")
+        shared = read_checkpoint(_SHARED / "dists_models" / "weights.pt")
         total = shared["alpha"].sum() + shared["beta"].sum()
         for name in ("alpha", "beta"):
             self.register_buffer(name, (shared[name] / total).detach().flatten())
@@ -140,7 +141,7 @@ def _backbone(net: Net, weights: str | Path | None) -> nn.ModuleList:
         )
     features = alexnet(weights=None).features if net == "alex" else vgg.make_layers(vgg.cfgs["D"])
     layers = features[: _TAPS[net][-1] + 1]
-    state = _read(file)
+    state = read_checkpoint(file)
     for name, value in layers.state_dict().items():
         if f"features.{name}" not in state or state[f"features.{name}"].shape != value.shape:
             raise ValueError(f"{file} has no features.{name} of the right shape; it is not torchvision's {FILES[net]}")
@@ -150,10 +151,3 @@ def _backbone(net: Net, weights: str | Path | None) -> nn.ModuleList:
         if isinstance(layer, nn.ReLU):
             layer.inplace = False  # outputs that count are read again
     return found
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"cannot read the weights in {file} ({type(error).__name__}); bring the file again") from error

@@ -22,6 +22,8 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     ``queries``, ``seed``, ``eps``; ``sets`` name → ``num_triplets``, ``num_tied_votes`` among them, ``violations`` of
     certificates (must be 0), and for "metric" and each other one ``natural``, ``attacked`` label → score under the
     worst attack, and ``after`` attack → what it and those before it left.
+``attack_tables`` (`lipsim attack-tables`)
+    what :func:`lipsim.attack_tables.measure` returns, and ``data``.
 ``null_space`` (:class:`lipsim.callbacks.NullSpaceRobustness`)
     ``seed``; ``sets`` name → metric → ``kernel``, and either ``reason`` or what was found.
 ``baselines``, ``seconds`` (the quickstart)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -89,4 +90,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """One line. torch explains at length, and its restricted reader's own reason comes in between."""
+    own = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (own[1].strip() if own else lines[0])[:200]
