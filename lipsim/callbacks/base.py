@@ -157,7 +157,9 @@ def check_budgets(eps: Sequence[float]) -> list[float]:
     Raises:
         ValueError: none, negative or infinite ones, or not in ascending order.
     """
-    if not eps or any(not 0 <= e < math.inf for e in eps):
+    if not eps:
+        raise ValueError("expected at least one budget eps, got none")
+    if any(not 0 <= e < math.inf for e in eps):
         raise ValueError(f"expected budgets eps ≥ 0, got {list(eps)}")
     if any(a >= b for a, b in pairwise(eps)):
         raise ValueError(f"expected budgets eps in ascending order, each once, got {list(eps)}")

@@ -61,7 +61,7 @@ def _evaluate(**options: Any) -> tuple[dict[str, Any], list[dict[str, float]]]:
 
 
 def test_scores_follow_from_the_rows() -> None:
-    section, rows = _evaluate(eps=[1.0, 0.1, 0.3])
+    section, rows = _evaluate(eps=[0.1, 0.3, 1.0])
     assert [row["index"] for row in rows] == list(range(COUNT))
     assert section["attack"] == "auto" and section["attacks"] == ["apgd", "minimal_norm", "square"]
     found = section["sets"]["builtin"]
@@ -118,11 +118,12 @@ def test_images_that_are_saved_are_what_the_rows_say(target: str, norm: Any, eps
 def test_bad_settings_are_refused_at_once() -> None:
     for options, message in (
         ({"eps": []}, "at least one budget"),
-        ({"eps": [-1.0]}, "finite budget"),
+        ({"eps": [-1.0]}, "budgets eps ≥ 0"),
+        ({"eps": [1.0, 0.5]}, "ascending order"),
         ({"norm": 0, "eps": [0.5]}, "whole number of pixels"),
         ({"attacks": ["nothing"]}, "expected different attacks"),
         ({"target": "both"}, "expected target"),
     ):
         with pytest.raises(ValueError, match=message):
             AttackRobustness(**options)
-    assert AttackRobustness(eps=[1.0, 36 / 255, 1.0]).eps == [36 / 255, 1.0]
+    assert AttackRobustness(eps=[36 / 255, 1.0]).eps == [36 / 255, 1.0]
