@@ -67,6 +67,8 @@ class AttackRobustness(TripletCallback):
         ValueError: a bad budget, norm or target, or an attack that is unknown or does not work in this norm.
     """
 
+    differentiates = True
+
     def __init__(
         self,
         eps: list[float] = list(EPS),  # noqa: B006  (copied below)

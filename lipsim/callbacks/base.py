@@ -40,6 +40,8 @@ class TripletCallback(Callback):
         latest: set, sample indices and columns of the last batch.
     """
 
+    differentiates = False  # whether `see` takes gradients with respect to images, which Lightning's cannot have
+
     def __init__(self, directory: Path | None = None, validate: bool = True) -> None:
         super().__init__()
         self.directory = directory
@@ -141,7 +143,9 @@ class TripletCallback(Callback):
             with outside_inference_mode():
                 z, z0, z1 = (features.clone() for features in evaluation["features"])
                 name = module.set_name(dataloader_idx)
-                columns = self.see(trainer, module, (z, z0, z1), batch.clone(), name)
+                # Copying every image costs a tenth of embedding them.
+                images = batch.clone() if self.differentiates else batch
+                columns = self.see(trainer, module, (z, z0, z1), images, name)
             if columns:
                 self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
                 self.latest = name, batch.index, columns

@@ -34,6 +34,8 @@ class NullSpaceRobustness(TripletCallback):
         validate: as in :class:`TripletCallback`.
     """
 
+    differentiates = True
+
     def __init__(
         self,
         seed: int = 0,
