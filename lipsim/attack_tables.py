@@ -26,8 +26,9 @@ from lipsim.metric import PerceptualMetric
 from lipsim.metrics import agrees
 from lipsim.perceptual import DISTS, LPIPS
 from lipsim.precision import full_precision
+from lipsim.progress import Progress
 from lipsim.results import eps_label, update_results
-from lipsim.tables import Row, latex_table, markdown_table, percent, rich_table
+from lipsim.tables import NO_GRADIENT, Row, latex_table, markdown_table, percent, print_table
 
 Metric = PerceptualMetric | Distance
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -72,9 +73,11 @@ def measure(
 
     Returns:
         ``scores``: metric → natural majority score, ``l2`` budget → score under the suite, ``linf`` the same at one
-        budget, ``alone`` attack → score at one ℓ2 budget. ``distances``: metric → quantiles of ``d(x, x + δ)`` at that
-        budget, as they are and as shares of the median distance between reference and candidates. ``transfer``: source
-        → target → share of the target's right answers that turn around on references attacked on the source.
+        budget, ``alone`` attack → score at one ℓ2 budget, and under "one_pixel" with one pixel of any colour,
+        ``no_gradient`` the number of triplets on which attacks with gradients had none to go by. ``distances``: metric
+        → quantiles of ``d(x, x + δ)`` at that budget, as they are and as shares of the median distance between
+        reference and candidates. ``transfer``: source → target → share of the target's right answers that turn around
+        on references attacked on the source.
     """
     settings = settings or Settings()
     if not len(triplets):
@@ -108,9 +111,9 @@ def _scores(
     untied = (triplets.right_vote != 0.5).sum()
     chosen = right.nonzero().flatten()
 
-    def left(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> list[float]:
-        """Scores at each budget."""
-        broken_at = []
+    def attack(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> tuple[list[float], int]:
+        """Scores that are left at each budget, and the number of triplets without a gradient."""
+        broken_at, no_gradient = [], 0
         for rows in chosen.split(settings.batch_size):
             part = triplets.select(rows)
             objective = TwoAFCObjective(metric, part.reference, part.left, part.right)
@@ -126,18 +129,22 @@ def _scores(
                 index=part.index,
             )
             broken_at.append(result.broken_at)
+            no_gradient += int(result.no_gradient.sum())
         broken = torch.cat(broken_at) if broken_at else torch.empty(0)
-        return [float((broken > e).sum() / untied) for e in eps]
+        return [float((broken > e).sum() / untied) for e in eps], no_gradient
 
     scores: dict[str, Any] = {"natural": float(right.sum() / untied)}
     _say(progress, f"{name}: suite in ℓ2")
-    scores["l2"] = dict(zip(map(eps_label, settings.eps), left(2, settings.eps, None), strict=True))
+    at, scores["no_gradient"] = attack(2, settings.eps, None)
+    scores["l2"] = dict(zip(map(eps_label, settings.eps), at, strict=True))
     _say(progress, f"{name}: suite in ℓ∞")
-    scores["linf"] = left("inf", [settings.linf], None)[0]
+    scores["linf"] = attack("inf", [settings.linf], None)[0][0]
     scores["alone"] = {}
-    for attack in ATTACKS[2]:
-        _say(progress, f"{name}: {attack} alone")
-        scores["alone"][attack] = left(2, [settings.one], [attack])[0]
+    for one in ATTACKS[2]:
+        _say(progress, f"{name}: {one} alone")
+        scores["alone"][one] = attack(2, [settings.one], [one])[0][0]
+    _say(progress, f"{name}: one pixel")
+    scores["alone"]["one_pixel"] = attack(0, [1], ["one_pixel"])[0][0]
     return scores
 
 
@@ -215,20 +222,26 @@ def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
     distances: list[Row] = []
     transfer: list[Row] = []
     names = {"apgd": "APGD", "minimal_norm": "minimal norm", "square": "Square", "pgd": "PGD", "mi_fgsm": "MI-FGSM"}
+    names["one_pixel"] = "one pixel"
+    flat = any(scores["no_gradient"] for scores in found["scores"].values())
     for name, scores in found["scores"].items():
         at = {label: percent(score) for label, score in scores["l2"].items()}
         linf = {f"ℓ∞ {eps_label(found['linf'])}": percent(scores["linf"])}
         suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
         cells = {names[attack]: percent(score) for attack, score in scores["alone"].items()}
+        # Beside what does without gradients, Square and one pixel.
+        cells |= {"no gradient": str(scores["no_gradient"])} if flat else {}
         alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
         moved = found["distances"][name]
         cells = {label: f"{value:.3g}" for label, value in moved["reached"].items()}
         distances.append({"metric": name, **cells, "median, of natural": f"{percent(moved['shares']['50 %'])} %"})
         cells = {other: percent(share) for other, share in found["transfer"][name].items()}
         transfer.append({"made on": name, **cells})
+    note = f"; {NO_GRADIENT}" if flat else ""
     return {
         f"{data}: 2AFC score in %, natural and under the suite on the reference, {count} triplets, ℓ2 budgets": suite,
-        f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {one}": alone,
+        f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {one}, and with one pixel of any colour"
+        f"{note}": alone,
         f"{data}: d(x, x + δ) that APGD reaches in ℓ2, ε = {one}: quantiles, and the median as a share of the median "
         "distance between reference and candidates": distances,
         f"{data}: transfer, share in % of right answers that turn around on references attacked in ℓ2, ε = {one}, "
@@ -290,12 +303,12 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     console = Console()
-    with console.status("attacking") as status:
-        found = measure(metrics, triplets, settings, lambda text: status.update(f"attacking {text}"))
+    with Progress("attacking") as progress:
+        found = measure(metrics, triplets, settings, progress)
     update_results(options.output / "results.json", "attack_tables", {"data": options.data, **found})
     shown = tables(found, options.data)
     for title, rows in shown.items():
-        console.print(rich_table(rows, title))
+        print_table(console, rows, title)
     text = [part for title, rows in shown.items() for part in (f"{title}:", markdown_table(rows))]
     (options.output / "tables.md").write_text("\n\n".join(text) + "\n")
     title, rows = next(iter(shown.items()))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,6 +34,7 @@ from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.errors import OneLineParser, one_line, one_line_errors
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
+from lipsim.progress import Progress
 
 _DESCRIPTION = """Run a teacher once over a folder of images and keep its embeddings for distillation, for example
 cache_teacher.py --teacher runs/nights/teacher.safetensors --images data/imagenet --output runs/cache --devices 8
@@ -191,10 +191,10 @@ def build(options: argparse.Namespace) -> None:
     metric.to(fabric.device)
     failed = False
     try:
-        with Progress(disable=not fabric.is_global_zero or not sys.stderr.isatty(), transient=True) as progress:
-            task = progress.add_task("embedding", total=sum(len(rows) for _, rows in own))
+        with Progress("embedding", enabled=fabric.is_global_zero) as progress:
+            advance = progress.counter(sum(len(rows) for _, rows in own), "images")
             for count in write_shards(options, description, metric, names, own):
-                progress.advance(task, count)
+                advance(count)
     except (OSError, ValueError) as error:
         if fabric.world_size == 1:
             raise
@@ -224,6 +224,11 @@ def verify(options: argparse.Namespace) -> list[str]:
         FileNotFoundError: no cache, teacher or images.
         ValueError: the cache is of another teacher, or cannot be understood.
     """
+    with Progress("checking the cache") as progress:
+        return _verify(options, progress)
+
+
+def _verify(options: argparse.Namespace, progress: Progress) -> list[str]:
     cache = EmbeddingCache(options.output)
     metric = export.load(options.teacher).to(_fabric(options).device)
     cache.check_teacher(metric.encoder, options.teacher)
@@ -232,13 +237,18 @@ def verify(options: argparse.Namespace) -> list[str]:
     faults = _fault("images are not in the cache", listed[rows < 0])
     names, rows = listed[rows >= 0], rows[rows >= 0]
     files = DataLoader(HashedImages(options.images, names, None), batch_size=256, num_workers=options.num_workers)
-    digests = np.concatenate([cache.sha256[:0], *(digest.numpy() for _, digest in files)])
-    changed = (digests != cache.sha256[rows]).any(1)
+    digests, advance = [cache.sha256[:0]], progress.counter(len(names), "files")
+    for _, digest in files:
+        digests.append(digest.numpy())
+        advance(len(digest))
+    changed = (np.concatenate(digests) != cache.sha256[rows]).any(1)
     faults += _fault("image files have other content than what was embedded", names[changed])
+    progress("checksums of rows")
     damage = [_damage(cache, int(row)) for row in rows]
     faults += [f"rows are damaged: {message}" for message in dict.fromkeys(filter(None, damage))]
     usable = np.flatnonzero(~changed & np.array([message is None for message in damage], dtype=bool))
     sample = np.sort(np.random.default_rng(options.seed).permutation(usable)[: options.sample])
+    progress("embedding a sample again")
     errors = _errors(options, cache, metric, names[sample], rows[sample])
     tolerance = BFLOAT16_TOLERANCE if cache.description.precision == "bfloat16" else TOLERANCE[cache.description.dtype]
     faults += _fault(

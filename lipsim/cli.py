@@ -23,6 +23,7 @@ from lipsim.data import BuiltinTriplets
 from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
+from lipsim.progress import Progress
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -62,12 +63,17 @@ def _add_audit(commands: Any) -> None:
 def _audit(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise ValueError(f"expected --samples of at least 1, got {options.samples}")
-    metric = export.load(options.checkpoint)
-    report = metric.audit()
-    images = _sample_images(options.images, options.samples, metric).to(next(metric.parameters()).dtype)
-    reached = lower_bounds.layer_norms(metric.encoder, images, [layer.name for layer in report.layers])
-    attack = lower_bounds.attack_lipschitz(metric.encoder, images, options.steps)
-    error = lower_bounds.feature_error(metric.encoder, images)
+    with Progress("auditing") as progress:
+        progress("bounding each layer")
+        metric = export.load(options.checkpoint)
+        report = metric.audit()
+        images = _sample_images(options.images, options.samples, metric).to(next(metric.parameters()).dtype)
+        progress("what each layer reaches")
+        reached = lower_bounds.layer_norms(metric.encoder, images, [layer.name for layer in report.layers])
+        progress("attacking the bound")
+        attack = lower_bounds.attack_lipschitz(metric.encoder, images, options.steps)
+        progress("error of the forward pass")
+        error = lower_bounds.feature_error(metric.encoder, images)
     # Negated, so that NaN fails.
     broken = [
         f"{layer.kind} at '{layer.name}' reaches {reached[layer.name]:.9g}, above its bound {layer.bound:.9g}"
@@ -211,7 +217,8 @@ def _add_report(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> int:
     from lipsim import report  # matplotlib, which no other command needs
 
-    tables = report.write_report(report.load_runs(options.runs), options.output, options.radius)
+    with Progress("writing the report"):
+        tables = report.write_report(report.load_runs(options.runs), options.output, options.radius)
     report.print_tables(tables, Console())
     print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
     return 0

@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
+_COLUMN, _AXES = 3.3, 2.3  # inches: the width of a column in two-column papers, the height without a legend
+_LABEL = 24  # letters of a label that half a column has room for
 Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
 
-def plot_scores(path: Path, certified: Mapping[str, Curve], attacked: Mapping[str, Curve], title: str) -> None:
-    """Scores over the ℓ2 budget ε: certified ones as lines, what an attack left as markers.
+def plot_scores(
+    path: Path, certified: Mapping[str, Mapping[str, Curve]], attacked: Mapping[str, Curve], title: str
+) -> None:
+    """Scores over the ℓ2 budget ε, as wide as a column of a paper: a colour a metric, a line style a kind of radius.
 
-    Between the two lies what is neither proven nor broken.
+    Certified scores are lines, what an attack left are markers; between the two lies what is neither proven nor broken.
+    The legend stands below the axes, first the metrics, then the kinds.
 
     Args:
         path: file to write.
-        certified: name → (ε, score in [0, 1]).
-        attacked: name → (ε, score in [0, 1]); a name in both has one colour.
+        certified: metric → kind of radius → (ε, score in [0, 1]).
+        attacked: metric → (ε, score in [0, 1]).
         title: of the figure.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys([*certified, *attacked]))}
-    for name, (eps, score) in certified.items():
-        axes.plot(eps, 100 * np.asarray(score), color=colours[name], label=f"{name}, certified")
+    kinds = list(dict.fromkeys(kind for curves in certified.values() for kind in curves))
+    styles = dict(zip(kinds, cycle(("-", "--", ":", "-.")), strict=False))
+    handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in colours.items()]
+    handles += [Line2D([], [], color="0.3", ls=style, lw=1.2, label=kind) for kind, style in styles.items()]
+    if attacked:
+        handles.append(Line2D([], [], color="0.3", marker="o", lw=0.4, ms=3, label="under attack"))
+    columns = 1 if max(len(str(handle.get_label())) for handle in handles) > _LABEL else 2
+    height = _AXES + 0.15 * math.ceil(len(handles) / columns)
+    figure = Figure(figsize=(_COLUMN, height), layout="constrained")
+    axes = figure.subplots()
+    for name, curves in certified.items():
+        for kind, (eps, score) in curves.items():
+            axes.plot(eps, 100 * np.asarray(score), styles[kind], color=colours[name], lw=1.2)
     for name, (eps, score) in attacked.items():
-        axes.plot(eps, 100 * np.asarray(score), "o--", color=colours[name], lw=1, ms=5, label=f"{name}, under attack")
+        axes.plot(eps, 100 * np.asarray(score), "o-", color=colours[name], lw=0.4, ms=3)
     axes.axhline(50, color="0.7", lw=0.8, zorder=0)
-    axes.set_xlabel("ε (ℓ2, pixels in [0, 1])")
-    axes.set_ylabel("2AFC score (%)")
+    axes.set_xlabel("ε (ℓ2, pixels in [0, 1])", fontsize=8)
+    axes.set_ylabel("2AFC score (%)", fontsize=8)
+    axes.tick_params(labelsize=8)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
-    save(figure, path)
+    axes.set_title(title, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+    save(figure, path, dpi=300)
 
 
 def plot_gallery(
@@ -100,7 +118,7 @@ def plot_grid(path: Path, columns: Sequence[Tensor], labels: Sequence[Sequence[s
     save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write a figure, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)

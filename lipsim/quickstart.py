@@ -20,7 +20,7 @@ from lipsim.baselines import BASELINES
 from lipsim.metrics import TwoAFCScore
 from lipsim.plots import plot_scores
 from lipsim.results import read_results, update_results
-from lipsim.tables import Row, certified_curve, markdown_table, read_columns, rich_table, score_rows
+from lipsim.tables import Row, certified_curve, markdown_table, print_table, read_columns, score_rows
 from lipsim.train import StageCLI, train
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -89,7 +89,7 @@ def report(root: Path, console: Console) -> dict[str, Any]:
     (name,) = results["certified"]["sets"]
     tables = quickstart_tables(results, linear, name)
     for title, rows in tables.items():
-        console.print(rich_table(rows, title))
+        print_table(console, rows, title)
     lines = [*null_space_lines(results, name), _violations(results, name)]
     for line in lines:
         console.print(line, highlight=False)
@@ -145,9 +145,11 @@ def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
     eps = np.linspace(0, 1.5 * budgets[-1], 200)
     student, linear = read_columns(root / "radii.csv"), read_columns(root / "linear" / "radii.csv")
     certified = {
-        "student": (eps, certified_curve(student, "radius", eps)),
-        "student, published radius": (eps, certified_curve(student, "published_radius", eps)),
-        "linear map": (eps, certified_curve(linear, "radius", eps)),
+        "student": {
+            "exact radius": (eps, certified_curve(student, "radius", eps)),
+            "published radius": (eps, certified_curve(student, "published_radius", eps)),
+        },
+        "linear map": {"exact radius": (eps, certified_curve(linear, "radius", eps))},
     }
     names = {"metric": "student", "linear": "linear map", "teacher": "teacher"}
     under_attack = {

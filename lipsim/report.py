@@ -15,9 +15,11 @@ from rich.console import Console
 
 from lipsim.plots import Curve, plot_scores
 from lipsim.results import eps_label, read_results
-from lipsim.tables import Row, html_table, latex_table, markdown_table, percent, percents, rich_table
+from lipsim.tables import NO_GRADIENT, Row, html_table, latex_table, markdown_table, percent, percents, print_table
 
+# What the rows and the curves of a kind of radius are called.
 KINDS = {"certified": "", "published": ", published radius", "joint": ", all three images move"}
+_CURVES = {"certified": "exact radius", "published": "published radius", "joint": "all three images move"}
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .8em;text-align:right}"
@@ -106,7 +108,7 @@ def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[str] = ("cer
 def print_tables(tables: Iterable[ScoreTable], console: Console) -> None:
     """The same tables in the terminal."""
     for table in tables:
-        console.print(rich_table(table.rows, table.title))
+        print_table(console, table.rows, table.title)
 
 
 def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> list[ScoreTable]:
@@ -134,22 +136,29 @@ def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
         found = [run for run in attacked if _threat(run) == (norm, target)]
         eps = _labels(run.results["attacked"]["eps"] for run in found)
         rows: list[Row] = []
+        flat = any(score.get("no_gradient") for run in found for score in _metrics(run, name).values())
         for run in found:
-            section, scores = run.results["attacked"], run.sets("attacked")[name]
+            section = run.results["attacked"]
             attacks = ", ".join(section.get("attacks", [section["attack"]]))
             restarts = f" × {section['restarts']}" if section["restarts"] > 1 else ""
-            for key, score in scores.items():
-                if isinstance(score, Mapping):
-                    title = run.name if key == "metric" else f"{run.name}: {key}"
-                    title += f" ({attacks}; {section['steps']} steps{restarts})"
-                    rows.append(_row(title, score["natural"], score["attacked"], eps))
+            for key, score in _metrics(run, name).items():
+                title = run.name if key == "metric" else f"{run.name}: {key}"
+                title += f" ({attacks}; {section['steps']} steps{restarts})"
+                count = {"no gradient": str(score.get("no_gradient", 0))} if flat else {}
+                rows.append({**_row(title, score["natural"], score["attacked"], eps), **count})
         violations = sum(run.sets("attacked")[name]["violations"] for run in found)
         sign = "∞" if norm == "inf" else norm
         moving = "all three images" if target == "all" else f"the {target}"
         title = f"{name}: 2AFC score in % under attack on {moving}, ℓ{sign} budgets ε"
         title += f"{_counts(run.sets('attacked')[name] for run in found)}; {violations} certificates violated"
+        title += f"; {NO_GRADIENT}" if flat else ""
         tables.append(ScoreTable(title, "Score under attack", eps, rows))
     return tables
+
+
+def _metrics(run: Run, name: str) -> dict[str, Mapping[str, Any]]:
+    """Metric → its scores under attack on a test set."""
+    return {key: score for key, score in run.sets("attacked")[name].items() if isinstance(score, Mapping)}
 
 
 def _threat(run: Run) -> tuple[str, str]:
@@ -191,8 +200,11 @@ def _counts(scores: Iterable[Mapping[str, Any]]) -> str:
     return text + (f" (and {tied[-1]} with a tied vote, left out)" if tied[-1] else "")
 
 
-def _curves(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    certified: dict[str, Curve] = {}
+def _curves(
+    runs: Sequence[Run], name: str, kinds: Sequence[str]
+) -> tuple[dict[str, dict[str, Curve]], dict[str, Curve]]:
+    """Metric → kind of radius → certified curve, and metric → scores under attack."""
+    certified: dict[str, dict[str, Curve]] = {}
     attacked: dict[str, Curve] = {}
     for run in runs:
         title = run.name.replace("$", r"\$")  # matplotlib would read mathematics
@@ -202,7 +214,7 @@ def _curves(runs: Sequence[Run], name: str, kinds: Sequence[str]) -> tuple[dict[
             curve = scores.get("curve") or {"eps": run.results["certified"]["eps"]}
             for kind in kinds:
                 points = curve.get(kind) or list(scores[kind].values())
-                certified[title + KINDS[kind]] = curve["eps"], _numeric(points)
+                certified.setdefault(title, {})[_CURVES[kind]] = curve["eps"], _numeric(points)
         if name in run.sets("attacked") and run.results["attacked"]["norm"] == 2:
             score = run.sets("attacked")[name]["metric"]
             budgets = [0.0, *run.results["attacked"]["eps"]]
@@ -223,12 +235,13 @@ def _numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, Any
             for kind in KINDS:
                 for label, score in scores[kind].items():
                     yield name, run.name, "metric", kind, label, score
-        for name, scores in run.sets("attacked").items():
-            for key, score in scores.items():
-                if isinstance(score, Mapping):
-                    yield name, run.name, key, "natural", "", score["natural"]
-                    for label, value in score["attacked"].items():
-                        yield name, run.name, key, f"attacked, norm {run.results['attacked']['norm']}", label, value
+        for name in run.sets("attacked"):
+            for key, score in _metrics(run, name).items():
+                yield name, run.name, key, "natural", "", score["natural"]
+                for label, value in score["attacked"].items():
+                    yield name, run.name, key, f"attacked, norm {run.results['attacked']['norm']}", label, value
+                if "no_gradient" in score:
+                    yield name, run.name, key, "no gradient, triplets", "", score["no_gradient"]
 
 
 def _page(

@@ -21,7 +21,8 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     ``attack`` ("auto" or names), ``attacks`` in their order, ``norm``, ``target``, ``steps``, ``restarts``,
     ``queries``, ``seed``, ``eps``; ``sets`` name → ``num_triplets``, ``num_tied_votes`` among them, ``violations`` of
     certificates (must be 0), and for "metric" and each other one ``natural``, ``attacked`` label → score under the
-    worst attack, and ``after`` attack → what it and those before it left.
+    worst attack, ``after`` attack → what it and those before it left, and ``no_gradient``, the number of untied
+    triplets that attacks with gradients could not try, as every gradient was zero or not finite.
 ``attack_tables`` (`lipsim attack-tables`)
     what :func:`lipsim.attack_tables.measure` returns, and ``data``.
 ``null_space`` (:class:`lipsim.callbacks.NullSpaceRobustness`)

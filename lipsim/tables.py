@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, str]
+NO_GRADIENT = (
+    "no gradient: triplets that attacks with gradients could not try, as every gradient was zero or not finite"
+)
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -47,14 +53,32 @@ def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def rich_table(rows: Sequence[Row], title: str) -> Table:
-    """A table for the terminal."""
-    table = Table(title=title)
-    for i, column in enumerate(rows[0]):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
+def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
+    """Print a table in the width of a terminal without cutting a heading or a cell.
+
+    Where it is too wide, the first column wraps; where that is not enough, the columns that do not fit follow in
+    further tables, beside the first column again.
+    """
+    first, *others = rows[0]
+    widths = {name: max(cell_len(text) for text in (name, *(row[name] for row in rows))) for name in rows[0]}
+    word = max((cell_len(word) for row in rows for word in (*first.split(), *row[first].split())), default=1)
+    # A column takes its text, a blank on each side and a line; the table one more line.
+    room = console.width - 4
+    narrow = min(widths[first], max(word, room // 4), room // 2)
+    groups: list[list[str]] = [[]]
+    for name in others:
+        if groups[-1] and narrow + sum(widths[n] + 3 for n in (*groups[-1], name)) > room:
+            groups.append([])
+        groups[-1].append(name)
+    for number, names in enumerate(groups):
+        table = Table(title=escape(title) if number == 0 else "(continued)")
+        wide = max(narrow, min(widths[first], room - sum(widths[n] + 3 for n in names)))
+        table.add_column(first, width=wide, overflow="fold")
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(row[name]) for name in (first, *names)))
+        console.print(table)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lipsim import export
 from lipsim.metric import PerceptualMetric
+from lipsim.progress import Progress
 from lipsim.teachers import DreamSim
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS
 from lipsim.teachers.download import fetch_teacher
@@ -50,7 +51,9 @@ def _fetch(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     if options.output.suffix != ".safetensors":
         raise ValueError(f"expected an output file ending in .safetensors, got {options.output}")
-    teacher = DreamSim(options.variant, options.weights, adapter=not options.no_adapter)
-    metric = PerceptualMetric(teacher, teacher.image_size, anchor=0.0, lipschitz=math.inf, resize=teacher.resize)
-    print(export.save(metric, options.output, {"source": str(options.weights)}))
+    with Progress("reading, merging and writing weights"):
+        teacher = DreamSim(options.variant, options.weights, adapter=not options.no_adapter)
+        metric = PerceptualMetric(teacher, teacher.image_size, anchor=0.0, lipschitz=math.inf, resize=teacher.resize)
+        file = export.save(metric, options.output, {"source": str(options.weights)})
+    print(file)
     return 0

@@ -16,16 +16,16 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
-from lipsim.callbacks import CertifyRadii
+from lipsim.callbacks import CertifyRadii, ProgressLines
 from lipsim.errors import one_line, one_line_errors
 from lipsim.results import versions
-from lipsim.tables import certified_rows, rich_table
+from lipsim.tables import certified_rows, print_table
 from lipsim.training.base import MetricModule
 from lipsim.weights import load_weights
 
@@ -106,10 +106,8 @@ class StageCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if config.get("enable_progress_bar") is not False and not any(
-            isinstance(c, RichProgressBar) for c in callbacks
-        ):
-            callbacks.append(RichProgressBar())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else ProgressLines())
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             # After every epoch, whether or not it was validated.
             folder = Path(config["default_root_dir"]) / "checkpoints"
@@ -139,7 +137,7 @@ class StageCLI(LightningCLI):
             if not isinstance(callback, CertifyRadii) or not callback.results or not self.trainer.is_global_zero:
                 continue
             if rows := certified_rows(callback.results):  # none where no set has triplets
-                Console().print(rich_table(rows, "Majority score in %, natural and certified at ℓ2 budgets ε"))
+                print_table(Console(), rows, "Majority score in %, natural and certified at ℓ2 budgets ε")
 
     def run_test(self) -> None:
         """Test the model as it is after another subcommand, with the same trainer and data."""

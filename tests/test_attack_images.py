@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 
 import lipsim
 from lipsim import PerceptualMetric, export
-from lipsim.attack_images import attack_pair, attack_triplet
+from lipsim.attack_images import _summary, attack_pair, attack_triplet
 from lipsim.attacks.projections import sample_norm
 from lipsim.baselines import pixel_l2
 from lipsim.cli import main
@@ -81,6 +81,34 @@ def test_a_pair_of_files(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_holds_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert _attack("a.png", "b.png", "c.png", "--eps", "1e-6") == 0
     assert "holds within every budget that was tried" in capsys.readouterr().out
+
+
+def test_a_tie_is_no_answer_that_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _attack("a.png", "b.png", "b.png", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tie"] and facts["length"] == 0 and facts["eps"] is None and not facts["no_gradient"]
+    assert _attack("a.png", "b.png", "b.png") == 0
+    output = capsys.readouterr().out
+    assert "a tie" in output and "holds" not in output
+
+
+def _stairs(x: Tensor, y: Tensor) -> Tensor:
+    return (8 * pixel_l2(x, y)).floor() / 8
+
+
+def test_a_metric_without_gradients_is_not_called_robust() -> None:
+    x, y, z = torch.rand(3, 3, 12, 12).unbind(0)
+    near = x + 0.5 * (y - x)
+    found = attack_triplet(_stairs, x, near, z, eps=[0.01], steps=5)
+    assert math.isinf(found.eps) and found.no_gradient and not found.tie
+    assert "no gradient to attack with" in _summary(found) and "holds" not in _summary(found)
+    pair = attack_pair(_stairs, x, y, eps=0.5, steps=5)
+    assert pair.no_gradient and "says nothing" in _summary(pair)
+    assert not attack_pair(pixel_l2, x, y, eps=0.5, steps=5).no_gradient
+    with pytest.raises(ValueError, match="not numbers"):
+        attack_triplet(lambda x, y: pixel_l2(x, y) * math.nan, x, y, z)
+    with pytest.raises(ValueError, match="expected norm 2"):
+        attack_triplet(pixel_l2, x, y, z, norm=3)  # type: ignore[arg-type]
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

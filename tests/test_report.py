@@ -10,8 +10,11 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
+from lipsim import plots
 from lipsim.cli import main
+from lipsim.report import load_runs, write_report
 from lipsim.results import SCHEMA, read_results, update_results
 from lipsim.tables import escape_latex, html_table, markdown_table
 
@@ -145,3 +148,37 @@ def test_fractions_of_votes_have_a_column_and_ties_are_counted(tmp_path: Path) -
     assert "| metric | natural | vote share | 1 |" in markdown and "| a | 80.0 | 75.0 | 50.0 |" in markdown
     assert "188 to 200 triplets (and 12 with a tied vote, left out)" in markdown
     assert r"\begin{tabular}{lccc}" in latex and r"\cmidrule(lr){4-4}" in latex and "a & 80.0 & 75.0 & 50.0" in latex
+
+
+def test_what_has_no_gradient_stands_in_the_table(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "run", 0.8, {"1": 1.0}, [0.5])
+    content = read_results(folder / "results.json")["attacked"]
+    for key, count in (("metric", 0), ("teacher", 17)):
+        content["sets"]["builtin"][key] = {**content["sets"]["builtin"][key], "no_gradient": count}
+    update_results(folder / "results.json", "attacked", content)
+    tables = write_report(load_runs([str(folder)]), tmp_path / "report")
+    (attacked,) = [table for table in tables if "under attack" in table.title]
+    assert [row["no gradient"] for row in attacked.rows] == ["0", "17"] and "no gradient" in attacked.title
+    assert "17" in (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
+
+
+def test_a_colour_a_metric_and_a_line_style_a_radius(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, write = [], plots.save
+
+    def keep(figure: Figure, path: Path, dpi: int) -> None:
+        drawn.append(figure)
+        write(figure, path, dpi)
+
+    monkeypatch.setattr(plots, "save", keep)
+    runs = [_write(tmp_path / name, natural, {"1": 1.0}, [0.5]) for name, natural in (("one", 0.8), ("two", 0.9))]
+    write_report(load_runs(list(map(str, runs))), tmp_path / "report", ["certified", "published", "joint"])
+    (axes,) = drawn[0].axes
+    curves = [line for line in axes.lines if line.get_linestyle() != "None" and line.get_color() != "0.7"]
+    assert {line.get_color() for line in curves} == {"C0", "C1"}
+    assert {line.get_linestyle() for line in curves if line.get_marker() == "None"} == {"-", "--", ":"}
+    (legend,) = drawn[0].legends
+    drawn[0].canvas.draw()
+    assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0 + 1
+    labels = [text.get_text() for text in legend.texts]
+    assert labels == ["one", "two", "exact radius", "published radius", "all three images move", "under attack"]
+    assert drawn[0].get_figwidth() == 3.3

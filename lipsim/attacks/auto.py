@@ -13,7 +13,7 @@ from torch import Tensor
 from lipsim.attacks.apgd import apgd
 from lipsim.attacks.mi_fgsm import mi_fgsm
 from lipsim.attacks.minimal_norm import minimal_norm
-from lipsim.attacks.objectives import Objective
+from lipsim.attacks.objectives import GradientWatch, Objective
 from lipsim.attacks.one_pixel import one_pixel
 from lipsim.attacks.pgd import pgd
 from lipsim.attacks.projections import Ball, Box, Norm, sample_norm
@@ -44,11 +44,14 @@ class SuiteResult:
         by: attack → the same for this attack alone, among the samples that it was given: those that nothing had broken
             before it.
         x_adv: like the images: the point that broke the sample at ``broken_at``, else the best one at the last budget.
+        no_gradient: ``(N,)`` bool: attacks with gradients ran, and every gradient that they met was zero or not finite.
+            What holds there has been tried by the others alone.
     """
 
     broken_at: Tensor
     by: dict[str, Tensor]
     x_adv: Tensor
+    no_gradient: Tensor
 
 
 def auto(
@@ -151,13 +154,13 @@ class _Suite:
         seed: int,
         index: Tensor | Sequence[int] | None,
     ) -> None:
-        self.objective, self.clean = objective, x.detach()
+        self.objective, self.clean = GradientWatch(objective, len(x), x.device), x.detach()
         self.norm, self.steps, self.queries, self.parts = norm, steps, queries, parts
         self.restarts, self.box, self.seed = restarts, box, seed
         self.index = torch.arange(len(x)) if index is None else torch.as_tensor(index).cpu()
         self.x_adv = self.clean.clone()
         with torch.no_grad():
-            broken = objective(self.clean) > 0
+            broken = self.objective(self.clean) > 0
         self.broken_at = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
         self.broken_at[broken] = 0.0
         self.by = {name: self.broken_at.clone() for name in names}
@@ -195,7 +198,7 @@ class _Suite:
         self._claim(name, budget, rows[broken])
 
     def result(self) -> SuiteResult:
-        return SuiteResult(self.broken_at, self.by, self.x_adv)
+        return SuiteResult(self.broken_at, self.by, self.x_adv, self.objective.no_gradient)
 
     def _claim(self, name: str, budget: float, rows: Tensor) -> None:
         self.broken_at[rows] = budget

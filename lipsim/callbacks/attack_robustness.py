@@ -23,6 +23,7 @@ from lipsim.attacks.projections import Ball, Norm, sample_norm
 from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.collect import write_csv
+from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.data import Triplet
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
@@ -43,8 +44,9 @@ class AttackRobustness(TripletCallback):
     """The suite :func:`lipsim.attacks.auto` on each triplet at growing budgets; logs the score that is left.
 
     A sample is attacked while the metric agrees with its votes; once any attack has broken it, it counts as broken at
-    every larger budget and is not attacked again. An answer that flips inside its certified radius is counted as a
-    violation, which must never happen.
+    every larger budget and is not attacked again. Where every gradient was zero or not finite, the triplet is counted
+    under ``no_gradient``: the attacks without gradients alone have tried it. An answer that flips inside its certified
+    radius is counted as a violation, which must never happen.
 
     A test run writes results.json, attacks.csv, and for the first triplets of each set the attacked images: exact ones
     in ``adversarial/SET.safetensors``, 8-bit ones beside it, and a picture in ``plots/attacked-SET.png``.
@@ -136,6 +138,7 @@ class AttackRobustness(TripletCallback):
         whole = TwoAFCObjective(metric, *images, target=self.target, chosen_left=margin > 0)
         broken_at = torch.zeros_like(margin)
         by = {name: broken_at.clone() for name in self.attacks}
+        no_gradient = torch.zeros_like(margin, dtype=torch.bool)
         x_adv = whole.images.clone()
         rows = agrees(margin, batch.right_vote).nonzero().flatten()
         if len(rows):
@@ -154,16 +157,21 @@ class AttackRobustness(TripletCallback):
                 progress=progress,
             )
             broken_at[rows], x_adv[rows] = result.broken_at, result.x_adv
+            no_gradient[rows] = result.no_gradient
             for name, values in result.by.items():
                 by[name][rows] = values
-        return SuiteResult(broken_at, by, x_adv)
+        return SuiteResult(broken_at, by, x_adv, no_gradient)
 
     def _columns(self, found: SuiteResult, batch: Triplet) -> dict[str, Tensor]:
-        """``broken_at``, ``length`` (ℓ2 norm of the change that broke it, ∞ where none did) and ``by`` each attack."""
+        """What is known of each triplet.
+
+        ``broken_at``, ``length`` (ℓ2 norm of the change that broke it, ∞ where none did), ``no_gradient`` (attacks with
+        gradients had none to go by), and ``broken_at`` by each attack.
+        """
         clean = torch.cat([getattr(batch, name) for name in self._moving], 1)
         length = sample_norm(found.x_adv - clean, 2, len(self._moving)).double()
         length = torch.where(torch.isinf(found.broken_at), math.inf, length)
-        return {"broken_at": found.broken_at, "length": length, **found.by}
+        return {"broken_at": found.broken_at, "length": length, "no_gradient": found.no_gradient, **found.by}
 
     @property
     def _moving(self) -> list[str]:
@@ -178,7 +186,7 @@ class AttackRobustness(TripletCallback):
             title = "this metric" if key == "metric" else key
             for image, x_adv in zip(self._moving, result.x_adv[:count].chunk(len(self._moving), 1), strict=True):
                 columns[f"{key}/{image}"] = x_adv
-                labels.append([f"{title}: {_verdict(broken_at)}" for broken_at in result.broken_at[:count].tolist()])
+                labels.append([f"{title}: {verdict}" for verdict in verdicts(result)[:count]])
         directory = self.output_directory(trainer)
         norm = "∞" if self.norm == "inf" else self.norm
         title = f"ℓ{norm} attacks up to ε = {eps_label(self.eps[-1])} on {self.target}"
@@ -222,6 +230,7 @@ class AttackRobustness(TripletCallback):
             by = torch.stack([rows[f"{name}/{attack}"][untied] for attack in self.attacks]).cummin(0).values
             summary[name] = {
                 "natural": float((broken_at > 0).double().mean()),
+                "no_gradient": int(rows[f"{name}/no_gradient"][untied].sum()),
                 "attacked": self._scores(broken_at),
                 "after": {attack: self._scores(left) for attack, left in zip(self.attacks, by, strict=True)},
             }
@@ -240,15 +249,25 @@ class AttackRobustness(TripletCallback):
             write_csv(self.output_directory(trainer) / file, rows)
 
 
-def _verdict(broken_at: float) -> str:
-    if broken_at == 0:
-        return "wrong as it is"
-    return "holds" if math.isinf(broken_at) else f"flipped at {eps_label(broken_at)}"
+def verdicts(result: SuiteResult) -> list[str]:
+    """What a picture says of each sample."""
+    return [
+        "wrong, or a tie, as it is"
+        if broken_at == 0
+        else f"flipped at {eps_label(broken_at)}"
+        if math.isfinite(broken_at)
+        else "no gradient to attack with"
+        if no_gradient
+        else "holds"
+        for broken_at, no_gradient in zip(result.broken_at.tolist(), result.no_gradient.tolist(), strict=True)
+    ]
 
 
 def _progress(trainer: L.Trainer, key: str) -> Callable[[str], None] | None:
-    """Shows in the progress bar which attack runs; None where there is no bar."""
+    """Shows in the progress bar, or in a line of the log, which attack runs; None where there is neither."""
     bar = trainer.progress_bar_callback
+    if isinstance(bar, ProgressLines):
+        return lambda text: bar.say(f"{key}: {text}")
     if not isinstance(bar, RichProgressBar) or not bar.is_enabled:
         return None
     task = bar.test_progress_bar_id if trainer.testing else bar.val_progress_bar_id

@@ -140,3 +140,37 @@ def test_alone_and_in_the_suite_an_attack_does_the_same() -> None:
     nearest = minimal_norm(objective, x, steps=15)
     assert (sample_norm(nearest - x) <= 0.25).all()
     assert (auto(objective, x, eps=0.25, attacks=["minimal_norm"], steps=15).broken_at == 0.25).all()
+
+
+class Stairs:
+    """``⌊8⟨w, x⟩⌋/8 − c`` where ``flat``, ``⟨w, x⟩ − c`` elsewhere, and a gradient of NaN where ``odd``."""
+
+    def __init__(self, w: Tensor, offset: Tensor, flat: Tensor, odd: Tensor) -> None:
+        self.w, self.offset, self.flat, self.odd = w, offset, flat, odd
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value = (x * self.w).flatten(1).sum(1)
+        value = torch.where(self.flat, (8 * value).floor() / 8, value)
+        # √0 has an infinite slope, which 0 · ∞ turns into NaN.
+        root = torch.where(self.odd, (x - x).flatten(1).sum(1), 1.0).sqrt()
+        return value - self.offset + root - torch.where(self.odd, 0.0, 1.0)
+
+    def select(self, rows: Tensor) -> Stairs:
+        return Stairs(self.w[rows], self.offset[rows], self.flat[rows], self.odd[rows])
+
+
+def test_a_sample_without_gradients_is_told_from_a_robust_one() -> None:
+    x = torch.full((5, 3, 6, 6), 0.5, dtype=torch.float64)
+    w = torch.ones_like(x) / x[0].numel() ** 0.5
+    start = (x * w).flatten(1).sum(1)
+    near, far = 0.05, 50.0  # of the ball of radius 1 and outside it
+    offset = start + torch.tensor([near, far, near, far, far], dtype=torch.float64)
+    flat = torch.tensor([False, False, True, True, False])
+    odd = torch.tensor([False, False, False, False, True])
+    goal = Stairs(w, offset, flat, odd)
+    result = auto(goal, x, eps=[1.0], steps=5, queries=100)
+    assert result.no_gradient.tolist() == [False, False, True, True, True]
+    assert torch.isfinite(result.broken_at).tolist() == [True, False, True, False, False]
+    assert torch.isfinite(result.by["square"]).tolist() == [False, False, True, False, False]
+    # Where only attacks without gradients ran, none was asked for.
+    assert not auto(goal, x, eps=[1.0], attacks=["square"], queries=5).no_gradient.any()

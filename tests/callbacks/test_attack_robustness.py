@@ -17,7 +17,8 @@ import lipsim
 from lipsim import PerceptualMetric, export
 from lipsim.attacks.projections import sample_norm
 from lipsim.callbacks import AttackRobustness
-from lipsim.data import BuiltinTriplets
+from lipsim.callbacks.attack_robustness import verdicts
+from lipsim.data import BuiltinTriplets, Triplet
 from lipsim.evaluate import evaluate
 from lipsim.metrics import agrees
 from lipsim.results import read_results
@@ -56,7 +57,10 @@ def _evaluate(**options: Any) -> tuple[dict[str, Any], list[dict[str, float]]]:
     Path("config.yaml").write_text(yaml.safe_dump(config))
     evaluate(["--config", "config.yaml", "--checkpoint", "metric.safetensors", "--trainer.default_root_dir", "out"])
     with open("out/attacks.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [
+            {key: float({"False": 0, "True": 1}.get(value, value)) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
     return read_results(Path("out/results.json"))["attacked"], rows
 
 
@@ -127,3 +131,28 @@ def test_bad_settings_are_refused_at_once() -> None:
         with pytest.raises(ValueError, match=message):
             AttackRobustness(**options)
     assert AttackRobustness(eps=[36 / 255, 1.0]).eps == [36 / 255, 1.0]
+
+
+class Rounded(torch.nn.Module):
+    """Pixels as features, in steps: no gradient anywhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.flatten(1) * 8).round() / 8
+
+
+def test_triplets_without_a_gradient_are_counted_apart(triplets: Triplet) -> None:
+    callback = AttackRobustness(eps=[0.01], steps=3)
+    batch = triplets
+    found = {}
+    for name, encoder in (("flat", Rounded()), ("smooth", OrthogonalProjection(16, 8))):
+        metric = PerceptualMetric(encoder, 16, lipschitz=1.0).eval().requires_grad_(False)
+        margin = metric.margin(*batch.embed(metric.embed))
+        found[name] = callback.attack(metric, batch, margin)
+        right = agrees(margin, batch.right_vote)
+        assert right.any() and not right.all()
+        assert torch.equal(found[name].no_gradient, right if name == "flat" else torch.zeros_like(right))
+        columns = callback._columns(found[name], batch)
+        assert torch.equal(columns["no_gradient"], found[name].no_gradient)
+    held = found["flat"].no_gradient & torch.isinf(found["flat"].broken_at)
+    assert [text == "no gradient to attack with" for text in verdicts(found["flat"])] == held.tolist()
+    assert "no gradient to attack with" not in verdicts(found["smooth"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-
-from rich.progress import Progress
+import sys
 
 from lipsim.data import BuiltinTriplets
+from lipsim.progress import Progress
 from lipsim.training.data.base import TripletData
 
 
@@ -49,12 +49,11 @@ class BuiltinData(TripletData):
     def _render(self, split: str) -> BuiltinTriplets:
         trainer = self.trainer
         alone = trainer is None or trainer.world_size == 1
-        with Progress(transient=True, disable=trainer is not None and not trainer.is_global_zero) as progress:
-            task = progress.add_task(f"rendering {split} triplets", total=self.sizes[split])
+        with Progress(f"rendering {split} triplets", sys.stdout, trainer is None or trainer.is_global_zero) as progress:
             return BuiltinTriplets(
                 split,  # type: ignore[arg-type]
                 self.sizes[split],
                 **self.options,  # type: ignore[arg-type]
                 num_workers=min(8, os.cpu_count() or 1) if alone else 0,
-                progress=lambda count: progress.advance(task, count),
+                progress=progress.counter(self.sizes[split], "triplets"),
             )
