@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lipsim import attack_images, attack_tables, certificates, export, lower_bounds, teacher_commands, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
+from lipsim.data.bit_depth import DeepImage
 from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
@@ -151,7 +152,7 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _original_radii(
-    metric: PerceptualMetric, pictures: dict[str, Image.Image], radii: dict[str, float]
+    metric: PerceptualMetric, pictures: Mapping[str, Image.Image | DeepImage], radii: dict[str, float]
 ) -> dict[str, float] | None:
     """Radii in the pixels of the files; None where the way from there has no norm, as resizing in 8 bits rounds.
 

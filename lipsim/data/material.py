@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import Preprocess, read_image
+from lipsim.data.transforms import Preprocess, load_image
 from lipsim.data.triplet import SharedTriplet
 
 IMAGES = "data/havran1_ennis_298x298_LDR"
@@ -82,7 +82,7 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
     if len(files) != NUM_IMAGES:
         raise ValueError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
     preprocess = Preprocess(image_size)
-    return torch.stack([preprocess(read_image(file)) for file in files]), [file.name for file in files]
+    return torch.stack([load_image(file, preprocess) for file in files]), [file.name for file in files]
 
 
 def load_material_answers(
