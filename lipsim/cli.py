@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,12 +16,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lipsim import attack_images, attack_tables, certificates, export, lower_bounds, teacher_commands, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
 from lipsim.data.bit_depth import DeepImage
+from lipsim.data.images import list_images
 from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
@@ -222,9 +223,10 @@ def _sample_images(folder: Path | None, count: int, metric: PerceptualMetric) ->
     if folder is None:
         images = BuiltinTriplets("test", count, image_size=metric.image_size).images[:, 0]
         return images.float() / 255
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)[:count]
-    if not files:
-        raise FileNotFoundError(f"no images in {folder} ({', '.join(IMG_EXTENSIONS)})")
+    listed = list_images(folder)
+    if listed.skipped:
+        print(f"passed over in {folder}: {listed.skipped}", file=sys.stderr)
+    files = [folder / os.fsdecode(bytes(name)) for name in listed.names[:count]]
     return torch.stack([load_image(file, metric.preprocess) for file in files])
 
 

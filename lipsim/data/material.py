@@ -76,7 +76,7 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
         ValueError: an image cannot be read, or some are missing.
     """
     folder = Path(root) / IMAGES
-    files = sorted(folder.glob("*.jpg")) if folder.is_dir() else []
+    files = sorted(folder.glob("[!.]*.jpg")) if folder.is_dir() else []  # without the ._NAME files of macOS
     if not files:
         raise FileNotFoundError(_missing(root, f"{IMAGES}/*.jpg"))
     if len(files) != NUM_IMAGES:
