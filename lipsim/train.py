@@ -42,7 +42,9 @@ class RunRecord(SaveConfigCallback):
         # Not trainer.log_dir, which is a broadcast that the other processes would not take part in.
         directory = Path((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "environment.json").write_text(json.dumps(_environment(trainer), indent=2) + "\n")
+        (directory / "environment.json").write_text(
+            json.dumps(_environment(trainer), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 class SaveOnException(Callback):

@@ -104,7 +104,7 @@ def load_material_answers(
     if not file.is_file():
         raise FileNotFoundError(_missing(root, ANSWERS.format(part=part)))
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         suffix = "" if ties else "_diff"
         ids = np.asarray(content[f"answers{suffix}"], dtype=np.int64).reshape(-1, 3)
         votes = np.asarray(content[f"agreement{suffix}"], dtype=np.float64).reshape(-1, 2)
