@@ -9,6 +9,7 @@ or tifffile read them, and what none of these can give in full is refused by nam
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import zlib
@@ -269,6 +270,10 @@ def _tiff(content: bytes) -> DeepImage | None:
                 "to 32, gray or RGB; save it as PNG"
             )
         _check_size(page.imagelength, page.imagewidth)
+        parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+        inside = all(0 < start < start + count <= len(content) for start, count in parts)
+        if not inside or len(parts) < math.prod(page.chunked):  # tifffile would fill what is missing with zeros
+            raise ValueError("it is truncated: strips or tiles are missing")
         pixels, axes = page.asarray(), page.axes
         if axes == "SYX":
             pixels, axes = np.moveaxis(pixels, 0, 2), "YXS"

@@ -46,7 +46,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
             f"cannot read the image {path} (of none of the formats {', '.join(FORMATS)}); replace the file"
         ) from error
     except DECODER_ERRORS as error:
-        raise ValueError(f"cannot read the image {path} ({error or type(error).__name__}); replace the file") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot read the image {path} ({reason}); replace the file") from error
 
 
 def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: bytes | None = None) -> Tensor:

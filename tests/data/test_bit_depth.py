@@ -283,6 +283,28 @@ def test_odd_metadata_does_not_spoil_a_picture(name: str, kind: str, tmp_path: P
         np.testing.assert_allclose(found.permute(1, 2, 0).numpy(), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_cut_files_are_refused(name: str) -> None:
+    """A decoder that fills the rest with something says nothing about the image."""
+    content, _ = FULL[name]
+    for kept in (0.6, 0.8):
+        with pytest.raises(ValueError, match="cut"):
+            load_image("cut.image", to_tensor, content[: int(kept * len(content))])
+
+
+def test_missing_strips_are_not_black() -> None:
+    whole = tiff(RGB, photometric="rgb", rowsperstrip=1)
+    assert isinstance(decode(whole), DeepImage)
+    with pytest.raises(ValueError, match="strips or tiles are missing"):
+        decode(whole[:-1])
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        tag = file.pages.first.tags["ImageLength"]
+    taller = whole[: tag.valueoffset] + struct.pack("<I", 5) + whole[tag.valueoffset + 4 :]
+    with pytest.raises(ValueError, match="strips or tiles are missing"):
+        decode(taller)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_files_fail_in_one_way(tmp_path: Path) -> None:
     """Cut anywhere, or with any byte changed, a file is read or refused by name, never by another exception."""
