@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lipsim.data.bapps import BappsTriplets
 from lipsim.data.images import FolderImages, list_images
+from lipsim.data.nights import NightsTriplets
+from lipsim.data.transforms import Preprocess
 from lipsim.errors import one_line
 from lipsim.training.data import ImageFolderData, NightsData
 
@@ -111,6 +114,19 @@ def test_a_worker_names_the_file(folder: Path) -> None:
     with pytest.raises(RuntimeError) as broken:
         list(DataLoader(images, num_workers=1))
     assert "planted" in one_line(str(broken.value)) and "a/0.png" in one_line(str(broken.value))
+
+
+@pytest.mark.parametrize("kind", ["nights", "bapps"])
+def test_workers_of_triplets_name_the_file(kind: str, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue(kind)
+    name, data = {
+        "nights": ("ref/000/000.png", lambda: NightsTriplets(root, "train", Preprocess(8), min_votes=0)),
+        "bapps": ("2afc/val/cnn/p0/000003.png", lambda: BappsTriplets(root, "val", Preprocess(8), ["cnn"])),
+    }[kind]
+    (root / name).write_bytes((root / name).read_bytes()[:60])
+    with pytest.raises(ValueError) as caught:
+        list(DataLoader(data(), num_workers=1, collate_fn=list))
+    assert name in one_line(str(caught.value))
 
 
 class _Broken:
