@@ -83,6 +83,17 @@ def test_signs_have_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utf8.buffer.getvalue() == "‖δ‖₂ ?\n".encode()  # type: ignore[attr-defined]
 
 
+def test_configs_are_ascii_and_others_fail_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are read in the encoding of the locale, which may have no more."""
+    assert all(file.read_bytes().isascii() for file in (ROOT / "configs").rglob("*.yaml"))
+    (tmp_path / "latin.yaml").write_bytes("# für\nseed_everything: 1\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["fit", "--config", str(tmp_path / "latin.yaml")])
+    error = capsys.readouterr().err
+    assert stop.value.code != 0 and "latin.yaml as utf-8" in error and "PYTHONUTF8=1" in error
+    assert error.count("\n") == 1
+
+
 def test_every_file_names_its_encoding() -> None:
     """Else it is the locale's: an empty report.md where that is ASCII."""
     lacking = []
