@@ -139,7 +139,7 @@ def peak_memory(options: argparse.Namespace) -> int:
         torch.cuda.reset_peak_memory_stats()
     else:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
         before = _resident("VmRSS")
     step()
     step()
@@ -148,7 +148,7 @@ def peak_memory(options: argparse.Namespace) -> int:
 
 def _resident(field: str) -> int:
     """Resident size of this process in bytes: now (VmRSS), or at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024
 
 

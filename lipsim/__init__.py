@@ -1,5 +1,6 @@
 """Certifiably robust perceptual similarity metrics."""
 
+import lipsim._matplotlib  # noqa: F401  first, before what imports matplotlib
 from lipsim import attacks, audit, certificates, data, students, teachers
 from lipsim.export import load
 from lipsim.metric import PerceptualMetric, TwoAFCCertificate

@@ -310,9 +310,9 @@ def _run(options: argparse.Namespace) -> int:
     for title, rows in shown.items():
         print_table(console, rows, title)
     text = [part for title, rows in shown.items() for part in (f"{title}:", markdown_table(rows))]
-    (options.output / "tables.md").write_text("\n\n".join(text) + "\n")
+    (options.output / "tables.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     title, rows = next(iter(shown.items()))
     latex = latex_table(rows, title, list(rows[0])[2:], "Score under attack")
-    (options.output / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n")
+    (options.output / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n", encoding="utf-8")
     console.print(f"tables.md, tables.tex and results.json are in {options.output}/")
     return 0

@@ -29,7 +29,7 @@ from lipsim.data.embedding_cache import (
     teacher_fingerprint,
     write_shard,
 )
-from lipsim.data.images import VIEWS, image_files
+from lipsim.data.images import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.errors import OneLineParser, one_line, one_line_errors
 from lipsim.metric import PerceptualMetric
@@ -177,8 +177,11 @@ def build(options: argparse.Namespace) -> None:
     if fabric.is_global_zero:
         # By one process, since the others may find shards that were written meanwhile.
         try:
-            names = image_files(options.images)
+            listed = list_images(options.images)
+            names = listed.names
             description.write(options.output)
+            if listed.skipped:
+                print(f"passed over in {options.images}: {listed.skipped}", file=sys.stderr)
             work = names, plan(options.output, names, options.shard_size)
         except (OSError, ValueError) as error:
             work = error
@@ -232,7 +235,7 @@ def _verify(options: argparse.Namespace, progress: Progress) -> list[str]:
     cache = EmbeddingCache(options.output)
     metric = export.load(options.teacher).to(_fabric(options).device)
     cache.check_teacher(metric.encoder, options.teacher)
-    listed = image_files(options.images)
+    listed = list_images(options.images).names
     rows = cache.find(listed)
     faults = _fault("images are not in the cache", listed[rows < 0])
     names, rows = listed[rows >= 0], rows[rows >= 0]

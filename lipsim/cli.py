@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lipsim import attack_images, attack_tables, certificates, export, lower_bounds, teacher_commands, verify
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
+from lipsim.data.bit_depth import DeepImage
+from lipsim.data.images import list_images
 from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
@@ -157,7 +159,7 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _original_radii(
-    metric: PerceptualMetric, pictures: dict[str, Image.Image], radii: dict[str, float]
+    metric: PerceptualMetric, pictures: Mapping[str, Image.Image | DeepImage], radii: dict[str, float]
 ) -> dict[str, float] | None:
     """Radii in the pixels of the files; None where the way from there has no norm, as resizing in 8 bits rounds.
 
@@ -228,9 +230,10 @@ def _sample_images(folder: Path | None, count: int, metric: PerceptualMetric) ->
     if folder is None:
         images = BuiltinTriplets("test", count, image_size=metric.image_size).images[:, 0]
         return images.float() / 255
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)[:count]
-    if not files:
-        raise FileNotFoundError(f"no images in {folder} ({', '.join(IMG_EXTENSIONS)})")
+    listed = list_images(folder)
+    if listed.skipped:
+        print(f"passed over in {folder}: {listed.skipped}", file=sys.stderr)
+    files = [folder / os.fsdecode(bytes(name)) for name in listed.names[:count]]
     return torch.stack([load_image(file, metric.preprocess) for file in files])
 
 

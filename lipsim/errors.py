@@ -1,11 +1,14 @@
-"""How a command fails: one clear line and a non-zero exit."""
+"""How a command speaks and fails: in any encoding of the terminal; one clear line and a non-zero exit."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -20,6 +23,35 @@ _WRAPPING = re.compile(
 # What a DataLoader makes of an error in one of its processes, and where the message of an error begins in a traceback.
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+")
 _RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): ", re.MULTILINE)
+
+
+# How signs are written where the terminal has no better: the notation of the papers, and rich's frames.
+_PLAIN = {
+    "ℓ": "l", "ε": "eps", "δ": "delta", "η": "eta", "σ": "sigma", "∞": "inf", "‖": "||", "∥": "||", "√": "sqrt",
+    "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "→": "->", "…": "...",
+    "“": '"', "”": '"', "‘": "'", "’": "'", "•": "*", "└": "`", "├": "|", "│": "|", "┃": "|",
+    "─": "-", "━": "-", "═": "=", "╸": "-", "╺": "-",
+}  # fmt: skip
+_ENCODING_ERRORS = "lipsim.plain"
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of :mod:`codecs`: what an encoding cannot write, in signs that every one has."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = ""
+    for sign in error.object[error.start : error.end]:
+        letters = unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode()  # ü is u, ² is 2
+        text += _PLAIN.get(sign) or letters or "?"
+    return text, error.end
+
+
+def speak_any_encoding() -> None:
+    """Let no sign that stdout or stderr cannot encode end a command after its work: it is written plainly."""
+    codecs.register_error(_ENCODING_ERRORS, plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks and tests put other objects there
+            stream.reconfigure(errors=_ENCODING_ERRORS)
 
 
 def one_line(message: str) -> str:
@@ -48,8 +80,10 @@ class OneLineParser(argparse.ArgumentParser):
 def one_line_errors() -> Iterator[None]:
     """Turn errors that are the user's to mend into one line on stderr and exit status 1.
 
-    ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead. Other classes of exceptions pass unchanged.
+    ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead. Other classes of exceptions pass unchanged. Within, stdout
+    and stderr write whatever they cannot encode in plain signs.
     """
+    speak_any_encoding()
     try:
         yield
     except (ValueError, OSError, MisconfigurationException) as error:

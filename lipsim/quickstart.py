@@ -95,7 +95,7 @@ def report(root: Path, console: Console) -> dict[str, Any]:
         console.print(line, highlight=False)
     _plot(root, results, name)
     text = [part for title, rows in tables.items() for part in (f"{title}:", markdown_table(rows))]
-    (root / "report.md").write_text("\n\n".join(["# Quickstart", *text, *lines]) + "\n")
+    (root / "report.md").write_text("\n\n".join(["# Quickstart", *text, *lines]) + "\n", encoding="utf-8")
     console.print(f"{sum(results['seconds'].values()) / 60:.1f} minutes. Report, plots and checkpoints are in {root}/;")
     console.print(f"lipsim.load('{root}/quickstart.safetensors') gives the metric.", highlight=False)
     return results

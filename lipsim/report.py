@@ -96,12 +96,14 @@ def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[str] = ("cer
             plot_scores(path.with_suffix(suffix), certified, attacked, name)
     flat = [table for found in tables.values() for table in found]
     markdown = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
-    (output / "report.md").write_text("\n\n".join(["# Report", *warnings, *markdown]) + "\n")
+    (output / "report.md").write_text("\n\n".join(["# Report", *warnings, *markdown]) + "\n", encoding="utf-8")
     latex = [latex_table(table.rows, table.title, table.eps, table.heading) for table in flat]
-    (output / "report.tex").write_text("\n\n".join([r"% \usepackage{booktabs,multirow}", *latex]) + "\n")
-    with open(output / "report.csv", "w", newline="") as file:
+    (output / "report.tex").write_text(
+        "\n\n".join([r"% \usepackage{booktabs,multirow}", *latex]) + "\n", encoding="utf-8"
+    )
+    with open(output / "report.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("set", "run", "metric", "score", "eps", "value"), *_numbers(runs)])
-    (output / "report.html").write_text(_page(runs, tables, curves, warnings))
+    (output / "report.html").write_text(_page(runs, tables, curves, warnings), encoding="utf-8")
     return flat
 
 

@@ -73,7 +73,7 @@ def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None
     results["versions"] = versions()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -87,7 +87,7 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no results at {path}; a test run writes them")
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}); remove it and run the test again") from error
     if results.get("schema") != SCHEMA:

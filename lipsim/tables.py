@@ -137,7 +137,7 @@ def escape_latex(text: str) -> str:
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """Columns of a CSV file of numbers."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     values = np.array([[_number(cell) for cell in row] for row in rows[1:]])
     return {name: values[:, i] for i, name in enumerate(rows[0])}

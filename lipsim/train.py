@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -42,7 +43,9 @@ class RunRecord(SaveConfigCallback):
         # Not trainer.log_dir, which is a broadcast that the other processes would not take part in.
         directory = Path((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "environment.json").write_text(json.dumps(_environment(trainer), indent=2) + "\n")
+        (directory / "environment.json").write_text(
+            json.dumps(_environment(trainer), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 class SaveOnException(Callback):
@@ -61,6 +64,20 @@ class SaveOnException(Callback):
 
 class StageParser(LightningArgumentParser):
     """A parser that fails in one line, without the usage of some hundred options above it."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a config, which jsonargparse reads in the encoding of the locale.
+
+        Raises:
+            ValueError: the config has signs that this encoding lacks; the message says what to do.
+        """
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"cannot read the config {os.fspath(path)} as {error.encoding} ({error.reason}); save it as UTF-8 and "
+                "set PYTHONUTF8=1, or leave signs beyond ASCII out of it"
+            ) from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with status 2."""

@@ -18,7 +18,7 @@ from PIL import Image
 from lipsim import PerceptualMetric, export
 from lipsim.cache_teacher import main
 from lipsim.data.embedding_cache import EmbeddingCache, shard_numbers
-from lipsim.data.images import image_files
+from lipsim.data.images import list_images
 from lipsim.teachers import SmallViT
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts/cache_teacher.py")
@@ -65,7 +65,7 @@ def test_every_view_of_every_image_has_the_embedding_that_the_teacher_gives(caps
     main(_args("cache", "--dtype", "float32", "--resize", "16"))
     assert "150 images × 2 views × 12 features in float32" in capsys.readouterr().out
     cache, metric = EmbeddingCache("cache"), export.load("teacher.safetensors")
-    assert cache.paths.tolist() == image_files(Path("images")).tolist() and len(cache) == COUNT
+    assert cache.paths.tolist() == list_images(Path("images")).names.tolist() and len(cache) == COUNT
     for row in (0, 77, 149):
         file = Path("images", bytes(cache.paths[row]).decode())
         image = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None].float() / 255
@@ -225,7 +225,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_an_unreadable_image_stops_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [bytes(name).decode() for name in image_files(Path("images"))]
+    names = [bytes(name).decode() for name in list_images(Path("images")).names]
     Path("images", names[100]).write_bytes(b"no image")
     with pytest.raises(SystemExit):
         main(_args("cache"))

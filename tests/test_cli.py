@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import imagecodecs
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -54,6 +56,13 @@ def test_audit_of_ones_own_images(checkpoint: Path, tmp_path: Path, capsys: pyte
     Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
     assert _run("audit", checkpoint, "--images", tmp_path, "--steps", "1") == 0
     assert "on 1 images" in capsys.readouterr().out
+    (tmp_path / "._red.png").write_bytes(b"of macOS")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert _run("audit", checkpoint, "--images", tmp_path, "--steps", "1") == 0
+    found = capsys.readouterr()
+    assert "on 1 images" in found.out
+    assert "1 broken links (first: gone.png), 1 files with other endings (first: metric.safetensors)" in found.err
+    assert "1 hidden files or folders (first: ._red.png)" in found.err
 
 
 def test_a_requirement_that_fails(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +181,30 @@ def test_gray_files_have_smaller_radii_and_palettes_none(
     assert facts["original_radius"]["reference"] == pytest.approx(facts["radius"]["reference"] / 3**0.5, rel=1e-9)
     assert _run("certify", checkpoint, palette, pictures[1], pictures[2]) == 0
     assert "none in the file's own pixels" in capsys.readouterr().out
+
+
+def test_sixteen_bits_are_certified_in_full(
+    checkpoint: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Files that differ in their low bytes alone have margins of their own, and radii in their own pixels."""
+    metric, facts = export.load(checkpoint), []
+    pixels = np.random.default_rng(0).integers(0, 65536, (30, 40, 3), dtype=np.uint16)
+    for name, values in (("full", pixels), ("high", pixels & 0xFF00)):
+        (tmp_path / f"{name}.png").write_bytes(imagecodecs.png_encode(values))
+        assert _run("certify", checkpoint, tmp_path / f"{name}.png", *pictures[1:], "--json") == 0
+        facts.append(json.loads(capsys.readouterr().out))
+        x = torch.from_numpy((values / 65535).astype(np.float32)).permute(2, 0, 1)[None]
+        x = nn.functional.interpolate(x, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+        y, z = (metric.preprocess(read_image(file))[None] for file in pictures[1:])
+        assert facts[-1]["margin"] == pytest.approx(float(metric.certify(x, y, z).margin), abs=1e-7)
+    assert abs(facts[0]["margin"] - facts[1]["margin"]) > 1e-5
+    resize = certificates.resize_norm((30, 40), 16)
+    found = facts[0]["original_radius"]["reference"]
+    assert found == pytest.approx(facts[0]["radius"]["reference"] / resize, rel=1e-4)
+    (tmp_path / "signed.tif").write_bytes(imagecodecs.tiff_encode(pixels[..., 0].view(np.int16)))
+    assert _run("certify", checkpoint, tmp_path / "signed.tif", *pictures[1:]) == 1
+    error = capsys.readouterr().err
+    assert "signed.tif: a TIFF of signed integers" in error and error.count("\n") == 1
 
 
 def test_certify_agrees_with_the_metric(

@@ -58,7 +58,7 @@ def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
     """Write columns of equal length with a header; floats keep the digits that bring them back. Replaces as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))

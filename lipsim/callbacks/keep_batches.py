@@ -74,7 +74,7 @@ class KeepBatches(Callback):
             self.kept.setdefault(record["set"], []).append(_tensors(record))
         for name, indices in finished.items():
             rank_zero_info(f"continuing: {len(indices)} triplets of {name} are finished ({self.directory})")
-        self._file = open(own, "a")
+        self._file = open(own, "a", encoding="utf-8")
         return finished
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,7 +117,7 @@ class KeepBatches(Callback):
             ValueError: it is larger here.
         """
         path = self.directory / "fingerprint.json"
-        settings, continues = json.loads(path.read_text()), self._anything()
+        settings, continues = json.loads(path.read_text(encoding="utf-8")), self._anything()
         trainer.strategy.barrier()  # every process has read before one of them writes
         if not isinstance(module, MetricModule):
             return
@@ -147,7 +147,7 @@ class KeepBatches(Callback):
         path = self.directory / "fingerprint.json"
         if not path.is_file():
             raise ValueError(f"{self.directory} has rows and no {path.name} that says of what; remove the folder")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         found.pop(_ERROR, None)
         differ = [key for key in dict.fromkeys([*expected, *found]) if expected.get(key) != found.get(key)]
         if differ:
@@ -160,7 +160,7 @@ class KeepBatches(Callback):
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON in one step: a file cut short would refuse every further run."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

@@ -88,7 +88,7 @@ class CacheDescription:
         if not file.is_file():
             raise FileNotFoundError(f"no embedding cache at {folder}; {COMMAND} makes one")
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT or content.pop("version") > VERSION:
                 raise ValueError("another format, or of a newer version of lipsim")
             return cls(**content | {"views": tuple(content["views"])})

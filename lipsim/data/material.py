@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import Preprocess, read_image
+from lipsim.data.transforms import Preprocess, load_image
 from lipsim.data.triplet import SharedTriplet
 
 IMAGES = "data/havran1_ennis_298x298_LDR"
@@ -76,13 +76,13 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
         ValueError: an image cannot be read, or some are missing.
     """
     folder = Path(root) / IMAGES
-    files = sorted(folder.glob("*.jpg")) if folder.is_dir() else []
+    files = sorted(folder.glob("[!.]*.jpg")) if folder.is_dir() else []  # without the ._NAME files of macOS
     if not files:
         raise FileNotFoundError(_missing(root, f"{IMAGES}/*.jpg"))
     if len(files) != NUM_IMAGES:
         raise ValueError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
     preprocess = Preprocess(image_size)
-    return torch.stack([preprocess(read_image(file)) for file in files]), [file.name for file in files]
+    return torch.stack([load_image(file, preprocess) for file in files]), [file.name for file in files]
 
 
 def load_material_answers(
@@ -104,7 +104,7 @@ def load_material_answers(
     if not file.is_file():
         raise FileNotFoundError(_missing(root, ANSWERS.format(part=part)))
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         suffix = "" if ties else "_diff"
         ids = np.asarray(content[f"answers{suffix}"], dtype=np.int64).reshape(-1, 3)
         votes = np.asarray(content[f"agreement{suffix}"], dtype=np.float64).reshape(-1, 2)

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import center_crop
 
+from lipsim.data.bit_depth import (
+    DECODER_ERRORS,
+    FORMATS,
+    DeepImage,
+    UnsupportedImageError,
+    decode,
+    read_in_full,
+    upright,
+)
+
 RESIZES = ("float", "pil")
 
 
-def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Read and decode an image file, or decode its ``content`` where that is read already.
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | DeepImage:
+    """Read and decode an image file, or decode its ``content`` where that is read already; no digit is dropped.
+
+    Returns:
+        A PIL image, or a :class:`lipsim.data.bit_depth.DeepImage` where a file has what that cannot hold.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not an image, or truncated.
+        ValueError: it is not an image, or truncated, or its values cannot be read in full.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image.load()
-            return image
+        return decode(Path(path).read_bytes() if content is None else content)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
+    except UnsupportedImageError as error:
+        raise ValueError(f"cannot use the image {path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read the image {path} (of no known format); replace the file") from error
-    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); replace the file") from error
+        raise ValueError(
+            f"cannot read the image {path} (of none of the formats {', '.join(FORMATS)}); replace the file"
+        ) from error
+    except DECODER_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot read the image {path} ({reason}); replace the file") from error
 
 
-def load_image(path: str | Path, preprocess: Callable[[Image.Image], Tensor], content: bytes | None = None) -> Tensor:
+def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: bytes | None = None) -> Tensor:
     """Read an image file and turn it into the input of a metric, ``(3, S, S)``; errors name the file.
 
     Args:
@@ -52,6 +67,9 @@ def load_image(path: str | Path, preprocess: Callable[[Image.Image], Tensor], co
         return preprocess(image)
     except ValueError as error:
         raise ValueError(f"cannot use the image {path}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while preparing the image {path}")
+        raise
 
 
 def missing_files(root: Path, names: Iterable[str]) -> list[str]:
@@ -71,9 +89,12 @@ def missing_files(root: Path, names: Iterable[str]) -> list[str]:
     return missing
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image | DeepImage) -> Image.Image:
     """An 8-bit RGB image, upright (EXIF orientation), with transparency composited over white."""
-    image = ImageOps.exif_transpose(image)
+    image = image if isinstance(image, DeepImage) else read_in_full(image)
+    if isinstance(image, DeepImage):
+        return image.to_pil()
+    image = upright(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((_gray16(image) * 255).round().astype(np.uint8))
     elif image.mode == "F":
@@ -83,15 +104,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An image of any PIL mode as RGB ``(3, H, W)``, float32 in [0, 1]; 16-bit gray keeps its digits."""
+def to_tensor(image: Image.Image | DeepImage) -> Tensor:
+    """An image of any PIL mode or any depth as RGB ``(3, H, W)``, float32 in [0, 1]; no digit of a file is dropped."""
+    image = image if isinstance(image, DeepImage) else read_in_full(image)
+    if isinstance(image, DeepImage):
+        return torch.from_numpy(image.values().astype(np.float32)).permute(2, 0, 1).expand(3, -1, -1).contiguous()
     if image.mode.startswith("I"):
-        return torch.from_numpy(_gray16(ImageOps.exif_transpose(image))).expand(3, -1, -1).contiguous()
+        return torch.from_numpy(_gray16(upright(image))).expand(3, -1, -1).contiguous()
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float() / 255
 
 
 def _gray16(image: Image.Image) -> np.ndarray:
-    return np.clip(np.asarray(image, dtype=np.float32) / 65535, 0, 1)
+    values = np.asarray(image, dtype=np.float64)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise ValueError(
+            f"expected gray values of 16 bits, got {values.min():g} to {values.max():g}, whose full range is unknown; "
+            "convert them to 8 or 16 bits"
+        )
+    return (values / 65535).astype(np.float32)
 
 
 class Preprocess:
@@ -112,7 +142,7 @@ class Preprocess:
         self.image_size = image_size
         self.resize = resize
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | DeepImage) -> Tensor:
         size = (self.image_size, self.image_size)
         if self.resize == "pil":
             return to_tensor(to_rgb(image).resize(size, Image.Resampling.BICUBIC))
@@ -142,7 +172,7 @@ class CentralCrop:
             raise ValueError(f"expected an image_size and a resize of at least 1, got {image_size} and {resize}")
         self.image_size, self.resize = image_size, resize
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | DeepImage) -> Tensor:
         x = to_tensor(image)
         if self.resize is not None and min(x.shape[1:]) != self.resize:
             scale = self.resize / min(x.shape[1:])

@@ -84,7 +84,7 @@ def _receipt(folder: Path, name: str) -> Path:
 def _unpack_once(archive: Path, folder: Path, name: str, sha256: str = "") -> list[Path]:
     checksum = check_sha256(archive, sha256)
     members = unpack(archive, folder)
-    _receipt(folder, name).write_text(f"{checksum}  {name}\n")
+    _receipt(folder, name).write_text(f"{checksum}  {name}\n", encoding="utf-8")
     return members
 
 
@@ -121,12 +121,14 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
 
 def _continue(url: str, partial: Path, tag: Path) -> None:
     """Write what is missing of a file to ``partial``; ``tag`` keeps the server's name for its version."""
-    have, version = (partial.stat().st_size, tag.read_text()) if partial.is_file() and tag.is_file() else (0, "")
+    have, version = (
+        (partial.stat().st_size, tag.read_text(encoding="utf-8")) if partial.is_file() and tag.is_file() else (0, "")
+    )
     response, have = _open(url, have, version) if have and version else (urlopen(url, timeout=_TIMEOUT), 0)
     with response:
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
-        tag.write_text(_version(response))
+        tag.write_text(_version(response), encoding="utf-8")
         with open(partial, "ab" if have else "wb") as file, _progress() as progress:
             task = progress.add_task(partial.stem, total=total, completed=have)
             while block := response.read(_CHUNK):

@@ -56,7 +56,7 @@ def _cached(cache: Path, repository: str) -> list[Path]:
     for hub in (cache, cache / "hub"):
         folder = hub / f"models--{repository.replace('/', '--')}"
         main = folder / "refs" / "main"
-        revisions = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else []
+        revisions = [folder / "snapshots" / main.read_text(encoding="utf-8").strip()] if main.is_file() else []
         revisions += sorted((folder / "snapshots").glob("*"))
         for revision in revisions:
             for name in REPOSITORY_FILES:

@@ -78,7 +78,7 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} of a LoRA adapter in {folder}; {remedy}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"it describes a {config['peft_type']} adapter")
         used = [option for option in _UNSUPPORTED if config.get(option)]

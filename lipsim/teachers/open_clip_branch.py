@@ -78,7 +78,7 @@ class OpenClipBranch(Branch):
         if not path.is_file():
             return
         try:
-            described = json.loads(path.read_text())
+            described = json.loads(path.read_text(encoding="utf-8"))
             quick = bool(described["model_cfg"].get("quick_gelu", False))
             self._normalise_by(described.get("preprocess_cfg", {}))
         except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:

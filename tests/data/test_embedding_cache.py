@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lipsim.data.embedded_images import EmbeddedFolder, EmbeddedImages
 from lipsim.data.embedding_cache import CacheDescription, EmbeddingCache, teacher_fingerprint, write_shard
-from lipsim.data.images import FolderImages, image_files
+from lipsim.data.images import FolderImages, list_images
 from lipsim.teachers import SmallViT
 
 NAMES = [f"train/{c}/{i}.png" for c in ("a", "b") for i in range(5)]
@@ -53,7 +53,7 @@ def test_every_image_is_found_by_its_path(root: Path) -> None:
     cache = EmbeddingCache(root / "cache")
     assert cache.description == DESCRIPTION and len(cache) == 10
     assert [bytes(path).decode() for path in cache.paths] == sorted(NAMES)
-    assert image_files(root / "images").tolist() == cache.paths.tolist()
+    assert list_images(root / "images").names.tolist() == cache.paths.tolist()
     asked = np.array([b"train/b/3.png", b"train/a", b"train/a/0.png", b"val/a/0.png", b"train/b/99.png"])
     rows = cache.find(asked)
     assert rows.tolist() == [8, -1, 0, -1, -1]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lipsim.data.material import (
     MaterialAnswers,
@@ -35,6 +36,19 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "answers_processed_train.json").write_text(json.dumps(content))
     return tmp_path
+
+
+def test_hidden_files_are_no_images_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    place = tmp_path / "data" / "havran1_ennis_298x298_LDR"
+    place.mkdir(parents=True)
+    for number in range(100):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number:03d}.jpg")
+        (place / f"._{number:03d}.jpg").write_bytes(b"of macOS")
+    images, names = load_material_images(tmp_path, 8)
+    assert images.shape == (100, 3, 8, 8) and names[:2] == ["000.jpg", "001.jpg"]
+    (place / "042.jpg").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"cannot read the image .*042\.jpg"):
+        load_material_images(tmp_path, 8)
 
 
 def test_sides_are_shuffled_and_the_votes_follow(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lipsim.data.embedded_images import EmbeddedFolder
@@ -16,6 +17,8 @@ from lipsim.training.data.base import TripletData
 
 class ImageFolderData(TripletData):
     """Images without labels, for distillation: ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, such as ImageNet.
+
+    All images under train/ and val/ count, at any depth (:func:`lipsim.data.images.list_images`).
 
     Validation compares student and teacher on the set ``images``; triplets of another data module are scored besides,
     and a test scores those alone.
@@ -85,7 +88,10 @@ class ImageFolderData(TripletData):
         return [] if self.triplets is None else self.triplets.test_dataloader()
 
     def _images(self, part: str, views: Sequence[str]) -> FolderImages:
-        return FolderImages(self.root / part, self.image_size, resize=self.resize, views=views)
+        images = FolderImages(self.root / part, self.image_size, resize=self.resize, views=views)
+        if images.skipped:
+            rank_zero_info(f"{len(images)} images under {images.folder}; passed over: {images.skipped}")
+        return images
 
 
 def _embedded(dataset: Dataset[Any], cache: EmbeddingCache | None, prefix: str) -> Dataset[Any]:
