@@ -3,6 +3,11 @@
 The published files hold ``convs.{i}.{kernel,bias,q}`` and ``linear.{1+i}.{weight,bias,q}`` behind prefixes of their
 wrappers, and the same tensors again under ``base.1`` and ``base.2``. Every tensor is accounted for: what this network
 has no place for is refused and not dropped, since it could change the distances or the Lipschitz constant.
+
+The published convolutions have a ``q`` and do not use it: ``exp(q)`` and ``exp(−q)`` multiply the same axis of
+``|W Wᵀ|`` and cancel, so that it got no gradient and is random in every file. The paper's formula, which
+:class:`lipsim.layers.SLLConv2d` follows, would make another network of it. It is set to 0 here, where both agree and
+the block is 1-Lipschitz as for every ``q``; the linear blocks use theirs in both and keep it.
 """
 
 from __future__ import annotations
@@ -27,11 +32,12 @@ from lipsim.students import SLLNetwork
 from lipsim.students.sll_network import PRESETS
 from lipsim.weights import load_weights
 
-# DataParallel, the published metric around its network, and the wrapper that normalises the input.
-_PREFIXES = re.compile(r"((module|backbone|model)\.)*")
+# DataParallel, the published metric around its network, the wrapper that normalises the input, and torch.compile.
+_PREFIXES = re.compile(r"((module|backbone|model|_orig_mod)\.)*")
 # linear.0 is a flatten. No leading zeros, so that no two numbers mean the same layer.
 _CONV = re.compile(r"(?:convs|base\.1)\.(0|[1-9]\d{0,3})\.(kernel|bias|q)")
 _LINEAR = re.compile(r"(?:linear|base\.2)\.([1-9]\d{0,3})\.(weight|bias|q)")
+_UNUSED = re.compile(r"convs\.\d+\.q")
 _NORMALISATION = re.compile(r"(?:normali[sz]er?\.)?(mean|std)")
 _BOOKKEEPING = re.compile(r"epoch|global_step|optim|sched|lr_sched|warmup")
 _PUBLISHED_KERNEL, _PUBLISHED_WIDTH = 3, 5
@@ -49,6 +55,7 @@ class Conversion:
         ignored: keys of the state that the published evaluation drops as well (``alpha``).
         left_out: what lay beside the state: the optimizer and other bookkeeping.
         upcast_from: dtypes in half precision that were brought to float32, which is exact.
+        zeroed: the parameters that the published code has and does not use, set to 0.
     """
 
     metric: PerceptualMetric
@@ -58,6 +65,7 @@ class Conversion:
     ignored: tuple[str, ...]
     left_out: tuple[str, ...]
     upcast_from: tuple[str, ...]
+    zeroed: tuple[str, ...]
 
     def notes(self, source: Path) -> dict[str, Any]:
         """What the header of the converted file says about its origin."""
@@ -69,6 +77,7 @@ class Conversion:
             "ignored": list(self.ignored),
             "left_out": list(self.left_out),
             "upcast_from": list(self.upcast_from),
+            "zeroed": list(self.zeroed),
         }
 
     def __str__(self) -> str:
@@ -87,6 +96,7 @@ class Conversion:
             "epoch": "not said" if self.epoch is None else str(self.epoch),
             "ignored keys": ", ".join(self.ignored) or "none",
             "left out": ", ".join(self.left_out) or "nothing",
+            "set to 0": f"q of the {len(self.zeroed)} convolutions, which the published code does not use",
         }
         if self.upcast_from:
             rows["upcast"] = f"{', '.join(self.upcast_from)} to float32, exactly"
@@ -131,8 +141,9 @@ def convert(
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     raw, beside = _read(path)
     state, ignored = _account(raw, path)
+    zeroed = tuple(name for name in state if _UNUSED.fullmatch(name))
     upcast_from = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()} - {"float32"}))
-    encoder = _build(state, image_size, out_features, path)
+    encoder = _build(state | {name: torch.zeros_like(state[name]) for name in zeroed}, image_size, out_features, path)
     epoch = beside.get("epoch")
     return Conversion(
         metric=PerceptualMetric(encoder, encoder.image_size, anchor=anchor, resize=resize).eval(),
@@ -142,6 +153,7 @@ def convert(
         ignored=ignored,
         left_out=tuple(sorted(beside.keys() - {"epoch"})),
         upcast_from=upcast_from,
+        zeroed=zeroed,
     )
 
 

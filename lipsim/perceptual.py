@@ -26,11 +26,14 @@ FILES: dict[Net, str] = {
 _TAPS: dict[Net, tuple[int, ...]] = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}
 _SHARED = Path(torchmetrics_image.__file__).parent
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NO_NAN = 1e-24  # below what counts; the published root has no gradient where all channels are 0
 _SMALL = 1e-6  # the constants of DISTS' two ratios
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1.
+    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1, as in their package ``lpips``.
+
+    Images are in [0, 1], where the package takes [−1, 1] by default.
 
     Args:
         net: "alex" or "vgg".
@@ -64,7 +67,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.layers):
             z = layer(z)
             if i == self.taps[k]:
-                unit = z / torch.sqrt(z.square().sum(1, keepdim=True) + 1e-8)
+                unit = z / (torch.sqrt(z.square().sum(1, keepdim=True) + _NO_NAN) + 1e-10)
                 a, b = unit.chunk(2)
                 total = total + F.conv2d((a - b).square(), getattr(self, f"head{k}")).mean((1, 2, 3))
                 k += 1
@@ -74,7 +77,9 @@ class LPIPS(nn.Module):
 
 
 class DISTS(nn.Module):
-    """Deep image structure and texture similarity (Ding et al. 2020) on VGG-16.
+    """Deep image structure and texture similarity (Ding et al. 2020) on VGG-16, as in their package ``DISTS_pytorch``.
+
+    The authors shrink larger images to a short side of 256 first; here images are taken as they are.
 
     Args:
         weights: torchvision's file of the backbone, or the folder that holds it; None: torch's hub folder.

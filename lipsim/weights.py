@@ -6,6 +6,7 @@ import argparse
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+# Modules that torch puts around others, with names reserved for them: torch.compile, FSDP, activation checkpointing.
+_TRANSPARENT = re.compile(r"(^|\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+# What training code calls the model that it holds. Any model may have parts of such names: they go where all names
+# begin with one.
+_HOLDERS = ("module.", "model.")
 _OTHER = "they belong to another architecture or configuration"
 
 
@@ -40,6 +46,35 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str, remed
     if found:
         raise ValueError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; {remedy}")
     module.load_state_dict(state)
+
+
+def plain_names(state: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """A state without what wrappers put into its names: ``module._orig_mod.blocks.0`` becomes ``blocks.0``.
+
+    Raises:
+        ValueError: two tensors would get the same name, so that one were lost.
+    """
+    names = {key: _TRANSPARENT.sub(r"\1", key) for key in map(str, state)}
+    counter = state.get("n_averaged")  # of torch.optim.swa_utils.AveragedModel, beside its module
+    if isinstance(counter, Tensor) and counter.ndim == 0:
+        names = {key: name for key, name in names.items() if key != "n_averaged"}
+    while holder := next((h for h in _HOLDERS if names and all(n.startswith(h) for n in names.values())), None):
+        names = {key: name.removeprefix(holder) for key, name in names.items()}
+    return renamed(state, names, source)
+
+
+def renamed(state: Mapping[str, Any], names: Mapping[str, str], source: Path) -> dict[str, Any]:
+    """The entries of a state that ``names`` has, under the names that it gives them.
+
+    Raises:
+        ValueError: two tensors would get the same name, so that one were lost.
+    """
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        if name in found:
+            raise ValueError(f"{source} holds {name} twice, as {found[name]} and as {key}; keep one of them")
+        found[name] = key
+    return {name: state[key] for name, key in found.items()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Published checkpoints: their formulas, written out here once more, against what the converted file computes."""
+"""Published checkpoints: what the published code computes, against what the converted file does.
+
+``fixtures/lipsim.safetensors`` holds numbers alone: the random weights of a small published network, two triplets
+of 8-bit images, and the float64 features and distances that its own code gave for them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,21 +57,21 @@ def _published(state: State, prefix: str = "module.model.") -> State:
 
 
 def _reference(state: State, x: Tensor) -> Tensor:
-    """Features ``(N, KEPT)`` by the formulas of the paper, sum by sum."""
+    """Features ``(N, KEPT)`` by the formulas of the paper, but for ``q``, which the convolutions do not use."""
 
     def inverse(rows: Tensor) -> Tensor:
         return torch.where(rows == 0, 0, 1 / rows)
 
     x = torch.cat([x, x.new_zeros(len(x), CHANNELS - 3, *x.shape[2:])], 1)
     for i in range(DEPTH):
-        kernel, bias, q = (state[f"convs.{i}.{name}"] for name in ("kernel", "bias", "q"))
+        kernel, bias = (state[f"convs.{i}.{name}"] for name in ("kernel", "bias"))
         overlap = torch.zeros(CONV_WIDTH, CONV_WIDTH, dtype=x.dtype)
         for down in range(-2, 3):
             for right in range(-2, 3):
                 # Rows of the padded kernel shifted by (down, right) against those of the kernel itself.
                 shifted = F.pad(kernel, (2, 2, 2, 2))[:, :, 2 + down : 5 + down, 2 + right : 5 + right]
                 overlap += torch.einsum("ichw,jchw->ij", kernel, shifted).abs()
-        t = inverse((overlap * q.exp()[None, :] / q.exp()[:, None]).sum(1))
+        t = inverse(overlap.sum(1))
         inner = torch.relu(F.conv2d(x, kernel, padding=1) + bias)
         x = x - 2 * F.conv_transpose2d(t.view(1, -1, 1, 1) * inner, kernel, padding=1)
     for _ in range(2):
@@ -104,6 +110,25 @@ def test_embeddings_are_those_of_the_published_formulas(tmp_path: Path, image_si
     torch.testing.assert_close(metric.double().embed(x.double()), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("prefix", ["module.model.", "module.backbone.model."])
+@pytest.mark.parametrize("anchor", [0, 1])
+def test_features_and_distances_are_those_of_the_published_code(tmp_path: Path, anchor: int, prefix: str) -> None:
+    numbers = load_file(ROOT / "tests" / "fixtures" / "lipsim.safetensors")
+    weights = {name.removeprefix("weights."): t for name, t in numbers.items() if name.startswith("weights.")}
+    assert all(weights[f"convs.{i}.q"].abs().max() > 1 for i in range(DEPTH))  # random, as in every published file
+    alpha = {f"{prefix}convs.{i}.alpha": torch.ones(1) for i in range(DEPTH)}
+    metric = _convert(_write(tmp_path / "a.pth", _published(weights, prefix) | alpha), anchor=float(anchor)).metric
+    x, expected = numbers["images"].double() / 255, numbers["features"]
+    error = (metric.embed(x.float()) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 2e-6
+    unfreeze(metric)
+    metric.double()
+    torch.testing.assert_close(metric.embed(x), expected, rtol=1e-12, atol=1e-12)
+    reference, left, right = x.chunk(3)
+    distances = torch.stack([metric(reference, left), metric(reference, right)])
+    torch.testing.assert_close(distances, numbers[f"distances_anchor_{anchor}"], rtol=1e-9, atol=1e-14)
+
+
 def test_the_converted_file_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = _published(_weights()) | {"module.model.convs.0.alpha": torch.ones(1), "module.alpha": torch.ones(())}
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}}
@@ -132,14 +157,18 @@ def test_the_converted_file_says_what_it_is(tmp_path: Path, capsys: pytest.Captu
         "ignored": ["module.alpha", "module.model.convs.0.alpha"],
         "left_out": ["global_step", "optimizer_state_dict", "scheduler"],
         "upcast_from": [],
+        "zeroed": ["convs.0.q", "convs.1.q", "convs.2.q"],
     }
     printed = capsys.readouterr().out
-    for part in ("3 of 6 channels", "2 of inner width 7", "32 to 47", "39", "module.alpha", str(output)):
+    said = ["3 of 6 channels", "2 of inner width 7", "32 to 47", "39", "module.alpha", "q of the 3 convolutions"]
+    for part in (*said, str(output)):
         assert part in printed, part
     assert f"{metric.lipschitz:.9g}" in printed
 
 
-@pytest.mark.parametrize("prefix", ["module.model.", "module.backbone.", "module.backbone.model.", "model.", ""])
+@pytest.mark.parametrize(
+    "prefix", ["module.model.", "module.backbone.", "module.backbone.model.", "module._orig_mod.model.", ""]
+)
 def test_every_layout_gives_the_same_weights(tmp_path: Path, prefix: str) -> None:
     state = _weights()
     _write(tmp_path / "wrapped.pth", _published(state, prefix))
@@ -147,7 +176,8 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, prefix: str) -> Non
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "once.pth")
     names = [name.replace("convs", "base.1").replace("linear", "base.2") for name in state]
     torch.save({prefix + name: t for name, t in zip(names, state.values(), strict=True)}, tmp_path / "base.pth")
-    expected = list(state.values())
+    # The published convolutions do not use theirs.
+    expected = [torch.zeros_like(t) if re.fullmatch(r"convs\.\d\.q", name) else t for name, t in state.items()]
     for name in ("wrapped", "bare", "once", "base"):
         conversion = _convert(tmp_path / f"{name}.pth")
         found = list(conversion.metric.encoder.state_dict().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,48 @@ def test_dists_is_torchmetrics(tmp_path: Path, images: tuple[Tensor, Tensor], mo
     monkeypatch.setattr(torchmetrics_dists, "vgg16", lambda weights: network)
     expected = torchmetrics_dists.DISTSNetwork()(*images)
     torch.testing.assert_close(DISTS(tmp_path / FILES["vgg"])(*images), expected, rtol=1e-4, atol=1e-6)
+
+
+def _numbered(make: Callable[..., torch.nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
+    """Weights by a formula, in place of a file: cosines of their position, with the first activations of that scale."""
+    with torch.device("meta"):  # the classifiers, which nobody needs, take seconds to initialise
+        features = make(weights=None).features
+    state = {}
+    for number, (name, parameter) in enumerate(features.named_parameters()):
+        wave = torch.cos(1.7 * torch.arange(parameter.numel(), dtype=torch.float64) + number).view(parameter.shape)
+        gain = 0.02 * scale if parameter.ndim == 1 else 1.4 * (2 / parameter[0].numel()) ** 0.5
+        state[f"features.{name}"] = (wave * gain * (scale if number == 0 else 1)).float()
+    return state
+
+
+def _numbered_images(size: int) -> tuple[Tensor, Tensor]:
+    n = torch.arange(2 * 3 * size**2).view(2, 3, size, size)
+    return ((7 * n * n + 37 * n) % 251).double() / 250, ((5 * n * n + 91 * n + 13) % 251).double() / 250
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (1.0, [0.13922796077846794, 0.14463093389364864]),
+        (1e-3, [0.13922804497129665, 0.14463096162241545]),  # activations of norm 1.6e-4
+    ],
+)
+def test_lpips_is_that_of_its_authors(scale: float, expected: list[float], tmp_path: Path) -> None:
+    """Numbers of the package lpips 0.1.4 in float64, which keeps a few constants in float32."""
+    torch.save(_numbered(alexnet, scale), tmp_path / FILES["alex"])
+    found = LPIPS("alex", tmp_path).double()(*_numbered_images(64))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+    dark = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    LPIPS("alex", tmp_path)(dark, torch.rand(1, 3, 64, 64)).sum().backward()
+    assert torch.isfinite(dark.grad).all()
+
+
+def test_dists_is_that_of_its_authors(tmp_path: Path) -> None:
+    """Numbers of the package DISTS_pytorch 0.1 in float64."""
+    torch.save(_numbered(vgg16), tmp_path / FILES["vgg"])
+    found = DISTS(tmp_path).double()(*_numbered_images(32))
+    expected = torch.tensor([0.06085491782991537, 0.060833621846346775], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7)
 
 
 def test_missing_and_foreign_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ def square(
     In ℓ∞ a square takes one of the two extreme values in each channel. In ℓ2 one square gives its share of the budget
     to another, which gets a bump of two opposite pyramids.
 
+    As the authors' code, but that squares reach the last row and column of the image, that each sample has squares of
+    its own, and that several ``parts`` take turns.
+
     Args:
         objective: per-sample scalar to maximise; needs no gradient.
         x: images ``(N, C, H, W)`` inside the box.
@@ -105,14 +108,17 @@ def _stripes(uniform: Tensor, eps: float) -> Tensor:
 
 
 def _tiles(uniform: Tensor, eps: float) -> Tensor:
-    """Bumps in a grid of five by five tiles with random signs, the start in ℓ2."""
+    """Bumps in the middle five by five tiles, signs and directions at random: the start in ℓ2."""
     height, width = uniform.shape[-2:]
     side = max(min(height, width) // 5, 1)
+    rows, columns = min(height // side, 5), min(width // side, 5)
     bump = _bump(side, uniform)
-    rows, columns = -(-height // side), -(-width // side)
-    signs = torch.sign(uniform[:, :, :rows, :columns] - 0.5)
-    tiled = F.interpolate(signs, scale_factor=side) * bump.repeat(rows, columns)
-    delta = tiled[:, :, :height, :width]
+    signs = F.interpolate(torch.sign(uniform[:, :, :rows, :columns] - 0.5), scale_factor=side)
+    turned = F.interpolate(uniform[:, :1, -rows:, -columns:], scale_factor=side) < 0.5
+    tiled = signs * torch.where(turned, bump.T.repeat(rows, columns), bump.repeat(rows, columns))
+    delta = torch.zeros_like(uniform)
+    top, left = (height - rows * side) // 2, (width - columns * side) // 2
+    delta[:, :, top : top + rows * side, left : left + columns * side] = tiled
     return eps * delta / expand(sample_norm(delta).clamp(min=1e-30), delta)
 
 
@@ -135,7 +141,7 @@ def _square_l2(delta: Tensor, side: int, eps: float, numbers: Tensor) -> Tensor:
     bump = torch.where(turned, bump.T, bump) * torch.sign(numbers[:, 5 : 5 + channels] - 0.5)[:, :, None, None]
     window = _get(delta, *to, side)
     norms = window.flatten(2).norm(dim=2)
-    shape = bump / bump[0, 0].norm() + window / norms.clamp(min=1e-30)[:, :, None, None]
+    shape = bump + window / norms.clamp(min=1e-30)[:, :, None, None]
     # What both windows hold, counted once where they overlap, and what the budget leaves.
     emptied = delta.clone()
     for corner in (to, source):
@@ -149,22 +155,21 @@ def _square_l2(delta: Tensor, side: int, eps: float, numbers: Tensor) -> Tensor:
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
-    """Two pyramids of opposite sign, one above the other, ``(side, side)``: the paper's η, before its norm is set."""
+    """The paper's η, ``(side, side)``: two pyramids of opposite sign, one above the other, of norm 1."""
     upper = side // 2
     halves = [sign * _pyramid(rows, side, like) for rows, sign in ((upper, 1.0), (side - upper, -1.0)) if rows]
-    return torch.cat(halves)
+    bump = torch.cat(halves)
+    return bump / bump.norm()
 
 
 def _pyramid(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Σ 1/(n + 1 − k)² over rings ``k`` from the outside in, ``(rows, columns)``: steep towards the middle."""
-    rings = rows // 2
-    weights = torch.arange(1, rings + 2, dtype=like.dtype, device=like.device).flip(0).square().reciprocal().cumsum(0)
-    i = torch.arange(rows, device=like.device)[:, None]
-    j = torch.arange(columns, device=like.device)[None, :]
-    row = (i - rings).abs().float() / max(rings, 1)
-    column = (j - columns // 2).abs().float() / max(columns // 2, 1)
-    ring = (rings * (1 - torch.maximum(row, column))).round().long().clamp(0, rings)
-    return weights[ring]
+    """Half of η, ``(rows, columns)``, of norm 1: ``Σ_{k ≥ d} 1/(k + 1)²`` at the distance ``d`` (ℓ∞) of the middle."""
+    i = (torch.arange(rows, device=like.device) - rows // 2).abs()[:, None]
+    j = (torch.arange(columns, device=like.device) - columns // 2).abs()[None, :]
+    furthest = max(rows, columns) // 2
+    terms = torch.arange(1, furthest + 2, dtype=like.dtype, device=like.device).square().reciprocal()
+    pyramid = terms.flip(0).cumsum(0).flip(0)[torch.maximum(i, j)]
+    return pyramid / pyramid.norm()
 
 
 def _corners(numbers: Tensor, side: int, image: Tensor) -> tuple[Tensor, Tensor]:

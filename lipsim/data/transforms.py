@@ -130,7 +130,9 @@ class Preprocess:
     Args:
         image_size: side of the output.
         resize: "float" resizes the float image (bicubic, antialiased) and clamps, a map of known norm
-            (:func:`lipsim.certificates.resize_norm`); "pil" resizes in 8 bits as DreamSim does, which rounds.
+            (:func:`lipsim.certificates.resize_norm`); "pil" resizes in 8 bits as DreamSim does, which rounds. The first
+            is torchvision's resize of float tensors, the second its resize of PIL images. DreamSim and LipSim drop
+            transparency and EXIF orientation, which :func:`to_rgb` heeds.
 
     Raises:
         ValueError: an unknown ``resize``.
@@ -175,8 +177,8 @@ class CentralCrop:
     def __call__(self, image: Image.Image | DeepImage) -> Tensor:
         x = to_tensor(image)
         if self.resize is not None and min(x.shape[1:]) != self.resize:
-            scale = self.resize / min(x.shape[1:])
-            size = [max(self.resize, round(side * scale)) for side in x.shape[1:]]
+            # The long side is rounded down, as torchvision's Resize has it.
+            size = [self.resize * side // min(x.shape[1:]) for side in x.shape[1:]]
             x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return center_crop(x, [self.image_size, self.image_size])
 

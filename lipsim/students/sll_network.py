@@ -23,6 +23,9 @@ class SLLNetwork(nn.Sequential):
     Zero-padded channels, ``depth`` SLL convolutions at full resolution, two 4 × 4 average pools that preserve the norm
     of constants, ``linear_depth`` SLL linear blocks on all that is left, and the first ``out_features`` of it.
 
+    Its convolutions use their ``q`` as the paper says. Those of the published code do not; it is the case ``q = 0`` of
+    this network, and :func:`lipsim.convert.convert` makes it that.
+
     Args:
         image_size: side ``S`` of the input.
         out_features: features to keep, the teacher's dimension.

@@ -13,8 +13,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# What training code wraps around the weights, most wanted first: DINO's teacher is what its authors evaluate.
-_WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model")
+from lipsim.weights import plain_names, renamed
+
+# What training code wraps around the weights, most wanted first: DINO's teacher and moving averages (of timm,
+# torchvision, lightly) are what their authors evaluate.
+_WRAPPERS = (
+    "teacher",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "state_dict",
+    "model_state_dict",
+    "model",
+)
 
 
 @dataclass(frozen=True)
@@ -111,22 +122,23 @@ def tensors_of(checkpoint: Mapping[str, Any], source: Path) -> dict[str, Tensor]
     """The weights in a checkpoint, without what training wrapped around them and without a projection head of DINO.
 
     Raises:
-        ValueError: there are none, or those of a student network alone.
+        ValueError: there are none, those of a student network alone, or one that is there under two names.
     """
     state: Mapping[str, Any] = checkpoint
-    while not any(isinstance(value, Tensor) for value in state.values()):
-        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
-        if inner is None:
-            raise ValueError(f"expected tensors by name in {source}, got {', '.join(map(str, list(state)[:8]))}")
+    # A state holds no mappings: where there is one, tensors beside it are bookkeeping.
+    while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None):
         state = inner
-    for prefix in ("module.", "backbone."):
-        if any(key.startswith(prefix) for key in state):
-            # Beside a backbone, DINO keeps the projection head of its training.
-            names = [key for key in state if not (prefix == "backbone." and key.startswith("head."))]
-            state = {key.removeprefix(prefix): state[key] for key in names}
-    if "visual.cls_token" in state:
-        state = {key.removeprefix("visual."): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"expected tensors by name in {source}, got {', '.join(map(str, list(state)[:8]))}")
+    tensors = plain_names(tensors, source)
+    if any(key.startswith("backbone.") for key in tensors):
+        # Beside a backbone, DINO keeps the projection head of its training.
+        names = {key: key.removeprefix("backbone.") for key in tensors if not key.startswith("head.")}
+        tensors = plain_names(renamed(tensors, names, source), source)
+    if "visual.cls_token" in tensors:
+        tensors = renamed(tensors, {key: key.removeprefix("visual.") for key in tensors}, source)
+    return tensors
 
 
 def vit_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:

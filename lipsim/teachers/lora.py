@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipsim.weights import read_checkpoint
+from lipsim.weights import plain_names, read_checkpoint
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -99,7 +99,7 @@ def _read_factors(folder: Path, remedy: str) -> tuple[Path, dict[str, dict[str, 
     if file is None:
         raise FileNotFoundError(f"expected {' or '.join(FILES)} in {folder}, got neither; {remedy}")
     try:
-        state = read_checkpoint(file)
+        state = plain_names(read_checkpoint(file), file)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
     factors: dict[str, dict[str, Tensor]] = {}

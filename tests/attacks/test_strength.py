@@ -15,6 +15,7 @@ from lipsim.attacks.objectives import value_and_gradient
 from lipsim.attacks.one_pixel import _three_others
 from lipsim.attacks.projections import Ball, Box, Norm, expand, sample_norm
 from lipsim.attacks.random import sample_uniform
+from lipsim.attacks.square import _bump, _tiles
 from lipsim.baselines import pixel_l2, ssim
 from lipsim.certificates import linear_margin
 from lipsim.layers import GroupSort, OrthogonalLinear
@@ -298,3 +299,31 @@ def test_projection_to_pixels_is_the_nearest_point() -> None:
         Ball(0, 2, None)
     with pytest.raises(ValueError, match="2 parts divide"):
         Ball(2, 1.0, None, 2).check(torch.rand(1, 3, 4, 4))
+
+
+def test_bumps_of_square_are_those_of_the_authors_code() -> None:
+    """The left three columns of its two halves of η for a side of 5, each of norm 1; the others mirror them."""
+    low, middle, high = 0.0695257999450998, 0.22595884982157438, 0.8516910493274727
+    upper = [[low, middle, middle], [low, middle, high]]
+    low, middle, high = 0.06447421093996819, 0.20954118555489662, 0.7898090840146104
+    lower = [[low, middle, middle], [low, middle, high], [low, middle, middle]]
+    left = torch.tensor([*upper, *lower], dtype=torch.float64)
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
+    expected = signs[:, None] * torch.cat([left, left[:, :2].flip(1)], 1) / 2**0.5
+    torch.testing.assert_close(_bump(5, expected), expected, rtol=1e-12, atol=0)
+    for side in range(1, 12):
+        assert float(_bump(side, expected).norm()) == pytest.approx(1)
+
+
+def test_square_starts_from_five_by_five_tiles() -> None:
+    delta = _tiles(torch.rand(4, 3, 23, 32, dtype=torch.float64), 0.5)
+    torch.testing.assert_close(sample_norm(delta), torch.full((4,), 0.5, dtype=torch.float64))
+    inside = delta[:, :, 1:21, 6:26]
+    assert delta.count_nonzero() == inside.count_nonzero() == inside.numel()
+    tiles = inside.unfold(2, 4, 4).unfold(3, 4, 4)
+    tiles = tiles / tiles.flatten(-2).norm(dim=-1)[..., None, None]
+    bump = _bump(4, delta)
+    upright = torch.isclose((tiles * bump).sum((-2, -1)).abs(), torch.tensor(1.0, dtype=torch.float64))
+    turned = torch.isclose((tiles * bump.T).sum((-2, -1)).abs(), torch.tensor(1.0, dtype=torch.float64))
+    # One direction in all channels, and signs for each.
+    assert (upright ^ turned).all() and (upright == upright[:, :1]).all() and upright.any() and turned.any()

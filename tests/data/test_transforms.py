@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
-from lipsim.data.transforms import Preprocess, read_image, to_tensor
+from lipsim.data.transforms import CentralCrop, Preprocess, read_image, to_tensor
 
 
 def test_modes() -> None:
@@ -45,6 +46,17 @@ def test_preprocess(resize: str) -> None:
     torch.testing.assert_close(Preprocess(16, resize)(same), to_tensor(same), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="float, pil"):
         Preprocess(16, "nearest")
+
+
+@pytest.mark.parametrize("size", [(64, 43), (43, 64), (40, 30), (20, 33), (9, 10)])  # 64 × 43: 28.57 to 28, not 29
+def test_resizes_are_those_of_torchvision(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    x, cubic = to_tensor(image), v2.InterpolationMode.BICUBIC
+    torch.testing.assert_close(Preprocess(19)(image), v2.Resize((19, 19), cubic)(x).clamp(0, 1), rtol=0, atol=0)
+    published = v2.Compose([v2.Resize((19, 19), cubic), v2.PILToTensor()])(image) / 255
+    torch.testing.assert_close(Preprocess(19, "pil")(image), published, rtol=0, atol=0)
+    cropped = v2.functional.center_crop(v2.Resize(19, cubic)(x).clamp(0, 1), [17, 17])
+    torch.testing.assert_close(CentralCrop(17, resize=19)(image), cropped, rtol=0, atol=0)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from public_layouts import DEPTH, OPTIONS, PROJECTION, WIDTH, backbone_state, ra
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from lipsim.teachers.branches import Branch, BranchConfig, build_branch
 from lipsim.teachers.layouts import resize_positions
@@ -21,6 +23,7 @@ from lipsim.teachers.layouts import resize_positions
 TEXT = {"context_length": 4, "vocab_size": 11, "width": 8, "heads": 2, "layers": 1}
 VISION = {"layers": DEPTH, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 # The same size as VISION for the backbones that are timm models.
+_TINY = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}
 SMALL = {"embed_dim": 32, "depth": DEPTH, "num_heads": 2, "projection": PROJECTION}
 
 
@@ -95,6 +98,72 @@ def test_clip_backbones_equal_open_clip(kind: str, x: Tensor, tmp_path: Path) ->
     expected = clip.encode_image((x - named.mean) / named.std)
     torch.testing.assert_close(tower(x)[:, 0], expected)
     torch.testing.assert_close(named(x)[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+class _Holder(nn.Module):
+    """A training module that calls its network ``model`` or ``backbone``."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def _compiled_inside(vit: nn.Module) -> nn.Module:
+    vit = copy.deepcopy(vit)
+    vit.blocks[0] = torch.compile(vit.blocks[0])
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("wrap", "first"),
+    [
+        (torch.compile, "_orig_mod.cls_token"),
+        (nn.DataParallel, "module.cls_token"),
+        (lambda vit: nn.DataParallel(torch.compile(vit)), "module._orig_mod.cls_token"),
+        (lambda vit: torch.compile(nn.DataParallel(vit)), "_orig_mod.module.cls_token"),
+        (AveragedModel, "n_averaged"),
+        (lambda vit: AveragedModel(torch.compile(vit)), "n_averaged"),
+        (lambda vit: _Holder(model=vit), "model.cls_token"),
+        (lambda vit: _Holder(model=torch.compile(vit)), "model._orig_mod.cls_token"),
+        (lambda vit: nn.DataParallel(_Holder(model=_Holder(model=vit))), "module.model.model.cls_token"),
+        (lambda vit: _Holder(backbone=torch.compile(vit), head=nn.Linear(2, 2)), "backbone._orig_mod.cls_token"),
+        (_compiled_inside, "cls_token"),
+    ],
+)
+def test_wrappers_around_the_weights_are_taken_off(wrap: Any, first: str, tmp_path: Path) -> None:
+    vit = randomise(_branch("timm/vit_small_patch16_224", options=_TINY).backbone)
+    state, file = wrap(vit).state_dict(), tmp_path / "vit.pth"
+    assert next(iter(state)) == first
+    torch.save({"state_dict": state, "epoch": 3}, file)
+    _assert_loads(file, vit)
+    torch.save({key: tensor for key, tensor in state.items() if not key.endswith("blocks.1.norm1.bias")}, file)
+    with pytest.raises(ValueError, match=r"missing \(first: blocks.1.norm1.bias\)"):
+        _branch("timm/vit_small_patch16_224", file, options=_TINY)
+    name = next(name for name in state if name.endswith("blocks.1.norm1.bias"))
+    torch.save(state | {name.replace("blocks.1", "blocks._orig_mod.1"): state[name]}, file)
+    with pytest.raises(ValueError, match=r"holds .*blocks.1.norm1.bias twice, as .* and as .*; keep one"):
+        _branch("timm/vit_small_patch16_224", file, options=_TINY)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict", "model"])
+def test_moving_averages_are_preferred(wrapper: str, tmp_path: Path) -> None:
+    vit = randomise(_branch("timm/vit_small_patch16_224", options=_TINY).backbone)
+    other = {} if wrapper in ("model_state_dict", "model") else {"state_dict": {}, "model": {}}
+    for value in other.values():
+        value |= {f"module.{name}": tensor + 1 for name, tensor in vit.state_dict().items()}
+    averaged = {f"module._orig_mod.{name}": tensor for name, tensor in vit.state_dict().items()}
+    torch.save(other | {wrapper: averaged, "optimizer": {}, "best": torch.ones(1)}, tmp_path / "vit.pth")
+    _assert_loads(tmp_path / "vit.pth", vit)
+
+
+def _assert_loads(file: Path, vit: nn.Module) -> None:
+    loaded, expected = (
+        _branch("timm/vit_small_patch16_224", file, options=_TINY).backbone.state_dict(),
+        vit.state_dict(),
+    )
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def test_the_cache_of_open_clip(x: Tensor, tmp_path: Path) -> None:

@@ -169,6 +169,19 @@ def test_factors_are_added_with_their_scale(safe: bool, options: dict[str, Any],
         torch.testing.assert_close(tensor, expected)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+def test_wrappers_around_factors_are_taken_off(prefix: str, tmp_path: Path) -> None:
+    network, wrapped = _network(), _network()
+    wrapped.load_state_dict(network.state_dict())
+    factors = _factors()
+    write_adapter(tmp_path / "plain", factors)
+    write_adapter(tmp_path / "wrapped", {f"{prefix}{name}": tensor for name, tensor in factors.items()})
+    merge_adapter(dict(network.named_modules()), tmp_path / "plain", "get it")
+    merge_adapter(dict(wrapped.named_modules()), tmp_path / "wrapped", "get it")
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(wrapped.state_dict()[name], tensor, rtol=0, atol=0)
+
+
 def _without(factors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in factors.items() if name not in key}
 
