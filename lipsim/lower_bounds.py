@@ -103,7 +103,7 @@ def feature_error(encoder: nn.Module, images: Tensor) -> float:
     if not len(images):
         return 0.0
     with torch.no_grad(), full_precision(), evaluation_mode(encoder):
-        difference = encoder(images).double() - exact_copy(encoder)(images.double())
+        difference = encoder(images.clone()).double() - exact_copy(encoder)(images.double())  # in place, perhaps
     return float(torch.linalg.vector_norm(difference, dim=-1).max())
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipsim import audit, certificates, geometry
 from lipsim.data.transforms import Preprocess
-from lipsim.layers.base import evaluation_mode, parameter_versions
+from lipsim.layers.base import evaluation_mode
+from lipsim.layers.fingerprint import Fingerprint, fingerprint
 from lipsim.precision import full_precision
 
 
@@ -82,7 +83,9 @@ class PerceptualMetric(nn.Module):
         self.preprocess = Preprocess(image_size, resize)
         self._lipschitz = lipschitz
         self._floor = 0.0
-        self._audited: tuple[object, ...] | None = None
+        self._audited: Fingerprint | None = (
+            None  # what the encoder was when it was audited; None: the bound is declared
+        )
         if lipschitz is None:
             self.audit()
 
@@ -95,11 +98,11 @@ class PerceptualMetric(nn.Module):
     def lipschitz(self) -> float:
         """The bound that every radius divides by. Set it to declare another.
 
-        An audited one follows the weights and the layers: it is computed again after training, loading, a move, or any
-        change that tensors count. Assigning to ``.data``, or to an attribute of a layer, is not seen: call
-        :meth:`audit` then.
+        An audited one follows the encoder: it is computed again after any change of its weights, layers, attributes,
+        hooks or of :attr:`image_size`, however that was made, and at every use while a part of the encoder is in
+        training mode. Telling costs a pass over the weights.
         """
-        if self._lipschitz is None or (self._audited is not None and self._audited != self._state()):
+        if self._lipschitz is None or (self._audited is not None and not self._audit_holds()):
             self.audit()
         assert self._lipschitz is not None
         return max(self._lipschitz, self._floor)
@@ -109,11 +112,6 @@ class PerceptualMetric(nn.Module):
         if not bound > 0:
             raise ValueError(f"expected a Lipschitz bound > 0, got {bound}")
         self._lipschitz, self._audited, self._floor = bound, None, 0.0
-
-    def train(self, mode: bool = True) -> Self:
-        if mode and self._audited is not None:
-            self._audited = ()  # fused optimizers change weights without counting it
-        return super().train(mode)
 
     def require_lipschitz(self, floor: float) -> None:
         """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
@@ -127,6 +125,8 @@ class PerceptualMetric(nn.Module):
             ValueError: ``x`` is not ``(N, 3, image_size, image_size)``.
         """
         self.check_shape(x)
+        if any(getattr(module, "inplace", False) for module in self.encoder.modules()):
+            x = x.clone()  # the first layer, or one behind views of the images, would change the caller's
         return self.encoder(x)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class PerceptualMetric(nn.Module):
         The certified answer is that of the returned ``prefers_left``, whose geometry runs in float64.
 
         Raises:
-            ValueError: different numbers of images, a wrong shape, or weights in half precision.
+            ValueError: different numbers of images, a wrong shape, or weights or images in half precision.
         """
         for images in (reference, left, right):
             self.check_shape(images)
@@ -151,17 +151,22 @@ class PerceptualMetric(nn.Module):
             raise ValueError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
-        self.check_precision()
+        self.check_precision(reference, left, right)
         with full_precision(), evaluation_mode(self.encoder):
             z, z0, z1 = self.embed(torch.cat([reference, left, right])).chunk(3)
         return self.certify_features(reference, z, z0, z1)
 
     @torch.no_grad()
     def certify_features(self, reference: Tensor, z: Tensor, z0: Tensor, z1: Tensor) -> TwoAFCCertificate:
-        """:meth:`certify` from features ``(N, D)`` that are known already; the geometry runs in float64."""
+        """:meth:`certify` from features ``(N, D)`` that are known already; the geometry runs in float64.
+
+        Raises:
+            ValueError: weights or features in half precision.
+        """
+        self.check_precision(z, z0, z1)
         z, z0, z1 = z.double(), z0.double(), z1.double()
         options = self.certificate_options
-        radius = self.reference_radius(z, z0, z1)
+        radius = certificates.reference_radius(z, z0, z1, **options)
         left_radius, right_radius = certificates.candidate_radii(z, z0, z1, **options)
         margin = self.margin(z, z0, z1)
         return TwoAFCCertificate(
@@ -189,7 +194,7 @@ class PerceptualMetric(nn.Module):
     @torch.no_grad()
     def distance_bounds(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``."""
-        self.check_precision()
+        self.check_precision(x, y)
         with full_precision(), evaluation_mode(self.encoder):
             z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
@@ -208,23 +213,33 @@ class PerceptualMetric(nn.Module):
         Raises:
             lipsim.audit.UnboundedModuleError: there is none.
         """
+        content = self._content()  # before: a change during the audit must not be taken for what was audited
         report = audit.lipschitz_bound(self.encoder, self.image_size)
-        self._lipschitz, self._audited = report.total, self._state()
+        self._lipschitz, self._audited = report.total, content
         return report
 
-    def _state(self) -> tuple[object, ...]:
-        """What an audit depends on, as far as it can be told cheaply."""
-        return (*parameter_versions(self.encoder), *(id(module) for module in self.encoder.modules()))
+    def _audit_holds(self) -> bool:
+        in_training = any(module.training for module in self.encoder.modules())
+        return not in_training and self._audited == self._content()
 
-    def check_precision(self) -> None:
-        """Refuse weights that nothing can be certified with.
+    def _content(self) -> Fingerprint:
+        return fingerprint(self.encoder, self.image_size)
+
+    def check_precision(self, *inputs: Tensor) -> None:
+        """Refuse weights that nothing can be certified with, and images or features that an encoder without any passes.
 
         Raises:
-            ValueError: a parameter in half precision.
+            ValueError: a parameter, a buffer or one of the inputs in half precision.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if _is_half(tensor):
                 raise ValueError(f"{name} is stored in half precision; certify with weights in float32 or float64")
+        for tensor in inputs:
+            if _is_half(tensor):
+                raise ValueError(
+                    f"expected images or features in float32 or float64 to certify, got {tensor.dtype}, whose rounding "
+                    "no certificate covers; convert the images with .float() and embed them again"
+                )
 
     def check_shape(self, x: Tensor) -> None:
         """Refuse what are no images of this metric.
@@ -238,3 +253,7 @@ class PerceptualMetric(nn.Module):
                 f"expected images of shape (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}; "
                 "metric.preprocess brings an image to this size"
             )
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)

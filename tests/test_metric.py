@@ -15,6 +15,7 @@ import lipsim
 from lipsim import PerceptualMetric, certificates, export
 from lipsim.audit import UnboundedModuleError
 from lipsim.geometry import cosine_distance
+from lipsim.lower_bounds import feature_error
 from lipsim.precision import full_precision
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
@@ -99,6 +100,48 @@ def test_certify_refuses_what_it_cannot_certify(metric: PerceptualMetric) -> Non
         metric.bfloat16().certify(*[x.bfloat16()] * 3)
     with pytest.raises(ValueError, match="feature_error ≥ 0"):
         PerceptualMetric(OrthogonalProjection(16, 4), 16, feature_error=math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_without_any_weights(dtype: torch.dtype) -> None:
+    x = torch.rand(2, 3, 16, 16)
+    plain = PerceptualMetric(nn.Flatten(), 16)
+    for position in range(3):
+        images = [x.to(dtype) if i == position else x for i in range(3)]
+        with pytest.raises(ValueError, match=f"float32 or float64 to certify, got {dtype}"):
+            plain.certify(*images)
+        with pytest.raises(ValueError, match=f"got {dtype}"):
+            plain.certify_features(x, *(t.flatten(1) for t in images))
+    with pytest.raises(ValueError, match=f"got {dtype}"):
+        plain.distance_bounds(x, x.to(dtype), 0.1)
+
+    class Rounding(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1).to(dtype)
+
+    with pytest.raises(ValueError, match=f"got {dtype}"):
+        PerceptualMetric(Rounding(), 16, lipschitz=1.0).certify(x, x, x)
+    buffered = nn.Flatten()
+    buffered.register_buffer("mean", torch.zeros(3, dtype=dtype))
+    with pytest.raises(ValueError, match=r"encoder\.mean is stored in half precision"):
+        PerceptualMetric(buffered, 16, lipschitz=1.0).certify(x, x, x)
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Flatten(), nn.Sequential(nn.Identity())], ids=lambda m: str(m)[:9])
+def test_layers_in_place_leave_the_images_alone(first: nn.Module) -> None:
+    metric = PerceptualMetric(nn.Sequential(first, nn.ReLU(inplace=True), nn.Flatten()), 16)
+    x = torch.randn(2, 3, 16, 16)
+    before = x.clone()
+    z = metric.embed(x)
+    assert torch.equal(z, before.relu().flatten(1))
+    metric(x, x)
+    metric.certify(x, x, x)
+    metric.distance_bounds(x, x, 0.1)
+    assert feature_error(metric.encoder, x) == 0.0
+    assert torch.equal(x, before)
+    x.requires_grad_()
+    metric.embed(x).sum().backward()
+    assert torch.equal(x.grad, (x > 0).float())
 
 
 def test_a_header_cannot_claim_a_smaller_bound(metric: PerceptualMetric, tmp_path: Path) -> None:

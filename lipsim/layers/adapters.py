@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.layers.base import FoldedLayer, parameter_versions
+from lipsim.layers.base import FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound
 
 
@@ -51,17 +51,16 @@ class _ExplicitWeight(FoldedLayer):
         yield from self.source.named_buffers()
 
     def weights(self) -> tuple[Tensor, ...]:
-        if not self.training and not self._fold_is_valid():
+        if self.training or self._pinned is not None:
+            return super().weights()
+        if not self._fold_is_valid():
             self.freeze()
-        return super().weights()
+        return self._folded
 
     def pin(self, weights: tuple[Tensor, ...]) -> None:
         super().pin(weights)
         # Parametrised weights refuse to change their dtype, and are not needed any more.
-        del self.source
-
-    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
-        return parameter_versions(self)
+        self._modules.pop("source", None)
 
 
 class ExplicitConv2d(_ExplicitWeight):

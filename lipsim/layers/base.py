@@ -6,12 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Self
+from threading import RLock
+from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lipsim.layers.fingerprint import bits
 from lipsim.precision import full_precision
+
+_LOCK = RLock()  # of what threads share: modes of modules, and weights while they are folded
+_HELD: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()  # blocks that hold a module, its own mode
 
 
 class LipschitzLayer(nn.Module, ABC):
@@ -33,16 +39,17 @@ class LipschitzLayer(nn.Module, ABC):
 class FoldedLayer(LipschitzLayer):
     """A layer with weights derived from its parameters, which :meth:`freeze` computes once for evaluation.
 
-    What was folded is used in evaluation mode only, and only while the parameters are the same: an optimizer step, a
-    loaded state or a move to another device or dtype makes the layer derive its weights again.
+    What was folded is used in evaluation mode only, and only while what it was derived from is the same, bit by bit:
+    after an optimizer step, a loaded state, any edit, a move to another device or dtype, the layer derives its weights
+    again. A forward pass reads parameters once more for that, and a folded layer keeps a copy of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         # Plain attributes, not buffers: checkpoints hold the parameters only.
         self._folded: tuple[Tensor, ...] = ()
-        self._folded_from: tuple[tuple[int, int], ...] = ()
-        self._pinned = False
+        self._folded_from: _Source | None = None
+        self._pinned: tuple[Tensor, ...] | None = None
 
     @abstractmethod
     def derive(self) -> tuple[Tensor, ...]:
@@ -50,20 +57,24 @@ class FoldedLayer(LipschitzLayer):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The folded weights where they are still valid, else freshly derived ones."""
+        if self._pinned is not None:
+            return self._pinned
         return self._folded if self._fold_is_valid() else self.derive()
 
     def _fold_is_valid(self) -> bool:
-        if self._pinned:
-            return True
-        return not self.training and bool(self._folded) and self._folded_from == self._parameter_versions()
+        source = self._folded_from
+        return source is not None and not self.training and source.is_that_of(self)
 
     def freeze(self) -> Self:
-        if not self._pinned:
+        if self._pinned is None:
             self.eval()
             # Attacks differentiate through folded weights, which tensors made in inference mode do not allow.
-            with torch.inference_mode(False), torch.no_grad(), full_precision():
-                self._folded = tuple(weight.detach() for weight in self._derive_for_good())
-            self._folded_from = self._parameter_versions()
+            with _LOCK, torch.inference_mode(False), torch.no_grad(), full_precision():
+                if not self._fold_is_valid():
+                    self._folded_from = None
+                    source = _Source(self)
+                    self._folded = tuple(weight.detach() for weight in self._derive_for_good())
+                    self._folded_from = source
         return self
 
     def _derive_for_good(self) -> tuple[Tensor, ...]:
@@ -71,49 +82,89 @@ class FoldedLayer(LipschitzLayer):
 
     def pin(self, weights: tuple[Tensor, ...]) -> None:
         """Use these weights for good, whatever the parameters; see :func:`exact_copy`."""
-        self._folded, self._pinned = weights, True
+        self.unfold()
+        self._pinned = weights
 
     def unfold(self) -> None:
-        """Forget the folded weights. Fused optimizers change parameters without counting a version."""
-        if not self._pinned:
-            self._folded = ()
+        """Forget the folded weights, and what was kept to know whether they are valid."""
+        self._folded, self._folded_from = (), None
 
     def train(self, mode: bool = True) -> Self:
         if mode:
             self.unfold()
         return super().train(mode)
 
-    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
-        return parameter_versions(self, recurse=False)
 
+class _Source:
+    """All that the weights of a layer were derived from: bits of its tensors, and the plain attributes of its modules.
 
-def parameter_versions(module: nn.Module, recurse: bool = True) -> tuple[tuple[int, int], ...]:
-    """Where the parameters lie and how often they were changed in place: different after nearly every change.
-
-    Tensors made in inference mode have no version, and fused optimizers and writes to ``.data`` count none.
+    A copy, not a checksum: comparing it takes half the time, and is exact.
     """
-    return tuple(_version(tensor) for tensor in (*module.parameters(recurse), *module.buffers(recurse)))
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.attributes = _attributes(layer)
+        self.tensors = [(_kind(tensor), bits(tensor).clone()) for tensor in _tensors(layer)]
+
+    def is_that_of(self, layer: nn.Module) -> bool:
+        tensors = _tensors(layer)
+        if len(tensors) != len(self.tensors) or _attributes(layer) != self.attributes:
+            return False
+        for tensor, (kind, content) in zip(tensors, self.tensors, strict=True):
+            # What a transform of torch.func carries through has its own derivative, which the layer has to derive.
+            if _kind(tensor) != kind or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return False
+            if not torch.equal(bits(tensor), content):
+                return False
+        return True
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    try:
-        return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-    except RuntimeError:  # inside a transform of torch.func, where tensors have no storage: matches nothing
-        return id(tensor), -2
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    # With those of children: a parametrisation moves a weight into one.
+    return [*layer.parameters(), *layer.buffers()]
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _attributes(layer: nn.Module) -> list[tuple[Any, ...]]:
+    """Class and plain attributes of a layer and of the modules inside, such as a stride."""
+    found: list[tuple[Any, ...]] = []
+    for module in layer.modules():
+        found.append((type(module),))
+        for item in vars(module).items():
+            if type(item[1]) in _PLAIN and item[0] != "training":
+                found.append(item)
+    return found
+
+
+_PLAIN = (bool, int, float, str)
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each module's own mode again afterwards."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
+    """Evaluation mode inside, and each module's own mode again afterwards.
+
+    Blocks may nest and run in several threads at once: modes come back when the last block that holds a module ends,
+    so a change of them inside is undone then. A module is in one mode for all threads: training it in one while another
+    certifies it is not possible.
+    """
+    children = list(module.modules())
+    with _LOCK:
+        for child in children:
+            blocks, mode = _HELD.get(child, (0, child.training))
+            _HELD[child] = blocks + 1, mode
+        module.eval()
     try:
         yield
     finally:
-        for child in training:
-            child.training = True  # not train(), which would reach the children as well
-            if isinstance(child, FoldedLayer):
-                child.unfold()
+        with _LOCK:
+            for child in children:
+                blocks, mode = _HELD.pop(child)
+                if blocks > 1:
+                    _HELD[child] = blocks - 1, mode
+                else:
+                    child.training = mode  # not train(), which would reach the children as well
 
 
 def exact_copy(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:

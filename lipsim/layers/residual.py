@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lipsim.layers.base import FoldedLayer
@@ -208,7 +207,12 @@ def _fused(x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, padding: int
 class _FusedResidual(torch.autograd.Function):
     """``x + conv(relu(conv(x)))`` in two passes less over the wide tensors, and without keeping anything but ``x`` and
     the narrow inner activation.
+
+    The inner activation is an output like the other one, though nobody reads it: second derivatives reach the first
+    convolution through what the backward pass reads of it.
     """  # noqa: D205
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, padding: int, out_padding: int) -> Any:
@@ -218,20 +222,48 @@ class _FusedResidual(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, kernel, _, out_kernel, *ctx.paddings = inputs
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, kernel, out_kernel, output[1])
+        ctx.save_for_forward(x, kernel, out_kernel, output[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None, through_inner: Tensor | None) -> Any:
+        # Of operations that are differentiable themselves.
         x, kernel, output, inner = ctx.saved_tensors
         padding, out_padding = ctx.paddings
         needs_x, needs_kernel, needs_bias, needs_output = ctx.needs_input_grad[:4]
-        grad_inner, grad_output, _ = _conv_backward(gradient, inner, output, out_padding, [True, needs_output, False])
+        grad_inner, grad_output = through_inner, None
+        if gradient is not None:
+            needed = [True, needs_output, False]
+            grad_inner, grad_output, _ = _conv_backward(gradient, inner, output, out_padding, needed)
+            grad_inner = grad_inner if through_inner is None else grad_inner + through_inner
+        if grad_inner is None:
+            return (None,) * 6
         grad_inner = torch.ops.aten.threshold_backward(grad_inner, inner, 0)
         needed = [needs_x, needs_kernel, needs_bias]
         grad_x, grad_kernel, grad_bias = _conv_backward(grad_inner, x, kernel, padding, needed)
-        return grad_x.add_(gradient) if needs_x else None, grad_kernel, grad_bias, grad_output, None, None
+        if needs_x and gradient is not None:
+            grad_x = grad_x.add_(gradient)
+        return grad_x if needs_x else None, grad_kernel, grad_bias, grad_output, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_t: Tensor | None, kernel_t: Tensor | None, bias_t: Tensor | None, output_t: Tensor | None, *_: Any
+    ) -> Any:
+        x, kernel, output, inner = ctx.saved_tensors
+        padding, out_padding = ctx.paddings
+        inner_t, result_t = torch.zeros_like(inner), torch.zeros_like(x)
+        if x_t is not None:
+            inner_t, result_t = inner_t + F.conv2d(x_t, kernel, padding=padding), result_t + x_t
+        if kernel_t is not None:
+            inner_t = inner_t + F.conv2d(x, kernel_t, padding=padding)
+        if bias_t is not None:
+            inner_t = inner_t + bias_t.view(-1, 1, 1)
+        inner_t = torch.ops.aten.threshold_backward(inner_t, inner, 0)
+        result_t = result_t + F.conv2d(inner_t, output, padding=out_padding)
+        if output_t is not None:
+            result_t = result_t + F.conv2d(inner, output_t, padding=out_padding)
+        return result_t, inner_t
 
 
 def _conv_backward(gradient: Tensor, x: Tensor, kernel: Tensor, padding: int, needed: list[bool]) -> Any:

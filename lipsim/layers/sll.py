@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lipsim.layers.residual import ResidualConv2d, ResidualLinear
@@ -91,6 +90,8 @@ class _Gram(torch.autograd.Function):
     Gram matrices are a large part of a training step with few images.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, dtype: torch.dtype) -> Tensor:
         factor = weight.to(dtype)
@@ -101,12 +102,20 @@ class _Gram(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         weight, ctx.dtype = inputs
         ctx.save_for_backward(weight)
+        ctx.save_for_forward(weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Of operations that are differentiable themselves, for second derivatives.
         (weight,) = ctx.saved_tensors
         return ((gradient + gradient.mT).to(ctx.dtype) @ weight.to(ctx.dtype)).to(weight.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        with torch.autocast(weight.device.type, enabled=False):
+            half = (tangent.to(ctx.dtype) @ weight.to(ctx.dtype).mT).to(weight.dtype)
+        return half + half.mT
 
 
 def _scale(gram: Tensor, q: Tensor) -> Tensor:
