@@ -1,22 +1,23 @@
 """An upper bound on the Lipschitz constant of a module, layer by layer, in float64 and rounded up.
 
-Nothing here is an estimate: no power iteration, which bounds from below. A module that the audit cannot bound is
-refused by name, and so is every certificate that would stand on it.
+Nothing in a bound is an estimate: power iteration, which bounds from below, can only refuse one. A module that the
+audit cannot bound is refused by name, and so is every certificate that would stand on it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torchvision.transforms import Normalize
 
+from lipsim import cross_check, layers, trust
 from lipsim.layers import evaluation_mode
+from lipsim.layers.base import FoldedLayer
 from lipsim.layers.mixing import Branches
 from lipsim.layers.norms import matrix_norm_bound, padded_conv_norm_bound
 from lipsim.precision import full_precision
@@ -53,19 +54,32 @@ class LipschitzReport:
 def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
     """Bound the Lipschitz constant (ℓ2 to ℓ2) of ``module`` on images ``(N, 3, image_size, image_size)``.
 
-    ``nn.Sequential`` multiplies the bounds of its children, :class:`lipsim.layers.Branches` combine them; a module with
-    a method ``lipschitz_bound()`` declares its own; common layers of ``torch.nn`` are bounded here. Subclasses of those
-    are not trusted, they may compute anything.
+    ``nn.Sequential`` multiplies the bounds of its children, :class:`lipsim.layers.Branches` combine them; a module
+    whose class has a method ``lipschitz_bound()`` declares its own, for every input; common layers of ``torch.nn`` are
+    bounded here.
+
+    A declaration counts for the class that makes it: a subclass that changes what runs has to declare its own, and
+    subclasses of ``torch.nn`` layers are not trusted, they may compute anything. Neither are hooks, methods that were
+    replaced, and bounds that some inputs exceed (see :mod:`lipsim.trust` and :mod:`lipsim.cross_check`).
 
     Raises:
-        UnboundedModuleError: some part of it has no known bound, or one that is not finite; weights in half precision.
+        UnboundedModuleError: some part of it has no known bound, one that is not finite, or one that does not hold;
+            weights in half precision or not finite.
     """
-    layers: list[LayerBound] = []
-    parameter = next(module.parameters(), torch.empty(0))
-    x = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), full_precision(), evaluation_mode(module):
-        _, total = _walk(module, x, "", layers)
-    return LipschitzReport(total, tuple(layers))
+    rows: list[LayerBound] = []
+    weights = (p for p in module.parameters() if p.dtype in (torch.float32, torch.float64) and not p.is_meta)
+    like = next(weights, torch.empty(0))
+    with torch.inference_mode(False), torch.no_grad(), full_precision(), evaluation_mode(module), ExitStack() as folds:
+        image = cross_check.sample_image(image_size, like.dtype, like.device)
+        features, total = _walk(module, image, "", rows, folds)
+        if not math.isfinite(total):
+            raise UnboundedModuleError("the product of all bounds is not finite; use layers with smaller weights")
+        if not cross_check.agree(module(image.clone()), features, image, total):
+            raise UnboundedModuleError(
+                f"{_title(module, '')} does not compute what its layers do one after another; audit it without what "
+                "comes between them"
+            )
+    return LipschitzReport(total, tuple(rows))
 
 
 def conv2d_bound(conv: nn.Conv2d, input_size: tuple[int, int]) -> float:
@@ -73,14 +87,14 @@ def conv2d_bound(conv: nn.Conv2d, input_size: tuple[int, int]) -> float:
 
     Tight up to boundary effects for zero and circular padding; copying pixels, as other padding does, counts in full.
     """
-    (top, bottom), (left, right) = (_padding(conv, axis) for axis in (0, 1))
     return padded_conv_norm_bound(
         conv.weight.cpu(),
         input_size,
-        (left, right, top, bottom),
+        # What forward pads with, where it copies pixels: padding itself is for show there.
+        tuple(conv._reversed_padding_repeated_twice),  # type: ignore[arg-type]
         conv.padding_mode,
-        conv.stride,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
+        _pair(conv.stride),
+        _pair(conv.dilation),
         conv.groups,
     )
 
@@ -90,27 +104,32 @@ def linear_bound(linear: nn.Linear) -> float:
     return matrix_norm_bound(linear.weight.cpu())
 
 
-def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> tuple[Tensor, float]:
+def _walk(module: nn.Module, x: Tensor, name: str, rows: list[LayerBound], folds: ExitStack) -> tuple[Tensor, float]:
     """Run a module on ``x`` and bound it; returns the output and the bound, and appends a row for each layer."""
-    title = f"{type(module).__name__} at '{name or 'the top'}'"
-    _check(module, title)
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    title = _title(module, name)
+    if not isinstance(module, nn.Module):
+        raise UnboundedModuleError(f"expected a module at {name!r}, got {module!r}")
+    _refuse(trust.fault(module), title)
+    kind = type(module)
+    if issubclass(kind, nn.Sequential) and trust.redefinition(kind, nn.Sequential) is None:
         bound = 1.0
         # Not named_children(), which passes over a module that is used twice.
         for child_name, child in module._modules.items():
-            x, factor = _walk(child, x, _join(name, child_name), layers)
-            bound *= factor * (1 + 1e-15)
+            x, factor = _walk(child, x, _join(name, child_name), rows, folds)  # type: ignore[arg-type]
+            bound = _product(bound, factor)
         return x, bound
-    if isinstance(module, Branches) and type(module).lipschitz_bound is Branches.lipschitz_bound:
-        _check_branches(module, title)
-        bounds = [_walk(child, x, _join(name, part), layers)[1] for part, child in module.branches().items()]
-        bound = module.combine(bounds)
-    elif hasattr(module, "lipschitz_bound"):
-        bound = module.lipschitz_bound()
-    elif type(module) is nn.Conv2d:
-        bound = conv2d_bound(module, (x.shape[-2], x.shape[-1]))
-    elif type(module) in _BOUNDS:
-        bound = _BOUNDS[type(module)](module)
+    declares = trust.definer(kind, "lipschitz_bound")
+    if declares is not None:
+        _check_inside(module, title)
+        _fold(module, folds)
+    if declares is Branches:
+        bound = _combined(module, x, name, rows, folds)  # type: ignore[arg-type]
+    elif declares is not None:
+        bound = _declared(module, title)
+    elif kind is nn.Conv2d:
+        bound = conv2d_bound(module, (x.shape[-2], x.shape[-1]))  # type: ignore[arg-type]
+    elif kind in _BOUNDS:
+        bound = _BOUNDS[kind](module)
     else:
         raise UnboundedModuleError(
             f"no Lipschitz bound is known for {title}; use layers of lipsim.layers, or give the module a method "
@@ -118,29 +137,68 @@ def _walk(module: Any, x: Tensor, name: str, layers: list[LayerBound]) -> tuple[
         )
     if not 0 <= bound < math.inf:
         raise UnboundedModuleError(f"{title} has no finite Lipschitz bound, it says {bound}")
-    layers.append(LayerBound(name, type(module).__name__, float(bound)))
-    return module(x), float(bound)
+    # The layers above are proven in their tests: enough to see that what they call was not replaced.
+    output, fault = cross_check.check(module, x, bound, iterations=0 if trust.is_remembered(kind) else 3)
+    _refuse(fault, title)
+    rows.append(LayerBound(name, kind.__name__, bound))
+    return output, bound
 
 
-def _check(module: nn.Module, title: str) -> None:
-    """Refuse what no bound of a class covers: a forward replaced or hooked, weights in half precision or not finite."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
-        raise UnboundedModuleError(
-            f"{title} has forward hooks or a forward of its own, which may compute anything; remove them to audit it"
-        )
-    # A sequence is checked by its children; of other modules nothing inside is seen again.
-    recurse = not isinstance(module, (nn.Sequential, Branches))
-    for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
-        if not tensor.is_floating_point():
-            continue
-        if tensor.dtype not in (torch.float32, torch.float64):
+def _combined(module: Branches, x: Tensor, name: str, rows: list[LayerBound], folds: ExitStack) -> float:
+    _check_branches(module, _title(module, name))
+    bounds = []
+    for part, child in module.branches().items():
+        bounds.append(_walk(child, x, _join(name, part), rows, folds)[1])
+        read = x.clone()
+        before = read._version
+        child(read)
+        if read._version != before or not torch.equal(read, x):
             raise UnboundedModuleError(
-                f"{title} has weights in half precision ({tensor.dtype}), whose rounding no bound covers; store them "
-                "in float32 or float64"
+                f"{_title(module, name)} holds a {type(child).__name__} that changes in place what the other branches "
+                "read"
             )
-        if not torch.isfinite(tensor).all():
-            raise UnboundedModuleError(f"{title} has non-finite weights")
+    return module.combine(bounds)
+
+
+def _declared(module: nn.Module, title: str) -> float:
+    bound = module.lipschitz_bound()  # type: ignore[operator]
+    if not isinstance(bound, int | float | Tensor):
+        raise UnboundedModuleError(f"{title} declares a {type(bound).__name__} as its bound, expected a number")
+    return float(bound)
+
+
+def _check_inside(module: nn.Module, title: str) -> None:
+    """Check what a module declares by its class, and whatever its declaration rests on."""
+    for name, part in module.named_modules():
+        where = f"{_title(part, name)} of {title}" if name else title
+        if name:
+            _refuse(trust.fault(part), where)
+        base = trust.definer(type(part), "lipschitz_bound")
+        base = trust.definer(type(part), "combine") if base is Branches else base
+        changed = base and trust.redefinition(type(part), base)
+        if base and changed:
+            raise UnboundedModuleError(
+                f"{where} redefines {changed}, while its bound is that of {base.__name__}; give "
+                f"{changed.partition('.')[0]} a lipschitz_bound() of its own"
+            )
+
+
+def _fold(module: nn.Module, folds: ExitStack) -> None:
+    """Derive weights once for the bound and all that runs, and forget them after the audit."""
+    for layer in module.modules():
+        if isinstance(layer, FoldedLayer) and not layer._folded:
+            layer.freeze()
+            folds.callback(layer.unfold)
+
+
+def _refuse(fault: str | None, title: str) -> None:
+    if fault:
+        raise UnboundedModuleError(f"{title} {fault}")
+
+
+def _product(bound: float, factor: float) -> float:
+    """Rounded up, also where the product is too small for a normal number."""
+    return math.nextafter(bound * factor, math.inf) if bound and factor else 0.0
 
 
 def _check_branches(module: Branches, title: str) -> None:
@@ -155,18 +213,17 @@ def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
-def _padding(conv: nn.Conv2d, axis: int) -> tuple[int, int]:
-    """Pixels before and after, along one axis."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        return total // 2, total - total // 2
-    return int(conv.padding[axis]), int(conv.padding[axis])
+def _title(module: object, name: str) -> str:
+    return f"{type(module).__name__} at '{name or 'the top'}'"
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _leaky_relu_bound(module: nn.LeakyReLU) -> float:
-    return max(1.0, abs(module.negative_slope))
+    slope = abs(float(module.negative_slope))
+    return slope if math.isnan(slope) else max(1.0, slope)
 
 
 def _flatten_bound(module: nn.Flatten) -> float:
@@ -175,8 +232,9 @@ def _flatten_bound(module: nn.Flatten) -> float:
 
 
 def _normalize_bound(module: Normalize) -> float:
-    # torchvision divides by the deviations as float32 rounds them.
-    return 1 / min(abs(float(std)) for std in module.std) * (1 + 2**-22)
+    # torchvision divides by the deviations as the dtype of the image rounds them.
+    smallest = min(float(torch.as_tensor(module.std, dtype=d).abs().min()) for d in (torch.float32, torch.float64))
+    return math.nextafter(1 / smallest, math.inf) if smallest else math.inf
 
 
 _BOUNDS: dict[type[nn.Module], Callable[..., float]] = {
@@ -190,3 +248,6 @@ _BOUNDS: dict[type[nn.Module], Callable[..., float]] = {
         lambda _: 1.0,
     ),
 }
+
+trust.remember((nn.Sequential, nn.Conv2d, *_BOUNDS))
+trust.remember(value for value in vars(layers).values() if isinstance(value, type))

@@ -16,7 +16,7 @@ from lipsim import PerceptualMetric, certificates, export, lower_bounds
 from lipsim.audit import UnboundedModuleError, lipschitz_bound
 from lipsim.cli import main
 from lipsim.data.transforms import read_image, to_tensor
-from lipsim.layers import ExplicitConv2d, SLLLinear
+from lipsim.layers import ExplicitConv2d, OrthogonalLinear, SLLLinear
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
 
@@ -108,13 +108,18 @@ def metric_with_bound(metric: PerceptualMetric) -> PerceptualMetric:
 def test_a_layer_that_declares_too_little_is_caught(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A forward pass scaled by 1.05 behind a bound that does not know it."""
-    encoder = OrthogonalProjection(16, 8)
-    metric = PerceptualMetric(encoder, 16)
-    monkeypatch.setattr(type(encoder[2]), "forward", lambda self, x: 1.05 * nn.functional.linear(x, self.weights()[0]))
-    assert _run("audit", export.save(metric, tmp_path / "m.safetensors"), "--samples", "1", "--steps", "2") == 1
+    """A forward pass scaled by 1.05 behind a bound that does not know it, and a bound that is a little too small."""
+    file = export.save(PerceptualMetric(OrthogonalProjection(16, 8), 16), tmp_path / "m.safetensors")
+    options = "audit", file, "--samples", "1", "--steps", "2"
+    with monkeypatch.context() as patch:
+        patch.setattr(OrthogonalLinear, "forward", lambda self, x: 1.05 * nn.functional.linear(x, self.weights()[0]))
+        assert _run(*options) == 1
+        assert "OrthogonalLinear at '2' runs another OrthogonalLinear.forward" in capsys.readouterr().err
+    # By less than what the audit allows for rounding in float32; the command looks in float64.
+    monkeypatch.setattr("lipsim.layers.orthogonal.matrix_norm_bound", lambda weight: 1 - 5e-5)
+    assert _run(*options) == 1
     output = capsys.readouterr().out
-    assert "FAILED: OrthogonalLinear at '2' reaches 1.04999" in output and "FAILED: an attack reaches" in output
+    assert "FAILED: OrthogonalLinear at '2' reaches" in output and "FAILED: an attack reaches" in output
 
 
 def test_lower_bounds_reach_known_constants() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lipsim
-from lipsim import PerceptualMetric, certificates, export
+from lipsim import PerceptualMetric, audit, certificates, export
 from lipsim.cli import main
 from lipsim.data import Triplet
 from lipsim.data.material import MaterialAnswers
@@ -117,7 +117,7 @@ def test_a_bound_that_is_5_percent_too_small_is_reported(two: Triplet) -> None:
 
 
 @pytest.mark.usefixtures("no_controls")
-def test_a_layer_that_declares_too_little_is_reported(two: Triplet) -> None:
+def test_what_a_layer_that_declares_too_little_lets_happen_is_reported(two: Triplet) -> None:
     class Liar(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return 1.05 * x
@@ -126,8 +126,10 @@ def test_a_layer_that_declares_too_little_is_reported(two: Triplet) -> None:
             return 1.0
 
     encoder = nn.Sequential(OrthogonalProjection(16, 24), Liar())
-    result = _check(PerceptualMetric(encoder, 16), two)
-    assert any("Liar at '1' grows by 1.05" in line for line in result.failures)
+    with pytest.raises(audit.UnboundedModuleError, match=r"Liar at '1' is bounded by 1 but reaches 1\.0[45]"):
+        PerceptualMetric(encoder, 16)
+    result = _check(PerceptualMetric(encoder, 16, lipschitz=1.0), two)
+    assert any("the encoder grows by" in line for line in result.failures)
     assert any(outcome.kind == "reference" and outcome.violations.all() for outcome in result.outcomes)
 
 

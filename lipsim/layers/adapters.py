@@ -7,6 +7,7 @@ from their papers: orthogonium's AOC and deel-torchlip's spectral layers hold up
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,7 +105,12 @@ class ExplicitConv2d(_ExplicitWeight):
         return F.conv2d(x, weight, bias[0] if bias else None, **self.options)
 
     def lipschitz_bound(self) -> float:
-        return conv_norm_bound(self.weights()[0], **self.options)
+        weight = self.weights()[0]
+        steps, (left, right, top, bottom) = self.options["dilation"], self.pads
+        reach = [(taps - 1) * step for taps, step in zip(weight.shape[2:], steps, strict=True)]
+        if self.circular and (top + bottom > reach[0] or left + right > reach[1]):
+            return math.inf  # edited since: rows of the operator repeat
+        return conv_norm_bound(weight, **self.options)
 
 
 class ExplicitLinear(_ExplicitWeight):

@@ -7,6 +7,8 @@ Prach and Lampert 2022, "Almost-Orthogonal Layers for Efficient General-Purpose 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,6 +115,8 @@ class AOLConv2d(FoldedLayer):
 
     def lipschitz_bound(self) -> float:
         (kernel,) = self.weights()
+        if self.padding_mode == "circular" and 2 * self.padding > kernel.shape[-1] - 1:
+            return math.inf  # edited since: rows of the operator repeat
         return conv_norm_bound(kernel, (self.stride, self.stride))
 
     def extra_repr(self) -> str:

@@ -29,7 +29,10 @@ class LipschitzLayer(nn.Module, ABC):
 
     @abstractmethod
     def lipschitz_bound(self) -> float:
-        """An upper bound in float64 of the map that ``forward`` computes with the weights as they are stored."""
+        """An upper bound in float64 of the map that ``forward`` computes with the weights as they are stored.
+
+        For every input, and for this class: a subclass that changes what runs has to declare a bound of its own.
+        """
 
     def freeze(self) -> Self:
         """Fold derived weights into constants for evaluation, with no gradient to the parameters."""

@@ -7,6 +7,8 @@ iteration, which is a lower bound of it; here it is the upper bound of Gram iter
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class CPLLinear(ResidualLinear):
         return _scale(self.weight.unsqueeze(-1).unsqueeze(-1))
 
     def gain(self, weight: Tensor, scale: Tensor) -> float:
-        return float(scale.max()) * matrix_norm_bound(weight) ** 2
+        return _gain(scale, matrix_norm_bound(weight))
 
 
 class CPLConv2d(ResidualConv2d):
@@ -48,7 +50,7 @@ class CPLConv2d(ResidualConv2d):
         return _scale(self.kernel, self.stride)
 
     def gain(self, kernel: Tensor, scale: Tensor) -> float:
-        return float(scale.max()) * conv_norm_bound(kernel, (self.stride, self.stride)) ** 2
+        return _gain(scale, conv_norm_bound(kernel, (self.stride, self.stride)))
 
 
 def _scale(kernel: Tensor, stride: int = 1) -> Tensor:
@@ -59,3 +61,8 @@ def _scale(kernel: Tensor, stride: int = 1) -> Tensor:
     # The FFT in float32 is good to a few ulp of the largest response.
     scale = torch.where(positive, 1 / torch.where(positive, square * (1 + 32 * finfo.eps), 1.0), 0.0)
     return scale.expand(kernel.shape[0])
+
+
+def _gain(scale: Tensor, norm: float) -> float:
+    root = math.sqrt(max(float(scale.max()), 0.0)) * norm  # the square of the norm alone may overflow
+    return root * root

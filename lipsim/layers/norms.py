@@ -1,4 +1,8 @@
-"""Upper bounds on the operator norms of matrices and convolutions. No power iteration: it bounds from below."""
+"""Upper bounds on the operator norms of matrices and convolutions. No power iteration: it bounds from below.
+
+Weights are scaled by a power of two before they are squared, so the bounds hold from the smallest to the largest
+numbers; a norm that exceeds those is infinite.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,13 @@ def matrix_norm_bound(weight: Tensor) -> float:
     weight = weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64)
     if not torch.isfinite(weight).all():
         return math.inf
-    if not weight.numel():
+    weight, scale = _scaled(weight)
+    if not scale:
         return 0.0
     rows, columns = weight.shape[-2:]
     gram = weight @ weight.mH if rows <= columns else weight.mH @ weight
     largest = float(torch.linalg.eigvalsh(gram)[..., -1].max())
-    return _with_rounding(largest, weight)
+    return _times(_with_rounding(largest, weight), scale)
 
 
 def conv_norm_bound(
@@ -54,9 +59,13 @@ def conv_norm_bound(
     kernel = kernel.detach().double()
     if not torch.isfinite(kernel).all():
         return math.inf
-    return max(
+    kernel, scale = _scaled(kernel)
+    if not scale:
+        return 0.0
+    bound = max(
         _plane_norm_bound(polyphase(dilate(block, dilation), stride), num_frequencies) for block in kernel.chunk(groups)
     )
+    return _times(bound, scale)
 
 
 def padded_conv_norm_bound(
@@ -90,7 +99,7 @@ def padded_conv_norm_bound(
         # Padding copies pixels; its norm is the root of how often the most copied one appears.
         index = torch.arange(size, dtype=torch.float32).view(1, 1, size)
         gain *= float(F.pad(index, pads, mode=padding_mode).flatten().long().bincount().max()) ** 0.5
-    return bound * gain * (1 + 4 * _UNIT)
+    return _times(bound, gain * (1 + 4 * _UNIT))
 
 
 def gram_iteration_bound(kernel: Tensor, stride: int = 1, iterations: int = 4) -> Tensor:
@@ -110,7 +119,7 @@ def gram_iteration_bound(kernel: Tensor, stride: int = 1, iterations: int = 4) -
         kernel = polyphase(kernel.float() if half else kernel, (stride, stride))
         size = [2**iterations * (taps - 1) + 1 for taps in kernel.shape[2:]]
         tiny = torch.finfo(kernel.dtype).tiny ** 0.5
-        largest = kernel.detach().abs().amax().clamp(min=tiny)
+        largest = kernel.detach().abs().amax().clamp(min=torch.finfo(kernel.dtype).tiny)
         spectrum = torch.fft.rfft2(kernel / largest, s=size).permute(2, 3, 0, 1)
         gram = spectrum @ spectrum.mH if kernel.shape[0] <= kernel.shape[1] else spectrum.mH @ spectrum
         # Scaled before each squaring: the powers would overflow, or vanish.
@@ -123,6 +132,14 @@ def gram_iteration_bound(kernel: Tensor, stride: int = 1, iterations: int = 4) -
         power = torch.fft.irfft2(gram.permute(2, 3, 0, 1), s=size)
         rows = power.abs().sum((1, 2, 3)).amax()
         return largest * torch.exp((rows.clamp(min=tiny).log() + log_scale) / 2**iterations)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Euclidean norms of the rows of a matrix, scaled: squares of small numbers vanish, and large ones overflow."""
+    largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(len(weight))
+    scale = torch.where(largest > 0, largest, 1.0)
+    norms: Tensor = torch.linalg.vector_norm(weight / scale.unsqueeze(1), dim=1) * scale
+    return norms
 
 
 def polyphase(kernel: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -172,6 +189,22 @@ def _plane_norm_bound(kernel: Tensor, num_frequencies: int | None) -> float:
     excess = math.prod(1 / math.cos(math.pi * degree / count) for degree, count in zip(degrees, counts, strict=True))
     square = (highest + lowest) / 2 + (highest - lowest) / 2 * excess
     return math.sqrt(max(square, 0.0)) * (1 + 4 * _UNIT)
+
+
+def _scaled(weight: Tensor) -> tuple[Tensor, float]:
+    """The weight over a power of two that brings its largest entry into [1, 2), and this power; 0 where all vanish."""
+    parts = torch.view_as_real(weight) if weight.is_complex() else weight
+    largest = float(parts.abs().max()) if weight.numel() else 0.0
+    if not largest:
+        return weight, 0.0
+    exponent = math.frexp(largest)[1] - 1
+    # In two steps: the inverse of the smallest numbers overflows.
+    return weight * 2.0 ** -(exponent // 2) * 2.0 ** (exponent // 2 - exponent), 2.0**exponent
+
+
+def _times(bound: float, scale: float) -> float:
+    """Rounded up: below the normal numbers a product loses digits."""
+    return math.nextafter(bound * scale, math.inf) if bound else 0.0
 
 
 def _with_rounding(largest: float, weight: Tensor) -> float:

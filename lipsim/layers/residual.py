@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipsim.layers.base import FoldedLayer
-from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound
+from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound, row_norms
 from lipsim.layers.orthogonal import init_orthogonal_
 
 _ROUND_UP = 1 + 1e-11  # above the rounding of float64 sums of ten thousand terms
@@ -145,6 +145,8 @@ class ResidualConv2d(FoldedLayer):
         return F.conv2d(inner, output, padding=paddings[1]).add_(x)
 
     def lipschitz_bound(self) -> float:
+        if self.padding_mode == "circular" and (self.stride != 1 or 2 * self.padding != self.kernel.shape[-1] - 1):
+            return math.inf  # edited since, and no exact adjoint any more
         kernel, output = (t.detach().double() for t in self.weights())
         output = output if self.stride > 1 else _flipped(output)
         stride = (self.stride, self.stride)
@@ -178,18 +180,29 @@ def residual_bound(weight: Tensor, output: Tensor, gain: Any, norm: float, taps:
         norm: bound on ``‖W‖₂``.
         taps: of a convolution.
     """
-    energy = weight.square().sum(1)
-    scale = torch.where(energy > 0, -(output * weight).sum(1) / (2 * torch.where(energy > 0, energy, 1.0)), 0.0)
+    # T of each row, from W and U over their norms: the square of a norm may overflow or vanish.
+    length, output_length = row_norms(weight), row_norms(output)
+    nonzero = (length > 0) & (output_length > 0)
+    units = (
+        t / torch.where(nonzero, norm, 1.0).unsqueeze(1) for t, norm in ((weight, length), (output, output_length))
+    )
+    cosine = torch.stack(list(units)).prod(0).sum(1)
+    scale = torch.where(nonzero, -cosine * (output_length / torch.where(nonzero, length, 1.0)) / 2, 0.0)
     c = gain(scale) * _ROUND_UP
     if not torch.isfinite(scale).all() or (scale < 0).any() or not math.isfinite(c):
         return math.inf
     # What float32 rounding leaves of U + 2TW is another map R, and ‖RᵀΛW‖ ≤ ‖T^(−1/2) R‖·‖T^(1/2) W‖, where the last
     # norm is at most √c. Each pixel is read once per tap, at most, so norms are at most √taps times Frobenius norms.
-    residual = torch.linalg.vector_norm(output + 2 * scale.unsqueeze(1) * weight, dim=1)
+    residual = row_norms(output + 2 * scale.unsqueeze(1) * weight)
     alive = scale > 0
-    weighted = float((residual[alive] / scale[alive].sqrt()).norm()) * math.sqrt(c)
-    rounding = math.sqrt(taps) * (weighted + float(residual[~alive].norm()) * norm)
+    weighted = _norm(residual[alive] / scale[alive].sqrt()) * math.sqrt(c)
+    lost = _norm(residual[~alive])
+    rounding = math.sqrt(taps) * (weighted + (lost * norm if lost else 0.0))
     return (max(1.0, 2 * c - 1) + rounding) * _ROUND_UP
+
+
+def _norm(vector: Tensor) -> float:
+    return float(row_norms(vector.unsqueeze(0)))
 
 
 def _flipped(kernel: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim import cross_check, trust
 from lipsim.layers import (
     AOCConv2d,
     AOLConv2d,
@@ -159,6 +160,19 @@ def test_the_budget_is_used_at_initialisation(name: str) -> None:
     assert sigma >= BOUNDS_USED.get(name, 0.85)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_the_audit_refuses_no_sound_layer(name: str, dtype: torch.dtype) -> None:
+    make, shape = CASES[name]
+    layer = freeze(make()) if dtype == torch.float32 else exact_copy(make())
+    assert [trust.fault(module) for module in layer.modules()] == [None] * len(list(layer.modules()))
+    for scale in (1e-6, 1.0, 1e6):
+        x = scale * torch.rand(2, *shape, dtype=dtype)
+        assert cross_check.check(layer, x, layer.lipschitz_bound(), iterations=10)[1] is None
+        tight = cross_check.check(layer, x, 0.5, iterations=10)[1]
+        assert tight is not None and "is bounded by 0.5 but reaches" in tight
+
+
 FLOAT32 = ["sll-linear", "sll-conv-3", "sll-conv-5", "sll-conv-stride", "orthogonal-linear", "orthogonal-square"]
 
 
@@ -228,6 +242,39 @@ def test_extreme_weights(name: str, scale: float) -> None:
         assert layer.lipschitz_bound() > 0.5  # it has not collapsed
     if scale == 0 and name.startswith(("sll", "cpl")):
         torch.testing.assert_close(y, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [*EXTREMES, "orthogonal-linear", "patches"])
+def test_bounds_hold_at_every_scale(name: str, dtype: torch.dtype) -> None:
+    make, shape = CASES[name]
+    layer, x = make().to(dtype).eval(), torch.randn(*shape, dtype=dtype)
+    weight = next(layer.parameters())
+    start, top = weight.detach().double(), 37 if dtype == torch.float32 else 307
+    for exponent in (-top - 6, -top, -top // 2, -top // 4, top // 4, top // 2, top // 2 + 7, top - 2):
+        with torch.no_grad():
+            weight.copy_(start * 10.0**exponent)
+        assert _sigma(layer, x) <= layer.lipschitz_bound() * (1 + 1e-5) < 1.001
+
+
+def test_gains_of_large_weights_do_not_overflow() -> None:
+    for layer, scale in ((CPLLinear(4, 4), 1e160), (CPLConv2d(2, 2), 1e160), (SLLLinear(4, 4), 1e-170)):
+        with torch.no_grad():
+            next(layer.double().parameters()).mul_(scale)
+        assert layer.eval().lipschitz_bound() == pytest.approx(1, rel=1e-9)
+    # U W of an ordinary size, from a W whose square is infinite: the identity is not all that it computes.
+    layer = SLLLinear(3, 3).double().eval()
+    eye = torch.eye(3, dtype=torch.float64)
+    layer.pin((1e170 * eye, -1e-160 * eye))
+    assert 1e10 <= layer.lipschitz_bound() < math.inf
+
+
+def test_edited_circular_padding_has_no_bound() -> None:
+    block, convolution, explicit = SLLConv2d(4, 4, stride=2), AOLConv2d(3, 3, padding=2), ExplicitConv2d(_small_conv())
+    block.padding_mode = convolution.padding_mode = "circular"
+    explicit.pads = (3, 3, 0, 0)
+    for layer in (block, convolution, explicit):
+        assert layer.lipschitz_bound() == math.inf
 
 
 def test_bound_notices_a_missing_absolute_value() -> None:
