@@ -37,7 +37,7 @@ from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
 
 _DESCRIPTION = """Run a teacher once over a folder of images and keep its embeddings for distillation, for example
-cache_teacher.py --teacher runs/nights/teacher.safetensors --images data/imagenet --output runs/cache --devices 8
+cache_teacher.py --teacher TEACHER.safetensors --images data/imagenet --output runs/cache --devices 8
 Killed, it continues where it was when the same command is given again, on any number of processes; torchrun and srun
 work as for training. Distillation reads the cache by --model.cache. --verify checks one instead of writing it."""
 

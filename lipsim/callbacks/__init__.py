@@ -6,6 +6,7 @@ from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.keep_batches import KeepBatches
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder
 from lipsim.callbacks.triplet_gallery import TripletGallery
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "ExportMetric",
     "KeepBatches",
     "NullSpaceRobustness",
+    "RunCheckpoint",
+    "RunFolder",
     "TripletCallback",
     "TripletGallery",
 ]
