@@ -203,6 +203,30 @@ def test_errors_are_one_line(args: list[str], status: int, message: str, capsys:
     assert len(errors) == 1 and message in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_NTASKS": "2"}, "SLURM_PROCID is not set; start with srun, or set SLURM_JOB_NAME=interactive"),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+            "SLURM_NTASKS_PER_NODE is not set; give srun or sbatch --ntasks-per-node",
+        ),
+    ],
+)
+def test_half_a_slurm_environment(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(LINEAR), *SMALL, *QUIET])
+    assert stop.value.code == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert message in line
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    train(["--config", str(LINEAR), *SMALL, *QUIET, "--trainer.fast_dev_run=true"])
+
+
 def test_unknown_keys_in_a_config_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text(LINEAR.read_text() + "\nlearning_rate: 1\n")
     with pytest.raises(SystemExit) as stop:

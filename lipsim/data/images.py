@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.paths import user_path
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -39,7 +40,7 @@ class FolderImages(Dataset[Tensor]):
         self, folder: str | Path, image_size: int, *, resize: int | None = None, views: Sequence[str] = ("plain",)
     ) -> None:
         check_views(views)
-        self.folder, self.views = Path(folder), tuple(views)
+        self.folder, self.views = user_path(folder), tuple(views)
         self.transform = CentralCrop(image_size, resize)
         entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
         classes = sorted(entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))

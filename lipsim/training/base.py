@@ -187,7 +187,8 @@ class MetricModule(L.LightningModule):
         path = save_batch(self._batch, Path(trainer.default_root_dir) / f"not_finite{rank}.safetensors")
         cause = "" if weights_are_finite(self) else " as weights are already"
         raise ValueError(
-            f"the loss is {float(loss)} at step {trainer.global_step}{cause}; its batch is in {path}; {DIVERGED}"
+            f"the loss is {float(loss.detach())} at step {trainer.global_step}{cause}; its batch is in {path}; "
+            f"{DIVERGED}"
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -83,11 +83,11 @@ def test_spectral_layers_survive_steps_that_outrun_their_power_iteration() -> No
     4.4 here; the default student, whose head is 256 × 8192, has 2.9 at a rate of 0.002.
     """
     student = TorchlipNetwork(16, 64, (4,), (1,), (48,))
-    x, target = torch.rand(8, 3, 16, 16), torch.randn(8, 64)
+    x = torch.rand(8, 3, 16, 16)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
     for _ in range(20):
         optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(student(x), target)
+        loss = student(x).square().sum()
         loss.backward()
         assert loss.isfinite()
         optimizer.step()
