@@ -87,7 +87,9 @@ class BappsTriplets(Dataset[Triplet]):
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it
         *paths, judge = (self.root / name for name in self.files[index])
         reference, left, right = (load_image(path, self.preprocess) for path in paths)
-        return Triplet(reference, left, right, torch.tensor(read_judge(judge)), torch.tensor(index))
+        return Triplet(
+            reference, left, right, torch.tensor(read_judge(judge), dtype=torch.float32), torch.tensor(index)
+        )
 
 
 def read_judge(path: str | Path) -> float:

@@ -74,7 +74,7 @@ class NightsTriplets(Dataset[Triplet]):
         missing = missing_files(self.root, (path for row in self.rows for path in row.paths))
         if missing:
             raise FileNotFoundError(_missing(self.root, f"{len(missing)} images ({missing[0]}, …)"))
-        self.right_vote = torch.tensor([row.right_vote for row in self.rows])
+        self.right_vote = torch.tensor([row.right_vote for row in self.rows], dtype=torch.float32)
         is_imagenet = torch.tensor([row.is_imagenet for row in self.rows])
         parts = {"imagenet": is_imagenet, "non_imagenet": ~is_imagenet}
         self.groups = {name: mask for name, mask in parts.items() if mask.any()}

@@ -56,6 +56,8 @@ class MetricModule(L.LightningModule):
         acceleration: Acceleration | None = None,
     ) -> None:
         super().__init__()
+        if torch.get_default_dtype() == torch.float64:
+            metric.encoder.float()  # data are float32 whatever the default; other precisions are the trainer's
         self.metric = metric
         self.optimizer_factory = optimizer
         self.schedule = schedule
