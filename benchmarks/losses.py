@@ -1,6 +1,6 @@
 """Distillation losses compared: the same student, steps, images and fine-tuning, one loss a row.
 
-    python scripts/train.py                     # writes the teacher, runs/quickstart/teacher.safetensors
+    python scripts/train.py                     # writes the teacher, runs/quickstart/teacher/teacher.safetensors
     python benchmarks/losses.py --images ../shared/data/imagenet-sample [--losses RMSE Cosine] [--seeds 0 1]
 
 The default student follows a teacher's embeddings, computed once, of photographs at 64 pixels (train/) and their flips,
@@ -174,7 +174,7 @@ def main() -> None:
     """Print three tables in markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=Path("../shared/data/imagenet-sample"))
-    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart/teacher.safetensors"))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart/teacher/teacher.safetensors"))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=600, help="of distillation; fine-tuning takes half of them")

@@ -1,6 +1,6 @@
 """Students at equal training time on four tasks: what the default student was chosen by.
 
-    python scripts/train.py                     # writes the teacher, runs/quickstart/teacher.safetensors
+    python scripts/train.py                     # writes the teacher, runs/quickstart/teacher/teacher.safetensors
     python benchmarks/tasks.py --shared ../shared/data [--students linear default] [--tasks cifar] [--seconds 100]
 
 Each student trains for the same seconds of processor time of one thread with the same loss, optimizer and data.
@@ -188,7 +188,7 @@ def main() -> None:
     """Print one markdown row for each task, set and student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of the real data")
-    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart/teacher.safetensors"))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart/teacher/teacher.safetensors"))
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=100.0, help="processor time of each training")

@@ -23,6 +23,7 @@ from lipsim.attacks.objectives import IMAGES, TARGETS, Distance, GradientWatch, 
 from lipsim.attacks.projections import NORMS, Norm, sample_norm
 from lipsim.data.transforms import load_image
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.precision import full_precision
 from lipsim.progress import Progress
 from lipsim.results import eps_label
@@ -251,7 +252,7 @@ def add_command(commands: Any) -> None:
         "a picture with the change amplified. A triplet costs up to steps × (attacks + 5 of Square) passes through the "
         "metric for each budget that does not suffice: seconds for the bundled metric, minutes for a ViT on a CPU.",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="two or three image files")
+    parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE", help="two or three image files")
     parser.add_argument(
         "--checkpoint", default="quickstart", help="a .safetensors file or a bundled name (%(default)s)"
     )
@@ -265,7 +266,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=100, help="of attacks with gradients (%(default)s)")
     parser.add_argument("--restarts", type=int, default=1, help="of each attack (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("attacked"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=user_path, default=Path("attacked"), help="folder to write (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 

@@ -24,6 +24,7 @@ from lipsim.baselines import BASELINES
 from lipsim.data import Triplet
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import agrees
+from lipsim.paths import user_path
 from lipsim.perceptual import DISTS, LPIPS
 from lipsim.precision import full_precision
 from lipsim.progress import Progress
@@ -261,7 +262,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("metrics", nargs="+", metavar="NAME=FILE", help="exported metrics of one image size")
     parser.add_argument("--data", choices=verify.DATA, default="builtin", help="triplets (%(default)s)")
-    parser.add_argument("--root", type=Path, help="folder of the data")
+    parser.add_argument("--root", type=user_path, help="folder of the data")
     parser.add_argument("--samples", type=int, default=200, help="how many triplets (%(default)s)")
     parser.add_argument("--eps", nargs="+", type=budget, default=list(Settings.eps), help="ℓ2 budgets of the suite")
     parser.add_argument("--one", type=budget, default=Settings.one, help="ℓ2 budget of the rest (%(default)s)")
@@ -269,10 +270,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of attacks with gradients (%(default)s)")
     parser.add_argument("--queries", type=int, default=Settings.queries, help="of Square (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="triplets at a time (%(default)s)")
-    parser.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's AlexNet weights; adds LPIPS")
-    parser.add_argument("--dists", type=Path, metavar="FILE", help="torchvision's VGG-16 weights; adds DISTS")
+    parser.add_argument("--lpips", type=user_path, metavar="FILE", help="torchvision's AlexNet weights; adds LPIPS")
+    parser.add_argument("--dists", type=user_path, metavar="FILE", help="torchvision's VGG-16 weights; adds DISTS")
     parser.add_argument("--seed", type=int, default=1, help="of triplets and attacks (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("attack-tables"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=user_path, default=Path("attack-tables"), help="folder to write (%(default)s)")
     parser.set_defaults(run=_run)
 
 

@@ -37,7 +37,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     betas = _SCALES[: max(count, 1)]
     betas = tuple(beta * sum(_SCALES) / sum(betas) for beta in betas)
     similarity = multiscale_structural_similarity_index_measure(x, y, data_range=1.0, reduction="none", betas=betas)
-    return 1 - similarity
+    return (1 - similarity).to(x.dtype)  # torchmetrics raises to powers in torch's default dtype
 
 
 BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel l2": pixel_l2, "SSIM": ssim, "MS-SSIM": ms_ssim}

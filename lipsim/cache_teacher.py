@@ -33,11 +33,12 @@ from lipsim.data.images import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.errors import OneLineParser, one_line, one_line_errors
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.precision import full_precision
 from lipsim.progress import Progress
 
 _DESCRIPTION = """Run a teacher once over a folder of images and keep its embeddings for distillation, for example
-cache_teacher.py --teacher runs/nights/teacher.safetensors --images data/imagenet --output runs/cache --devices 8
+cache_teacher.py --teacher TEACHER.safetensors --images data/imagenet --output runs/cache --devices 8
 Killed, it continues where it was when the same command is given again, on any number of processes; torchrun and srun
 work as for training. Distillation reads the cache by --model.cache. --verify checks one instead of writing it."""
 
@@ -307,9 +308,11 @@ def _fabric(options: argparse.Namespace) -> Fabric:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="cache_teacher.py", description=_DESCRIPTION)
-    parser.add_argument("--teacher", type=Path, required=True, help="exported metric, a .safetensors file")
-    parser.add_argument("--images", type=Path, required=True, help="folder of images, the data.root of distillation")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cache")
+    parser.add_argument("--teacher", type=user_path, required=True, help="exported metric, a .safetensors file")
+    parser.add_argument(
+        "--images", type=user_path, required=True, help="folder of images, the data.root of distillation"
+    )
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the cache")
     parser.add_argument("--views", nargs="+", default=["plain", "flip"], help=f"of {', '.join(VIEWS)} (plain flip)")
     parser.add_argument("--resize", type=int, help="resize the short side to this before the crop, as data.resize does")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (%(default)s)")

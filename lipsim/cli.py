@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -25,12 +26,14 @@ from lipsim.data.images import list_images
 from lipsim.data.transforms import load_image, read_image
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.progress import Progress
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lipsim``."""
     parser = OneLineParser(prog="lipsim", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lipsim {importlib.metadata.version('lipsim')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_audit(commands)
     _add_certify(commands)
@@ -54,7 +57,7 @@ def _add_audit(commands: Any) -> None:
         "the total exceeds --require.",
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
-    parser.add_argument("--images", type=Path, help="folder of sample images; default: built-in ones")
+    parser.add_argument("--images", type=user_path, help="folder of sample images; default: built-in ones")
     parser.add_argument("--samples", type=int, default=4, help="how many images to look at (%(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="steps of the attack (%(default)s)")
     parser.add_argument("--require", type=float, help="fail where the bound is above this, such as 1.00001")
@@ -118,7 +121,7 @@ def _add_certify(commands: Any) -> None:
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     for name in ("reference", "left", "right"):
-        parser.add_argument(name, type=Path, help="an image file")
+        parser.add_argument(name, type=user_path, help="an image file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_certify)
 
@@ -205,7 +208,7 @@ def _add_report(commands: Any) -> None:
         "and PNG, and report.html with the pictures of each run inside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
-    parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")
     parser.add_argument(
         "--radius",
         nargs="+",
@@ -248,7 +251,7 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     parser.add_argument("--data", choices=verify.DATA, default="builtin", help="triplets (%(default)s)")
-    parser.add_argument("--root", type=Path, help="folder of the data")
+    parser.add_argument("--root", type=user_path, help="folder of the data")
     parser.add_argument("--samples", type=int, default=4, help="how many triplets (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of the attack from each start (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images attacked at a time (%(default)s)")

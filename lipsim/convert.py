@@ -28,6 +28,7 @@ from lipsim import export
 from lipsim.data.transforms import RESIZES
 from lipsim.errors import OneLineParser, one_line_errors
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.students import SLLNetwork
 from lipsim.students.sll_network import PRESETS
 from lipsim.weights import load_weights
@@ -333,8 +334,8 @@ def _list(names: Sequence[str], limit: int = 12) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="convert_checkpoint.py", description="Convert a published LipSim checkpoint, strictly.")
-    parser.add_argument("published", type=Path, metavar="PUBLISHED.pth")
-    parser.add_argument("output", type=Path, metavar="OUTPUT.safetensors")
+    parser.add_argument("published", type=user_path, metavar="PUBLISHED.pth")
+    parser.add_argument("output", type=user_path, metavar="OUTPUT.safetensors")
     parser.add_argument(
         "--image-size",
         type=int,

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from lipsim import students, teachers
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.teachers.lora_tuning import has_adapter, merged
-from lipsim.weights import load_weights, read_checkpoint
+from lipsim.weights import check_is_binary, load_weights, read_checkpoint
 
 FORMAT = "lipsim-metric"
 VERSION = 1
@@ -44,7 +46,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         ValueError: the encoder is of a class that no header can name.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = user_path(path)
     encoder = merged(metric.encoder)
     header = {**describe(metric, encoder), "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
@@ -134,8 +136,19 @@ def load(path: str | Path) -> PerceptualMetric:
     return metric
 
 
+def holds(path: Path, metric: PerceptualMetric) -> bool:
+    """Whether a ``.safetensors`` file has just the weights of a metric; a damaged file has not."""
+    try:
+        _, state = _read_export(path)
+    except ValueError:
+        return False
+    own = merged(metric.encoder).state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), tensor) for name, tensor in state.items())
+
+
 def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and encoder weights of a ``.safetensors`` file."""
+    check_is_binary(file)
     try:
         with safe_open(file, framework="pt") as archive:
             metadata = archive.metadata() or {}
@@ -176,7 +189,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither.
     """
-    file = Path(path)
+    file = user_path(path)
     if file.is_file():
         return file
     bundled = {p.stem: p for p in BUNDLED.glob("*.safetensors")}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg
 
+from lipsim.paths import user_path
 from lipsim.weights import read_checkpoint
 
 Net = Literal["alex", "vgg"]
@@ -138,7 +139,7 @@ class DISTS(nn.Module):
 
 def _backbone(net: Net, weights: str | Path | None) -> nn.ModuleList:
     """The convolutions of torchvision's network with the weights of a file, up to the last layer that counts."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints" if weights is None else Path(weights)
+    folder = Path(torch.hub.get_dir()) / "checkpoints" if weights is None else user_path(weights)
     file = folder / FILES[net] if folder.is_dir() or weights is None else folder
     if not file.is_file():
         raise FileNotFoundError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lipsim.paths import user_path
 from lipsim.plots import Curve, plot_scores
 from lipsim.results import eps_label, read_results
 from lipsim.tables import NO_GRADIENT, Row, html_table, latex_table, markdown_table, percent, percents, print_table
@@ -60,8 +61,8 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
     """
     runs = []
     for path in paths:
-        name, _, place = ("", "", path) if Path(path).exists() else path.partition("=")
-        file = Path(place) if place.endswith(".json") else Path(place) / "results.json"
+        name, _, place = ("", "", path) if user_path(path).exists() else path.partition("=")
+        file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
         results = read_results(file)
         run = Run(name or file.absolute().parent.name, file.parent, results)
         if not run.sets("certified") and not run.sets("attacked"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lipsim import export
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.progress import Progress
 from lipsim.teachers import DreamSim
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS
@@ -25,8 +26,8 @@ def add_commands(commands: Any) -> None:
         "else is a Hugging Face repository, such as timm/vit_base_patch16_clip_224.openai.",
     )
     fetch.add_argument("name")
-    fetch.add_argument("--to", type=Path, default=Path("checkpoints/dreamsim"), help="folder (%(default)s)")
-    fetch.add_argument("--archive", type=Path, help="unpack this copy of the zip file in place of a download")
+    fetch.add_argument("--to", type=user_path, default=Path("checkpoints/dreamsim"), help="folder (%(default)s)")
+    fetch.add_argument("--archive", type=user_path, help="unpack this copy of the zip file in place of a download")
     fetch.add_argument("--sha256", default="", help="refuse a (first) file with another checksum")
     fetch.set_defaults(run=_fetch)
     convert = commands.add_parser(
@@ -36,8 +37,8 @@ def add_commands(commands: Any) -> None:
         "file, which needs neither the folder nor any download.",
     )
     convert.add_argument("variant", choices=VARIANTS)
-    convert.add_argument("output", type=Path, metavar="OUTPUT.safetensors")
-    convert.add_argument("--weights", type=Path, default=Path("checkpoints/dreamsim"), help="folder (%(default)s)")
+    convert.add_argument("output", type=user_path, metavar="OUTPUT.safetensors")
+    convert.add_argument("--weights", type=user_path, default=Path("checkpoints/dreamsim"), help="folder (%(default)s)")
     convert.add_argument("--no-adapter", action="store_true", help="the backbones before DreamSim's tuning")
     convert.set_defaults(run=_export)
 

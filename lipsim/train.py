@@ -17,18 +17,20 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
-from lipsim.callbacks import CertifyRadii, ProgressLines
+from lipsim.callbacks import CertifyRadii, ProgressLines, RunCheckpoint, RunFolder
+from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
 from lipsim.errors import one_line, one_line_errors
+from lipsim.paths import user_path
 from lipsim.results import versions
 from lipsim.tables import certified_rows, print_table
-from lipsim.training.base import MetricModule
-from lipsim.weights import load_weights
+from lipsim.training.base import MetricModule, weights_are_finite
+from lipsim.weights import load_weights, read_checkpoint
 
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
 train.py --config configs/quickstart/distill.yaml --trainer.max_epochs 3
@@ -43,20 +45,20 @@ class RunRecord(SaveConfigCallback):
         # Not trainer.log_dir, which is a broadcast that the other processes would not take part in.
         directory = Path((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "environment.json").write_text(
-            json.dumps(_environment(trainer), indent=2) + "\n", encoding="utf-8"
-        )
+        file = directory / self.config_filename.replace("config", "environment").replace(".yaml", ".json")
+        file.write_text(json.dumps(_environment(trainer), indent=2) + "\n", encoding="utf-8")
 
 
 class SaveOnException(Callback):
     """Saves ``checkpoints/on_exception.ckpt`` when training breaks off, so that nothing is lost.
 
-    With several processes only some of them may have failed, and saving would wait for the others: there the periodic
-    checkpoints have to do.
+    Unless weights are not finite: the periodic checkpoints have the last that were. With several processes only some of
+    them may have failed, and saving would wait for the others: there the periodic checkpoints have to do.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size == 1 and trainer.state.fn == "fit" and trainer.global_step > 0:
+        alone = trainer.world_size == 1 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
             path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
             trainer.save_checkpoint(path)
             rank_zero_info(f"saved {path}; resume with --ckpt_path {path}")
@@ -110,8 +112,20 @@ class StageCLI(LightningCLI):
         super().__init__(args=list(args), **{**defaults, **options})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse what was given; sys.argv stays as it is, since DDP starts its other processes with it."""
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        """Parse what was given; sys.argv stays as it is, since DDP starts its other processes with it.
+
+        Raises:
+            ValueError: a checkpoint to continue from that is none. Lightning reads it next.
+        """
+        self.config = _with_home(parser.parse_args(args))  # type: ignore[arg-type]
+        if self.config.get("subcommand"):
+            subcommand = self.config.subcommand
+            path = self.config[subcommand].get("ckpt_path")
+            if path is not None and path not in CHECKPOINT_NAMES:
+                read_stage(Path(path), resume=subcommand == "fit")
+            if subcommand != "fit":
+                # Beside the configuration of the training, whose folder it may be.
+                self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config-{subcommand}.yaml"}
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -120,19 +134,23 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with a CSV log, a progress bar and checkpoints, also on failure, unless the config has its own."""
+        check_slurm()
         config = self._get(self.config_init, "trainer", default={})
+        trial = bool(config.get("fast_dev_run"))
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else ProgressLines())
-        if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            # After every epoch, whether or not it was validated.
-            folder = Path(config["default_root_dir"]) / "checkpoints"
-            callbacks.append(ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True))
-        kwargs["callbacks"] = [*callbacks, SaveOnException()]
+        if trial:  # Lightning 2.6 would write a last.ckpt of its one batch
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+            kwargs["enable_checkpointing"] = False
+        elif config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(RunCheckpoint(Path(config["default_root_dir"]) / "checkpoints"))
+        # First: it makes room for what the others write.
+        kwargs["callbacks"] = [RunFolder(self._get(self.config_init, "ckpt_path")), *callbacks, SaveOnException()]
         # Advertisements among the messages of a run.
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
-        if config.get("logger") is None or config.get("logger") is True:
+        if not trial and (config.get("logger") is None or config.get("logger") is True):
             _keep_log(Path(config["default_root_dir"]))
             kwargs["logger"] = CSVLogger(config["default_root_dir"], name="", version="")
         if config.get("accelerator") == "auto" and not torch.cuda.is_available():
@@ -173,26 +191,76 @@ class StageCLI(LightningCLI):
         # Lightning's default would unpickle whatever a checkpoint holds.
         self.config_init[self.config_init.subcommand].weights_only = True
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None and path not in ("best", "last", "hpc", "registry"):
+        if path is not None and path not in CHECKPOINT_NAMES:
             check_checkpoint(Path(path), self.model)
 
 
 def check_checkpoint(path: Path, module: torch.nn.Module) -> None:
-    """Refuse a checkpoint that cannot be resumed, before anything has been computed.
+    """Refuse a checkpoint that does not fit, before anything has been computed.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is truncated, no checkpoint, or of another architecture.
+        ValueError: it is damaged, no checkpoint, or of another architecture.
+    """
+    load_weights(module, read_stage(path)["state_dict"], str(path))
+
+
+def read_stage(path: Path, resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of a stage, without running code of the file.
+
+    Args:
+        path: of the file.
+        resume: whether to insist on what continuing the training needs besides the weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, no checkpoint of a stage, or has weights alone.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = checkpoint["state_dict"]
-    except Exception as error:  # torch.load raises whatever the pickled bytes lead it to
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"cannot read the checkpoint {path} ({reason}); it is truncated or no checkpoint") from error
-    load_weights(module, state, str(path))
+    checkpoint = read_checkpoint(path)
+    needed = ("state_dict", "pytorch-lightning_version", "epoch", "global_step")
+    if missing := [key for key in needed if key not in checkpoint]:
+        raise ValueError(f"{path} is no checkpoint of a stage, it has no {missing[0]}; train.py writes such files")
+    if resume and not all(key in checkpoint for key in ("optimizer_states", "lr_schedulers", "loops")):
+        raise ValueError(
+            f"{path} has weights alone, and training cannot be continued from it; take another, or last.ckpt"
+        )
+    return checkpoint
+
+
+def check_slurm() -> None:
+    """Refuse a SLURM environment in which Lightning could not tell which process this is.
+
+    Raises:
+        ValueError: tasks, but not how many a node has, or not which of them this is.
+    """
+    tasks, name = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_JOB_NAME")
+    if tasks is None or name in ("bash", "interactive"):  # what Lightning takes for a shell on a node
+        return
+    alone = "or set SLURM_JOB_NAME=interactive to run one process here"
+    if missing := [v for v in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if v not in os.environ]:
+        raise ValueError(f"SLURM_NTASKS is {tasks} and {missing[0]} is not set; start with srun, {alone}")
+    if tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ValueError(
+            f"SLURM_NTASKS is {tasks} and SLURM_NTASKS_PER_NODE is not set; give srun or sbatch --ntasks-per-node in "
+            f"place of --ntasks, and --trainer.devices the same number, {alone}"
+        )
+
+
+def _with_home(value: Any) -> Any:
+    """A configuration with ``~`` in its paths replaced by the home folder, which no shell does in ``--option=~/x``."""
+    if isinstance(value, Namespace):
+        for key, item in list(vars(value).items()):
+            setattr(value, key, _with_home(item))
+        return value
+    if isinstance(value, dict):
+        return {key: _with_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_home(item) for item in value]
+    if isinstance(value, (str, Path)) and (str(value) == "~" or str(value).startswith("~/")):
+        return type(value)(user_path(value))
+    return value
 
 
 def train(args: Sequence[str]) -> StageCLI:

@@ -89,6 +89,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weight file {path}")
+    check_is_binary(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -114,6 +115,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"expected a mapping of names to tensors in {path}, got {type(checkpoint).__name__}")
     return checkpoint
+
+
+def check_is_binary(path: Path) -> None:
+    """Refuse what a download that failed leaves in the place of a file of weights.
+
+    Raises:
+        ValueError: an empty file, a pointer of git-lfs, or a web page.
+    """
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    if not start:
+        raise ValueError(f"cannot read {path}: it is empty; get it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"cannot read {path}: it is a pointer of git-lfs and not the file; run git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"cannot read {path}: it is a web page and no weights; get it again")
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -83,9 +83,9 @@ def _stand_ins(room: str = "quickstart") -> None:
     folder, run = ROOT / "configs" / room, Path("runs") / room
     encoder, vit = _encoder(folder / "distill.yaml", "student"), _encoder(folder / "teacher.yaml", "teacher")
     size = vit.image_size
-    export.save(PerceptualMetric(vit, size, anchor=0.0, lipschitz=float("inf")), run / "teacher.safetensors")
-    export.save(PerceptualMetric(encoder, size, lipschitz=1.0), run / "distilled.safetensors")
-    for name in ("linear", room):
+    export.save(PerceptualMetric(vit, size, anchor=0.0, lipschitz=float("inf")), run / "teacher/teacher.safetensors")
+    export.save(PerceptualMetric(encoder, size, lipschitz=1.0), run / "distilled/distilled.safetensors")
+    for name in ("linear/linear", room):
         export.save(PerceptualMetric(students.OrthogonalProjection(size, 8), size), run / f"{name}.safetensors")
 
 
@@ -187,7 +187,11 @@ def test_print_config_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> 
         (["--config", str(LINEAR), "--data.batch_size=0"], 1, "batch_size of at least 1"),
         (["--config", str(LINEAR), "--data.image_size=32", *SMALL], 1, "expected images of shape (N, 3, 64, 64)"),
         (["--config", str(LINEAR), "--ckpt_path=nowhere.ckpt"], 1, "no checkpoint nowhere.ckpt"),
-        (["--config", str(LINEAR.parent / "distill.yaml")], 1, "no metric file runs/quickstart/teacher.safetensors"),
+        (
+            ["--config", str(LINEAR.parent / "distill.yaml")],
+            1,
+            "no metric file runs/quickstart/teacher/teacher.safetensors",
+        ),
         (["--config", str(ROOT / "configs/material/finetune.yaml")], 1, "mlagunas/material-appearance-similarity"),
     ],
 )
@@ -197,6 +201,30 @@ def test_errors_are_one_line(args: list[str], status: int, message: str, capsys:
     assert stop.value.code == status
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_NTASKS": "2"}, "SLURM_PROCID is not set; start with srun, or set SLURM_JOB_NAME=interactive"),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+            "SLURM_NTASKS_PER_NODE is not set; give srun or sbatch --ntasks-per-node",
+        ),
+    ],
+)
+def test_half_a_slurm_environment(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(LINEAR), *SMALL, *QUIET])
+    assert stop.value.code == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert message in line
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    train(["--config", str(LINEAR), *SMALL, *QUIET, "--trainer.fast_dev_run=true"])
 
 
 def test_unknown_keys_in_a_config_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,12 +251,13 @@ def test_messages_keep_their_reason_only() -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("truncate", "truncated or no checkpoint"), ("text", "truncated or no checkpoint"), ("other", "another")],
+    [("truncate", "truncated, no checkpoint"), ("text", "truncated, no checkpoint"), ("other", "another")],
 )
 def test_checkpoints_that_cannot_be_resumed(damage: str, message: str) -> None:
     module = torch.nn.Linear(3, 4)
     path = Path("a.ckpt")
-    torch.save({"state_dict": module.state_dict()}, path)
+    state = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 1, "pytorch-lightning_version": "2.6.0"}
+    torch.save(state, path)
     check_checkpoint(path, module)
     if damage == "truncate":
         path.write_bytes(path.read_bytes()[:-300])
@@ -244,7 +273,7 @@ def test_checkpoints_run_no_code() -> None:
             return os.mkdir, ("harm",)
 
     torch.save({"state_dict": {}, "harm": Harm()}, "harm.ckpt")
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+    with pytest.raises(ValueError, match="needs more than tensors"):
         check_checkpoint(Path("harm.ckpt"), torch.nn.Linear(1, 1))
     assert not Path("harm").exists()
 
@@ -317,7 +346,7 @@ def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
         assert (folder / name).is_file(), name
     for name in ("scores.png", "teacher-and-student.png", "gallery.png", "attacked-builtin.png"):
         assert (folder / "plots" / name).stat().st_size > 5000, name
-    for stage in ("teacher", "linear", "distilled", "student"):
+    for stage in ("teacher", "linear", "distilled", "."):
         assert (folder / stage / "config.yaml").is_file() and (folder / stage / "checkpoints" / "last.ckpt").is_file()
     scores = results["attacked"]["sets"]["builtin"]
     for metric in ("metric", "teacher", "linear"):

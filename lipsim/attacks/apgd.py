@@ -75,7 +75,7 @@ def _run(batch: Survivors, ball: Ball, steps: int, step_size: float, start: Tens
     top_gradient = torch.zeros_like(current)
     top_value = torch.full_like(batch.value[batch.rows], -math.inf)
     last_value, top_before = -top_value, top_value  # of the step before, and at the checkpoint before
-    size = torch.full_like(top_value, step_size)
+    size = torch.full_like(top_value, step_size, dtype=current.dtype)
     gains, halved = torch.zeros_like(top_value), torch.zeros_like(top_value)
     checkpoints, passed = _checkpoints(steps), 0
     for step in range(steps):

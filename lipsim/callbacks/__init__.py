@@ -7,6 +7,7 @@ from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.keep_batches import KeepBatches
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.progress_lines import ProgressLines
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder
 from lipsim.callbacks.triplet_gallery import TripletGallery
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "KeepBatches",
     "NullSpaceRobustness",
     "ProgressLines",
+    "RunCheckpoint",
+    "RunFolder",
     "TripletCallback",
     "TripletGallery",
 ]

@@ -122,7 +122,7 @@ class AttackRobustness(TripletCallback):
             found[key] = self.attack(metric, batch, margin, _progress(trainer, key))
             columns |= {f"{key}/{column}": values for column, values in self._columns(found[key], batch).items()}
             columns[f"{key}/margin"] = margin
-        if trainer.testing and trainer.is_global_zero and name not in self.tables and self.num_examples:
+        if self.writes(trainer) and trainer.is_global_zero and name not in self.tables and self.num_examples:
             self._save_examples(trainer, batch, found, name)
         return columns
 
@@ -244,7 +244,7 @@ class AttackRobustness(TripletCallback):
 
     @rank_zero_only
     def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
-        if trainer.testing:
+        if self.writes(trainer):
             file = "attacks.csv" if len(self.tables) == 1 else f"attacks-{name}.csv"
             write_csv(self.output_directory(trainer) / file, rows)
 

@@ -22,6 +22,7 @@ from lipsim.data import Triplet
 from lipsim.data.loading import data_fingerprint, read_batch
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
+from lipsim.paths import user_path
 from lipsim.precision import full_precision
 from lipsim.results import state_fingerprint, update_results
 from lipsim.training.base import Features, MetricModule, evaluation_loaders, images_of
@@ -31,7 +32,7 @@ class TripletCallback(Callback):
     """Calls :meth:`begin`, :meth:`see` for each batch and :meth:`finish`, in validation (unless told not to) and test.
 
     Args:
-        directory: where a test run writes its files; None: the trainer's ``default_root_dir``.
+        directory: where a test run writes its files, taken from the trainer's ``default_root_dir``, which None means.
         validate: whether to work in validation too.
 
     Attributes:
@@ -83,12 +84,16 @@ class TripletCallback(Callback):
 
     def output_directory(self, trainer: L.Trainer) -> Path:
         """Where files go."""
-        return Path(self.directory or trainer.default_root_dir)
+        return Path(trainer.default_root_dir) / user_path(self.directory or "")
+
+    def writes(self, trainer: L.Trainer) -> bool:
+        """Whether this run leaves files: a test does, a trial of it (``fast_dev_run``) and validation do not."""
+        return trainer.testing and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @rank_zero_only
     def write_section(self, trainer: L.Trainer, section: str, content: dict[str, Any]) -> None:
-        """Write a section of results.json; validation leaves no files, its scores are in the log."""
-        if trainer.testing:
+        """Write a section of results.json."""
+        if self.writes(trainer):
             module = cast(MetricModule, trainer.lightning_module)
             data: dict[str, str] = {}
             for i, loader in enumerate(evaluation_loaders(trainer)):

@@ -156,7 +156,7 @@ class CertifyRadii(TripletCallback):
 
     @rank_zero_only
     def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
-        if not trainer.testing:
+        if not self.writes(trainer):
             return
         file = "radii.csv" if len(self.tables) == 1 else f"radii-{name}.csv"
         write_csv(self.output_directory(trainer) / file, rows)

@@ -50,7 +50,7 @@ class TripletGallery(TripletCallback):
         with outside_inference_mode():
             for i in range(len(evaluation_loaders(trainer))):
                 name = module.set_name(i)
-                if name in rows:
+                if name in rows and self.writes(trainer):
                     self._draw(trainer, module, i, name, _extremes(rows[name], self.num_triplets))
 
     @rank_zero_only

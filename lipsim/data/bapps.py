@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lipsim.data.transforms import load_image
 from lipsim.data.triplet import Triplet
+from lipsim.paths import user_path
 
 SUBSETS = {
     "train": ("traditional", "cnn", "mix"),
@@ -55,7 +56,7 @@ class BappsTriplets(Dataset[Triplet]):
         names = list(dict.fromkeys(SUBSETS[part] if subsets is None else subsets))
         if not names:
             raise ValueError("expected at least one subset of BAPPS, got none")
-        self.root, self.preprocess = Path(root), preprocess
+        self.root, self.preprocess = user_path(root), preprocess
         by_subset = [_list_subset(self.root, part, name) for name in names]
         self.files = [files for listed in by_subset for files in listed]
         self._subset_names = names
@@ -86,7 +87,9 @@ class BappsTriplets(Dataset[Triplet]):
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it
         *paths, judge = (self.root / name for name in self.files[index])
         reference, left, right = (load_image(path, self.preprocess) for path in paths)
-        return Triplet(reference, left, right, torch.tensor(read_judge(judge)), torch.tensor(index))
+        return Triplet(
+            reference, left, right, torch.tensor(read_judge(judge), dtype=torch.float32), torch.tensor(index)
+        )
 
 
 def read_judge(path: str | Path) -> float:

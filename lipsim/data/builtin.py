@@ -243,7 +243,7 @@ class _Rendered:
         self.is_complete = False
         size = recipes.image_size
         self.images = torch.empty(recipes.num_triplets, 3, 3, size, size, dtype=torch.uint8)
-        self.table = torch.empty(recipes.num_triplets, 4)
+        self.table = torch.empty(recipes.num_triplets, 4, dtype=torch.float32)
 
     def complete(self, num_workers: int, progress: Callable[[int], None] | None) -> None:
         """Render what is missing; an interrupted call starts again."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lipsim.data.images import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
+from lipsim.paths import user_path
 from lipsim.results import state_fingerprint
 
 FORMAT = "lipsim-embeddings"
@@ -130,7 +131,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.description = CacheDescription.read(self.folder)
         self.shards = shard_numbers(self.folder)
         if not self.shards:

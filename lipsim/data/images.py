@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.paths import user_path
 
 # In any case. What has another ending is no image.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif")
@@ -46,7 +47,7 @@ class FolderImages(Dataset[Tensor]):
         self, folder: str | Path, image_size: int, *, resize: int | None = None, views: Sequence[str] = ("plain",)
     ) -> None:
         check_views(views)
-        self.folder, self.views = Path(folder), tuple(views)
+        self.folder, self.views = user_path(folder), tuple(views)
         self.transform = CentralCrop(image_size, resize)
         try:
             listed = list_images(self.folder)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lipsim.data.transforms import Preprocess, load_image
 from lipsim.data.triplet import SharedTriplet
+from lipsim.paths import user_path
 
 IMAGES = "data/havran1_ennis_298x298_LDR"
 ANSWERS = "data/answers_processed_{part}.json"
@@ -75,7 +76,7 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
         FileNotFoundError: ``root`` is no clone of the repository; the message says where to get it.
         ValueError: an image cannot be read, or some are missing.
     """
-    folder = Path(root) / IMAGES
+    folder = user_path(root) / IMAGES
     files = sorted(folder.glob("[!.]*.jpg")) if folder.is_dir() else []  # without the ._NAME files of macOS
     if not files:
         raise FileNotFoundError(_missing(root, f"{IMAGES}/*.jpg"))
@@ -100,7 +101,7 @@ def load_material_answers(
         FileNotFoundError: the file of this part is not there.
         ValueError: it is not of the published layout.
     """
-    file = Path(root) / ANSWERS.format(part=part)
+    file = user_path(root) / ANSWERS.format(part=part)
     if not file.is_file():
         raise FileNotFoundError(_missing(root, ANSWERS.format(part=part)))
     try:

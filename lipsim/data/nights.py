@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from lipsim.data.photographs import Split
 from lipsim.data.transforms import load_image, missing_files
 from lipsim.data.triplet import Triplet
+from lipsim.paths import user_path
 
 TABLE = "data.csv"
 MIN_VOTES = 6
@@ -66,14 +67,14 @@ class NightsTriplets(Dataset[Triplet]):
     ) -> None:
         if split not in get_args(Split):
             raise ValueError(f"expected a split among {', '.join(get_args(Split))}, got {split!r}")
-        self.root, self.split, self.preprocess = Path(root), split, preprocess
+        self.root, self.split, self.preprocess = user_path(root), split, preprocess
         self.rows = read_nights(root, split, min_votes)
         if not self.rows:
             raise ValueError(f"{self.root / TABLE} has no row of the split {split!r} with {min_votes} votes or more")
         missing = missing_files(self.root, (path for row in self.rows for path in row.paths))
         if missing:
             raise FileNotFoundError(_missing(self.root, f"{len(missing)} images ({missing[0]}, …)"))
-        self.right_vote = torch.tensor([row.right_vote for row in self.rows])
+        self.right_vote = torch.tensor([row.right_vote for row in self.rows], dtype=torch.float32)
         is_imagenet = torch.tensor([row.is_imagenet for row in self.rows])
         parts = {"imagenet": is_imagenet, "non_imagenet": ~is_imagenet}
         self.groups = {name: mask for name, mask in parts.items() if mask.any()}
@@ -99,7 +100,7 @@ def read_nights(root: str | Path, split: Split, min_votes: int = MIN_VOTES) -> l
         FileNotFoundError: there is no data.csv.
         ValueError: it is not in the published layout; the message names column or line.
     """
-    file = Path(root) / TABLE
+    file = user_path(root) / TABLE
     if not file.is_file():
         raise FileNotFoundError(_missing(root, TABLE))
     rows = []

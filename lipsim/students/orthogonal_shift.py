@@ -130,7 +130,7 @@ def _cosines(size: int) -> Tensor:
     frequency = torch.arange(size, dtype=torch.float64)
     basis = torch.cos(math.pi * (frequency + 0.5) * frequency[:, None] / size) * math.sqrt(2 / size)
     basis[0] /= math.sqrt(2)
-    return basis.float()
+    return basis.to(torch.get_default_dtype())
 
 
 def _lowest_frequencies(channels: int, side: int, rows: int) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,6 +29,7 @@ from lipsim.precision import full_precision
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.schedules import Schedule
 
+DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 Features = tuple[Tensor, Tensor, Tensor]
 Evaluation = dict[str, Features]
@@ -52,11 +56,14 @@ class MetricModule(L.LightningModule):
         acceleration: Acceleration | None = None,
     ) -> None:
         super().__init__()
+        if torch.get_default_dtype() == torch.float64:
+            metric.encoder.float()  # data are float32 whatever the default; other precisions are the trainer's
         self.metric = metric
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.scores = nn.ModuleDict()
         self._configured: list[dict[str, Any]] = []
+        self._batch: Any = None  # the one in training, for a message about it
         self.acceleration = acceleration or Acceleration()
         # By the identity of the encoder that it runs: a copy of this module must not train the original's.
         self._run_encoder: dict[int, Callable[[Tensor], Tensor]] = {}
@@ -71,15 +78,51 @@ class MetricModule(L.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]."""
+        """Share of the training that is done, in [0, 1]: of its steps, or of its time where these have no end.
+
+        1 where neither ends.
+        """
+        total = self._total_steps()
+        if total is not None:
+            return min(1.0, self.trainer.global_step / total)
+        share = self._share_of_time()
+        return 1.0 if share is None else share
+
+    def _total_steps(self) -> int | None:
+        """Steps of the whole training; None without an end (``max_epochs`` −1, data of unknown length)."""
         total = self.trainer.estimated_stepping_batches
-        return min(1.0, self.trainer.global_step / total) if 0 < total < math.inf else 1.0
+        return None if total < 0 or math.isinf(total) else max(1, int(total))
+
+    def _share_of_time(self) -> float | None:
+        """Share of ``max_time`` that has passed, in [0, 1], the same on every process; None without such a limit."""
+        for timer in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
+                elapsed = timer.time_elapsed()
+                share = min(1.0, elapsed / (elapsed + left)) if elapsed + left > 0 else 1.0
+                return share if self.trainer.world_size == 1 else self.trainer.strategy.broadcast(share)
+        return None
+
+    def _schedule_factor(self, step: int) -> float:
+        total = self._total_steps()
+        if total is None and self.schedule.needs_end:
+            share = self._share_of_time()
+            if share is None:
+                raise ValueError(
+                    f"{type(self.schedule).__name__} is a schedule over the whole training, and this one has no end; "
+                    "give --trainer.max_time, .max_steps or .max_epochs, or take --model.schedule Constant"
+                )
+            # As many steps as there will be at the pace so far.
+            total = max(step + 1, round(step / share)) if share > 0 else sys.maxsize
+        return self.schedule(step, total or 1)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and its schedule by steps."""
+        """The optimizer, and its schedule by steps: of their number, or of the pace so far where time is the limit.
+
+        Raises:
+            ValueError: a schedule that needs an end, and training without one.
+        """
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
-        total = int(self.trainer.estimated_stepping_batches)
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total))
+        scheduler = LambdaLR(optimizer, lambda step: self._schedule_factor(step))
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -107,7 +150,21 @@ class MetricModule(L.LightningModule):
             self.metric.preprocess = Preprocess(self.metric.image_size, given)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilds the metric, so that :func:`lipsim.load` takes the checkpoint as well."""
+        """Add what rebuilds the metric, so that :func:`lipsim.load` takes the checkpoint as well.
+
+        Raises:
+            ValueError: weights are not finite; the files that are there stay.
+        """
+        try:
+            checkpoint[export.FORMAT] = json.dumps(export.describe(self.metric, self.metric.encoder))
+        except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
+            return
+
+        if not self._everywhere(weights_are_finite(self)):
+            raise ValueError(
+                f"weights are NaN or infinite at step {self.trainer.global_step}, so no checkpoint is written over the "
+                f"last one; {DIVERGED}"
+            )
         try:
             checkpoint[export.FORMAT] = json.dumps(export.describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
@@ -115,6 +172,33 @@ class MetricModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_images(batch)
+        self._batch = batch
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop at the first loss that is not finite, before it reaches a weight.
+
+        Raises:
+            ValueError: on every process, when the loss of one of them is NaN or infinite.
+        """
+        trainer, finite = self.trainer, bool(torch.isfinite(loss).all())
+        if self._everywhere(finite):
+            return
+        if finite:
+            raise ValueError(f"the loss of another process is not finite at step {trainer.global_step}; {DIVERGED}")
+        rank = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
+        path = save_batch(self._batch, Path(trainer.default_root_dir) / f"not_finite{rank}.safetensors")
+        cause = "" if weights_are_finite(self) else " as weights are already"
+        raise ValueError(
+            f"the loss is {float(loss.detach())} at step {trainer.global_step}{cause}; its batch is in {path}; "
+            f"{DIVERGED}"
+        )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._batch = None
+
+    def _everywhere(self, holds: bool) -> bool:
+        """Whether something holds on every process; each has to ask."""
+        return holds if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(holds)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         check_images(batch)
@@ -204,6 +288,26 @@ class MetricModule(L.LightningModule):
                     sync_dist=True,
                 )
         self.scores.clear()
+
+
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether no parameter and no buffer is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def save_batch(batch: Any, path: Path) -> Path:
+    """Write the tensors of a batch, images and votes by name, so that what happened on it can be looked into."""
+    if isinstance(batch, Triplet):
+        names = ("reference", "left", "right", "right_vote", "index")
+        tensors = {name: getattr(batch, name) for name in names}
+    elif isinstance(batch, Tensor):
+        tensors = {"images": batch}
+    else:  # (images, labels) of a folder, or images with embeddings
+        names = getattr(batch, "_fields", None) or ("images", *(f"item{i}" for i in range(1, len(batch))))
+        tensors = {name: item for name, item in zip(names, batch, strict=True) if isinstance(item, Tensor)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    return path
 
 
 def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:

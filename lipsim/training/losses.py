@@ -15,6 +15,9 @@ from lipsim.geometry import anchored_norm, project
 class TripletLoss(ABC):
     """A loss on the features of 2AFC triplets.
 
+    Features that are not finite give a loss that is NaN, so that a diverged training is seen. Where features are equal
+    the gradients are finite.
+
     Attributes:
         progress: share of the training that is done, in [0, 1]; the stage sets it before each step.
     """
@@ -47,7 +50,10 @@ class RadiusHinge(TripletLoss):
 
     def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
         target = self.target * min(1.0, self.progress / self.ramp) if self.ramp else self.target
-        return _hinge(self.radius(z, z0, z1, anchor), target, right_vote, self.weight_by_agreement)
+        # Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie.
+        known = torch.isfinite(z).all(-1) & torch.isfinite(z0).all(-1) & torch.isfinite(z1).all(-1)
+        radius = torch.where(known, self.radius(z, z0, z1, anchor), torch.nan)
+        return _hinge(radius, target, right_vote, self.weight_by_agreement)
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
         """The signed radius that the hinge acts on, ``(N,)``."""
@@ -81,7 +87,7 @@ class MarginHinge(TripletLoss):
 
 
 class DistillationLoss(ABC):
-    """A loss between the student's and the teacher's features."""
+    """A loss between the student's and the teacher's features; NaN and gradients as in :class:`TripletLoss`."""
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
@@ -106,7 +112,7 @@ class RMSE(DistillationLoss):
 
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
         _check_dimensions(student, teacher)
-        return F.mse_loss(student, self.scale * teacher).sqrt()
+        return _norm(student - self.scale * teacher) / student.numel() ** 0.5
 
 
 class Cosine(DistillationLoss):
@@ -130,7 +136,8 @@ class Relational(DistillationLoss):
             return 0 * student.sum()
         ours, theirs = pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)
         slope = (ours * theirs).sum() / ours.square().sum().clamp(min=1e-12)
-        return (F.mse_loss(slope * ours, theirs) / theirs.square().mean()).sqrt()
+        # A teacher that tells no two images apart has no relations to learn.
+        return _norm(slope * ours - theirs) / _norm(theirs).clamp(min=torch.finfo(theirs.dtype).tiny)
 
 
 class ScaleFree(DistillationLoss):
@@ -164,6 +171,11 @@ def pairwise_distances(z: Tensor, anchor: float) -> Tensor:
     p, s = project(z, anchor)
     rows, columns = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
     return 1 - (p @ p.mT + s.unsqueeze(1) * s)[rows, columns]
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """ℓ2 norm of all elements, whose gradient at 0 is 0; that of a root of a mean of squares is NaN there."""
+    return torch.linalg.vector_norm(tensor)
 
 
 def _check_dimensions(student: Tensor, teacher: Tensor) -> None:

@@ -8,7 +8,13 @@ from itertools import pairwise
 
 
 class Schedule(ABC):
-    """The factor of the learning rate at a step."""
+    """The factor of the learning rate at a step.
+
+    Attributes:
+        needs_end: whether it depends on the length of the training.
+    """
+
+    needs_end: bool = True
 
     @abstractmethod
     def __call__(self, step: int, total: int) -> float:
@@ -60,6 +66,8 @@ class Triangular(Schedule):
 
 class Constant(Schedule):
     """The optimizer's own rate throughout."""
+
+    needs_end = False
 
     def __call__(self, step: int, total: int) -> float:
         return 1.0

@@ -82,6 +82,7 @@ class TeacherTuning(MetricModule):
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Hinge over a batch, and the contrastive term."""
         z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
+        self.loss.progress = self.progress
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
         if self.contrast:
             preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)

@@ -42,7 +42,7 @@ class _Logits(nn.Module):
         return torch.stack([-value, value], 1)
 
 
-@pytest.fixture(params=["quickstart", "runs/quickstart/teacher.safetensors"])
+@pytest.fixture(params=["quickstart", "runs/quickstart/teacher/teacher.safetensors"])
 def problem(request: pytest.FixtureRequest) -> tuple[TwoAFCObjective, Tensor]:
     """Built-in triplets under the bundled student, and under the teacher where the quickstart has been run."""
     name = request.param

@@ -236,7 +236,7 @@ def test_each_of_two_processes_sees_one_part_only(nights: Path, tmp_path: Path) 
         "nights_imagenet": 1,
         "nights_non_imagenet": 1,
     }
-    with open(tmp_path / "runs/nights/student/metrics.csv", newline="") as file:
+    with open(tmp_path / "runs/nights/metrics.csv", newline="") as file:
         (logged,) = csv.DictReader(file)
     for name, scores in sets.items():
         assert float(logged[f"test/{name}/majority_score"]) == scores["majority"]

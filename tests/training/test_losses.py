@@ -1,4 +1,4 @@
-"""The losses of distillation against their formulas."""
+"""The losses of distillation against their formulas; what every loss does with NaN and where features are equal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lipsim.training import RMSE, Cosine, Relational, ScaleFree
-from lipsim.training.losses import DistillationLoss
+from lipsim.training import RMSE, Cosine, JointRadiusHinge, MarginHinge, RadiusHinge, Relational, ScaleFree
+from lipsim.training.losses import DistillationLoss, TripletLoss
 
 
 @pytest.fixture
@@ -75,3 +75,43 @@ def test_another_dimension_is_refused(loss: DistillationLoss) -> None:
         ValueError, match=r"6 features and the teacher 8; set .* or distil relations only \(Relational\)"
     ):
         loss(torch.randn(4, 6), torch.randn(4, 8), 1.0)
+
+
+TRIPLET_LOSSES = [RadiusHinge(2.0), RadiusHinge(2.0, weight_by_agreement=True), JointRadiusHinge(2.0), MarginHinge(0.2)]
+DISTILLATION_LOSSES = [RMSE(), Cosine(), Relational(), ScaleFree()]
+VOTES = torch.tensor([0.0, 1.0, 0.2, 0.9, 0.5])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", [*TRIPLET_LOSSES, *DISTILLATION_LOSSES])
+def test_features_that_are_not_finite_give_a_loss_that_is_nan(loss: object, value: float) -> None:
+    for which in range(3 if isinstance(loss, TripletLoss) else 2):
+        features = [torch.randn(5, 6) for _ in range(3)]
+        features[which][2, 1] = value
+        found = loss(*features, VOTES, 1.0) if isinstance(loss, TripletLoss) else loss(*features[:2], 1.0)
+        assert not found.isfinite()
+        if isinstance(loss, TripletLoss):  # of a triplet that does not count, too
+            assert not loss(*features, torch.full((5,), 0.5), 1.0).isfinite()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+@pytest.mark.parametrize("loss", TRIPLET_LOSSES)
+def test_gradients_of_triplets_are_finite_at_equality(loss: TripletLoss, anchor: float) -> None:
+    z, z0, z1, zero = *(torch.randn(5, 6) for _ in range(3)), torch.zeros(5, 6)
+    for features in ((z, z, z), (z, z0, z0), (z, z, z1), (z, z0, z), (z, -z, z1), (zero,) * 3, (zero, z0, z1)):
+        leaves = [part.clone().requires_grad_() for part in features]
+        value = loss(*leaves, VOTES, anchor)
+        value.backward()
+        assert value.isfinite() and all(leaf.grad.isfinite().all() for leaf in leaves)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+@pytest.mark.parametrize("loss", DISTILLATION_LOSSES)
+def test_gradients_of_distillation_are_finite_at_equality(loss: DistillationLoss, anchor: float) -> None:
+    z, t, zero = torch.randn(5, 6), F.normalize(torch.randn(5, 6)), torch.zeros(5, 6)
+    alike = t[:1].expand(5, 6)  # a teacher that tells no two images apart
+    for student, teacher in ((t, t), (7 * t, t), (zero, t), (z, zero), (zero, zero), (alike, t), (z, alike)):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, anchor)
+        value.backward()
+        assert value.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all()

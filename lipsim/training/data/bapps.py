@@ -8,6 +8,7 @@ import torch
 
 from lipsim.data.bapps import BappsTriplets
 from lipsim.data.transforms import Preprocess
+from lipsim.paths import user_path
 from lipsim.training.data.base import TripletData
 
 
@@ -44,7 +45,7 @@ class BappsData(TripletData):
         super().__init__(batch_size, num_workers)
         if val_triplets < 1:
             raise ValueError(f"expected val_triplets of at least 1, got {val_triplets}")
-        self.root, self.preprocess = Path(root), Preprocess(image_size, resize)
+        self.root, self.preprocess = user_path(root), Preprocess(image_size, resize)
         self.train_subsets, self.test_subsets = train_subsets, test_subsets
         self.val_triplets, self.seed = val_triplets, seed
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from lipsim.data.embedded_images import EmbeddedFolder
 from lipsim.data.embedding_cache import EmbeddingCache
 from lipsim.data.images import FolderImages
+from lipsim.paths import user_path
 from lipsim.training.data.base import TripletData
 
 
@@ -44,7 +45,7 @@ class ImageFolderData(TripletData):
         triplets: TripletData | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        self.root, self.image_size, self.resize, self.views = Path(root), image_size, resize, tuple(views)
+        self.root, self.image_size, self.resize, self.views = user_path(root), image_size, resize, tuple(views)
         self.triplets = triplets
         self.collate = default_collate
 

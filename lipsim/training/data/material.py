@@ -12,6 +12,7 @@ from lipsim.data.material import (
     load_material_images,
     split_material,
 )
+from lipsim.paths import user_path
 from lipsim.training.data.base import TripletData
 
 
@@ -43,7 +44,7 @@ class MaterialData(TripletData):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size)
-        self.root, self.image_size, self.seed = Path(root), image_size, seed
+        self.root, self.image_size, self.seed = user_path(root), image_size, seed
         self.val_triplets, self.held_out_materials, self.ties = val_triplets, held_out_materials, ties
         self.collate = _as_fetched
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from lipsim.data.nights import MIN_VOTES, NightsTriplets
 from lipsim.data.photographs import Split
 from lipsim.data.transforms import Preprocess
+from lipsim.paths import user_path
 from lipsim.training.data.base import TripletData
 
 
@@ -32,7 +33,7 @@ class NightsData(TripletData):
         min_votes: int = MIN_VOTES,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        self.root, self.min_votes = Path(root), min_votes
+        self.root, self.min_votes = user_path(root), min_votes
         self.preprocess = Preprocess(image_size, resize)
 
     def setup(self, stage: str) -> None:

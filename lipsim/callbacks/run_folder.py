@@ -1,0 +1,113 @@
+"""What a training run does with the files of an earlier one in its folder, the trainer's ``default_root_dir``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lipsim.callbacks.export_metric import ExportMetric
+
+PREVIOUS = "previous"
+CHECKPOINT_NAMES = ("best", "last", "hpc", "registry")  # which Lightning finds for itself, in the folder
+# What runs of this package write, besides the exported metric. Anything else in the folder is left alone, the folders
+# of other stages among it.
+FILES = (
+    *("checkpoints", "config*.yaml", "environment*.json", "metrics-*.csv", "not_finite*.safetensors"),
+    *("results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial", "report.md"),
+)
+
+
+class RunFolder(Callback):
+    """A folder holds one run. Training that begins anew moves what an earlier run left to ``previous/TIME``.
+
+    ``TIME`` is when the earlier run wrote its last file. Nothing is removed. Training that resumes from a checkpoint in
+    the folder continues in place, as does one that SLURM has put back into its queue; tests, validation and
+    ``fast_dev_run`` move nothing.
+
+    Args:
+        checkpoint: what the training resumes from: a file, or a word that Lightning takes for one of its own.
+    """
+
+    def __init__(self, checkpoint: str | None = None) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Not before: processes that the trainer starts read the same files again, which may lie in the folder.
+        if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        root = Path(trainer.default_root_dir)
+        if continues(root, self.checkpoint):
+            rank_zero_info(f"continuing the run in {root}")
+            return
+        exports = [c.output(trainer) for c in trainer.callbacks if isinstance(c, ExportMetric)]  # type: ignore[attr-defined]
+        moved = set_aside(root, exports)
+        if moved is not None:
+            rank_zero_info(f"{root} had an earlier run, which is in {moved} now; --ckpt_path continues one instead")
+
+
+def continues(root: Path, checkpoint: str | Path | None) -> bool:
+    """Whether training from a checkpoint, or from none, continues the run in a folder."""
+    if any(root.glob("hpc_ckpt_*.ckpt")):  # of SLURM's queue: Lightning resumes from it
+        return True
+    if checkpoint is None or str(checkpoint) in CHECKPOINT_NAMES:
+        return checkpoint is not None
+    place, folder = Path(checkpoint).resolve(), root.resolve()
+    return place.is_relative_to(folder) and not place.is_relative_to(folder / PREVIOUS)
+
+
+def set_aside(root: Path, exports: Iterable[Path] = ()) -> Path | None:
+    """Move the files of an earlier run in ``root`` to a folder of their own, which is returned; None without any."""
+    found = sorted({path for pattern in FILES for path in root.glob(pattern)})
+    found += sorted({path for path in exports if path.is_file() and path.parent == root})
+    if not found:
+        return None
+    files = [file for path in found for file in ([path] if path.is_file() else path.rglob("*"))]
+    written = max((file.stat().st_mtime for file in files), default=0.0)
+    name, number = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(written)), 1
+    folder = root / PREVIOUS / name
+    while folder.exists():
+        number += 1
+        folder = root / PREVIOUS / f"{name}_{number}"
+    folder.mkdir(parents=True)
+    for path in found:
+        os.rename(path, folder / path.name)
+    return folder
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint after every epoch, validated or not, and ``last.ckpt``, which is that of the latest step.
+
+    Args:
+        folder: where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # Without a version counter: the file of that name is of this run, since RunFolder has seen to it.
+        super().__init__(folder, save_last=True, save_on_train_epoch_end=True, enable_version_counter=False)
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume, also in a folder that was moved or copied: its files count under their new place."""
+        here, there = str(self.dirpath), str(state_dict.get("dirpath"))
+
+        def moved(path: str) -> str:
+            new = os.path.join(here, os.path.relpath(path, there)) if path else ""
+            return new if os.path.isfile(new) else ""
+
+        if here != there:
+            paths = {key: moved(value) for key, value in state_dict.items() if key.endswith("_path")}
+            best = {new: score for old, score in state_dict["best_k_models"].items() if (new := moved(old))}
+            state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
