@@ -357,7 +357,8 @@ class Cases(L.LightningDataModule):
 
     @property
     def test_names(self) -> list[str]:
-        return {"names": ["a", "a"], "dict": [], "parts": ["a", "a_b"]}.get(self.case, ["a"])
+        names = {"names": ["a", "a"], "dict": [], "parts": ["a", "a_b"], "several": ["a", "b", "c"]}
+        return names.get(self.case, ["a"])
 
     def test_dataloader(self) -> Any:
         first, other = (BuiltinTriplets("test", n, image_size=16, seed=s) for n, s in ((self.size, 0), (6, 5)))
@@ -382,7 +383,7 @@ class Cases(L.LightningDataModule):
             "drop": lambda: self._loader(first, drop_last=True),
             "sampler": lambda: self._loader(first, sampler=[5, 1, 2]),
             "batch_sampler": lambda: DataLoader(first, batch_sampler=[[5, 1, 2], [6, 0]], collate_fn=collate_triplets),
-            "one": lambda: [self._loader(first), self._loader(Subset(other, [3]))],
+            "several": lambda: [self._loader(first), self._loader(Subset(other, [3])), loaders["batch_sampler"]()],
         }
         return loaders[self.case]()
 
@@ -531,9 +532,11 @@ def test_old_pictures_go(cases: None) -> None:
     config["trainer"]["callbacks"][1]["init_args"]["num_examples"] = 1
     config["data"] = {"class_path": "lipsim.training.data.Cases", "init_args": {"case": "first"}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("run/adversarial").joinpath("notes.txt").write_text("of the user")
     Path("run/results.json").unlink()  # as after an evaluation that was never finished
     evaluate(_args("run", "--trainer.callbacks=lipsim.callbacks.CertifyRadii"))
-    assert not list(Path("run/plots").iterdir()) and not list(Path("run/adversarial").iterdir())
+    assert not Path("run/plots").exists()
+    assert [path.name for path in Path("run/adversarial").iterdir()] == ["notes.txt"]
     assert [path.name for path in Path("run").glob("*.csv")] == ["radii.csv"]
     for count, left in ((2, {"000000", "000001"}), (1, {"000000"}), (0, set())):
         config["trainer"]["callbacks"][1]["init_args"]["num_examples"] = count
@@ -541,23 +544,35 @@ def test_old_pictures_go(cases: None) -> None:
         evaluate(_args("run"))
         assert {path.name[:6] for path in Path("run/adversarial/a").glob("*.png")} == left
         assert Path("run/plots/attacked-a.png").exists() == (count > 0)
+    twice = {"class_path": "lipsim.callbacks.CertifyRadii"}
+    config["trainer"]["callbacks"].append(twice)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="several CertifyRadii write to run, and each would replace"):
+        evaluate(_args("run"))
+    twice["init_args"] = {"directory": "second"}  # type: ignore[assignment]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    evaluate(_args("run"))
+    assert len(_rows("second/radii.csv")) == 7
 
 
 def test_own_loaders_on_two_processes(cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Own samplers, a limit, and a set of one triplet, of which the second process has none."""
     _command_line_of("Cases", tmp_path, monkeypatch)
-    for case, more in (("one", ["--trainer.limit_test_batches=3"]), ("batch_sampler", [])):
-        _evaluate_case(case, f"{case}-1", *more)
-        two = _args(f"{case}-2", f"--data.case={case}", "--trainer.devices=2", "--trainer.strategy=ddp", *more)
-        run = subprocess.run([*SCRIPT, *two], env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
-        assert run.returncode == 0, run.stderr[-3000:]
-        one, both = (read_results(Path(f"{case}-{n}", "results.json")) for n in (1, 2))
-        assert one["evaluation"] == both["evaluation"]
-        names = [path.name for path in Path(f"{case}-1").glob("radii*.csv")]
-        assert len(names) == len(one["certified"]["sets"])
-        for name in names:
-            for a, b in zip(_rows(f"{case}-1/{name}"), _rows(f"{case}-2/{name}"), strict=True):
-                assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+    given = ["--data.case=several", "--trainer.limit_test_batches=3"]
+    evaluate(_args("one", *given))
+    two = _args("two", *given, "--trainer.devices=2", "--trainer.strategy=ddp")
+    run = subprocess.run([*SCRIPT, *two], env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, both = (read_results(Path(folder, "results.json")) for folder in ("one", "two"))
+    assert one["evaluation"] == both["evaluation"]
+    assert {name: count["evaluated"] for name, count in one["evaluation"]["triplets"].items()} == {
+        "a": 6,
+        "b": 1,
+        "c": 5,
+    }
+    for name in "abc":
+        for x, y in zip(_rows(f"one/radii-{name}.csv"), _rows(f"two/radii-{name}.csv"), strict=True):
+            assert x == pytest.approx(y, rel=1e-5, abs=1e-6)
 
 
 def test_batches_keep_their_composition() -> None:

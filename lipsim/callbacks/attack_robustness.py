@@ -35,6 +35,7 @@ _RADII: dict[Target, str] = {
     "right": "right_radius",
     "all": "joint_radius",
 }
+_IMAGES = "adversarial/*/[0-9]*-*.png"
 
 
 class AttackRobustness(TripletCallback):
@@ -65,7 +66,7 @@ class AttackRobustness(TripletCallback):
         ValueError: a bad budget, norm or target, or an attack that is unknown or does not work in this norm.
     """
 
-    files = ("attacks.csv", "attacks-*.csv", "plots/attacked-*.png", "adversarial/*")
+    files = ("attacks.csv", "attacks-*.csv", "plots/attacked-*.png", "adversarial/*.safetensors", _IMAGES)
     differentiates = True
 
     def __init__(
@@ -182,7 +183,7 @@ class AttackRobustness(TripletCallback):
         norm = "∞" if self.norm == "inf" else self.norm
         title = f"ℓ{norm} attacks up to ε = {eps_label(self.eps[-1])} on {self.target}"
         plot_grid(picture, list(columns.values()), labels, title=title)
-        remove_files(folder, ["*.png"])  # of an earlier test
+        remove_files(folder, [Path(_IMAGES).name])  # of an earlier test
         folder.mkdir(parents=True, exist_ok=True)
         exact = {column: images.detach().cpu().contiguous() for column, images in columns.items()}
         save_file({"index": batch.index[:count].cpu(), **exact}, tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -154,11 +153,26 @@ class TripletCallback(Callback):
         if not isinstance(module, MetricModule):
             raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
+            self._check_alone(trainer)
             with outside_inference_mode():
                 # Callbacks start before the module does; what they audit must be what it will evaluate.
                 freeze(module.metric)
                 self.tables, self.latest = {}, None
                 self.begin(trainer, module)
+
+    def _check_alone(self, trainer: L.Trainer) -> None:
+        """Refuse another callback of this kind that would write to the same files.
+
+        Raises:
+            ValueError: there is one.
+        """
+        alike = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
+        directories = [callback.output_directory(trainer).absolute() for callback in alike]
+        if trainer.testing and directories.count(self.output_directory(trainer).absolute()) > 1:
+            raise ValueError(
+                f"several {type(self).__name__} write to {self.output_directory(trainer)}, and each would replace what "
+                "the one before it found; give each its own directory"
+            )
 
     def _batch(
         self,
@@ -188,12 +202,18 @@ class TripletCallback(Callback):
 
 
 def remove_files(directory: Path, patterns: Iterable[str], keep: Collection[Path] = ()) -> None:
-    """Remove files and folders that match one of some patterns, except those to keep."""
-    for path in [path for pattern in patterns for path in directory.glob(pattern) if path not in keep]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Remove files that match one of some patterns, and folders that this empties.
+
+    Args:
+        directory: where they are; it stays.
+        patterns: of paths relative to it.
+        keep: files, and folders whose files stay.
+    """
+    for path in [path for pattern in patterns for path in directory.glob(pattern)]:
+        if path.is_file() and path not in keep and path.parent not in keep:
+            path.unlink()
+            if path.parent != directory and not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def check_budgets(eps: Sequence[float]) -> list[float]:

@@ -26,7 +26,7 @@ def sets() -> tuple[BuiltinTriplets, BuiltinTriplets]:
 
 def _trainer(root: Path, **options: Any) -> L.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
-    return L.Trainer(default_root_dir=root, accelerator="cpu", devices=1, **quiet, **options)
+    return L.Trainer(default_root_dir=root, accelerator="cpu", devices=1, **{**quiet, **options})
 
 
 def _loader(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
@@ -96,7 +96,7 @@ def test_validation_after_training_is_of_its_own_loaders(
     sets: tuple[BuiltinTriplets, BuiltinTriplets], tmp_path: Path
 ) -> None:
     stage, radii = FineTuning(OrthogonalProjection(16, 8)), CertifyRadii(error_sample=4)
-    trainer = _trainer(tmp_path, callbacks=[radii], max_epochs=1, enable_checkpointing=False)
+    trainer = _trainer(tmp_path, callbacks=[radii], max_epochs=1, enable_checkpointing=False, num_sanity_val_steps=1)
     trainer.fit(stage, _loader(sets[0]), _loader(sets[0]))
     assert radii.results["sets"]["set0"]["num_triplets"] == 7
     trainer.validate(stage, _loader(Subset(sets[1], [5, 4])), verbose=False)
