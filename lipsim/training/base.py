@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lipsim import export
 from lipsim.data import Triplet
-from lipsim.data.loading import check_count, num_samples, served_batches
+from lipsim.data.loading import PlannedBatches, check_count, num_samples, served_batches
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze, unfreeze
 from lipsim.metric import PerceptualMetric
@@ -213,8 +213,11 @@ class MetricModule(L.LightningModule):
         return torch.tensor(expected, dtype=torch.int64, device=batch.index.device)
 
     def expected_positions(self, dataloader_idx: int) -> frozenset[int] | None:
-        """Positions that this process is to serve of a set in this evaluation; None where nobody knows."""
+        """Positions that this process, or all together, must serve of a set; None where nobody knows."""
         batches = self._served(dataloader_idx)
+        dataset = getattr(evaluation_loaders(self.trainer)[dataloader_idx], "dataset", None)
+        if isinstance(dataset, PlannedBatches):
+            return dataset.expected
         if batches is None:
             return None
         trainer = self.trainer
