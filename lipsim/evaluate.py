@@ -124,8 +124,11 @@ class RemainingData(L.LightningDataModule):
         self.test_names = evaluation_names(self.data, "test", found)
         loaders = dict(zip(self.test_names, tree_flatten(found)[0], strict=True))
         plans = {name: self._plan(name, loader) for name, loader in loaders.items()}
-        if not any(planned.num_samples for planned in plans.values()):
-            raise ValueError(f"{type(self.data).__name__} has no test triplets; choose data with a test set")
+        if not any(planned.batches for planned in plans.values()):
+            raise ValueError(
+                f"{type(self.data).__name__} has no test triplets; choose data with a test set, and leave drop_last "
+                "out where a set is smaller than a batch"
+            )
         trainer.limit_test_batches = 1.0  # the plans have it
         self.triplets = {
             name: {"evaluated": len(planned.positions), "in_set": planned.num_samples}

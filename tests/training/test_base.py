@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
 
 from lipsim.callbacks import CertifyRadii
 from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
@@ -63,6 +64,22 @@ def test_loaders_that_do_not_tell_their_order(sets: tuple[BuiltinTriplets, Built
         ValueError, match=r"only \d+ of 13 triplets of set0 have an index of their own; serve the set in"
     ):
         _validate(tmp_path, _loader(ConcatDataset(list(sets)), sampler=list(range(13))))
+
+
+def test_positions_on_several_processes(
+    sets: tuple[BuiltinTriplets, BuiltinTriplets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 1 of 2: what the sampler repeats at its end has the position of what it repeats; others are refused."""
+    shared = _loader(sets[0], sampler=DistributedSampler(sets[0], 2, 1, shuffle=False))
+    trainer = SimpleNamespace(world_size=2, testing=True, datamodule=None, test_dataloaders=shared)
+    monkeypatch.setattr(FineTuning, "trainer", property(lambda _: trainer))
+    stage, (batch,) = FineTuning(OrthogonalProjection(16, 8)), shared
+    assert stage.positions(batch, 0).tolist() == [1, 3, 5, 0]
+    trainer.test_dataloaders = _loader(sets[0], sampler=[1, 3])
+    with pytest.raises(
+        ValueError, match="nobody knows which triplets the sampler of set0 repeats on several processes"
+    ):
+        stage.positions(next(iter(trainer.test_dataloaders)), 0)
 
 
 def test_triplets_that_a_collate_fn_drops_are_missed(
