@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lipsim import export
-from lipsim.callbacks import KeepBatches, TripletCallback
+from lipsim.callbacks import (
+    AttackRobustness,
+    CertifyRadii,
+    KeepBatches,
+    NullSpaceRobustness,
+    TripletCallback,
+    TripletGallery,
+)
+from lipsim.callbacks.base import remove_files
 from lipsim.data import Triplet
-from lipsim.data.loading import Finished, data_fingerprint, remaining
+from lipsim.data.loading import Finished, Plan, data_fingerprint, plan, remaining
 from lipsim.errors import one_line_errors
 from lipsim.precision import full_precision
 from lipsim.results import read_results, state_fingerprint, update_results, versions
 from lipsim.train import StageCLI, commit, quiet_warnings
 from lipsim.training.base import Evaluation as Features
-from lipsim.training.base import MetricModule, check_votes
+from lipsim.training.base import MetricModule, check_votes, evaluation_names
 from lipsim.training.schedules import Triangular
 
 _DESCRIPTION = """Certify and attack an exported metric, for example
 evaluate.py --config configs/evaluate/builtin.yaml --checkpoint runs/quickstart/quickstart.safetensors
+Certifying costs little more than embedding each image once, attacks cost hundreds of times as much: a minute for the
+300 triplets of that config on two cores, about 25 processor minutes for the 12,554 of configs/evaluate/material.yaml.
+--max_triplets 400 evaluates a sample of each test set instead. The header of each config says what it costs.
 A run that was cut short continues where it was when the same command is given again."""
 
 
@@ -65,21 +76,27 @@ class ExportedMetric(MetricModule):
 
 
 class RemainingData(L.LightningDataModule):
-    """The test sets of a data module without the batches that an interrupted run has finished.
+    """The test sets of a data module, shared among processes without the batches that an interrupted run has finished.
 
     Args:
         data: the data module.
         keep: knows what is finished.
+        max_triplets: of each set, drawn with ``sample_seed``; None: all.
+        sample_seed: of the draw.
+
+    Attributes:
+        test_names: names of the test sets, in the order of their loaders.
+        triplets: by set, how many are evaluated, and how many there are.
     """
 
-    def __init__(self, data: L.LightningDataModule, keep: KeepBatches) -> None:
+    def __init__(
+        self, data: L.LightningDataModule, keep: KeepBatches, max_triplets: int | None = None, sample_seed: int = 0
+    ) -> None:
         super().__init__()
         self.data, self.keep = data, keep
-
-    @property
-    def test_names(self) -> list[str]:
-        """Names of the test sets, in the order of their loaders."""
-        return list(getattr(self.data, "test_names", None) or [])
+        self.max_triplets, self.sample_seed = max_triplets, sample_seed
+        self.test_names: list[str] = []
+        self.triplets: dict[str, dict[str, int]] = {}
 
     @property
     def test_groups(self) -> dict[str, dict[str, Tensor]]:
@@ -97,21 +114,48 @@ class RemainingData(L.LightningDataModule):
         self.data.teardown(stage)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """The loaders of the data module, with :class:`lipsim.data.loading.Finished` for what is finished."""
-        found = self.data.test_dataloader()
-        loaders = dict(enumerate(found if isinstance(found, Sequence) else [found]))
-        names = {i: self.test_names[i] if i < len(self.test_names) else f"set{i}" for i in loaders}
-        if not any(len(loader.dataset) for loader in loaders.values()):
-            raise ValueError(f"{type(self.data).__name__} has no test triplets; choose data with a test set")
-        assert self.trainer is not None
-        fingerprints = {names[i]: data_fingerprint(loader) for i, loader in loaders.items()}
-        self._check_resize()
-        if self.trainer.is_global_zero:
-            remove_other_results(
-                Path(self.trainer.default_root_dir), self.keep.settings["checkpoint_sha256"], fingerprints
+        """One process's share of each test set, :class:`lipsim.data.loading.Finished` for what is finished.
+
+        Raises:
+            ValueError: loaders that do not say which triplets they serve, sets of one name, or nothing to evaluate.
+        """
+        trainer, found = self.trainer, self.data.test_dataloader()
+        assert trainer is not None
+        self.test_names = evaluation_names(self.data, "test", found)
+        loaders = dict(zip(self.test_names, tree_flatten(found)[0], strict=True))
+        plans = {name: self._plan(name, loader) for name, loader in loaders.items()}
+        if not any(planned.batches for planned in plans.values()):
+            raise ValueError(
+                f"{type(self.data).__name__} has no test triplets; choose data with a test set, and leave drop_last "
+                "out where a set is smaller than a batch"
             )
-        finished = self.keep.open(self.trainer, fingerprints)
-        return [remaining(loader, finished.get(names[i], set())) for i, loader in loaders.items()]
+        trainer.limit_test_batches = 1.0  # the plans have it
+        self.triplets = {
+            name: {"evaluated": len(planned.positions), "in_set": planned.num_samples}
+            for name, planned in plans.items()
+        }
+        for name, count in self.triplets.items():
+            if count["evaluated"] < count["in_set"]:
+                rank_zero_info(f"evaluating {count['evaluated']} of {count['in_set']} triplets of {name}")
+        fingerprints = {name: planned.fingerprint(data_fingerprint(loaders[name])) for name, planned in plans.items()}
+        own = trainer.strategy.broadcast(fingerprints) == fingerprints
+        if not trainer.strategy.reduce_boolean_decision(own, all=True):
+            raise ValueError("the processes see other triplets each; seed what chooses them in the data module")
+        self._check_resize()
+        finished = self.keep.open(trainer, fingerprints)
+        if trainer.is_global_zero and not self.keep.continues:
+            remove_other_results(Path(trainer.default_root_dir), self.keep.settings["checkpoint_sha256"], fingerprints)
+        return [
+            remaining(loader, finished.get(name, set()), plans[name], trainer.global_rank, trainer.world_size)
+            for name, loader in loaders.items()
+        ]
+
+    def _plan(self, name: str, loader: DataLoader[Any]) -> Plan:
+        planned = plan(loader, name)
+        if self.max_triplets is not None:
+            planned = planned.sample(self.max_triplets, self.sample_seed)
+        assert self.trainer is not None
+        return planned.limit(self.trainer.limit_test_batches)
 
     def _check_resize(self) -> None:
         """Refuse images that were resized in another way than the metric expects.
@@ -143,11 +187,19 @@ class EvaluationCLI(StageCLI):
         parser.add_argument(
             "--checkpoint", type=str, required=True, help=".safetensors or .ckpt file, or a bundled name"
         )
+        parser.add_argument(
+            "--max_triplets",
+            type=PositiveInt | None,
+            default=None,
+            help="evaluate at most so many triplets of each test set, drawn at random; the results say how many",
+        )
+        parser.add_argument("--sample_seed", type=int, default=0, help="seed of that draw; a larger one has a smaller")
         parser.link_arguments("checkpoint", "model.checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer whose last callback keeps what is finished."""
-        trainer = super().instantiate_trainer(**kwargs)
+        # The loaders have been shared among processes when Lightning sees them; its sampler would repeat triplets.
+        trainer = super().instantiate_trainer(**{**kwargs, "use_distributed_sampler": False})
         directory = Path(trainer.default_root_dir)
         if (directory / "results.json").is_file():
             read_results(directory / "results.json")  # fail now rather than when everything is computed
@@ -165,9 +217,13 @@ class EvaluationCLI(StageCLI):
             "others_sha256": {str(path): file_sha256(export.resolve(path)) for path in others},
             "callbacks": settings,
             "accelerator": type(trainer.accelerator).__name__,
+            "precision": str(trainer.precision),
             "versions": versions(),
             "commit": commit(),
             "limit_test_batches": trainer.limit_test_batches,
+            "max_triplets": self.config.max_triplets,
+            "sample_seed": self.config.sample_seed,
+            "rows": "by position",  # what an earlier version kept by index is not continued
         }
 
 
@@ -182,13 +238,14 @@ def evaluate(args: Sequence[str]) -> EvaluationCLI:
             something else in the same folder.
     """
     quiet_warnings()
-    # Repeated samples are counted once here, whatever Lightning advises.
-    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
     cli = EvaluationCLI(args)
     callbacks = [c for c in cli.trainer.callbacks if isinstance(c, TripletCallback)]  # type: ignore[attr-defined]
+    if cli.trainer.limit_test_batches == 0:
+        raise ValueError("nothing to evaluate: limit_test_batches is 0; leave it out, or give --max_triplets")
     if not callbacks:
         raise ValueError("nothing to evaluate: name lipsim.callbacks.CertifyRadii, AttackRobustness, … as callbacks")
-    cli.trainer.test(cli.model, datamodule=RemainingData(cli.datamodule, cli.keep), verbose=False)
+    data = RemainingData(cli.datamodule, cli.keep, cli.config.max_triplets, cli.config.sample_seed)
+    cli.trainer.test(cli.model, datamodule=data, verbose=False)
     if cli.trainer.is_global_zero:
         path = Path(cli.trainer.default_root_dir) / "results.json"
         if path.is_file():
@@ -200,6 +257,8 @@ def evaluate(args: Sequence[str]) -> EvaluationCLI:
                 "checkpoint_sha256": sha256,
                 "image_size": metric.image_size,
                 "resize": metric.preprocess.resize,
+                "triplets": data.triplets,
+                "sample_seed": cli.config.sample_seed,
             }
             update_results(path, "evaluation", content)
         cli.print_certified()
@@ -218,20 +277,17 @@ def remove_other_results(directory: Path, checkpoint_sha256: str, data: Mapping[
     Its tables and pictures would stand beside the new ones as if they belonged to them.
     """
     path = directory / "results.json"
-    if not path.is_file():
-        return
-    results = read_results(path)
-    sections = [section for section in results.values() if isinstance(section, dict)]
-    checkpoints = {section.get("checkpoint_sha256", checkpoint_sha256) for section in sections}
-    sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
-    same = all(found.get(name) == sha256 for found in sets for name, sha256 in data.items())
-    if checkpoints == {checkpoint_sha256} and same:
-        return
-    rank_zero_info(f"removing the results of another evaluation from {directory}")
-    for pattern in ("results.json", "radii*.csv", "attacks*.csv", "plots/*.png"):
-        for file in directory.glob(pattern):
-            file.unlink()
-    shutil.rmtree(directory / "adversarial", ignore_errors=True)
+    if path.is_file():
+        results = read_results(path)
+        sections = [section for section in results.values() if isinstance(section, dict)]
+        checkpoints = {section.get("checkpoint_sha256", checkpoint_sha256) for section in sections}
+        sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
+        if checkpoints == {checkpoint_sha256} and all(found.get(name) == data[name] for found in sets for name in data):
+            return
+        rank_zero_info(f"removing the results of another evaluation from {directory}")
+    # Without results.json nothing says what the files are of.
+    kinds = (CertifyRadii, AttackRobustness, NullSpaceRobustness, TripletGallery)
+    remove_files(directory, ["results.json", *(pattern for kind in kinds for pattern in kind.files)])
 
 
 def file_sha256(path: Path) -> str:

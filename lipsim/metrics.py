@@ -1,5 +1,8 @@
 """torchmetrics for 2AFC data. Each counts a sample once, however often a distributed sampler repeats it.
 
+A sample is told from others by ``index``, ``(N,)`` whole numbers: its position in the data set, or anything else that
+no other sample has. Indices of several sets collide; ``(N, K)`` rows of numbers, such as set and index, do not.
+
 :func:`triplet_metrics` has all of them in one collection. Keyword arguments that are not named go to
 ``torchmetrics.Metric`` (``sync_on_compute``, …).
 """
@@ -18,7 +21,7 @@ from lipsim.results import eps_label
 
 
 class _PerSample(Metric):
-    """Keeps one row of numbers for each sample index; the first row of a repeated index counts."""
+    """Keeps one row of numbers for each sample; the first row of a repeated index counts."""
 
     full_state_update = False
     is_differentiable = False
@@ -31,6 +34,11 @@ class _PerSample(Metric):
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def _append(self, index: Tensor, *columns: Tensor) -> None:
+        if index.ndim not in (1, 2) or len(index) != len(columns[0]) or index.is_floating_point():
+            raise ValueError(
+                f"expected an index of whole numbers (N,) or (N, K) for {len(columns[0])} samples, got "
+                f"{tuple(index.shape)} {index.dtype}"
+            )
         self.index.append(index)
         self.rows.append(torch.stack([column.double() for column in columns], dim=1))
 
@@ -44,10 +52,10 @@ class _PerSample(Metric):
 
 
 def unique_first(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted distinct values of ``index`` ``(N,)`` and the position at which each occurs first."""
-    values, inverse = torch.unique(index, return_inverse=True)
+    """Sorted distinct values of ``index``, ``(N,)`` or rows ``(N, K)``, and the position at which each occurs first."""
+    values, inverse = torch.unique(index, return_inverse=True, dim=0 if index.ndim > 1 else None)
     positions = torch.arange(len(index), device=index.device)
-    first = torch.full_like(values, len(index)).scatter_reduce(0, inverse, positions, reduce="amin")
+    first = positions.new_full((len(values),), len(index)).scatter_reduce(0, inverse, positions, reduce="amin")
     return values, first
 
 

@@ -74,11 +74,14 @@ def quickstart(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def score_of(distance: Distance, loader: DataLoader[Any]) -> dict[str, float]:
     """Natural scores of a plain distance on a loader of triplets."""
     majority, vote = TwoAFCScore("majority", sync_on_compute=False), TwoAFCScore("vote", sync_on_compute=False)
+    seen = 0
     for batch in loader:
+        position = torch.arange(seen, seen + len(batch))
+        seen += len(batch)
         with torch.no_grad():
             margin = distance(batch.reference, batch.right) - distance(batch.reference, batch.left)
         for score in (majority, vote):
-            score.update(margin, batch.right_vote, batch.index)
+            score.update(margin, batch.right_vote, position)
     return {"majority": float(majority.compute()), "vote": float(vote.compute())}
 
 

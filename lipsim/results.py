@@ -9,7 +9,8 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     Python and packages → version.
 ``evaluation`` (scripts/evaluate.py)
     ``checkpoint`` as given, ``checkpoint_sha256`` of the file, ``image_size``, ``resize`` (see
-    :class:`lipsim.data.transforms.Preprocess`).
+    :class:`lipsim.data.transforms.Preprocess`); ``triplets`` name of a test set → how many were ``evaluated`` and are
+    ``in_set``; ``sample_seed`` of the draw where that was a sample.
 ``certified`` (:class:`lipsim.callbacks.CertifyRadii`)
     ``lipschitz`` the audited bound, ``layers`` name → bound; ``anchor``; ``feature_error`` that was subtracted, with
     ``feature_error_sample`` images and ``feature_error_factor``; ``resize``; ``precision``; ``eps`` the budgets,
@@ -31,7 +32,8 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     natural scores of plain distances; duration of each stage.
 
 What belongs to a metric has ``weights_sha256`` (:func:`state_fingerprint` of the encoder), and what was measured on
-data has ``data_sha256``: set or part → :func:`lipsim.data.loading.data_fingerprint`.
+data has ``data_sha256``: set or part → :func:`lipsim.data.loading.data_fingerprint`, with the choice of triplets where
+that was not the whole set.
 """
 
 from __future__ import annotations

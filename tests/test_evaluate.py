@@ -16,9 +16,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lipsim import PerceptualMetric, export, students, teachers
-from lipsim.data import Triplet, collate_triplets
+from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
 from lipsim.data.loading import Finished, read_batch, remaining
 from lipsim.evaluate import ExportedMetric, evaluate, main
 from lipsim.results import read_results
@@ -164,20 +165,22 @@ class TwoSets(BuiltinData):
         self.test_sets = {**self.test_sets, "other": other.test_sets["builtin"]}
 
 
-def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lipsim.training.data.TwoSets", TwoSets, raising=False)
-    # What the processes of a command line can import.
-    source = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_evaluate, lipsim.training.data"
-    )
-    runner = tmp_path / "run.py"
+def _command_line_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the command line's processes import a data module of these tests."""
+    runner = folder / "run.py"
     runner.write_text(
-        f"{source}\nlipsim.training.data.TwoSets = test_evaluate.TwoSets\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_evaluate, lipsim.training.data\n"
+        f"lipsim.training.data.{name} = test_evaluate.{name}\n"
         "from lipsim.evaluate import main\nif __name__ == '__main__':\n    main()\n"
     )
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", [sys.executable, str(runner)])
+
+
+def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lipsim.training.data.TwoSets", TwoSets, raising=False)
+    _command_line_of("TwoSets", tmp_path, monkeypatch)
     config = _config(steps=60) | {"data": {"class_path": "lipsim.training.data.TwoSets"}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", [sys.executable, str(runner)])
     evaluate(_args("whole"))
     two = _args("resumed", "--trainer.devices=2", "--trainer.strategy=ddp")
     first = _kill_after(2, _args("resumed"))
@@ -342,6 +345,234 @@ def test_the_record_of_a_run_runs_again() -> None:
     assert results["evaluation"]["checkpoint_sha256"] == cli.keep.settings["checkpoint_sha256"]
     evaluate(["--config", str(folder / "config.yaml")])
     assert (folder / "results.json").read_bytes() == first
+
+
+class Cases(L.LightningDataModule):
+    """Loaders of the user's own over built-in triplets."""
+
+    def __init__(self, case: str, size: int = 7) -> None:
+        super().__init__()
+        self.case, self.size = case, size
+        self.test_groups: dict[str, dict[str, torch.Tensor]] = {}
+
+    @property
+    def test_names(self) -> list[str]:
+        names = {"names": ["a", "a"], "dict": [], "parts": ["a", "a_b"], "several": ["a", "b", "c"]}
+        return names.get(self.case, ["a"])
+
+    def test_dataloader(self) -> Any:
+        first, other = (BuiltinTriplets("test", n, image_size=16, seed=s) for n, s in ((self.size, 0), (6, 5)))
+        few = Subset(first, [4, 6, 1, 0, 2])
+        if self.case in ("subset", "mask", "masks", "typo"):
+            self.test_groups = {
+                "subset": {},
+                "mask": {"a": {"low": torch.tensor([False, False, True, True, True])}},
+                "masks": {"a": {"low": torch.arange(self.size) < 3}},
+                "typo": {"b": {"low": torch.ones(5, dtype=torch.bool)}},
+            }[self.case]
+            return self._loader(few)
+        if self.case == "parts":
+            self.test_groups = {"a": {"b": torch.ones(self.size, dtype=torch.bool)}}
+        loaders = {
+            "first": lambda: self._loader(first),
+            "other": lambda: self._loader(other),
+            "concat": lambda: self._loader(ConcatDataset([first, other])),
+            "names": lambda: [self._loader(first), self._loader(other)],
+            "parts": lambda: [self._loader(first), self._loader(other)],
+            "dict": lambda: {"x": self._loader(first), "y": self._loader(other)},
+            "drop": lambda: self._loader(first, drop_last=True),
+            "sampler": lambda: self._loader(first, sampler=[5, 1, 2]),
+            "batch_sampler": lambda: DataLoader(first, batch_sampler=[[5, 1, 2], [6, 0]], collate_fn=collate_triplets),
+            "several": lambda: [self._loader(first), self._loader(Subset(other, [3])), loaders["batch_sampler"]()],
+        }
+        return loaders[self.case]()
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+        return DataLoader(dataset, batch_size=2, collate_fn=collate_triplets, **options)
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lipsim.training.data.Cases", Cases, raising=False)
+    config = _config(steps=1) | {"data": {"class_path": "lipsim.training.data.Cases"}}
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+
+
+def _evaluate_case(case: str, folder: str, *more: str) -> None:
+    evaluate(_args(folder, f"--data.case={case}", *more))
+
+
+def _rows(path: str) -> list[dict[str, float]]:
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _cut_short(monkeypatch: pytest.MonkeyPatch, after: int, *args: str) -> None:
+    """An evaluation that fails after some batches of each process."""
+    step = ExportedMetric.test_step
+
+    def fails(self: ExportedMetric, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if batch_idx == after:
+            raise InterruptedError
+        return step(self, batch, batch_idx, dataloader_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExportedMetric, "test_step", fails)
+        with pytest.raises(InterruptedError):
+            _evaluate_case(*args)
+
+
+@pytest.mark.parametrize(
+    ("case", "indices"),
+    [
+        ("subset", [4, 6, 1, 0, 2]),
+        ("concat", [*range(7), *range(6)]),
+        ("sampler", [1, 2, 5]),
+        ("batch_sampler", [0, 1, 2, 5, 6]),
+        ("drop", [*range(6)]),
+    ],
+)
+def test_every_triplet_is_reported_once(
+    case: str, indices: list[int], cases: None, monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    _evaluate_case(case, "whole")
+    assert sorted(computed) == sorted(indices)
+    rows = _rows("whole/radii.csv")
+    assert [row["index"] for row in rows] == indices
+    assert ("position" in rows[0]) == (case in ("subset", "concat"))
+    if "position" in rows[0]:
+        assert [row["position"] for row in rows] == list(range(len(indices)))
+    section = read_results(Path("whole/results.json"))
+    assert section["certified"]["sets"]["a"]["num_triplets"] == len(indices)
+    size = {"subset": 5, "concat": 13}.get(case, 7)
+    assert section["evaluation"]["triplets"] == {"a": {"evaluated": len(indices), "in_set": size}}
+    _cut_short(monkeypatch, 1, case, "cut")
+    computed.clear()
+    _evaluate_case(case, "cut")
+    assert sorted(computed) == sorted(_without_first_batch(case, indices))
+    for name in ("results.json", "radii.csv"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def _without_first_batch(case: str, indices: list[int]) -> list[int]:
+    """Indices of what is left after one batch."""
+    return {"sampler": [2], "batch_sampler": [6, 0]}.get(case, indices[2:])
+
+
+def test_sets_that_are_concatenated_score_as_each_alone(cases: None) -> None:
+    for case in ("concat", "first", "other"):
+        _evaluate_case(case, case)
+    together, *apart = (_rows(f"{case}/radii.csv") for case in ("concat", "first", "other"))
+    assert len(together) == 13
+    for row, alone in zip(together, [*apart[0], *apart[1]], strict=True):
+        row.pop("position")
+        assert row == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+def test_names_of_sets(cases: None, capsys: pytest.CaptureFixture[str]) -> None:
+    _evaluate_case("dict", "dict")  # the keys
+    assert list(read_results(Path("dict/results.json"))["certified"]["sets"]) == ["x", "y"]
+    for case, name in (("names", "a"), ("parts", "a_b")):
+        with pytest.raises(SystemExit):
+            main(_args("run", f"--data.case={case}"))
+        assert f"several evaluation sets are called {name}, and results are kept by name" in capsys.readouterr().err
+
+
+def test_masks_are_over_positions(cases: None, capsys: pytest.CaptureFixture[str]) -> None:
+    _evaluate_case("mask", "mask")
+    rows = _rows("mask/radii.csv")
+    assert [row["index"] for row in rows if row["a_low"]] == [1, 0, 2]
+    assert read_results(Path("mask/results.json"))["certified"]["sets"]["a_low"]["num_triplets"] == 3
+    for case, message in (
+        ("masks", "expected a bool mask of a_low over the 5 positions of the data set that a is served from, got (7,)"),
+        ("typo", "test_groups names parts of b; the sets are a"),
+    ):
+        with pytest.raises(SystemExit):
+            main(_args("run", f"--data.case={case}"))
+        assert message in capsys.readouterr().err
+
+
+def test_what_was_begun_in_another_way_is_not_continued(
+    cases: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _cut_short(monkeypatch, 1, "first", "run")
+    for more, message in (
+        ("--trainer.precision=bf16-mixed", "differs in precision;"),
+        ("--trainer.precision=64-true", "leave it at 32-true"),
+        ("--max_triplets=4", "differs in max_triplets, data;"),
+        ("--trainer.limit_test_batches=2", "differs in limit_test_batches, data;"),
+        ("--data.case=subset", "differs in data;"),
+    ):
+        with pytest.raises(SystemExit):
+            main(_args("run", "--data.case=first", more))
+        error = capsys.readouterr().err
+        assert message in error and error.count("error:") == 1
+    _evaluate_case("first", "run")
+    assert len(_rows("run/radii.csv")) == 7
+
+
+def test_a_size_for_a_quick_run(cases: None) -> None:
+    _evaluate_case("first", "run", "--data.size=20", "--max_triplets=9", "--trainer.limit_test_batches=4")
+    indices = [row["index"] for row in _rows("run/radii.csv")]
+    assert len(indices) == 8 and indices == sorted(indices) and indices != list(range(8))
+    results = read_results(Path("run/results.json"))
+    assert results["evaluation"]["triplets"] == {"a": {"evaluated": 8, "in_set": 20}}
+    assert results["evaluation"]["sample_seed"] == 0
+    with pytest.raises(ValueError, match="nothing to evaluate: limit_test_batches is 0"):
+        _evaluate_case("first", "run", "--trainer.limit_test_batches=0")
+
+
+def test_old_pictures_go(cases: None) -> None:
+    config = _config(steps=1) | {"data": {"class_path": "lipsim.training.data.Cases"}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    _evaluate_case("dict", "run")
+    written = {"attacked-x.png", "attacked-y.png", "gallery-x.png", "gallery-y.png"}
+    assert {path.name for path in Path("run/plots").iterdir()} == written
+    config["trainer"]["callbacks"][1]["init_args"]["num_examples"] = 1
+    config["data"] = {"class_path": "lipsim.training.data.Cases", "init_args": {"case": "first"}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("run/adversarial").joinpath("notes.txt").write_text("of the user")
+    Path("run/results.json").unlink()  # as after an evaluation that was never finished
+    evaluate(_args("run", "--trainer.callbacks=lipsim.callbacks.CertifyRadii"))
+    assert not Path("run/plots").exists()
+    assert [path.name for path in Path("run/adversarial").iterdir()] == ["notes.txt"]
+    assert [path.name for path in Path("run").glob("*.csv")] == ["radii.csv"]
+    for count, left in ((2, {"000000", "000001"}), (1, {"000000"}), (0, set())):
+        config["trainer"]["callbacks"][1]["init_args"]["num_examples"] = count
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        evaluate(_args("run"))
+        assert {path.name[:6] for path in Path("run/adversarial/a").glob("*.png")} == left
+        assert Path("run/plots/attacked-a.png").exists() == (count > 0)
+    twice = {"class_path": "lipsim.callbacks.CertifyRadii"}
+    config["trainer"]["callbacks"].append(twice)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="several CertifyRadii write to run, and each would replace"):
+        evaluate(_args("run"))
+    twice["init_args"] = {"directory": "second"}  # type: ignore[assignment]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    evaluate(_args("run"))
+    assert len(_rows("second/radii.csv")) == 7
+
+
+def test_own_loaders_on_two_processes(cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Own samplers, a limit, and a set of one triplet, of which the second process has none."""
+    _command_line_of("Cases", tmp_path, monkeypatch)
+    given = ["--data.case=several", "--trainer.limit_test_batches=3"]
+    evaluate(_args("one", *given))
+    two = _args("two", *given, "--trainer.devices=2", "--trainer.strategy=ddp")
+    run = subprocess.run([*SCRIPT, *two], env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, both = (read_results(Path(folder, "results.json")) for folder in ("one", "two"))
+    assert one["evaluation"] == both["evaluation"]
+    assert {name: count["evaluated"] for name, count in one["evaluation"]["triplets"].items()} == {
+        "a": 6,
+        "b": 1,
+        "c": 5,
+    }
+    for name in "abc":
+        for x, y in zip(_rows(f"one/radii-{name}.csv"), _rows(f"two/radii-{name}.csv"), strict=True):
+            assert x == pytest.approx(y, rel=1e-5, abs=1e-6)
 
 
 def test_batches_keep_their_composition() -> None:

@@ -81,3 +81,20 @@ def test_bad_arguments() -> None:
         TwoAFCScore("mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no triplet was seen"), pytest.warns(UserWarning, match="compute"):
         TwoAFCScore().compute()
+
+
+def test_samples_of_two_sets_with_one_index() -> None:
+    """Rows (set, index) tell them apart; the index alone does not."""
+    both = [torch.stack([torch.full_like(INDEX, number), INDEX], dim=1) for number in (0, 1)]
+    alone, together = TwoAFCScore("majority"), TwoAFCScore("majority")
+    for index, sign in zip(both, (1, -1), strict=True):
+        alone.update(sign * MARGIN, VOTES, INDEX)
+        together.update(sign * MARGIN, VOTES, index)
+    together.update(MARGIN[:2], VOTES[:2], both[0][:2])  # repeated, and counted once
+    # Of the five untied votes 3 agree as they are (see above), and 1 where every margin is turned around.
+    assert alone.compute().item() == pytest.approx(3 / 5)
+    assert together.compute().item() == pytest.approx((3 + 1) / 10)
+    with pytest.raises(ValueError, match="whole numbers"):
+        RadiusStatistics().update(torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"for 2 samples, got \(3,\)"):
+        RadiusStatistics().update(torch.ones(2), torch.arange(3))

@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.utils import save_image
@@ -20,9 +19,8 @@ from lipsim.attacks import SuiteResult, TwoAFCObjective, auto
 from lipsim.attacks.auto import SUITES, check_attacks
 from lipsim.attacks.objectives import IMAGES, TARGETS, Target
 from lipsim.attacks.projections import Ball, Norm, sample_norm
-from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
+from lipsim.callbacks.base import TripletCallback, check_budgets, load_others, remove_files
 from lipsim.callbacks.certify_radii import EPS
-from lipsim.callbacks.collect import write_csv
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.data import Triplet
 from lipsim.layers import freeze
@@ -38,6 +36,7 @@ _RADII: dict[Target, str] = {
     "right": "right_radius",
     "all": "joint_radius",
 }
+_IMAGES = "adversarial/*/[0-9]*-*.png"
 
 
 class AttackRobustness(TripletCallback):
@@ -69,6 +68,7 @@ class AttackRobustness(TripletCallback):
         ValueError: a bad budget, norm or target, or an attack that is unknown or does not work in this norm.
     """
 
+    files = ("attacks.csv", "attacks-*.csv", "plots/attacked-*.png", "adversarial/*.safetensors", _IMAGES)
     differentiates = True
 
     def __init__(
@@ -187,17 +187,27 @@ class AttackRobustness(TripletCallback):
             for image, x_adv in zip(self._moving, result.x_adv[:count].chunk(len(self._moving), 1), strict=True):
                 columns[f"{key}/{image}"] = x_adv
                 labels.append([f"{title}: {verdict}" for verdict in verdicts(result)[:count]])
-        directory = self.output_directory(trainer)
+        picture, tensors, folder = self._examples(trainer, name)
         norm = "∞" if self.norm == "inf" else self.norm
         title = f"ℓ{norm} attacks up to ε = {eps_label(self.eps[-1])} on {self.target}"
-        plot_grid(directory / "plots" / f"attacked-{name}.png", list(columns.values()), labels, title=title)
-        folder = directory / "adversarial" / name
+        plot_grid(picture, list(columns.values()), labels, title=title)
+        remove_files(folder, [Path(_IMAGES).name])  # of an earlier test
         folder.mkdir(parents=True, exist_ok=True)
         exact = {column: images.detach().cpu().contiguous() for column, images in columns.items()}
-        save_file({"index": batch.index[:count].cpu(), **exact}, folder.with_name(f"{name}.safetensors"))
+        save_file({"index": batch.index[:count].cpu(), **exact}, tensors)
+        # Triplets of concatenated sets may have one index.
+        stems = [f"{i:06d}" if index.count(i) == 1 else f"{i:06d}-{k}" for k, i in enumerate(index)]
         for column, images in exact.items():
-            for i, image in zip(index, images, strict=True):
-                save_image(image, folder / f"{i:06d}-{column.replace('/', '-')}.png")
+            for stem, image in zip(stems, images, strict=True):
+                save_image(image, folder / f"{stem}-{column.replace('/', '-')}.png")
+
+    def _examples(self, trainer: L.Trainer, name: str) -> list[Path]:
+        """Where the attacked images of a set go, if any: a picture, exact ones, a folder of 8-bit ones."""
+        if not self.num_examples:
+            return []
+        directory = self.output_directory(trainer)
+        folder = directory / "adversarial"
+        return [directory / "plots" / f"attacked-{name}.png", folder / f"{name}.safetensors", folder / name]
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
         gathered = self.gather(trainer, module)
@@ -206,8 +216,8 @@ class AttackRobustness(TripletCallback):
         for name, summary in sets.items():
             for label, score in summary["metric"]["attacked"].items():
                 module.log(f"{stage}/{name}/attacked_{label}", score, sync_dist=True)
-        for name, rows in gathered.items():
-            self._write_rows(trainer, name, rows)
+        written = self.write_rows(trainer, "attacks", gathered)
+        self.remove_others(trainer, [*written, *(path for name in gathered for path in self._examples(trainer, name))])
         settings = {
             "attack": "auto" if self.attacks == SUITES[self.norm] else "+".join(self.attacks),
             "attacks": list(self.attacks),
@@ -241,12 +251,6 @@ class AttackRobustness(TripletCallback):
 
     def _scores(self, broken_at: Tensor) -> dict[str, float]:
         return {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
-
-    @rank_zero_only
-    def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
-        if self.writes(trainer):
-            file = "attacks.csv" if len(self.tables) == 1 else f"attacks-{name}.csv"
-            write_csv(self.output_directory(trainer) / file, rows)
 
 
 def verdicts(result: SuiteResult) -> list[str]:

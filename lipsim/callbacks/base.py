@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lipsim import export
-from lipsim.callbacks.collect import SampleTable, rows_by_group
+from lipsim.callbacks.collect import SampleTable, csv_columns, gather_objects, rows_by_group, write_csv
 from lipsim.data import Triplet
-from lipsim.data.loading import data_fingerprint, read_batch
+from lipsim.data.loading import check_count, data_fingerprint, num_samples, read_batch
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.paths import user_path
@@ -38,9 +38,10 @@ class TripletCallback(Callback):
     Attributes:
         tables: by the name of an evaluation set, what :meth:`see` found out about its triplets. A test that continues
             an interrupted one starts with the rows of the batches that are finished.
-        latest: set, sample indices and columns of the last batch.
+        latest: set, positions, sample indices and columns of the last batch.
     """
 
+    files: tuple[str, ...] = ()  # patterns of what a test writes into its directory besides results.json
     differentiates = False  # whether `see` takes gradients with respect to images, which Lightning's cannot have
 
     def __init__(self, directory: Path | None = None, validate: bool = True) -> None:
@@ -48,7 +49,7 @@ class TripletCallback(Callback):
         self.directory = directory
         self.validate = validate
         self.tables: dict[str, SampleTable] = {}
-        self.latest: tuple[str, Tensor, dict[str, Tensor]] | None = None
+        self.latest: tuple[str, Tensor, Tensor, dict[str, Tensor]] | None = None
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
         """Before the first batch."""
@@ -67,10 +68,22 @@ class TripletCallback(Callback):
         """After the last batch, on every process."""
 
     def gather(self, trainer: L.Trainer, module: MetricModule) -> dict[str, dict[str, Tensor]]:
-        """The rows of all processes by set, on every process."""
-        # In the order of the loaders: after a resume, processes may have met the sets in different orders.
-        order = [module.set_name(i) for i in range(len(evaluation_loaders(trainer)))]
-        return {name: self.tables[name].gather() for name in dict.fromkeys(order) if name in self.tables}
+        """The rows of all processes by set, in the order of the loaders, on every process.
+
+        Raises:
+            ValueError: they are not of each triplet that a set was to serve, once.
+        """
+        found = {}
+        for i, name in enumerate(module.set_names()):
+            table = self.tables.get(name, SampleTable())
+            rows = table.gather()
+            shares = gather_objects(module.expected_positions(i))
+            if rows:
+                known = [share for share in shares if share is not None]
+                expected = frozenset().union(*known) if known else None
+                check_count(name, table.positions() if expected is None else rows["position"].tolist(), expected)
+                found[name] = rows
+        return found
 
     def with_parts(
         self, module: MetricModule, gathered: Mapping[str, dict[str, Tensor]]
@@ -89,6 +102,23 @@ class TripletCallback(Callback):
     def writes(self, trainer: L.Trainer) -> bool:
         """Whether this run leaves files: a test does, a trial of it (``fast_dev_run``) and validation do not."""
         return trainer.testing and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def write_rows(self, trainer: L.Trainer, kind: str, gathered: Mapping[str, dict[str, Tensor]]) -> list[Path]:
+        """Write ``KIND.csv``, or a ``KIND-SET.csv`` for each of several sets; returns the files, none in validation."""
+        if not self.writes(trainer):
+            return []
+        names = [f"{kind}.csv" if len(gathered) == 1 else f"{kind}-{name}.csv" for name in gathered]
+        written = [self.output_directory(trainer) / name for name in names]
+        for path, rows in zip(written, gathered.values(), strict=True):
+            if trainer.is_global_zero:
+                write_csv(path, csv_columns(rows))
+        return written
+
+    @rank_zero_only
+    def remove_others(self, trainer: L.Trainer, written: Collection[Path]) -> None:
+        """Remove what an earlier test left in this callback's files: it would stand there as if it were of this one."""
+        if self.writes(trainer):
+            remove_files(self.output_directory(trainer), self.files, keep=written)
 
     @rank_zero_only
     def write_section(self, trainer: L.Trainer, section: str, content: dict[str, Any]) -> None:
@@ -128,11 +158,26 @@ class TripletCallback(Callback):
         if not isinstance(module, MetricModule):
             raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
+            self._check_alone(trainer)
             with outside_inference_mode():
                 # Callbacks start before the module does; what they audit must be what it will evaluate.
                 freeze(module.metric)
                 self.tables, self.latest = {}, None
                 self.begin(trainer, module)
+
+    def _check_alone(self, trainer: L.Trainer) -> None:
+        """Refuse another callback of this kind that would write to the same files.
+
+        Raises:
+            ValueError: there is one.
+        """
+        alike = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
+        directories = [callback.output_directory(trainer).absolute() for callback in alike]
+        if trainer.testing and directories.count(self.output_directory(trainer).absolute()) > 1:
+            raise ValueError(
+                f"several {type(self).__name__} write to {self.output_directory(trainer)}, and each would replace what "
+                "the one before it found; give each its own directory"
+            )
 
     def _batch(
         self,
@@ -148,16 +193,32 @@ class TripletCallback(Callback):
             with outside_inference_mode():
                 z, z0, z1 = (features.clone() for features in evaluation["features"])
                 name = module.set_name(dataloader_idx)
+                position = module.positions(batch, batch_idx, dataloader_idx)
                 # Copying every image costs a tenth of embedding them.
                 images = batch.clone() if self.differentiates else batch
                 columns = self.see(trainer, module, (z, z0, z1), images, name)
             if columns:
-                self.tables.setdefault(name, SampleTable()).append(batch.index, columns)
-                self.latest = name, batch.index, columns
+                self.tables.setdefault(name, SampleTable()).append(batch.index, columns, position)
+                self.latest = name, position, batch.index, columns
 
     def _end(self, trainer: L.Trainer, module: Any) -> None:
         if self._works(trainer):
             self.finish(trainer, module)
+
+
+def remove_files(directory: Path, patterns: Iterable[str], keep: Collection[Path] = ()) -> None:
+    """Remove files that match one of some patterns, and folders that this empties.
+
+    Args:
+        directory: where they are; it stays.
+        patterns: of paths relative to it.
+        keep: files, and folders whose files stay.
+    """
+    for path in [path for pattern in patterns for path in directory.glob(pattern)]:
+        if path.is_file() and path not in keep and path.parent not in keep:
+            path.unlink()
+            if path.parent != directory and not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def check_budgets(eps: Sequence[float]) -> list[float]:
@@ -201,7 +262,7 @@ def first_images(loader: DataLoader, count: int) -> Tensor:
 
     Of triplets all three images, references and candidates alike.
     """
-    length = len(loader.dataset)  # type: ignore[arg-type]
+    length = num_samples(loader)
     batch = read_batch(loader, list(range(min(-(-count // 3), length))))
     if not isinstance(batch, Triplet):
         batch = read_batch(loader, list(range(min(count, length))))

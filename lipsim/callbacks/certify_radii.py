@@ -7,13 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lipsim import certificates
 from lipsim.audit import LipschitzReport
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
-from lipsim.callbacks.collect import write_csv
 from lipsim.data import Triplet
 from lipsim.lower_bounds import feature_error
 from lipsim.metric import PerceptualMetric
@@ -48,6 +46,8 @@ class CertifyRadii(TripletCallback):
         lipsim.audit.UnboundedModuleError: the encoder has no Lipschitz bound (when validation or test starts).
         ValueError: budgets that are negative or not ascending; weights in half precision.
     """
+
+    files = ("radii.csv", "radii-*.csv")
 
     def __init__(
         self,
@@ -103,9 +103,11 @@ class CertifyRadii(TripletCallback):
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         for name, scores in sets.items():
             self._log(trainer, module, name, scores)
-        for name, rows in gathered.items():
-            membership = {part: mask[rows["index"]].long() for part, mask in module.groups(name).items()}
-            self._write_rows(trainer, name, {**rows, **membership})
+        with_membership = {
+            name: {**rows, **{part: mask[rows["position"]].long() for part, mask in module.groups(name).items()}}
+            for name, rows in gathered.items()
+        }
+        self.remove_others(trainer, self.write_rows(trainer, "radii", with_membership))
         metric = module.metric
         content: dict[str, Any] = {
             "lipschitz": metric.lipschitz,
@@ -129,7 +131,7 @@ class CertifyRadii(TripletCallback):
         module.log(f"{stage}/{name}/median_radius", scores["radius"]["median"], sync_dist=True)
 
     def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
-        margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["index"]
+        margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["position"]
         scores: dict[str, Any] = {"num_triplets": len(index), "num_tied_votes": int((votes == 0.5).sum())}
         for kind in ("majority", "vote"):
             score = TwoAFCScore(kind, sync_on_compute=False)
@@ -153,13 +155,6 @@ class CertifyRadii(TripletCallback):
         scores["radius"] = {key.removeprefix("radius_"): float(value) for key, value in radius.compute().items()}
         scores["one_pixel_immune"] = float((rows["pixels"] >= 1).double().mean())
         return scores
-
-    @rank_zero_only
-    def _write_rows(self, trainer: L.Trainer, name: str, rows: dict[str, Tensor]) -> None:
-        if not self.writes(trainer):
-            return
-        file = "radii.csv" if len(self.tables) == 1 else f"radii-{name}.csv"
-        write_csv(self.output_directory(trainer) / file, rows)
 
 
 def _dtype(metric: PerceptualMetric) -> str:

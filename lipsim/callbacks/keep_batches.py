@@ -35,12 +35,16 @@ class KeepBatches(Callback):
     Args:
         directory: of the files.
         settings: what, besides the data, the rows depend on (JSON).
+
+    Attributes:
+        continues: whether :meth:`open` found rows of a run that was cut short.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.directory, self.settings = directory, settings
         self.kept: dict[str, list[Kept]] = {}
+        self.continues = False
         self._file: IO[str] | None = None
 
     def open(self, trainer: L.Trainer, data: Mapping[str, str]) -> dict[str, set[int]]:
@@ -51,12 +55,13 @@ class KeepBatches(Callback):
             data: fingerprint of each set.
 
         Returns:
-            By set, the indices of the triplets that are finished.
+            By set, the positions of the triplets that are finished.
 
         Raises:
             ValueError: the rows belong to another checkpoint, other data or other settings.
         """
         self._check({**self.settings, "data": dict(data)})
+        self.continues = self._anything()
         trainer.strategy.barrier()  # every process has checked before any of them writes
         self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not self._anything():
@@ -70,7 +75,7 @@ class KeepBatches(Callback):
         finished: dict[str, set[int]] = {}
         self.kept = {}
         for record in records:
-            finished.setdefault(record["set"], set()).update(record["index"])
+            finished.setdefault(record["set"], set()).update(record["position"])
             self.kept.setdefault(record["set"], []).append(_tensors(record))
         for name, indices in finished.items():
             rank_zero_info(f"continuing: {len(indices)} triplets of {name} are finished ({self.directory})")
@@ -85,16 +90,18 @@ class KeepBatches(Callback):
                 for batch in batches:
                     if key in batch:
                         columns = {column: values.to(pl_module.device) for column, values in batch[key].items()}
-                        callback.tables.setdefault(name, SampleTable()).append(columns.pop("index"), columns)
+                        index, position = columns.pop("index"), columns.pop("position")
+                        callback.tables.setdefault(name, SampleTable()).append(index, columns, position)
         self.kept = {}
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         found = {key: callback.latest for key, callback in _callbacks(trainer).items() if callback.latest}
         if not found or self._file is None or not isinstance(pl_module, MetricModule):
             return
-        name, index, _ = next(iter(found.values()))
-        rows = {key: {c: _json(values) for c, values in columns.items()} for key, (_, _, columns) in found.items()}
-        self._file.write(json.dumps({"set": name, "index": index.tolist(), "rows": rows}) + "\n")
+        name, position, index, _ = next(iter(found.values()))
+        rows = {key: {c: _json(values) for c, values in columns.items()} for key, (*_, columns) in found.items()}
+        record = {"set": name, "position": position.tolist(), "index": index.tolist(), "rows": rows}
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for callback in _callbacks(trainer).values():
             callback.latest = None
@@ -195,9 +202,9 @@ def _json(values: Tensor) -> dict[str, Any]:
 
 
 def _tensors(record: Mapping[str, Any]) -> Kept:
-    index = torch.tensor(record["index"], dtype=torch.int64)
+    keys = {name: torch.tensor(record[name], dtype=torch.int64) for name in ("index", "position")}
     rows = {
         key: {name: torch.tensor(c["values"], dtype=getattr(torch, c["dtype"])) for name, c in columns.items()}
         for key, columns in record["rows"].items()
     }
-    return {key: {"index": index, **columns} for key, columns in rows.items()}
+    return {key: {**keys, **columns} for key, columns in rows.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.callbacks.base import TripletCallback, outside_inference_mode
@@ -32,6 +34,8 @@ class TripletGallery(TripletCallback):
         steps: of the attack; 0 draws none.
     """
 
+    files = ("plots/gallery.png", "plots/gallery-*.png")
+
     def __init__(self, num_triplets: int = 4, directory: Path | None = None, steps: int = 40) -> None:
         super().__init__(directory, validate=False)
         if num_triplets < 1:
@@ -46,23 +50,24 @@ class TripletGallery(TripletCallback):
         return {"right_vote": batch.right_vote, "margin": margin, "radius": radius}
 
     def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
-        rows = self.gather(trainer, module)
+        found = self.gather(trainer, module)
+        folder = self.output_directory(trainer) / "plots"
+        paths = {name: folder / ("gallery.png" if len(found) == 1 else f"gallery-{name}.png") for name in found}
+        loaders = dict(zip(module.set_names(), evaluation_loaders(trainer), strict=True))
         with outside_inference_mode():
-            for i in range(len(evaluation_loaders(trainer))):
-                name = module.set_name(i)
-                if name in rows and self.writes(trainer):
-                    self._draw(trainer, module, i, name, _extremes(rows[name], self.num_triplets))
+            for name, rows in found.items() if self.writes(trainer) else ():
+                self._draw(module, loaders[name], paths[name], _extremes(rows, self.num_triplets))
+        self.remove_others(trainer, list(paths.values()))
 
     @rank_zero_only
-    def _draw(self, trainer: L.Trainer, module: MetricModule, loader: int, name: str, rows: dict[str, Tensor]) -> None:
-        batch = read_batch(evaluation_loaders(trainer)[loader], rows["index"].tolist()).to(module.device)
+    def _draw(self, module: MetricModule, loader: DataLoader[Any], path: Path, rows: dict[str, Tensor]) -> None:
+        batch = read_batch(loader, rows.pop("position").tolist()).to(module.device)
         # No gradients to the weights, as in AttackRobustness.
         metric = copy.deepcopy(module.metric).requires_grad_(False)
         freeze(metric)
         attacked = attack_at_radius(metric, batch, rows, self.steps) if self.steps else None
-        file = "gallery.png" if len(self.tables) == 1 else f"gallery-{name}.png"
         images = torch.stack([batch.reference, batch.left, batch.right], dim=1)
-        plot_gallery(self.output_directory(trainer) / "plots" / file, images, attacked=attacked, **rows)
+        plot_gallery(path, images, attacked=attacked, **rows)
 
 
 def attack_at_radius(

@@ -19,8 +19,9 @@ class Triplet:
         left: the first candidates, same shape.
         right: the second candidates, same shape.
         right_vote: ``(N,)`` float in [0, 1], the fraction of judges who chose right; 0.5 is a tied vote.
-        index: ``(N,)`` int64, the position of each triplet in its data set. Results are keyed by it, so that a sample
-            which a distributed sampler repeats is counted once.
+        index: ``(N,)`` int64, the number by which the data set knows each triplet. Tables show it and random numbers of
+            attacks depend on it. Results tell triplets apart by their set and their position there, which is the index
+            unless the set is a ``Subset`` or a ``ConcatDataset``.
     """
 
     reference: Tensor

@@ -15,6 +15,7 @@ from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.data.embedded_images import EmbeddedImages
 from lipsim.data.embedding_cache import EmbeddingCache
+from lipsim.data.loading import tells_positions
 from lipsim.metric import PerceptualMetric
 from lipsim.precision import full_precision
 from lipsim.training.acceleration import Acceleration
@@ -150,17 +151,27 @@ class Distillation(MetricModule):
         for key, (value, count) in values.items():
             self.log(f"{name}/{key}", value, sync_dist=True, batch_size=count, add_dataloader_idx=False)
         # The triplets of a batch have its images in this order: they are embedded once.
-        return self._evaluate(batch, dataloader_idx, embed=lambda _: student)
+        return self._evaluate(batch, batch_idx, dataloader_idx, embed=lambda _: student)
 
 
 def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, world_size: int) -> Tensor:
     """Which of a batch a distributed sampler has not put there to fill the last one, ``(count,)`` of 0 and 1.
 
-    For the order of a loader that is not shuffled: process ``rank`` gets every ``world_size``-th position of the set.
+    Such a sampler gives process ``rank`` every ``world_size``-th place of an order that begins again at its end.
+
+    Raises:
+        ValueError: on several processes, a loader that does not tell what it serves.
     """
+    if world_size == 1:
+        return torch.ones(count)
+    if not tells_positions(loader):
+        raise ValueError(
+            "nobody knows which images the validation sampler repeats on several processes; serve them in order "
+            "(shuffle=False, no sampler), or validate on one process"
+        )
     assert loader.batch_size is not None
-    position = (batch_idx * loader.batch_size + torch.arange(count)) * world_size + rank
-    return (position < len(loader.dataset)).float()  # type: ignore[arg-type]
+    place = (batch_idx * loader.batch_size + torch.arange(count)) * world_size + rank
+    return (place < len(loader.dataset)).float()  # type: ignore[arg-type]
 
 
 def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:

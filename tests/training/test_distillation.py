@@ -155,6 +155,7 @@ def test_shared_triplets_are_compared_image_by_image(triplets: Any) -> None:
     module.log = lambda name, value, **_: logged.__setitem__(name.split("/")[-1], value)  # type: ignore[assignment]
     module.set_name = lambda index: "shared"  # type: ignore[method-assign]
     module.groups = lambda name: {}  # type: ignore[method-assign]
+    module.positions = lambda batch, *_: batch.index  # type: ignore[method-assign]
     with torch.no_grad():
         found = module.validation_step(batch, 0)
         student = module.metric.embed(batch.distinct)
@@ -236,3 +237,11 @@ def test_images_that_a_distributed_sampler_repeats_count_once(size: int, world_s
             new = unrepeated(len(batch), i, loader, rank, world_size)
             seen += batch[new > 0].tolist()
     assert sorted(seen) == list(range(size))
+
+
+def test_images_of_a_sampler_that_does_not_tell_are_refused_on_several_processes() -> None:
+    dataset = TensorDataset(torch.arange(5))
+    loader = DataLoader(dataset, batch_sampler=[[0, 2], [4]])
+    assert unrepeated(2, 0, loader, rank=0, world_size=1).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="nobody knows which images the validation sampler repeats"):
+        unrepeated(2, 0, loader, rank=0, world_size=2)
