@@ -131,7 +131,7 @@ def decision_claims(
 ) -> list[Claim]:
     """The radii of the reference, of each candidate and of all three, on triplets ``(N, 3, H, W)`` in float64."""
     answers = answers or Answers.of(metric)
-    certificate = metric.certify(reference, left, right)
+    certificate = metric.certify(reference, left, right, check_range=False)
     sign = torch.where(certificate.prefers_left, 1.0, -1.0).to(reference)
     z, z0, z1 = (answers.encoder(images) for images in (reference, left, right))
 
@@ -170,7 +170,7 @@ def distance_claims(
 ) -> list[Claim]:
     """Both ends of the interval of ``d(x, y)``, for one and for two moving images, and thresholds on either side."""
     answers = answers or Answers.of(metric)
-    z, zy, fixed = metric.embed(x), metric.embed(y), answers.encoder(y)
+    z, zy, fixed = metric.embed(x, check_range=False), metric.embed(y, check_range=False), answers.encoder(y)
     distance, theta = geometry.cosine_distance(z, zy, metric.anchor), geometry.angle(z, zy, metric.anchor)
     # A budget that reaches distance 0 claims nothing about the lower end.
     reach, sine = geometry.anchored_norm(z, metric.anchor) / metric.lipschitz, torch.sin(theta / 2)
@@ -185,7 +185,9 @@ def distance_claims(
     found = []
     for share in shares:
         eps = reach * torch.minimum(sine, torch.full_like(sine, share))
-        rows = [metric.distance_bounds(x[i : i + 1], y[i : i + 1], float(eps[i])) for i in range(len(x))]
+        rows = [
+            metric.distance_bounds(x[i : i + 1], y[i : i + 1], float(eps[i]), check_range=False) for i in range(len(x))
+        ]
         lower, upper = (torch.cat(ends) for ends in zip(*rows, strict=True))
         found.append(Claim(f"distance ≤, ε {share:g}", x, eps, above, (fixed, upper), away))
         found.append(Claim(f"distance ≥, ε {share:g}", x, eps, below, (fixed, lower), y))
@@ -238,7 +240,11 @@ def retrieval_claims(
     is nearest by the metric's own features.
     """
     answers = answers or Answers.of(metric)
-    z, zg, fixed = metric.embed(query), metric.embed(gallery), answers.encoder(gallery)
+    z, zg, fixed = (
+        metric.embed(query, check_range=False),
+        metric.embed(gallery, check_range=False),
+        answers.encoder(gallery),
+    )
     distance = geometry.cosine_distance(z[:, None], zg[None], metric.anchor)
     order = distance.argsort(dim=1, stable=True)
     p, s = geometry.project(zg, metric.anchor)
@@ -342,7 +348,7 @@ def attack_pixels(
     answers = answers or Answers.of(metric)
     claim = decision_claims(metric, reference, left, right, answers)[0]
     objective = _ClaimObjective(answers.encoder, claim, claim.fixed)
-    certified = metric.certify(reference, left, right).pixels
+    certified = metric.certify(reference, left, right, check_range=False).pixels
     most = reference[0, 0].numel()
     # The certified number itself first; then doubled until it breaks, then halved intervals down to the least.
     low, found, points = torch.full_like(certified, -1), torch.full_like(certified, most + 1), reference.clone()

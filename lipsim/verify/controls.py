@@ -86,7 +86,7 @@ def mutant_controls(metric: PerceptualMetric, images: Images, seed: int = 0) -> 
     scaled, name = _scaled(metric)
     deviation = Normalize([0.5] * 3, [0.226] * 3)
     # As long as the features: a smaller fault drowns where these are long, and no attack could see it.
-    other = metric.anchor + float(metric.embed(images[0]).norm(dim=1).mean())
+    other = metric.anchor + float(metric.embed(images[0], check_range=False).norm(dim=1).mean())
 
     def answers(distance: Callable[[Tensor, Tensor], Tensor]) -> Answers:
         return Answers(metric.encoder, distance)
