@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lipsim import attack_images, attack_tables, certificates, export, lower_bounds, teacher_commands, verify
+from lipsim.arithmetic import largest_feature_error
 from lipsim.audit import LipschitzReport
 from lipsim.data import BuiltinTriplets
 from lipsim.data.bit_depth import DeepImage
@@ -78,7 +79,7 @@ def _audit(options: argparse.Namespace) -> int:
         progress("attacking the bound")
         attack = lower_bounds.attack_lipschitz(metric.encoder, images, options.steps)
         progress("error of the forward pass")
-        error = lower_bounds.feature_error(metric.encoder, images)
+        error = largest_feature_error(metric.encoder, metric.image_size, images, thorough=False)
     # Negated, so that NaN fails.
     broken = [
         f"{layer.kind} at '{layer.name}' reaches {reached[layer.name]:.9g}, above its bound {layer.bound:.9g}"
@@ -107,7 +108,10 @@ def _table(report: LipschitzReport, reached: dict[str, float], attack: float, er
         rows.append(f"{layer.bound:<14.9g}{value:<14.9g}{used:<8}{layer.kind:<20}{layer.name}")
     used = f"{100 * attack / report.total:.1f} %" if report.total else ""
     rows.append(f"{report.total:<14.9g}{attack:<14.9g}{used:<8}the whole network; every radius divides by the bound")
-    rows.append(f"forward error at most {error:.3g} in feature units, on {samples} images against float64")
+    rows.append(
+        f"forward error up to {error:.3g} in feature units, found on constant images and on these {samples}, "
+        "against float64"
+    )
     return "\n".join(rows)
 
 
@@ -134,9 +138,6 @@ def _certify(options: argparse.Namespace) -> int:
     pictures = {name: read_image(file) for name, file in files.items()}
     dtype = next(metric.parameters()).dtype
     images = {name: load_image(file, metric.preprocess).to(dtype).unsqueeze(0) for name, file in files.items()}
-    if not metric.feature_error:
-        # The file says nothing about float32: measured here, and enlarged as CertifyRadii does.
-        metric.feature_error = 4 * lower_bounds.feature_error(metric.encoder, torch.cat(list(images.values())))
     found = metric.certify(**images)
     margin = float(found.margin)
     radii = {
@@ -173,14 +174,18 @@ def _original_radii(
     plain = all(p.mode in ("RGB", *gray) and not p.has_transparency_data for p in pictures.values())
     if metric.preprocess.resize != "float" or not plain:
         return None
-    norms = {}
-    for name, picture in pictures.items():
-        # Its height and width in whichever order: the norm is symmetric in them. No resize: no change.
-        size = (picture.height, picture.width)
-        same = size == (metric.image_size, metric.image_size)
-        resize = 1.0 if same else certificates.resize_norm(size, metric.image_size)
-        norms[name] = resize * gray.get(picture.mode, 1.0) * (1 + 1e-12)
-    return {name: radius / norms.get(name, max(norms.values())) for name, radius in radii.items()}
+
+    def original(radius: float, picture: Image.Image | DeepImage) -> float:
+        # Its height and width in whichever order: the norm is symmetric in them.
+        found = certificates.original_radius(radius, (picture.height, picture.width), metric.image_size)
+        return found / (gray.get(picture.mode, 1.0) * (1 + 1e-12))
+
+    return {
+        name: original(radius, pictures[name])
+        if name in pictures
+        else min(original(radius, picture) for picture in pictures.values())
+        for name, radius in radii.items()
+    }
 
 
 def _certificate(facts: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lipsim import students, teachers
+from lipsim.checks import check_count, check_number
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.paths import user_path
@@ -51,6 +52,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     header = {**describe(metric, encoder), "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
+    header["feature_error"] = metric.feature_error
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole: a process that dies while writing leaves the old file.
@@ -70,7 +72,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
 def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
     """What rebuilds a metric with this encoder besides its weights (JSON).
 
-    ``lipschitz`` is None without a bound, else "audited".
+    ``lipschitz`` is None without a bound, else "audited"; ``feature_error`` is searched for again when it is loaded.
 
     Raises:
         ValueError: the encoder is of a class that no header can name, or has LoRA layers.
@@ -86,7 +88,8 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
         "image_size": metric.image_size,
         "anchor": metric.anchor,
         "lipschitz": AUDITED if metric.has_bound else None,
-        "feature_error": metric.feature_error,
+        "feature_error": metric.declared_feature_error,
+        "feature_error_kind": metric.feature_error_kind,
         "resize": metric.preprocess.resize,
     }
 
@@ -109,6 +112,9 @@ def load(path: str | Path) -> PerceptualMetric:
             raise ValueError(
                 f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
             )
+        check_count("image_size", header["image_size"])
+        declared = header["lipschitz"]
+        floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
         encoder = ENCODERS[header["encoder"]](**header["config"])
         metric = PerceptualMetric(
             encoder,
@@ -118,12 +124,10 @@ def load(path: str | Path) -> PerceptualMetric:
             feature_error=header["feature_error"],
             resize=header["resize"],
         )
-        declared = header["lipschitz"]
-        floor = 0.0 if declared in (None, AUDITED) else float(declared)
-        if declared is not None and declared != AUDITED and not floor > 0:
-            raise ValueError(f"it declares a Lipschitz bound of {declared}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot rebuild the metric in {file}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
+        raise ValueError(f"cannot rebuild the metric in {file}: {str(error).splitlines()[0]}") from error
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         encoder.to(dtypes.pop())
@@ -131,8 +135,9 @@ def load(path: str | Path) -> PerceptualMetric:
     metric.requires_grad_(False)
     freeze(metric)
     if declared is not None:
-        # Computed, not assumed: a header cannot claim less than the weights have.
+        # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
         metric.require_lipschitz(floor)
+        metric.require_feature_error(metric.declared_feature_error)
     return metric
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 def anchored_norm(z: Tensor, anchor: float = 1.0) -> Tensor:
     """Norm ``‖(z, κ)‖`` of the anchored features, ``(N,)``."""
-    return torch.sqrt(z.square().sum(-1) + anchor**2) if anchor else torch.linalg.vector_norm(z, dim=-1)
+    scale = binary_scale(z, anchor)
+    z, constant = scaled(z, anchor, scale)
+    return scale * _scaled_norm(z, constant if anchor else None)
 
 
 def project(z: Tensor, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -21,9 +23,35 @@ def project(z: Tensor, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
 
     Zero features without an anchor have no direction: both parts are 0 there.
     """
-    norm = anchored_norm(z, anchor)
-    scale = torch.where(norm > 0, norm, torch.ones_like(norm)).reciprocal()
-    return z * scale.unsqueeze(-1), anchor * scale
+    scale = binary_scale(z, anchor)
+    z, constant = scaled(z, anchor, scale)
+    norm = _scaled_norm(z, constant if anchor else None)
+    inverse = torch.where(norm > 0, norm, torch.ones_like(norm)).reciprocal()
+    return z * inverse.unsqueeze(-1), constant * inverse
+
+
+@torch.no_grad()
+def binary_scale(z: Tensor, anchor: float = 0.0) -> Tensor:
+    """Power of two just below the largest entry of ``(z, κ)``, ``(N,)``; 1 where that is 0 or not finite.
+
+    Divided by it, no square overflows, and none vanishes that counts; the division is exact.
+    """
+    largest = z.abs().amax(-1) if z.shape[-1] else z.new_zeros(z.shape[:-1])
+    largest = torch.maximum(largest, torch.full_like(largest, anchor))
+    mantissa, _ = torch.frexp(largest)
+    scale = largest / (2 * mantissa)
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
+
+
+def scaled(z: Tensor, anchor: float, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Both parts of ``(z, κ)`` over a scale, ``(N, D)`` and ``(N,)``."""
+    # Between tensors: torch divides a number by a tensor as its reciprocal, which overflows for the smallest scales.
+    return z / scale.unsqueeze(-1), torch.full_like(scale, anchor) / scale
+
+
+def _scaled_norm(z: Tensor, constant: Tensor | None) -> Tensor:
+    """Norm of ``z`` and a constant; without the latter its gradient at 0 is 0 and not NaN."""
+    return torch.linalg.vector_norm(z, dim=-1) if constant is None else torch.sqrt(z.square().sum(-1) + constant**2)
 
 
 def cosine_distance(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:
@@ -33,7 +61,7 @@ def cosine_distance(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:
     Features without a direction (see :func:`project`) are at distance 1 from everything.
     """
     (p, p_anchor), (q, q_anchor) = project(z, anchor), project(y, anchor)
-    distance = ((p - q).square().sum(-1) + (p_anchor - q_anchor).square()) / 2
+    distance = (((p - q).square().sum(-1) + (p_anchor - q_anchor).square()) / 2).clamp(max=2)
     if anchor:
         return distance
     undefined = (anchored_norm(z, anchor) == 0) | (anchored_norm(y, anchor) == 0)

@@ -1,4 +1,4 @@
-"""What a network really reaches: lower bounds on Lipschitz constants, and the error of its arithmetic.
+"""What a network really reaches: lower bounds on Lipschitz constants.
 
 They certify nothing. Next to the upper bounds of :mod:`lipsim.audit` they show how much of the budget each layer uses,
 and that nothing exceeds its bound.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.attacks.random import sample_normal
-from lipsim.layers import evaluation_mode, exact_copy
+from lipsim.layers import exact_copy
 from lipsim.precision import full_precision
 
 Function = Callable[[Tensor], Tensor]
@@ -93,18 +93,6 @@ def attack_lipschitz(encoder: nn.Module, images: Tensor, steps: int = 50, step_s
             gradients = torch.autograd.grad(growth.sum(), (x, y))
             x, y = (point + step_size * _unit(gradient) for point, gradient in zip((x, y), gradients, strict=True))
         return float(best)
-
-
-def feature_error(encoder: nn.Module, images: Tensor) -> float:
-    """Largest ``‖f(x) − f64(x)‖`` over images ``(N, 3, H, W)``: the dtype of the weights against float64.
-
-    Both compute with the same derived weights, so this is the error of the forward pass alone.
-    """
-    if not len(images):
-        return 0.0
-    with torch.no_grad(), full_precision(), evaluation_mode(encoder):
-        difference = encoder(images.clone()).double() - exact_copy(encoder)(images.double())  # in place, perhaps
-    return float(torch.linalg.vector_norm(difference, dim=-1).max())
 
 
 def _push_forward(function: Function, x: Tensor, direction: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lipsim import audit, certificates, geometry
+from lipsim.arithmetic import ERROR_FACTOR, largest_feature_error
+from lipsim.checks import LARGEST_ANCHOR, check_count, check_images, check_number
+from lipsim.checks import check_range as _check_range
 from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode
 from lipsim.layers.fingerprint import Fingerprint, fingerprint
@@ -46,14 +49,24 @@ class TwoAFCCertificate:
 class PerceptualMetric(nn.Module):
     """Cosine distance between anchored features, with certificates where the encoder has a Lipschitz bound.
 
+    Images are ``(N, 3, S, S)`` in [0, 1], and everything that takes them refuses others with the remedy: a metric
+    answers for pixels up to 255, or from -1 to 1, as plausibly as it does for images. Where other points are meant, as
+    in an attack without a box or in training, whose batches have been checked, ``check_range=False`` says so (as it has
+    to under :func:`torch.vmap`, where nothing has a value).
+
     Args:
         encoder: maps images ``(N, 3, H, W)`` to features ``(N, D)``.
         image_size: side ``H = W`` of its input.
         anchor: constant coordinate ``κ ≥ 0`` appended to the features; 1 makes the distance Lipschitz everywhere.
         lipschitz: a proven bound on the encoder's Lipschitz constant. None: audited here. ``math.inf``: there is none,
             as for a ViT teacher; every radius is 0 then.
-        feature_error: largest error of a float32 embedding, in feature units, that certificates cover.
+        feature_error: largest error of a float32 embedding of images in [0, 1], in feature units, that certificates
+            cover; 0: they hold for exact arithmetic only.
         resize: how :attr:`preprocess` brings an image to ``image_size``: see :class:`lipsim.data.Preprocess`.
+
+    Attributes:
+        feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
+            (:mod:`lipsim.arithmetic`; it proves nothing), "declared" by whoever set it, or "none".
 
     Raises:
         lipsim.audit.UnboundedModuleError: ``lipschitz`` is None and the audit cannot bound the encoder.
@@ -70,18 +83,16 @@ class PerceptualMetric(nn.Module):
         resize: str = "float",
     ) -> None:
         super().__init__()
-        if not anchor >= 0:
-            raise ValueError(f"expected an anchor ≥ 0, got {anchor}")
-        if lipschitz is not None and not lipschitz > 0:
-            raise ValueError(f"expected a Lipschitz bound > 0, got {lipschitz}")
-        if not 0 <= feature_error < math.inf:
-            raise ValueError(f"expected a feature_error ≥ 0, got {feature_error}")
+        check_count("image_size", image_size)
+        if isinstance(own := getattr(encoder, "image_size", None), int | float) and own != image_size:
+            raise ValueError(f"expected the encoder's image_size {own}, got {image_size}")
         self.encoder = encoder
         self.image_size = image_size
+        self._found_error: tuple[tuple[torch.dtype, torch.device], float] | None = None
         self.anchor = anchor
         self.feature_error = feature_error
         self.preprocess = Preprocess(image_size, resize)
-        self._lipschitz = lipschitz
+        self._lipschitz = None if lipschitz is None else _check_bound(lipschitz)
         self._floor = 0.0
         self._audited: Fingerprint | None = (
             None  # what the encoder was when it was audited; None: the bound is declared
@@ -109,51 +120,110 @@ class PerceptualMetric(nn.Module):
 
     @lipschitz.setter
     def lipschitz(self, bound: float) -> None:
-        if not bound > 0:
-            raise ValueError(f"expected a Lipschitz bound > 0, got {bound}")
-        self._lipschitz, self._audited, self._floor = bound, None, 0.0
+        self._lipschitz, self._audited, self._floor = _check_bound(bound), None, 0.0
+
+    @property
+    def anchor(self) -> float:
+        """The constant coordinate ``κ ≥ 0`` beside the features."""
+        return self._anchor
+
+    @anchor.setter
+    def anchor(self, anchor: float) -> None:
+        self._anchor = check_number("anchor", anchor, most=LARGEST_ANCHOR)
+
+    @property
+    def feature_error(self) -> float:
+        """The error of one embedding that every certificate covers. Set it to declare another.
+
+        That of a metric from a file is at least what a search finds here, with these weights in their dtype on their
+        device (:meth:`require_feature_error`).
+        """
+        if not self._searches or not self.has_bound:
+            return self._feature_error
+        self.lipschitz  # noqa: B018  (an audit, where the weights have changed, forgets what was found for others)
+        weight = next(self.encoder.parameters(), torch.zeros(()))
+        if self._found_error is None or self._found_error[0] != (weight.dtype, weight.device):
+            found = ERROR_FACTOR * largest_feature_error(self.encoder, self.image_size, thorough=False)
+            self._found_error = (weight.dtype, weight.device), found
+        return max(self._feature_error, self._found_error[1])
+
+    @feature_error.setter
+    def feature_error(self, error: float) -> None:
+        self._feature_error = check_number("feature_error", error)
+        self._searches, self._found_error = False, None
+        self.feature_error_kind = "declared" if error else "none"
+
+    @property
+    def declared_feature_error(self) -> float:
+        """:attr:`feature_error` as it was given, without a search."""
+        return self._feature_error
 
     def require_lipschitz(self, floor: float) -> None:
         """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
+        check_number("Lipschitz bound", floor)
         self.audit()
         self._floor = floor
 
-    def embed(self, x: Tensor) -> Tensor:
+    def require_feature_error(self, floor: float) -> None:
+        """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.
+
+        What the file of a metric says about it cannot be less than what is found here.
+        """
+        self.feature_error = floor
+        self._searches, self.feature_error_kind = True, "searched"
+
+    def embed(self, x: Tensor, *, check_range: bool = True) -> Tensor:
         """Features ``f(x)``, ``(N, D)``, before anchor and projection.
 
+        Args:
+            x: images ``(N, 3, image_size, image_size)`` in [0, 1].
+            check_range: False takes any real numbers.
+
         Raises:
-            ValueError: ``x`` is not ``(N, 3, image_size, image_size)``.
+            ValueError: ``x`` is no such tensor.
         """
-        self.check_shape(x)
+        self.check_images(x, check_range=check_range)
         if any(getattr(module, "inplace", False) for module in self.encoder.modules()):
             x = x.clone()  # the first layer, or one behind views of the images, would change the caller's
         return self.encoder(x)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)``."""
-        self.check_shape(x)
-        self.check_shape(y)
-        z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
+    def forward(self, x: Tensor, y: Tensor, *, check_range: bool = True) -> Tensor:
+        """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)`` in [0, 1].
+
+        Args:
+            x: images.
+            y: images to compare them with, each with its own or with the only one.
+            check_range: False takes any real numbers.
+
+        Raises:
+            ValueError: one is no such tensor, or their numbers differ.
+        """
+        for images in (x, y):
+            self.check_images(images, check_range=check_range)
+        if len(x) != len(y) and 1 not in (len(x), len(y)):
+            raise ValueError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
+        z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return geometry.cosine_distance(z, z_other, self.anchor)
 
     @torch.no_grad()
     def certify(self, reference: Tensor, left: Tensor, right: Tensor) -> TwoAFCCertificate:
         """Answer N triplets ``(N, 3, H, W)`` and certify the answers, in full precision.
 
-        The certified answer is that of the returned ``prefers_left``, whose geometry runs in float64.
+        The certified answer is that of the returned ``prefers_left``, whose geometry runs in float64. The images
+        have to be in [0, 1], the range that :attr:`feature_error` was found on.
 
         Raises:
-            ValueError: different numbers of images, a wrong shape, or weights or images in half precision.
+            ValueError: different numbers of images, a wrong shape, values outside [0, 1], or half precision.
         """
         for images in (reference, left, right):
-            self.check_shape(images)
+            self.check_images(images)
         if not len(reference) == len(left) == len(right):
             raise ValueError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
-        self.check_precision(reference, left, right)
+        self._check_dtype(reference, left, right)
         with full_precision(), evaluation_mode(self.encoder):
-            z, z0, z1 = self.embed(torch.cat([reference, left, right])).chunk(3)
+            z, z0, z1 = self.encoder(torch.cat([reference, left, right])).chunk(3)
         return self.certify_features(reference, z, z0, z1)
 
     @torch.no_grad()
@@ -193,10 +263,16 @@ class PerceptualMetric(nn.Module):
 
     @torch.no_grad()
     def distance_bounds(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``."""
-        self.check_precision(x, y)
+        """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``.
+
+        Raises:
+            ValueError: no images ``(N, 3, H, W)`` in [0, 1], a negative budget, or half precision.
+        """
+        for images in (x, y):
+            self.check_images(images)
+        self._check_dtype(x, y)
         with full_precision(), evaluation_mode(self.encoder):
-            z, z_other = self.embed(torch.cat([x, y])).split([len(x), len(y)])
+            z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
 
     @property
@@ -216,6 +292,7 @@ class PerceptualMetric(nn.Module):
         content = self._content()  # before: a change during the audit must not be taken for what was audited
         report = audit.lipschitz_bound(self.encoder, self.image_size)
         self._lipschitz, self._audited = report.total, content
+        self._found_error = None  # of other weights
         return report
 
     def _audit_holds(self) -> bool:
@@ -241,19 +318,28 @@ class PerceptualMetric(nn.Module):
                     "no certificate covers; convert the images with .float() and embed them again"
                 )
 
-    def check_shape(self, x: Tensor) -> None:
+    def _check_dtype(self, *images: Tensor) -> None:
+        """Refuse what nothing can be certified with, and images of another dtype than the weights."""
+        self.check_precision(*images)
+        weight = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        for tensor in images:
+            if weight is not None and tensor.dtype != weight:
+                raise ValueError(f"expected images in {weight}, as the weights are, got {tensor.dtype}: x.to({weight})")
+
+    def check_images(self, x: Tensor, *, check_range: bool = True) -> None:
         """Refuse what are no images of this metric.
 
         Raises:
-            ValueError: ``x`` is not ``(N, 3, image_size, image_size)``.
+            ValueError: ``x`` is not ``(N, 3, image_size, image_size)`` of floating-point numbers in [0, 1].
         """
-        expected = (3, self.image_size, self.image_size)
-        if x.ndim != 4 or x.shape[1:] != expected:
-            raise ValueError(
-                f"expected images of shape (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}; "
-                "metric.preprocess brings an image to this size"
-            )
+        check_images(x, self.image_size)
+        if check_range:
+            _check_range(x)
 
 
 def _is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
+
+
+def _check_bound(bound: float) -> float:
+    return check_number("Lipschitz bound", bound, above=True, finite=False)

@@ -12,9 +12,11 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     :class:`lipsim.data.transforms.Preprocess`); ``triplets`` name of a test set → how many were ``evaluated`` and are
     ``in_set``; ``sample_seed`` of the draw where that was a sample.
 ``certified`` (:class:`lipsim.callbacks.CertifyRadii`)
-    ``lipschitz`` the audited bound, ``layers`` name → bound; ``anchor``; ``feature_error`` that was subtracted, with
-    ``feature_error_sample`` images and ``feature_error_factor``; ``resize``; ``precision``; ``eps`` the budgets,
-    ascending; ``sets`` name of a test set or part → ``num_triplets``, ``num_tied_votes`` among them, ``majority``
+    ``lipschitz`` the audited bound, ``layers`` name → bound; ``anchor``; ``feature_error`` that was subtracted,
+    ``feature_error_kind`` how it was found ("searched" in [0, 1] and enlarged, or "none": exact arithmetic only), with
+    ``feature_error_sample`` images of the data among those searched and ``feature_error_factor``; ``resize``;
+    ``precision``; ``eps`` the budgets, ascending; ``sets`` name of a test set or part → ``num_triplets``,
+    ``num_tied_votes`` among them, ``majority``
     (without these) and ``vote``, the natural scores,
     ``certified`` (exact radius), ``published`` (LipSim's), ``joint`` (all images move): label → score, ``radius``
     (``mean``, ``median``, ``min``, ``max``), ``one_pixel_immune``, ``curve`` (``eps``, and the three scores there).

@@ -253,6 +253,99 @@ def test_bad_arguments() -> None:
         C.threshold_radius(z, z, 2.5)
 
 
+BAD = [-0.1, -1e4, math.nan, "1", True, None]
+RADII = [C.reference_radius, C.candidate_radii, C.joint_radius]
+
+
+@pytest.mark.parametrize("value", [*BAD, math.inf])
+@pytest.mark.parametrize("name", ["anchor", "lipschitz", "feature_error"])
+def test_numbers_that_would_widen_a_certificate_are_refused(name: str, value: object) -> None:
+    z, z0, z1 = torch.randn(3, 2, 3)
+    calls = [lambda f=f, **options: f(z, z0, z1, **options) for f in RADII]
+    calls += [lambda **options: C.distance_interval(z, z0, 0.1, **options)]
+    calls += [lambda **options: C.threshold_radius(z, z0, 0.1, **options)]
+    calls += [lambda **options: C.retrieval_radius(z, torch.cat([z0, z1]), **options)]
+    if name != "feature_error":
+        functions = [C.signed_reference_radius, C.signed_joint_radius, C.published_radius]
+        calls += [lambda f=f, **options: f(z, z0, z1, **options) for f in functions]
+    if name == "anchor":
+        calls += [lambda **options: C.linear_margin(z, z0, z1, **options)]
+    for call in calls:
+        if name == "lipschitz" and value == math.inf:  # no bound: nothing is certified
+            call(**{name: value})
+            continue
+        with pytest.raises(ValueError, match="expected a "):
+            call(**{name: value})
+    assert all((f(z, z0, z1, lipschitz=math.inf) == 0).all() for f in (C.reference_radius, C.joint_radius))
+
+
+def test_other_numbers_that_are_refused() -> None:
+    z = torch.randn(2, 3)
+    for threshold in (math.nan, "1", True):
+        with pytest.raises(ValueError, match=r"\[0, 2\]"):
+            C.threshold_radius(z, z, threshold)  # type: ignore[arg-type]
+    for count in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="num_elements"):
+            C.linf_radius(z[:, 0], count)  # type: ignore[arg-type]
+
+
+def test_no_radius_certifies_no_pixel() -> None:
+    x = torch.rand(4, 3, 2, 2)
+    radius = torch.tensor([-5.0, -math.inf, math.nan, 0.0])
+    assert C.certified_pixels(x, radius).tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="divide 8-bit images by 255"):
+        C.certified_pixels((x * 255).to(torch.uint8), radius)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1.7e308)])
+def test_radii_are_clamped_to_the_largest_finite_number(dtype: torch.dtype, size: float) -> None:
+    z, z0, z1 = (
+        torch.tensor([row], dtype=torch.float64).mul(size).to(dtype) for row in ([1.0, 1.0], [1.0, 0.0], [-1.0, 0.0])
+    )
+    for anchor in (0.0, 1.0):
+        # Norms of 1.41 times the size, some of them beyond the dtype; the exact radius of the reference is its first.
+        radius = C.reference_radius(z, z0, z1, anchor=anchor)
+        assert radius.dtype == dtype and (0.99 * z[:, 0].double() <= radius.double()).all()
+        assert (radius.double() <= z[:, 0].double()).all()
+        left, right = C.candidate_radii(z, z, -z, anchor=anchor)
+        for found in (left, right, C.threshold_radius(z, -z, 0.0, anchor=anchor)):
+            assert torch.isfinite(found).all() and (found.double() > 0.99 * size).all(), (found, anchor)
+        assert torch.isfinite(C.reference_radius(z, z0, z1, anchor=anchor, lipschitz=1e-300)).all()
+
+
+@pytest.mark.parametrize("size", [1e300, 1.4e154, 1.0, 1e-160, 1e-300])
+def test_radii_scale_with_the_features(size: float) -> None:
+    features = torch.randn(3, 20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = [f(*features, anchor=0.0, lipschitz=1.1) for f in (C.reference_radius, C.joint_radius)]
+    expected += C.candidate_radii(*features, anchor=0.0, lipschitz=1.1)
+    found = [f(*(size * features), anchor=0.0, lipschitz=1.1) for f in (C.reference_radius, C.joint_radius)]
+    found += C.candidate_radii(*(size * features), anchor=0.0, lipschitz=1.1)
+    for one, scaled in zip(expected, found, strict=True):
+        torch.testing.assert_close(scaled / size, one, rtol=1e-11, atol=0)
+    signed = C.signed_reference_radius(*(size * features), anchor=0.0)
+    torch.testing.assert_close(signed / size, C.signed_reference_radius(*features, anchor=0.0), rtol=1e-11, atol=0)
+    # With an anchor far below or far above them, features of any size leave the answer sound and finite.
+    for radius in (C.reference_radius(*(size * features)), C.joint_radius(*(size * features))):
+        assert torch.isfinite(radius).all() and (radius >= 0).all()
+
+
+def test_upper_ends_of_tiny_distances_do_not_round_to_zero() -> None:
+    z = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    for dtype in (torch.float16, torch.float32):
+        _, upper = C.distance_interval(z.to(dtype), z.to(dtype), 1e-30)
+        assert upper.dtype == dtype and upper.item() > 0
+
+
+@pytest.mark.parametrize("size", [(50, 70), (24, 24), (16, 16)])
+def test_radii_in_the_pixels_of_a_file_cover_the_rounding_on_the_way(size: tuple[int, int]) -> None:
+    radius = C.original_radius(0.5, size, 16)
+    norm = 1.0 if size == (16, 16) else C.resize_norm(size, 16)
+    half = 2.0**-25  # what rounding to float32 can change a value in [½, 1] by
+    lost = 2 * half * (math.sqrt(3 * size[0] * size[1]) + (0 if size == (16, 16) else math.sqrt(3) * 16 / norm))
+    assert 0.5 / norm - 1.001 * lost <= radius <= 0.5 / norm - lost
+    assert C.original_radius(1e-7, size, 16) == 0
+
+
 def test_joint_radius_has_the_gradient_of_its_equation() -> None:
     features = [torch.randn(6, 5, dtype=torch.float64).mul_(2).requires_grad_() for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *f: C.joint_radius(*f), features, atol=1e-5)

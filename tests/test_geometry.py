@@ -77,3 +77,20 @@ def test_features_without_direction_are_at_distance_one() -> None:
     assert cosine_distance(zero, y, anchor=0.0).item() == 1
     assert anchored_norm(zero, 1.0).item() == 1
     assert torch.isfinite(cosine_distance(zero, y, anchor=1.0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_opposite_features_are_no_farther_apart_than_two(dtype: torch.dtype) -> None:
+    z = torch.randn(2000, 9, dtype=torch.float64).to(dtype)
+    assert (cosine_distance(z, -z, anchor=0.0) <= 2).all()
+    assert torch.isnan(cosine_distance(z[:1] * torch.nan, z[:1])).all()
+
+
+@pytest.mark.parametrize("size", [2.0**1000, 2.0**512, 2.0**-540, 2.0**-1000])
+def test_features_of_any_size_have_their_norm_and_angles(size: float) -> None:
+    z, y = torch.randn(2, 30, 5, dtype=torch.float64)
+    assert torch.equal(anchored_norm(size * z, size) / size, anchored_norm(z, 1.0))
+    assert torch.equal(project(size * z, 0.0)[0], project(z, 0.0)[0])
+    for anchor in (0.0, 1.0):
+        assert torch.equal(angle(size * z, size * y, size * anchor), angle(z, y, anchor))
+        assert torch.equal(cosine_distance(size * z, size * y, size * anchor), cosine_distance(z, y, anchor))

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lipsim
 from lipsim import PerceptualMetric, certificates, export
+from lipsim.arithmetic import feature_error
 from lipsim.audit import UnboundedModuleError
 from lipsim.geometry import cosine_distance
-from lipsim.lower_bounds import feature_error
 from lipsim.precision import full_precision
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
@@ -66,7 +67,7 @@ def test_distance_bounds_hold_under_noise(metric: PerceptualMetric) -> None:
     for _ in range(20):
         delta = torch.randn_like(x)
         delta *= 0.5 / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        distance = metric(x + delta, y).double()
+        distance = metric(x + delta, y, check_range=False).double()
         assert (lower <= distance + 1e-6).all() and (distance <= upper + 1e-6).all()
 
 
@@ -96,6 +97,10 @@ def test_certify_refuses_what_it_cannot_certify(metric: PerceptualMetric) -> Non
     x = torch.rand(4, 3, 16, 16)
     with pytest.raises(ValueError, match="as many candidates"):
         metric.certify(x[:1], x, x)
+    with pytest.raises(ValueError, match="half precision"):
+        metric.certify(x, x, x.half())
+    with pytest.raises(ValueError, match=r"in torch.float32, as the weights are, got torch.float64: x.to"):
+        metric.certify(x, x.double(), x)
     with pytest.raises(ValueError, match="half precision"):
         metric.bfloat16().certify(*[x.bfloat16()] * 3)
     with pytest.raises(ValueError, match="feature_error ≥ 0"):
@@ -150,6 +155,123 @@ def test_a_header_cannot_claim_a_smaller_bound(metric: PerceptualMetric, tmp_pat
     assert lipsim.load(file).lipschitz >= 1
 
 
+def test_a_header_cannot_claim_a_smaller_error(metric: PerceptualMetric, tmp_path: Path) -> None:
+    file = export.save(metric, tmp_path / "metric.safetensors")
+    for claimed in (0.0, 1e-30):
+        _rewrite(file, lambda s, h, m: h.update(feature_error=claimed))  # noqa: B023  (called at once)
+        loaded = lipsim.load(file)
+        assert loaded.declared_feature_error == claimed
+        white = torch.ones(1, 3, 16, 16)
+        assert loaded.feature_error >= 4 * feature_error(loaded.encoder, white) > 0
+        found = loaded.feature_error
+        assert loaded.certificate_options["feature_error"] == 2 * found
+        again = json.loads(_metadata(export.save(loaded, tmp_path / "again.safetensors")))
+        assert (again["feature_error"], again["feature_error_kind"]) == (found, "searched")
+        assert loaded.double().feature_error == claimed  # which loses nothing against itself
+    _rewrite(file, lambda s, h, m: h.update(feature_error=0.25))
+    assert lipsim.load(file).feature_error == 0.25
+
+
+def test_the_error_that_was_found_follows_the_weights(metric: PerceptualMetric, tmp_path: Path) -> None:
+    loaded = lipsim.load(export.save(metric, tmp_path / "metric.safetensors"))
+    before = loaded.feature_error
+    with torch.no_grad():
+        for name, parameter in loaded.encoder.named_parameters():
+            if name.endswith("bias"):
+                parameter += 1000
+    assert loaded.feature_error > 10 * before
+    loaded.feature_error = 1e-7  # declared by the user, who may
+    assert loaded.feature_error == 1e-7
+
+
+@pytest.mark.parametrize("name", ["anchor", "feature_error", "lipschitz"])
+@pytest.mark.parametrize("value", [-1e4, math.nan, "1", True, None])
+def test_numbers_that_widen_certificates_cannot_be_assigned(metric: PerceptualMetric, name: str, value: object) -> None:
+    before = getattr(metric, name)
+    with pytest.raises(ValueError, match="expected a "):
+        setattr(metric, name, value)
+    assert getattr(metric, name) == before
+    if value is not None:  # which has a meaning for the bound
+        with pytest.raises(ValueError, match="expected a "):
+            PerceptualMetric(metric.encoder, 16, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 63}, "encoder's image_size 16, got 63"),
+        ({"image_size": 16.0}, "whole number image_size"),
+        ({"image_size": -16}, "whole number image_size"),
+        ({"image_size": None}, "whole number image_size"),
+        ({"anchor": 1e200}, "anchor ≥ 0 and at most 1e"),
+        ({"anchor": -1}, "anchor ≥ 0"),
+        ({"anchor": math.nan}, "anchor ≥ 0"),
+        ({"feature_error": -1e-9}, "feature_error ≥ 0"),
+        ({"feature_error": math.inf}, "feature_error ≥ 0"),
+        ({"feature_error": True}, "feature_error ≥ 0"),
+        ({"lipschitz": "0.5"}, "Lipschitz bound > 0"),
+        ({"lipschitz": -1}, "Lipschitz bound > 0"),
+        ({"lipschitz": math.nan}, "Lipschitz bound > 0"),
+        ({"lipschitz": math.inf}, "Lipschitz bound > 0"),
+        ({"resize": 5}, "expected resize to be one of"),
+        ({"config": {"image_size": -16}}, "cannot rebuild"),
+        ({"config": {"image_size": 0}}, "cannot rebuild"),
+        ({"config": {"image_size": 16.5}}, "cannot rebuild"),
+        ({"config": 3}, "cannot rebuild"),
+    ],
+)
+def test_headers_with_numbers_that_no_metric_has(
+    metric: PerceptualMetric, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    file = export.save(metric, tmp_path / "metric.safetensors")
+    _rewrite(file, lambda s, h, m: h.update(change))
+    with pytest.raises(ValueError, match=message) as error:
+        lipsim.load(file)
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
+
+
+CALLS = {
+    "embed": lambda metric, x: metric.embed(x),
+    "forward": lambda metric, x: metric(torch.rand(2, 3, 16, 16), x),
+    "certify": lambda metric, x: metric.certify(torch.rand(2, 3, 16, 16), x, torch.rand(2, 3, 16, 16)),
+    "distance_bounds": lambda metric, x: metric.distance_bounds(x, torch.rand(2, 3, 16, 16), 0.1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_images_of_another_range_or_shape_are_refused_with_the_remedy(metric: PerceptualMetric, call) -> None:  # type: ignore[no-untyped-def]
+    x = torch.rand(2, 3, 16, 16)
+    call(metric, x)
+    call(metric, x.clamp(1e-7, 1) * (1 + 1e-6))
+    for images, remedy in (
+        (x * 255, "divide 8-bit images by 255"),
+        ((x * 255).to(torch.uint8), "divide 8-bit images by 255"),
+        (x * 2 - 1, r"\(x \+ 1\) / 2"),
+        (torch.where(x > 0.5, torch.nan, x), "NaN"),
+        (x.permute(0, 2, 3, 1), r"permute\(0, 3, 1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            call(metric, images)
+
+
+def test_other_points_are_embedded_on_request(metric: PerceptualMetric) -> None:
+    x = 5 * torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(metric.embed(x, check_range=False), metric.encoder(x))
+    assert metric(x, x + 1, check_range=False).shape == (2,)
+    inside = torch.rand(2, 3, 16, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(metric(inside, torch.rand(1, 3, 16, 16)).sum(), inside)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    with pytest.raises(ValueError, match="as many images on both sides"):
+        metric(torch.rand(2, 3, 16, 16), torch.rand(3, 3, 16, 16))
+
+
+def test_an_exported_graph_checks_no_values(metric: PerceptualMetric) -> None:
+    x, y = torch.rand(2, 2, 3, 16, 16)
+    metric.requires_grad_(False)
+    graph = torch.export.export(metric, (x, y)).module()
+    torch.testing.assert_close(graph(x, y), metric(x, y))
+
+
 def test_a_declared_bound_is_taken() -> None:
     class Half(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +295,7 @@ def test_a_declared_bound_is_taken() -> None:
 )
 def test_file_round_trip(encoder: nn.Module, tmp_path: Path) -> None:
     lipschitz = math.inf if isinstance(encoder, SmallViT) else None
-    metric = PerceptualMetric(encoder, 16, anchor=0.7, lipschitz=lipschitz, feature_error=1e-6, resize="pil").eval()
+    metric = PerceptualMetric(encoder, 16, anchor=0.7, lipschitz=lipschitz, feature_error=1e-3, resize="pil").eval()
     loaded = lipsim.load(export.save(metric, tmp_path / "sub" / "metric.safetensors", notes={"trained on": "noise"}))
     images = torch.rand(3, 5, 3, 16, 16)
     torch.testing.assert_close(loaded(images[0], images[1]), metric(images[0], images[1]), rtol=1e-5, atol=1e-8)
@@ -198,9 +320,12 @@ def test_files_that_cannot_be_loaded(metric: PerceptualMetric, tmp_path: Path) -
         lipsim.load(plain)
 
 
-def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]
-    from safetensors import safe_open
+def _metadata(file: Path) -> str:
+    with safe_open(file, framework="pt") as archive:
+        return archive.metadata()["metric"]
 
+
+def _rewrite(file: Path, change) -> Path:  # type: ignore[no-untyped-def]
     with safe_open(file, framework="pt") as archive:
         metadata = archive.metadata()
     state, header = load_file(file), json.loads(metadata["metric"])

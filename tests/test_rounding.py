@@ -89,6 +89,25 @@ def test_radii_are_rounded_down(kind: str, difference: float, anchor: float) -> 
         assert limit - mpmath.mpf(found.item()) <= 4e-13 * _norm(vectors[0]) * max(1, 1 / difference)
 
 
+@pytest.mark.parametrize(
+    "sizes", [(1e154, 1e154, 1e154), (1e-160, 1e-160, 1e-160), (1e200, 1e-150, 1.0), (1.0, 1e160, 1e-170)]
+)
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("kind", EXACT)
+def test_radii_of_features_of_any_size_are_rounded_down(
+    kind: str, anchor: float, sizes: tuple[float, float, float]
+) -> None:
+    radius, exact = EXACT[kind]
+    features = tuple(size * z[:3] for size, z in zip(sizes, _near_ties(0.1, torch.float64, size=8), strict=True))
+    positive = 0
+    for *row, found in zip(*features, radius(*features, anchor=anchor, lipschitz=1.25), strict=True):
+        limit = exact(*(_vector(z, anchor) for z in row)) / 1.25
+        assert 0 <= mpmath.mpf(found.item()) <= limit
+        positive += found.item() >= (1 - 1e-9) * limit
+    # Without an anchor nothing is lost; with one, answers between features far smaller than it are none.
+    assert positive == 3 or anchor
+
+
 @pytest.mark.parametrize("kind", EXACT)
 def test_float32_features_are_taken_exactly_and_rounded_down(kind: str) -> None:
     radius, exact = EXACT[kind]

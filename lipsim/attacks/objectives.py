@@ -105,13 +105,15 @@ class TwoAFCObjective:
         right: ``(N, 3, H, W)``.
         target: which image the attack moves; "all" moves the three together, as nine channels in three parts.
         chosen_left: ``(N,)`` bool, the answer to break. None: the metric's own answer on the clean triplet.
+        check_range: a :class:`lipsim.PerceptualMetric` refuses clean images outside [0, 1]; False, for attacks without
+            a box, takes any. Where the attack goes from there, the box alone decides.
 
     Attributes:
         images: ``(N, 3·parts, H, W)``, the clean images that move: where attacks start.
         parts: 3 where all move, else 1: what attacks take as ``parts``.
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: an unknown target, or images that the metric refuses.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class TwoAFCObjective:
         right: Tensor,
         target: Target = "reference",
         chosen_left: Tensor | None = None,
+        check_range: bool = True,
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
@@ -134,8 +137,10 @@ class TwoAFCObjective:
         self.still: dict[str, Tensor] = {name: clean[name] for name in IMAGES if name not in moving}
         with torch.no_grad():
             if isinstance(metric, PerceptualMetric):
+                for images in clean.values():
+                    metric.check_images(images, check_range=check_range)
                 if self.still:
-                    embedded = metric.embed(torch.cat(list(self.still.values()))).chunk(len(self.still))
+                    embedded = _embed(metric, torch.cat(list(self.still.values()))).chunk(len(self.still))
                     self.still = dict(zip(self.still, embedded, strict=True))
             elif target in ("left", "right"):
                 other = "right" if target == "left" else "left"
@@ -158,9 +163,9 @@ class TwoAFCObjective:
         """``h = d(reference, right) − d(reference, left)`` with ``x`` in the place of what moves."""
         if isinstance(self.metric, PerceptualMetric):
             if self.target == "all":
-                z, z0, z1 = self.metric.embed(torch.cat(x.chunk(3, 1))).chunk(3)
+                z, z0, z1 = _embed(self.metric, torch.cat(x.chunk(3, 1))).chunk(3)
             else:
-                found = {**self.still, self.target: self.metric.embed(x)}
+                found = {**self.still, self.target: _embed(self.metric, x)}
                 z, z0, z1 = (found[name] for name in IMAGES)
             return _feature_margin(z, z0, z1, self.metric.anchor)
         if self.target == "left":
@@ -183,6 +188,10 @@ class DistanceObjective:
         threshold: the distance to cross, a number or ``(N,)``. None: as far as the budget goes; nothing counts as
             broken then, so that no attack stops early.
         increase: True drives the two apart, False together (a collision).
+        check_range: as in :class:`TwoAFCObjective`, of ``other``.
+
+    Raises:
+        ValueError: images that the metric refuses.
     """
 
     def __init__(
@@ -191,6 +200,7 @@ class DistanceObjective:
         other: Tensor,
         threshold: float | Tensor | None = None,
         increase: bool = True,
+        check_range: bool = True,
     ) -> None:
         self.metric, self.increase = metric, increase
         self.threshold: Tensor | None = None
@@ -199,11 +209,11 @@ class DistanceObjective:
         self.other = other
         if isinstance(metric, PerceptualMetric):
             with torch.no_grad():
-                self.other = metric.embed(other)
+                self.other = metric.embed(other, check_range=check_range)
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.metric, PerceptualMetric):
-            distance = cosine_distance(self.metric.embed(x), self.other, self.metric.anchor)
+            distance = cosine_distance(_embed(self.metric, x), self.other, self.metric.anchor)
         else:
             distance = self.metric(x, self.other)
         if self.threshold is not None:
@@ -217,6 +227,11 @@ class DistanceObjective:
         part.other = self.other[rows]
         part.threshold = None if self.threshold is None else self.threshold[rows]
         return part
+
+
+def _embed(metric: PerceptualMetric, x: Tensor) -> Tensor:
+    """Features at any point that an attack looks at; its box says where that may be, at no cost for each step."""
+    return metric.embed(x, check_range=False)
 
 
 def _feature_margin(z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:

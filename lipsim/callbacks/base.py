@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lipsim import export
 from lipsim.callbacks.collect import SampleTable, csv_columns, gather_objects, rows_by_group, write_csv
+from lipsim.checks import check_number
 from lipsim.data import Triplet
 from lipsim.data.loading import check_count, data_fingerprint, num_samples, read_batch
 from lipsim.layers import freeze
@@ -229,11 +229,10 @@ def check_budgets(eps: Sequence[float]) -> list[float]:
     """
     if not eps:
         raise ValueError("expected at least one budget eps, got none")
-    if any(not 0 <= e < math.inf for e in eps):
-        raise ValueError(f"expected budgets eps ≥ 0, got {list(eps)}")
+    eps = [check_number("budget eps", e) for e in eps]
     if any(a >= b for a, b in pairwise(eps)):
         raise ValueError(f"expected budgets eps in ascending order, each once, got {list(eps)}")
-    return list(eps)
+    return eps
 
 
 def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lipsim import certificates
+from lipsim.arithmetic import ERROR_FACTOR, largest_feature_error
 from lipsim.audit import LipschitzReport
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
+from lipsim.checks import check_count, check_number
 from lipsim.data import Triplet
-from lipsim.lower_bounds import feature_error
 from lipsim.metric import PerceptualMetric
 from lipsim.metrics import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.results import eps_label
@@ -27,15 +28,17 @@ class CertifyRadii(TripletCallback):
     """Audit the encoder, certify every triplet, log certified scores; a test run writes results.json and radii.csv.
 
     Features come in full precision from the evaluation step, the geometry runs in float64. The error of the float32
-    features is measured against float64 on the first images of each set, enlarged, and subtracted from every radius.
+    features against float64 is searched for among all images in [0, 1], the first ones of each set included, enlarged,
+    and subtracted from every radius; validation searches less.
 
     Where the data module names parts of a set (``test_groups``), the results have them beside the whole, from the same
     rows: a triplet is embedded and certified once. In radii.csv a column of 0 and 1 says what belongs to a part.
 
     Args:
         eps: ℓ2 budgets of the certified score, in input pixels in [0, 1], ascending.
-        error_sample: images of each set on which the float32 error is measured; 0 certifies exact arithmetic only.
-        error_factor: by which the largest measured error is enlarged.
+        error_sample: images of each set that the search for the float32 error looks at besides its own
+            (:func:`lipsim.arithmetic.largest_feature_error`); 0: no search, exact arithmetic alone is certified.
+        error_factor: at least 1, by which the largest error found is enlarged.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`.
 
@@ -44,7 +47,8 @@ class CertifyRadii(TripletCallback):
 
     Raises:
         lipsim.audit.UnboundedModuleError: the encoder has no Lipschitz bound (when validation or test starts).
-        ValueError: budgets that are negative or not ascending; weights in half precision.
+        ValueError: budgets that are negative or not ascending; an ``error_factor`` below 1 or a negative
+            ``error_sample``; weights in half precision.
     """
 
     files = ("radii.csv", "radii-*.csv")
@@ -53,29 +57,37 @@ class CertifyRadii(TripletCallback):
         self,
         eps: list[float] = list(EPS),  # noqa: B006  (copied below)
         error_sample: int = 32,
-        error_factor: float = 4.0,
+        error_factor: float = ERROR_FACTOR,
         directory: Path | None = None,
         validate: bool = True,
     ) -> None:
         super().__init__(directory, validate)
         self.eps = check_budgets(eps)
-        self.error_sample, self.error_factor = error_sample, error_factor
+        self.error_sample = check_count("error_sample", error_sample, least=0)
+        self.error_factor = check_number("error_factor", error_factor, least=1)
         self.report: LipschitzReport | None = None
         self.results: dict[str, Any] = {}
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
-        module.metric.check_precision()
-        self.report = module.metric.audit()
+        metric = module.metric
+        metric.check_precision()
+        self.report = metric.audit()
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         loaders = evaluation_loaders(trainer) if self.error_sample else []
         samples = [first_images(loader, self.error_sample) for loader in loaders]
         for images in samples:  # no batch has been checked yet
-            module.metric.check_shape(images)
+            metric.check_images(images, check_range=False)
             check_images(images)
-        errors = [feature_error(module.metric.encoder, images.to(module.device)) for images in samples]
-        largest = torch.tensor(max(errors, default=0.0), dtype=torch.float64, device=module.device)
+        found = 0.0
+        if samples:
+            found = largest_feature_error(
+                metric.encoder, metric.image_size, torch.cat(samples), thorough=bool(trainer.testing)
+            )
+        largest = torch.tensor(found, dtype=torch.float64, device=module.device)
         # The same on every process, whatever hardware it runs on.
-        module.metric.feature_error = self.error_factor * float(trainer.strategy.reduce(largest, reduce_op="max"))
+        metric.feature_error = self.error_factor * float(trainer.strategy.reduce(largest, reduce_op="max"))
+        if samples:
+            metric.feature_error_kind = "searched"
 
     def see(
         self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
@@ -114,6 +126,7 @@ class CertifyRadii(TripletCallback):
             "layers": {layer.name: layer.bound for layer in self.report.layers},
             "anchor": metric.anchor,
             "feature_error": metric.feature_error,
+            "feature_error_kind": metric.feature_error_kind,
             "feature_error_sample": self.error_sample,
             "feature_error_factor": self.error_factor,
             "resize": metric.preprocess.resize,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.collect import SampleTable
+from lipsim.checks import check_number
 from lipsim.training.base import MetricModule
 
 Kept = dict[str, dict[str, Tensor]]  # callback → column → (N,)
@@ -130,12 +131,15 @@ class KeepBatches(Callback):
             return
         found, measured = settings.get(_ERROR), module.metric.feature_error
         if continues and found is not None:
+            found = check_number(f"feature_error in {path}", found)
             if measured > found:
                 raise ValueError(
                     f"{self.directory} holds an unfinished evaluation whose features were off by at most {found:.3g}, "
                     f"here it is {measured:.3g}; finish it where it was started, or remove the folder"
                 )
+            kind = module.metric.feature_error_kind
             module.metric.feature_error = found
+            module.metric.feature_error_kind = kind
         elif trainer.is_global_zero:
             _replace(path, {**settings, _ERROR: measured})
         trainer.strategy.barrier()  # no row before that

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import center_crop
 
+from lipsim.checks import check_count, check_range
 from lipsim.data.bit_depth import (
     DECODER_ERRORS,
     FORMATS,
@@ -124,34 +125,91 @@ def _gray16(image: Image.Image) -> np.ndarray:
     return (values / 65535).astype(np.float32)
 
 
+def _from_array(array: np.ndarray) -> Image.Image:
+    """A uint8 array as an image.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(
+            f"expected a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape {array.shape}; "
+            "floats in [0, 1] come as a tensor (3, H, W): torch.from_numpy(array).permute(2, 0, 1)"
+        )
+    return Image.fromarray(array)
+
+
 class Preprocess:
-    """PIL image to the input of a metric, ``(3, image_size, image_size)`` in [0, 1]; the aspect ratio is not kept.
+    """An image to the input of a metric, ``(3, image_size, image_size)`` in [0, 1]; the aspect ratio is not kept.
+
+    It takes a PIL image, the path of a file, a uint8 array ``(H, W)``, ``(H, W, 3)`` or ``(H, W, 4)``, or a
+    floating-point tensor ``(3, H, W)`` in [0, 1].
 
     Args:
         image_size: side of the output.
         resize: "float" resizes the float image (bicubic, antialiased) and clamps, a map of known norm
-            (:func:`lipsim.certificates.resize_norm`); "pil" resizes in 8 bits as DreamSim does, which rounds. The first
-            is torchvision's resize of float tensors, the second its resize of PIL images. DreamSim and LipSim drop
-            transparency and EXIF orientation, which :func:`to_rgb` heeds.
+            (:func:`lipsim.certificates.resize_norm`), in float64 and then rounded to float32; "pil" resizes in 8 bits
+            as DreamSim does, which rounds. The first is torchvision's resize of float tensors, the second its resize
+            of PIL images. DreamSim and LipSim drop transparency and EXIF orientation, which :func:`to_rgb` heeds.
 
     Raises:
-        ValueError: an unknown ``resize``.
+        ValueError: an unknown ``resize``, or a size below 1.
     """
 
     def __init__(self, image_size: int, resize: str = "float") -> None:
         if resize not in RESIZES:
             raise ValueError(f"expected resize to be one of {', '.join(RESIZES)}, got {resize!r}")
-        self.image_size = image_size
+        self.image_size = check_count("image_size", image_size)
         self.resize = resize
 
-    def __call__(self, image: Image.Image | DeepImage) -> Tensor:
+    def __call__(self, image: Image.Image | DeepImage | str | Path | np.ndarray | Tensor) -> Tensor:
+        """The image as ``(3, image_size, image_size)`` float32 in [0, 1].
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it cannot be read, or is none of the kinds above.
+        """
+        if isinstance(image, str | Path):
+            return load_image(image, self)
+        if isinstance(image, np.ndarray):
+            image = _from_array(image)
         size = (self.image_size, self.image_size)
+        if isinstance(image, Tensor):
+            return self._resized(self._checked(image))
         if self.resize == "pil":
             return to_tensor(to_rgb(image).resize(size, Image.Resampling.BICUBIC))
-        x = to_tensor(image)
+        return self._resized(to_tensor(image))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        """``(3, H, W)`` in [0, 1] to the size of the input, float32."""
+        size = (self.image_size, self.image_size)
         if x.shape[1:] == size:
-            return x
-        return F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+            return x.float()
+        # The norm of a resize in float32 is not that of the exact one, and radii in a file's own pixels divide by it.
+        # Channel by channel, so that a large photograph takes no more memory than in float32.
+        channels = [
+            F.interpolate(channel.double()[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
+            for channel in x
+        ]
+        return torch.stack(channels).clamp(0, 1).float()
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """A tensor that is one image.
+
+        Raises:
+            ValueError: it is none, or is to be resized in 8 bits.
+        """
+        if x.ndim != 3 or x.shape[0] != 3:
+            last = "; channels come first: x.permute(2, 0, 1)" if x.ndim == 3 and x.shape[2] == 3 else ""
+            raise ValueError(f"expected one image (3, H, W), got a tensor of shape {tuple(x.shape)}{last}")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"expected a floating-point image in [0, 1], got {x.dtype}; divide 8-bit images by 255")
+        check_range(x)
+        if self.resize == "pil" and x.shape[1:] != (self.image_size, self.image_size):
+            raise ValueError(
+                "resize 'pil' works in 8 bits, which a float image has not; give a PIL image, a path or a uint8 array"
+            )
+        return x.clamp(0, 1)
 
     def __repr__(self) -> str:
         return f"Preprocess(image_size={self.image_size}, resize={self.resize!r})"

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lipsim import export
+from lipsim.checks import check_range
 from lipsim.data import Triplet
 from lipsim.data.loading import PlannedBatches, check_count, num_samples, served_batches
 from lipsim.data.transforms import Preprocess
@@ -75,7 +76,7 @@ class MetricModule(L.LightningModule):
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``(N, D)`` of images in a training step, computed as the acceleration says."""
-        self.metric.check_shape(x)
+        self.metric.check_images(x, check_range=False)  # checked with the batch
         encoder = self.metric.encoder
         if id(encoder) not in self._run_encoder:
             self._run_encoder = {id(encoder): self.acceleration.wrap(encoder)}
@@ -466,17 +467,9 @@ def check_images(batch: Any) -> None:
     Raises:
         ValueError: NaN or infinite values, or values outside [0, 1].
     """
-    tensors = batch.images() if isinstance(batch, Triplet) else (images_of(batch),)
-    for images in tensors:
-        low, high = (float(t) for t in torch.aminmax(images))
-        if low >= 0 and high <= 1:
-            continue
-        where = f" (triplets {batch.index.tolist()[:8]}…)" if isinstance(batch, Triplet) else ""
-        if not (low > -float("inf") and high < float("inf")):  # NaN fails every comparison
-            bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise ValueError(f"images {bad[:8]} of the batch have NaN or infinite pixels{where}; repair or remove them")
-        hint = "; divide 8-bit images by 255" if high > 2 else ""
-        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}{where}{hint}")
+    where = f" (triplets {batch.index.tolist()[:8]}…)" if isinstance(batch, Triplet) else ""
+    for images in batch.images() if isinstance(batch, Triplet) else (images_of(batch),):
+        check_range(images, where)
 
 
 def check_votes(batch: Triplet) -> None:

@@ -122,7 +122,9 @@ def test_images_that_are_saved_are_what_the_rows_say(target: str, norm: Any, eps
 def test_bad_settings_are_refused_at_once() -> None:
     for options, message in (
         ({"eps": []}, "at least one budget"),
-        ({"eps": [-1.0]}, "budgets eps ≥ 0"),
+        ({"eps": [-1.0]}, "budget eps ≥ 0"),
+        ({"eps": [float("nan")]}, "budget eps ≥ 0"),
+        ({"eps": ["1"]}, "budget eps ≥ 0"),
         ({"eps": [1.0, 0.5]}, "ascending order"),
         ({"norm": 0, "eps": [0.5]}, "whole number of pixels"),
         ({"attacks": ["nothing"]}, "expected different attacks"),

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from lipsim.certificates import resize_norm
 from lipsim.data.transforms import CentralCrop, Preprocess, read_image, to_tensor
 
 
@@ -52,11 +55,64 @@ def test_preprocess(resize: str) -> None:
 def test_resizes_are_those_of_torchvision(size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     x, cubic = to_tensor(image), v2.InterpolationMode.BICUBIC
-    torch.testing.assert_close(Preprocess(19)(image), v2.Resize((19, 19), cubic)(x).clamp(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(Preprocess(19)(image), v2.Resize((19, 19), cubic)(x).clamp(0, 1), rtol=0, atol=1e-6)
     published = v2.Compose([v2.Resize((19, 19), cubic), v2.PILToTensor()])(image) / 255
     torch.testing.assert_close(Preprocess(19, "pil")(image), published, rtol=0, atol=0)
     cropped = v2.functional.center_crop(v2.Resize(19, cubic)(x).clamp(0, 1), [17, 17])
     torch.testing.assert_close(CentralCrop(17, resize=19)(image), cropped, rtol=0, atol=0)
+
+
+def _worst(size: int, target: int) -> Tensor:
+    """The direction that a resize of one axis stretches most, by an SVD."""
+    basis = torch.eye(size, dtype=torch.float64)[:, None, None]
+    matrix = F.interpolate(basis, size=(1, target), mode="bicubic", antialias=True).flatten(1).T
+    return torch.linalg.svd(matrix).Vh[0]
+
+
+@pytest.mark.parametrize("size", [(61, 47), (16, 40), (20, 20)])
+def test_the_resize_is_the_exact_one_but_for_rounding(size: tuple[int, int]) -> None:
+    """Its growth in the worst direction is at most its norm and the rounding, which of float32 it is not."""
+    preprocess, target = Preprocess(16), 16
+    x = 0.25 + 0.5 * torch.rand(3, *size)
+    exact = F.interpolate(x.double()[None], size=(16, 16), mode="bicubic", antialias=True)[0]
+    assert (preprocess(x).double() - exact).abs().max() <= 2**-25
+    direction = _worst(size[0], target)[:, None] * _worst(size[1], target)
+    delta = (0.2 * direction / direction.abs().max()).expand(3, -1, -1)
+    moved = (x.double() + delta).float()
+    moved_by = (moved.double() - x.double()).norm()
+    grown = (preprocess(moved).double() - preprocess(x).double()).norm()
+    norm = resize_norm(size, 16)
+    assert norm * moved_by * (1 - 1e-6) <= grown <= norm * moved_by + 2 * 2**-25 * (3 * 16 * 16) ** 0.5
+
+
+def test_preprocess_takes_paths_arrays_and_tensors(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for resize in ("float", "pil"):
+        preprocess = Preprocess(16, resize)
+        expected = preprocess(Image.fromarray(pixels))
+        for image in (tmp_path / "a.png", str(tmp_path / "a.png"), pixels):
+            assert torch.equal(preprocess(image), expected)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    assert torch.equal(Preprocess(16)(tensor), Preprocess(16)(pixels))
+    assert Preprocess(16)(pixels[:, :, 0]).shape == (3, 16, 16)
+    for image, message in (
+        (tensor * 255, "divide 8-bit images by 255"),
+        (tensor * 2 - 1, r"\(x \+ 1\) / 2"),
+        (torch.from_numpy(pixels).permute(2, 0, 1), "divide 8-bit images by 255"),
+        (tensor.permute(1, 2, 0), "channels come first"),
+        (tensor[None], "one image"),
+        (pixels / 255.0, "expected a uint8 array"),
+        (pixels[:, :, :2], "expected a uint8 array"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Preprocess(16)(image)
+    with pytest.raises(ValueError, match="works in 8 bits"):
+        Preprocess(16, "pil")(tensor)
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        Preprocess(16)(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="image_size"):
+        Preprocess(16.0)  # type: ignore[arg-type]
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
