@@ -58,7 +58,9 @@ class _ExplicitWeight(FoldedLayer):
     def pin(self, weights: tuple[Tensor, ...]) -> None:
         super().pin(weights)
         # Parametrised weights refuse to change their dtype, and are not needed any more.
-        del self.source
+        self._modules.pop("source", None)
+        # What asks for the dtype of an encoder asks its parameters.
+        self.weight = nn.Parameter(weights[0], requires_grad=False)
 
     def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
         return parameter_versions(self)
