@@ -7,6 +7,7 @@ audit cannot bound is refused by name, and so is every certificate that would st
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -112,6 +113,10 @@ def _walk(module: nn.Module, x: Tensor, name: str, rows: list[LayerBound], folds
     _refuse(trust.fault(module), title)
     kind = type(module)
     if issubclass(kind, nn.Sequential) and trust.redefinition(kind, nn.Sequential) is None:
+        if type(module._modules) not in (dict, OrderedDict):
+            raise UnboundedModuleError(
+                f"{title} keeps its children in a {type(module._modules).__name__}, not in a dict"
+            )
         bound = 1.0
         # Not named_children(), which passes over a module that is used twice.
         for child_name, child in module._modules.items():

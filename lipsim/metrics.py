@@ -64,7 +64,7 @@ class TwoAFCScore(_PerSample):
 
     Args:
         kind: "majority", the share of the triplets without a tied vote on which the metric agrees with the majority; or
-            "vote", the mean vote share of the chosen side, 0.5 where the metric is tied.
+            "vote", the mean vote share of the chosen side, 0.5 where the metric is tied: the published score of BAPPS.
     """
 
     higher_is_better = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -269,3 +270,16 @@ def test_certify_refuses_in_one_line(
         assert _run("certify", *args) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--version") == 0
+    assert capsys.readouterr().out.strip() == f"lipsim {importlib.metadata.version('lipsim')}"
+
+
+def test_home_folders(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    Image.new("RGB", (20, 20)).save(checkpoint.parent / "x.png")
+    x = "~/x.png"
+    assert _run("certify", f"~/{checkpoint.name}", x, x, x) == 0
+    assert capsys.readouterr().out.startswith("answer: tie")

@@ -238,6 +238,20 @@ INSTANCES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "compiled module": (lambda: torch.compile(MaxMin()), "OptimizedModule at .* has a forward of its own"),
     "traced module": (_traced, "no Lipschitz bound is known for TopLevelTracedModule"),
+    "children in another dict": (
+        lambda: _set(nn.Sequential(MaxMin()), _modules=type("Odd", (dict,), {})()),
+        "keeps its children in a Odd",
+    ),
+    "branches of a subclass": (
+        lambda: type(
+            "Twice", (ParallelMixing,), {"branches": lambda self: {"first": self.first, "second": self.first}}
+        )(MaxMin(), nn.Sequential(nn.LeakyReLU(5.0))),
+        "redefines Twice.branches",
+    ),
+    "property for a method": (
+        lambda: type("Reader", (MaxMin,), {"forward": property(lambda self: _five)})(),
+        "redefines Reader.forward",
+    ),
     "absent module": (
         lambda: _set(nn.Sequential(MaxMin()), _modules={"0": None}),
         "expected a module at '1.0', got None",
@@ -253,6 +267,12 @@ INSTANCES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "declared near zero only": (lambda: Function(lambda x: torch.tanh(3 * x)), "is bounded by 1 but reaches"),
     "one direction of many": (lambda: Function(_one_direction), "is bounded by 1 but reaches"),
     "without a derivative": (lambda: Function(lambda x: torch.tensor(3 * x.detach().numpy())), "but reaches (3.0|2.9)"),
+    "with a jump": (lambda: Function(lambda x: torch.where(x > 0, x + 1, x)), "is bounded by 1 but reaches"),
+    "normalised": (lambda: Function(lambda x: F.layer_norm(x, (48,))), "is bounded by 1 but reaches"),
+    "an offset that repeats the images": (
+        lambda: _set(Centering(), offset=torch.zeros(7, 1, 48)),
+        "expected one row for each",
+    ),
     "random": (lambda: Function(lambda x: F.dropout(x, 0.1)), "is random"),
     "always training": (Awake, "is random"),
     "state that changes": (Growing, "changes from call to call"),
@@ -266,6 +286,8 @@ INSTANCES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     # NaN and infinities as bounds.
     "LeakyReLU(nan)": (lambda: nn.LeakyReLU(math.nan), "no finite Lipschitz bound, it says nan"),
     "LeakyReLU(inf)": (lambda: nn.LeakyReLU(-math.inf), "no finite Lipschitz bound, it says inf"),
+    "text declared": (lambda: _declaring("1.0"), "declares a str"),
+    "negative declared": (lambda: _declaring(-1.0), "no finite Lipschitz bound, it says -1.0"),
     "NaN declared": (lambda: _declaring(math.nan), "no finite Lipschitz bound, it says nan"),
     "nothing declared": (lambda: _declaring(None), "declares a NoneType"),
     "bound that is no method": (

@@ -35,6 +35,10 @@ def apgd(
     At checkpoints that come ever closer, a sample whose objective has not grown in three of four steps, or has found no
     better point at an unchanged step size, goes on from its best point with half the step size.
 
+    The authors' code differs: its first run starts at random, its first step is a diameter, a checkpoint at which just
+    three of four steps helped counts as slow (the paper's condition does not), checkpoints are rounded down, and the
+    jump back to the best point carries momentum.
+
     Args:
         objective: per-sample scalar to maximise.
         x: images ``(N, C, H, W)``, float32 or float64, inside the box.

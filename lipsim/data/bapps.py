@@ -27,7 +27,8 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm")
 class BappsTriplets(Dataset[Triplet]):
     """Triplets of some subsets, one subset after the other and sorted by name; files are read when they are asked for.
 
-    Left is ``p0`` and right ``p1``; the vote is the fraction of judges who chose ``p1``, never rounded.
+    Left is ``p0`` and right ``p1``; the vote is the fraction of judges who chose ``p1``, never rounded. The published
+    score is ``TwoAFCScore("vote")`` of each subset (its code resizes to a short side of 64, bilinear).
 
     Args:
         root: folder that has ``2afc/{train,val}/{subset}/{ref,p0,p1,judge}/``.

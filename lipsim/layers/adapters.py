@@ -62,6 +62,8 @@ class _ExplicitWeight(FoldedLayer):
         super().pin(weights)
         # Parametrised weights refuse to change their dtype, and are not needed any more.
         self._modules.pop("source", None)
+        # What asks for the dtype of an encoder asks its parameters.
+        self.weight = nn.Parameter(weights[0], requires_grad=False)
 
 
 class ExplicitConv2d(_ExplicitWeight):

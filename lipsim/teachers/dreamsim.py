@@ -94,6 +94,9 @@ class Ensemble(nn.Module):
 class DreamSim(Ensemble):
     """A published DreamSim model: "ensemble", the single types, and those with patch features.
 
+    Embeddings are those of the package ``dreamsim`` 0.2.1 with the same files, to the rounding of float32
+    (compared for all variants but DINOv2's). Those of patch models are pooled already, see :class:`Ensemble`.
+
     Args:
         variant: one of :data:`lipsim.teachers.catalogue.VARIANTS`.
         weights: folder in the layout of DreamSim's zip files, which ``lipsim fetch-teacher`` fills; the DINO backbone

@@ -34,6 +34,7 @@ from lipsim.verify.claims import (
     retrieval_claims,
 )
 from lipsim.verify.controls import Control, linear_controls, mutant_controls
+from lipsim.verify.tight import tight_controls
 
 _BOXES: tuple[Box, ...] = (None, (0.0, 1.0))
 _MUTANT_SAMPLES = 2
@@ -123,8 +124,8 @@ def verify(
     Args:
         metric: any metric with a bound; it is not changed.
         triplets: ``(N, 3, H, W)`` in [0, 1], of the metric's size.
-        steps: of the minimal-norm attack, from each of ten starts.
-        polish: steps of its polish.
+        steps: of the minimal-norm attack, from each of ten starts, and of five within the box.
+        polish: steps of its polish, half of them within the box.
         seed: of starts and controls.
         batch_size: images attacked at a time, most of them at ten places; less for networks that need much memory.
         progress: called with the name of what comes next.
@@ -149,20 +150,22 @@ def verify(
             *distance_claims(exact, reference, left),
             *retrieval_claims(exact, reference, torch.cat([left, right])),
         ]
-        for claim in claims:
-            say(claim.kind)
-            outcomes += [attack(claim, encoder, box=box, **options) for box in _BOXES]
-        say("pixels")
+        for number, claim in enumerate(claims, start=1):
+            say(f"attacking {number} of {len(claims) + 1} kinds of certificates, {claim.kind}")
+            outcomes += attack(claim, encoder, boxes=_BOXES, **options)
+        say(f"attacking {len(claims) + 1} of {len(claims) + 1} kinds of certificates, pixels")
         outcomes.append(_in_batches(lambda *rows: attack_pixels(exact, *rows), images, batch_size))
-        say("Lipschitz constant")
+        say("attacking the Lipschitz constant")
         points = torch.cat([reference, *(outcome.points for outcome in outcomes if outcome.kind == "reference")])
         batches = points.split(batch_size)
         growth = [lower_bounds.attack_lipschitz(encoder, batch) for batch in batches]
         reached = float(torch.tensor(growth, dtype=torch.float64).max())  # NaN must not be lost between numbers
         audited, layers = _audit(metric, batches)
-        say("controls")
+        say("controls where the truth is known")
+        controls = [*tight_controls(seed), *linear_controls(seed)]
+        say("controls with planted faults")
         few = tuple(t[:_MUTANT_SAMPLES] for t in images)
-        controls = [*linear_controls(seed), *mutant_controls(exact, few, seed)]  # type: ignore[arg-type]
+        controls += mutant_controls(exact, few, seed)  # type: ignore[arg-type]
     failures = [
         f"{outcome.kind} (box {'on' if outcome.box else 'off'}): answer {i} changed at {outcome.found[i]:.9g}, within "
         f"{outcome.radius[i]:.9g}"

@@ -7,7 +7,7 @@ A claim comes from a metric and is about *answers*. For an honest check both are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from lipsim.attacks import minimal_norm
 from lipsim.attacks.projections import Box, expand
 from lipsim.attacks.random import sample_normal
 from lipsim.lower_bounds import jacobian_norm
-from lipsim.metric import PerceptualMetric
+from lipsim.metric import PerceptualMetric, TwoAFCCertificate
 
 TOLERANCE = 1e-9
 STRICT = 1e-14  # a change of a distance counts as one beyond this, two hundred roundings of a distance near 1
@@ -131,7 +131,7 @@ def decision_claims(
 ) -> list[Claim]:
     """The radii of the reference, of each candidate and of all three, on triplets ``(N, 3, H, W)`` in float64."""
     answers = answers or Answers.of(metric)
-    certificate = metric.certify(reference, left, right)
+    certificate = _certify(metric, reference, left, right)
     sign = torch.where(certificate.prefers_left, 1.0, -1.0).to(reference)
     z, z0, z1 = (answers.encoder(images) for images in (reference, left, right))
 
@@ -170,7 +170,7 @@ def distance_claims(
 ) -> list[Claim]:
     """Both ends of the interval of ``d(x, y)``, for one and for two moving images, and thresholds on either side."""
     answers = answers or Answers.of(metric)
-    z, zy, fixed = metric.embed(x), metric.embed(y), answers.encoder(y)
+    z, zy, fixed = metric.encoder(x), metric.encoder(y), answers.encoder(y)
     distance, theta = geometry.cosine_distance(z, zy, metric.anchor), geometry.angle(z, zy, metric.anchor)
     # A budget that reaches distance 0 claims nothing about the lower end.
     reach, sine = geometry.anchored_norm(z, metric.anchor) / metric.lipschitz, torch.sin(theta / 2)
@@ -185,8 +185,7 @@ def distance_claims(
     found = []
     for share in shares:
         eps = reach * torch.minimum(sine, torch.full_like(sine, share))
-        rows = [metric.distance_bounds(x[i : i + 1], y[i : i + 1], float(eps[i])) for i in range(len(x))]
-        lower, upper = (torch.cat(ends) for ends in zip(*rows, strict=True))
+        lower, upper = certificates.distance_interval(z, zy, eps, **metric.certificate_options)
         found.append(Claim(f"distance ≤, ε {share:g}", x, eps, above, (fixed, upper), away))
         found.append(Claim(f"distance ≥, ε {share:g}", x, eps, below, (fixed, lower), y))
     eps = reach.minimum(geometry.anchored_norm(zy, metric.anchor) / metric.lipschitz)
@@ -238,7 +237,7 @@ def retrieval_claims(
     is nearest by the metric's own features.
     """
     answers = answers or Answers.of(metric)
-    z, zg, fixed = metric.embed(query), metric.embed(gallery), answers.encoder(gallery)
+    z, zg, fixed = metric.encoder(query), metric.encoder(gallery), answers.encoder(gallery)
     distance = geometry.cosine_distance(z[:, None], zg[None], metric.anchor)
     order = distance.argsort(dim=1, stable=True)
     p, s = geometry.project(zg, metric.anchor)
@@ -271,21 +270,22 @@ def attack(
     claim: Claim,
     encoder: Callable[[Tensor], Tensor],
     *,
-    box: Box,
+    boxes: Sequence[Box] = (None,),
     steps: int = 20,
     polish: int = 40,
     seed: int = 0,
     batch_size: int = 8,
-) -> Outcome:
-    """Look for the smallest change that breaks a claim.
+) -> list[Outcome]:
+    """Look for the smallest change that breaks a claim, once within each box.
 
     Starts: the images themselves, and at 1, 1.5 and 2 radii a random direction, the one towards ``claim.toward`` and
-    the top singular vector of the encoder's Jacobian, upwards.
+    the top singular vector of the encoder's Jacobian, upwards. Within a further box: the images, what was found within
+    the one before, which is close already and gets half the polish, and the three directions at 1.5 radii.
 
     Args:
         claim: what to break.
         encoder: answers, in float64.
-        box: the range of valid images; None for all of ℝⁿ.
+        boxes: ranges of valid images, the widest first; None for all of ℝⁿ.
         steps: gradient steps from each start.
         polish: steps of the polish.
         seed: of the random starts, with the position of the image.
@@ -293,19 +293,29 @@ def attack(
     """
     size = max(1, batch_size // claim.group)
     chunks = torch.arange(len(claim.radius)).split(size)
-    parts = [_attack_rows(claim.select(rows), rows, encoder, box, steps, polish, seed) for rows in chunks]
-    found, points = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Outcome(claim.kind, box is not None, claim.radius, found, points)
+    parts = [_attack_rows(claim.select(rows), rows, encoder, boxes, steps, polish, seed) for rows in chunks]
+    outcomes = []
+    for box, within in zip(boxes, zip(*parts, strict=True), strict=True):
+        found, points = (torch.cat(tensors) for tensors in zip(*within, strict=True))
+        outcomes.append(Outcome(claim.kind, box is not None, claim.radius, found, points))
+    return outcomes
 
 
 def _attack_rows(
-    claim: Claim, index: Tensor, encoder: Callable[[Tensor], Tensor], box: Box, steps: int, polish: int, seed: int
-) -> tuple[Tensor, Tensor]:
+    claim: Claim,
+    index: Tensor,
+    encoder: Callable[[Tensor], Tensor],
+    boxes: Sequence[Box],
+    steps: int,
+    polish: int,
+    seed: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each box the smallest change of each sample, and one perturbed image."""
     objective = _ClaimObjective(encoder, claim, claim.fixed)
     x, index = claim.images, index.repeat_interleave(claim.group)
     radius = claim.radius.repeat_interleave(claim.group)
     radius = torch.where(torch.isfinite(radius) & (radius > 0), radius, 1e-3)
-    starts = [x]
+    directions = []
     for direction in (
         sample_normal(x, seed=seed, index=index),
         claim.toward - x,
@@ -313,23 +323,29 @@ def _attack_rows(
     ):
         by_part = direction.unflatten(1, (claim.parts, 3))
         unit = by_part / by_part.flatten(2).norm(dim=2).clamp(min=1e-30)[..., None, None, None]
-        starts += [x + expand(scale * radius, x) * unit.flatten(1, 2) for scale in _SCALES]
-    x_adv = minimal_norm(
-        objective,
-        x,
-        steps=steps,
-        box=box,
-        polish=polish,
-        starts=torch.stack(starts),
-        parts=claim.parts,
-        seed=seed,
-        index=index,
-    )
-    with torch.no_grad():
-        broken = objective(x_adv) > 0
-    norms = (x_adv - x).unflatten(1, (claim.parts, 3)).flatten(2).norm(dim=2).amax(1)
-    found = torch.where(broken, norms, math.inf).view(-1, claim.group).amin(1)
-    return found, x_adv[:: claim.group, :3].detach()
+        directions.append(expand(radius, x) * unit.flatten(1, 2))
+    starts = [x, *(x + scale * direction for direction in directions for scale in _SCALES)]
+    results = []
+    for box in boxes:
+        x_adv = minimal_norm(
+            objective,
+            x,
+            steps=steps,
+            box=box,
+            polish=polish,
+            starts=torch.stack(starts),
+            parts=claim.parts,
+            seed=seed,
+            index=index,
+        )
+        with torch.no_grad():
+            broken = objective(x_adv) > 0
+        norms = (x_adv - x).unflatten(1, (claim.parts, 3)).flatten(2).norm(dim=2).amax(1)
+        found = torch.where(broken, norms, math.inf).view(-1, claim.group).amin(1)
+        results.append((found, x_adv[:: claim.group, :3].detach()))
+        starts = [x, x_adv, *(x + _SCALES[1] * direction for direction in directions)]
+        polish = (polish + 1) // 2
+    return results
 
 
 def attack_pixels(
@@ -342,7 +358,7 @@ def attack_pixels(
     answers = answers or Answers.of(metric)
     claim = decision_claims(metric, reference, left, right, answers)[0]
     objective = _ClaimObjective(answers.encoder, claim, claim.fixed)
-    certified = metric.certify(reference, left, right).pixels
+    certified = _certify(metric, reference, left, right).pixels
     most = reference[0, 0].numel()
     # The certified number itself first; then doubled until it breaks, then halved intervals down to the least.
     low, found, points = torch.full_like(certified, -1), torch.full_like(certified, most + 1), reference.clone()
@@ -359,6 +375,12 @@ def attack_pixels(
         count = torch.where(done, found.clamp(max=most), middle)
     pixels = torch.where(found > most, math.inf, found.double())
     return Outcome("pixels", True, certified.double() + 1, pixels, points)
+
+
+def _certify(metric: PerceptualMetric, reference: Tensor, left: Tensor, right: Tensor) -> TwoAFCCertificate:
+    """Certificates of images of any range, which :meth:`lipsim.PerceptualMetric.certify` need not take."""
+    z, z0, z1 = (metric.encoder(images) for images in (reference, left, right))
+    return metric.certify_features(reference, z, z0, z1)
 
 
 def _recolour(objective: _ClaimObjective, x: Tensor, count: Tensor, iterations: int = 12) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Positive controls: problems whose answer is known, and faults planted in the metric under test.
 
-A check that reports no violation says something only if it reports these.
+A check that reports no violation says something only if it reports these. :mod:`lipsim.verify.tight` has the problems
+that need no attack.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def mutant_controls(metric: PerceptualMetric, images: Images, seed: int = 0) -> 
     scaled, name = _scaled(metric)
     deviation = Normalize([0.5] * 3, [0.226] * 3)
     # As long as the features: a smaller fault drowns where these are long, and no attack could see it.
-    other = metric.anchor + float(metric.embed(images[0]).norm(dim=1).mean())
+    other = metric.anchor + float(metric.encoder(images[0]).norm(dim=1).mean())
 
     def answers(distance: Callable[[Tensor, Tensor], Tensor]) -> Answers:
         return Answers(metric.encoder, distance)
@@ -112,7 +113,10 @@ def _attack_all(metric: PerceptualMetric, images: Images, names: tuple[str, ...]
         *retrieval_claims(metric, images[0], torch.cat(images[1:])),
     ]
     return [
-        attack(claim, metric.encoder, box=None, steps=30) for claim in claims if names is None or claim.kind in names
+        outcome
+        for claim in claims
+        if names is None or claim.kind in names
+        for outcome in attack(claim, metric.encoder, steps=30)
     ]
 
 
@@ -174,7 +178,7 @@ def _network_fault(name: str, metric: PerceptualMetric, encoder: nn.Module, imag
     """Another network behind the Lipschitz bound of this one."""
     bound, caught = metric.lipschitz, []
     mutant = PerceptualMetric(encoder, metric.image_size, metric.anchor, lipschitz=bound)
-    outcome = attack(decision_claims(mutant, *images)[0], encoder, box=None, steps=30, polish=20, seed=seed)
+    (outcome,) = attack(decision_claims(mutant, *images)[0], encoder, steps=20, polish=20, seed=seed)
     if outcome.violations.any():
         caught.append(f"attack, ‖δ‖/R = {float(outcome.ratios.min()):.3f}")
     growth = lower_bounds.attack_lipschitz(encoder, images[0], steps=20)
@@ -192,10 +196,11 @@ def _network_fault(name: str, metric: PerceptualMetric, encoder: nn.Module, imag
 def _answer_fault(name: str, metric: PerceptualMetric, answers: Answers, images: Images) -> Control:
     """Answers by another distance than the certificates are about."""
     claims = [decision_claims(metric, *images, answers)[0], *distance_claims(metric, *images[:2], answers)]
-    broken = [
-        claim.kind for claim in claims if attack(claim, answers.encoder, box=None, steps=10, polish=5).violations.any()
-    ]
-    return Control(name, bool(broken), ", ".join(broken) or "nothing broke")
+    for claim in claims:
+        (outcome,) = attack(claim, answers.encoder, steps=10, polish=5)
+        if outcome.violations.any():
+            return Control(name, True, f"{claim.kind}, {int(outcome.violations.sum())} of {len(outcome.radius)} broken")
+    return Control(name, False, "nothing broke")
 
 
 def _half_precision(metric: PerceptualMetric, images: Images) -> Control:

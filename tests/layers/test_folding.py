@@ -19,6 +19,8 @@ from lipsim.layers import (
     OrthogonalPatches,
     SLLConv2d,
     SLLLinear,
+    SpectralConv2d,
+    SpectralLinear,
     exact_copy,
     freeze,
 )
@@ -60,6 +62,16 @@ def test_an_exact_copy_keeps_the_weights_that_float32_derives() -> None:
     x = torch.randn(5, 40)
     torch.testing.assert_close(copy(x.double()).float(), layer.eval()(x), rtol=1e-5, atol=1e-5)
     assert next(layer.parameters()).dtype == torch.float32 and not any(p.requires_grad for p in copy.parameters())
+
+
+def test_an_exact_copy_can_be_copied() -> None:
+    """Layers of other packages, whose copies have no source to derive weights from."""
+    layer = nn.Sequential(SpectralConv2d(3, 4), nn.Flatten(), SpectralLinear(16, 5)).eval()
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    once = exact_copy(layer)
+    twice = exact_copy(once)
+    assert torch.equal(once(x), twice(x)) and {p.dtype for p in twice.parameters()} == {torch.float64}
+    torch.testing.assert_close(twice(x).float(), layer(x.float()), rtol=1e-5, atol=1e-5)
 
 
 def test_freezing_while_training_does_not_leave_stale_weights() -> None:
