@@ -36,6 +36,7 @@ from lipsim.metric import PerceptualMetric
 from lipsim.paths import user_path
 from lipsim.precision import full_precision
 from lipsim.progress import Progress
+from lipsim.train import check_slurm
 
 _DESCRIPTION = """Run a teacher once over a folder of images and keep its embeddings for distillation, for example
 cache_teacher.py --teacher TEACHER.safetensors --images data/imagenet --output runs/cache --devices 8
@@ -297,6 +298,7 @@ def _fault(what: str, names: np.ndarray) -> list[str]:
 
 def _fabric(options: argparse.Namespace) -> Fabric:
     """One process, or several that this command or a launcher starts; the slowest may take a week longer."""
+    check_slurm()
     alone = options.devices * options.num_nodes == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
     return Fabric(
         accelerator=options.accelerator,

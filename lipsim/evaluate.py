@@ -143,7 +143,8 @@ class RemainingData(L.LightningDataModule):
             raise ValueError("the processes see other triplets each; seed what chooses them in the data module")
         self._check_resize()
         finished = self.keep.open(trainer, fingerprints)
-        if trainer.is_global_zero and not self.keep.continues:
+        trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not self.keep.continues and not trial:
             remove_other_results(Path(trainer.default_root_dir), self.keep.settings["checkpoint_sha256"], fingerprints)
         return [
             remaining(loader, finished.get(name, set()), plans[name], trainer.global_rank, trainer.world_size)
@@ -246,7 +247,7 @@ def evaluate(args: Sequence[str]) -> EvaluationCLI:
         raise ValueError("nothing to evaluate: name lipsim.callbacks.CertifyRadii, AttackRobustness, … as callbacks")
     data = RemainingData(cli.datamodule, cli.keep, cli.config.max_triplets, cli.config.sample_seed)
     cli.trainer.test(cli.model, datamodule=data, verbose=False)
-    if cli.trainer.is_global_zero:
+    if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         path = Path(cli.trainer.default_root_dir) / "results.json"
         if path.is_file():
             sha256 = cli.keep.settings["checkpoint_sha256"]

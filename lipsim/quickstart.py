@@ -20,7 +20,7 @@ from lipsim.baselines import BASELINES
 from lipsim.metrics import TwoAFCScore
 from lipsim.plots import plot_scores
 from lipsim.results import read_results, update_results
-from lipsim.tables import Row, certified_curve, markdown_table, print_table, read_columns, score_rows
+from lipsim.tables import NO_GRADIENT, Row, certified_curve, markdown_table, print_table, read_columns, score_rows
 from lipsim.train import StageCLI, train
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -119,10 +119,15 @@ def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], nam
         title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name].items()
     }
     count = certified["num_triplets"]
-    suite = "2AFC score in % under attack (APGD, minimal norm, Square) on the reference"
+    suite = f"2AFC score in % under attack (APGD, minimal norm, Square) on the reference, {count} test triplets"
+    left = score_rows({**under_attack, **plain})
+    flat = {title: attacked[key]["no_gradient"] for key, title in names.items()}
+    if any(flat.values()):
+        suite += f"; {NO_GRADIENT}"
+        left = [{**row, "no gradient": str(flat.get(row["metric"], ""))} for row in left]
     return {
         f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": score_rows(rows),
-        f"{suite}, {count} test triplets": score_rows({**under_attack, **plain}),
+        suite: left,
     }
 
 
