@@ -139,7 +139,7 @@ def _certify(options: argparse.Namespace) -> int:
     pictures = {name: read_image(file) for name, file in files.items()}
     dtype = next(metric.parameters()).dtype
     images = {name: load_image(file, metric.preprocess).to(dtype).unsqueeze(0) for name, file in files.items()}
-    found = metric.certify(**images)
+    found = metric.certify(images["reference"], images["left"], images["right"])
     margin = float(found.margin)
     radii = {
         "reference": float(found.radius),

@@ -206,17 +206,18 @@ class PerceptualMetric(nn.Module):
         return geometry.cosine_distance(z, z_other, self.anchor)
 
     @torch.no_grad()
-    def certify(self, reference: Tensor, left: Tensor, right: Tensor) -> TwoAFCCertificate:
+    def certify(self, reference: Tensor, left: Tensor, right: Tensor, *, check_range: bool = True) -> TwoAFCCertificate:
         """Answer N triplets ``(N, 3, H, W)`` and certify the answers, in full precision.
 
         The certified answer is that of the returned ``prefers_left``, whose geometry runs in float64. The images
-        have to be in [0, 1], the range that :attr:`feature_error` was found on.
+        have to be in [0, 1], the range that :attr:`feature_error` was found on; ``check_range=False`` takes any points
+        where that is 0, and the certificate one of exact arithmetic.
 
         Raises:
             ValueError: different numbers of images, a wrong shape, values outside [0, 1], or half precision.
         """
         for images in (reference, left, right):
-            self.check_images(images)
+            self.check_images(images, check_range=check_range or self.feature_error > 0)
         if not len(reference) == len(left) == len(right):
             raise ValueError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
@@ -262,14 +263,16 @@ class PerceptualMetric(nn.Module):
         return certificates.linear_margin(z, z0, z1, anchor=self.anchor)[0] / geometry.anchored_norm(z, self.anchor)
 
     @torch.no_grad()
-    def distance_bounds(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def distance_bounds(self, x: Tensor, y: Tensor, eps: float, *, check_range: bool = True) -> tuple[Tensor, Tensor]:
         """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``.
+
+        ``check_range`` as in :meth:`certify`.
 
         Raises:
             ValueError: no images ``(N, 3, H, W)`` in [0, 1], a negative budget, or half precision.
         """
         for images in (x, y):
-            self.check_images(images)
+            self.check_images(images, check_range=check_range or self.feature_error > 0)
         self._check_dtype(x, y)
         with full_precision(), evaluation_mode(self.encoder):
             z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])

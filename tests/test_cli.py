@@ -56,12 +56,12 @@ def test_audit_of_ones_own_images(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert "no images in" in capsys.readouterr().err
     Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
     assert _run("audit", checkpoint, "--images", tmp_path, "--steps", "1") == 0
-    assert "on 1 images" in capsys.readouterr().out
+    assert "on these 1" in capsys.readouterr().out
     (tmp_path / "._red.png").write_bytes(b"of macOS")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert _run("audit", checkpoint, "--images", tmp_path, "--steps", "1") == 0
     found = capsys.readouterr()
-    assert "on 1 images" in found.out
+    assert "on these 1" in found.out
     assert "1 broken links (first: gone.png), 1 files with other endings (first: metric.safetensors)" in found.err
     assert "1 hidden files or folders (first: ._red.png)" in found.err
 

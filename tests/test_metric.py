@@ -258,6 +258,10 @@ def test_other_points_are_embedded_on_request(metric: PerceptualMetric) -> None:
     x = 5 * torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(metric.embed(x, check_range=False), metric.encoder(x))
     assert metric(x, x + 1, check_range=False).shape == (2,)
+    assert metric.certify(x, x + 1, x - 1, check_range=False).radius.shape == (2,)  # of exact arithmetic
+    metric.feature_error = 1e-6
+    with pytest.raises(ValueError, match=r"images in \[0, 1\]"):
+        metric.certify(x, x + 1, x - 1, check_range=False)
     inside = torch.rand(2, 3, 16, 16).requires_grad_()
     (gradient,) = torch.autograd.grad(metric(inside, torch.rand(1, 3, 16, 16)).sum(), inside)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()

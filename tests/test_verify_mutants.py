@@ -104,9 +104,11 @@ def _signed(z: Tensor, z0: Tensor, z1: Tensor, *, feature_error: float = 0.0, **
     return certificates.signed_reference_radius(z, z0, z1, **options)
 
 
-def _no_anchor_part(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
+def _no_anchor_part(
+    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float, lipschitz: float, feature_error: float = 0.0
+) -> Tensor:
     w = project(z0, anchor)[0] - project(z1, anchor)[0]
-    return (z * w).sum(-1), w.norm(dim=-1)
+    return (z * w).sum(-1).abs() / (lipschitz * w.norm(dim=-1))
 
 
 def _always_top_1(*args: Any, k: int = 1, **options: Any) -> Any:
@@ -149,7 +151,7 @@ FURTHER: dict[str, tuple[str, Mutant]] = {
     "reference × 1.02": ("reference and", _times("reference_radius", 1.02)),
     "reference × 1.02, anchored": ("reference and", _times("reference_radius", 1.02, anchored=True)),
     "reference, signed": ("reference and", {"reference_radius": _signed}),
-    "reference, no anchor part": ("reference and", {"linear_margin": _no_anchor_part}),
+    "reference, no anchor part": ("reference and", {"reference_radius": _no_anchor_part}),
     "reference, published": ("reference and", {"reference_radius": _published}),
     "reference, published without an anchor": ("reference and", {"reference_radius": _published_without_anchor}),
     "retrieval × 1.02": ("reference and", _times("retrieval_radius", 1.02)),
