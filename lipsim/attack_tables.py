@@ -258,7 +258,7 @@ def add_command(commands: Any) -> None:
         description="Natural and attacked 2AFC scores of exported metrics and of pixel l2, SSIM and MS-SSIM, each "
         "attack alone, the distances d(x, x + δ) that an attack reaches, and how attacks transfer. Writes tables.md, "
         "tables.tex and results.json (section attack_tables). LPIPS and DISTS join where their backbone's weights are "
-        "given. A metric costs some hundreds of forward and backward passes over the triplets: MINUTES for "
+        "given. A metric costs some hundreds of forward and backward passes over the triplets: minutes for "
         "the bundled one on two cores, far more for a ViT.",
     )
     parser.add_argument("metrics", nargs="+", metavar="NAME=FILE", help="exported metrics of one image size")
