@@ -54,8 +54,9 @@ def _add_audit(commands: Any) -> None:
         help="bound a metric's Lipschitz constant, layer by layer",
         description="Bound the Lipschitz constant of an exported metric, layer by layer, in float64 and rounded up; "
         "next to it what each layer reaches on sample images, the largest growth that an attack finds, and the error "
-        "of the forward pass in the dtype of the weights. Seconds for the bundled metric; the time grows with --samples "
-        "and --steps. Exit status 1 where a lower bound exceeds an upper one, or the total exceeds --require.",
+        "of the forward pass in the dtype of the weights. Seconds for the bundled metric; the time grows with "
+        "--samples and --steps. Exit status 1 where a lower bound exceeds an upper one, or the total exceeds "
+        "--require.",
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     parser.add_argument("--images", type=user_path, help="folder of sample images; default: built-in ones")

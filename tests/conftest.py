@@ -15,6 +15,9 @@ from torch import Tensor
 from lipsim.data import Triplet
 from lipsim.data.bapps import SUBSETS
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each, and for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 # Lightning 2.6 makes calls that jsonargparse 4 deprecates; see the bound in pyproject.toml.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 # No deadlines: the first call of a torch function on a busy machine takes as long as it takes.
