@@ -72,10 +72,10 @@ def test_a_second_run_sets_the_first_aside(caplog: pytest.LogCaptureFixture) -> 
     assert torch.equal(_exported(ROOT / "linear.safetensors"), second)
     assert "linear.safetensors holds other weights than those tested, and stays as it is" in caplog.text
     # One of the second adds the error of its features.
-    assert lipsim.load(ROOT / "linear.safetensors").feature_error == 0
+    assert lipsim.load(ROOT / "linear.safetensors").declared_feature_error == 0
     config = (ROOT / "config.yaml").read_text()
     _run("test", f"--ckpt_path={ROOT}/checkpoints/last.ckpt")
-    assert lipsim.load(ROOT / "linear.safetensors").feature_error > 0
+    assert lipsim.load(ROOT / "linear.safetensors").declared_feature_error > 0
     assert torch.equal(_exported(ROOT / "linear.safetensors"), second)
     assert (ROOT / "config.yaml").read_text() == config and (ROOT / "config-test.yaml").is_file()
 
