@@ -315,6 +315,8 @@ def _summary(found: AttackedImages) -> str:
         budget = eps_label(found.eps) if found.eps < 1 else f"{found.eps:g}"
         verb = "turned around" if len(found.before) == 2 else "changed"
         last = f"{verb} within ε = {budget} in ℓ{sign}; ‖δ‖₂ = {found.length:.5g}"
+        if found.length == 0:
+            last = f"nothing better than the images as they are was found within ε = {budget} in ℓ{sign}"
         if len(found.before) == 2 and _left_nearer(found.rounded) == _left_nearer(found.before):
             last += "; rounding to 8 bits undoes it, as images.safetensors does not"
     return "\n".join([head, *rows, last])

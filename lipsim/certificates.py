@@ -35,6 +35,7 @@ from lipsim.geometry import anchored_norm, angle, binary_scale, project, rotatio
 _TURNS = (2, 1, 1)  # the reference turns against both candidates
 _CHUNK = 2**24  # elements of a batch of differences
 _EPS = torch.finfo(torch.float64).eps
+_TINY = torch.finfo(torch.float64).tiny  # the smallest number with all digits
 # More than rounding to float32 changes a number in [0, 1], after a resize in float64 as well.
 _FLOAT32_STEP = 2.0**-25 * (1 + 1e-6)
 
@@ -370,8 +371,9 @@ def _over(radius: Tensor, lipschitz: float) -> Tensor:
 
 
 def _norm(z: Tensor, anchor: float) -> Tensor:
-    """Anchored norm, rounded down to the largest finite number where it is beyond."""
-    return anchored_norm(z, anchor).clamp(max=torch.finfo(z.dtype).max)
+    """Anchored norm, rounded down to the largest finite number, and to 0 where it has not all its digits."""
+    norm = anchored_norm(z, anchor).clamp(max=torch.finfo(z.dtype).max)
+    return torch.where(norm < _TINY, norm * 0, norm) if z.dtype == torch.float64 else norm
 
 
 def _check(anchor: float, lipschitz: float = 1.0, feature_error: float = 0.0) -> None:

@@ -229,8 +229,11 @@ def _report(options: argparse.Namespace) -> int:
     from lipsim import report  # matplotlib, which no other command needs
 
     with Progress("writing the report"):
-        tables = report.write_report(report.load_runs(options.runs), options.output, options.radius)
+        runs = report.load_runs(options.runs)
+        tables = report.write_report(runs, options.output, options.radius)
     report.print_tables(tables, Console())
+    for line in report.warnings(runs):
+        print(f"warning: {line}", file=sys.stderr)
     print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
     return 0
 

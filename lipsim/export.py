@@ -108,7 +108,7 @@ def load(path: str | Path) -> PerceptualMetric:
     file = resolve(path)
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
     try:
-        if header["encoder"] not in ENCODERS:
+        if not isinstance(header["encoder"], str) or header["encoder"] not in ENCODERS:
             raise ValueError(
                 f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
             )
@@ -166,10 +166,16 @@ def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{file} is no exported metric (format {metadata.get('format')!r}); lipsim.export.save writes them"
         )
-    if int(metadata.get("version", "0")) > VERSION:
-        raise ValueError(f"{file} has format version {metadata['version']}, newer than {VERSION}; update lipsim")
+    version = metadata.get("version", "0")
+    if not version.isdecimal():
+        raise ValueError(f"{file} is damaged, its format version is {version!r}; export it again")
+    if int(version) > VERSION:
+        raise ValueError(f"{file} has format version {version}, newer than {VERSION}; update lipsim")
     try:
-        return json.loads(metadata["metric"]), state
+        header = json.loads(metadata["metric"])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}")
+        return header, state
     except (KeyError, ValueError) as error:
         raise ValueError(f"cannot rebuild the metric in {file}: {error!r}") from error
 

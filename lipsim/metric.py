@@ -216,13 +216,11 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: different numbers of images, a wrong shape, values outside [0, 1], or half precision.
         """
-        for images in (reference, left, right):
-            self.check_images(images, check_range=check_range or self.feature_error > 0)
+        self._check_certifiable(reference, left, right, check_range=check_range)
         if not len(reference) == len(left) == len(right):
             raise ValueError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
-        self._check_dtype(reference, left, right)
         with full_precision(), evaluation_mode(self.encoder):
             z, z0, z1 = self.encoder(torch.cat([reference, left, right])).chunk(3)
         return self.certify_features(reference, z, z0, z1)
@@ -271,9 +269,7 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: no images ``(N, 3, H, W)`` in [0, 1], a negative budget, or half precision.
         """
-        for images in (x, y):
-            self.check_images(images, check_range=check_range or self.feature_error > 0)
-        self._check_dtype(x, y)
+        self._check_certifiable(x, y, check_range=check_range)
         with full_precision(), evaluation_mode(self.encoder):
             z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
@@ -317,17 +313,23 @@ class PerceptualMetric(nn.Module):
         for tensor in inputs:
             if _is_half(tensor):
                 raise ValueError(
-                    f"expected images or features in float32 or float64 to certify, got {tensor.dtype}, whose rounding "
-                    "no certificate covers; convert the images with .float() and embed them again"
+                    f"expected images or features in float32 or float64 to certify, got {tensor.dtype}, half "
+                    "precision, whose rounding no certificate covers; convert the images with .float() and embed again"
                 )
 
-    def _check_dtype(self, *images: Tensor) -> None:
-        """Refuse what nothing can be certified with, and images of another dtype than the weights."""
+    def _check_certifiable(self, *images: Tensor, check_range: bool) -> None:
+        """Refuse images that no certificate of this metric is about."""
         self.check_precision(*images)
-        weight = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-        for tensor in images:
-            if weight is not None and tensor.dtype != weight:
-                raise ValueError(f"expected images in {weight}, as the weights are, got {tensor.dtype}: x.to({weight})")
+        for x in images:
+            try:
+                self.check_images(x, check_range=check_range or self.feature_error > 0)
+            except ValueError as error:
+                if check_range:
+                    raise
+                raise ValueError(
+                    f"{error} (check_range=False certifies points outside [0, 1] only where feature_error is 0: the "
+                    "error of float32 is known inside)"
+                ) from error
 
     def check_images(self, x: Tensor, *, check_range: bool = True) -> None:
         """Refuse what are no images of this metric.
@@ -336,6 +338,9 @@ class PerceptualMetric(nn.Module):
             ValueError: ``x`` is not ``(N, 3, image_size, image_size)`` of floating-point numbers in [0, 1].
         """
         check_images(x, self.image_size)
+        weight = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), x.dtype)
+        if x.dtype != weight and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"expected images in {weight}, as the weights are, got {x.dtype}: x.to({weight})")
         if check_range:
             _check_range(x)
 

@@ -37,7 +37,7 @@ def plot_scores(
     handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in colours.items()]
     handles += [Line2D([], [], color="0.3", ls=style, lw=1.2, label=kind) for kind, style in styles.items()]
     if attacked:
-        handles.append(Line2D([], [], color="0.3", marker="o", lw=0.4, ms=3, label="under attack"))
+        handles.append(Line2D([], [], color="0.3", marker="o", ls="", ms=3, label="under attack"))
     columns = 1 if max(len(str(handle.get_label())) for handle in handles) > _LABEL else 2
     height = _AXES + 0.15 * math.ceil(len(handles) / columns)
     figure = Figure(figsize=(_COLUMN, height), layout="constrained")
@@ -46,7 +46,8 @@ def plot_scores(
         for kind, (eps, score) in curves.items():
             axes.plot(eps, 100 * np.asarray(score), styles[kind], color=colours[name], lw=1.2)
     for name, (eps, score) in attacked.items():
-        axes.plot(eps, 100 * np.asarray(score), "o-", color=colours[name], lw=0.4, ms=3)
+        # No lines between: what an attack would leave there is not known.
+        axes.plot(eps, 100 * np.asarray(score), "o", color=colours[name], ms=3)
     axes.axhline(50, color="0.7", lw=0.8, zorder=0)
     axes.set_xlabel("ε (ℓ2, pixels in [0, 1])", fontsize=8)
     axes.set_ylabel("2AFC score (%)", fontsize=8)

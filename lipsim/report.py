@@ -87,9 +87,9 @@ def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[str] = ("cer
         The tables.
     """
     output.mkdir(parents=True, exist_ok=True)
-    sets = list(dict.fromkeys(name for run in runs for s in ("certified", "attacked") for name in run.sets(s)))
+    sets = _set_names(runs)
     tables = {name: [*certified_tables(runs, name, kinds), *attacked_tables(runs, name)] for name in sets}
-    warnings = [line for name in sets if (line := different_data(runs, name))]
+    said = warnings(runs)
     curves = {name: output / (f"curves-{_file_name(name)}" if len(sets) > 1 else "curves") for name in sets}
     for name, path in curves.items():
         certified, attacked = _curves(runs, name, kinds)
@@ -97,15 +97,24 @@ def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[str] = ("cer
             plot_scores(path.with_suffix(suffix), certified, attacked, name)
     flat = [table for found in tables.values() for table in found]
     markdown = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
-    (output / "report.md").write_text("\n\n".join(["# Report", *warnings, *markdown]) + "\n", encoding="utf-8")
+    (output / "report.md").write_text("\n\n".join(["# Report", *said, *markdown]) + "\n", encoding="utf-8")
     latex = [latex_table(table.rows, table.title, table.eps, table.heading) for table in flat]
     (output / "report.tex").write_text(
         "\n\n".join([r"% \usepackage{booktabs,multirow}", *latex]) + "\n", encoding="utf-8"
     )
     with open(output / "report.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("set", "run", "metric", "score", "eps", "value"), *_numbers(runs)])
-    (output / "report.html").write_text(_page(runs, tables, curves, warnings), encoding="utf-8")
+    (output / "report.html").write_text(_page(runs, tables, curves, said), encoding="utf-8")
     return flat
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the tables has to know: sets that are of different data under one name."""
+    return [line for name in _set_names(runs) if (line := different_data(runs, name))]
+
+
+def _set_names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for s in ("certified", "attacked") for name in run.sets(s)))
 
 
 def print_tables(tables: Iterable[ScoreTable], console: Console) -> None:

@@ -36,6 +36,13 @@ _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, f
 train.py --config configs/quickstart/distill.yaml --trainer.max_epochs 3
 (fit is understood). Every option of the config can be given on the command line; --print_config shows them all."""
 SUBCOMMANDS = ("fit", "validate", "test")
+# What Lightning restores from a checkpoint besides the weights, and moments that have the shape of their parameter.
+_PARTS: dict[str, type] = {
+    **{"state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list},
+    "pytorch-lightning_version": str,
+}
+_LOOPS = ("fit_loop", "validate_loop", "test_loop")
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
 
 
 class RunRecord(SaveConfigCallback):
@@ -180,6 +187,9 @@ class StageCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._check_checkpoint()
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and path not in CHECKPOINT_NAMES:
+            check_moments(Path(path), self.model)
 
     def before_validate(self) -> None:
         self._check_checkpoint()
@@ -226,7 +236,30 @@ def read_stage(path: Path, resume: bool = False) -> dict[str, Any]:
         raise ValueError(
             f"{path} has weights alone, and training cannot be continued from it; take another, or last.ckpt"
         )
+    for key, kind in _PARTS.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise ValueError(f"{path} is damaged, its {key} is a {type(checkpoint[key]).__name__}; take another")
+    loops = checkpoint.get("loops")
+    if loops is not None and (missing := [name for name in _LOOPS if name not in loops]):
+        raise ValueError(f"{path} is damaged, it does not say where its {missing[0]} was; take another")
     return checkpoint
+
+
+def check_moments(path: Path, module: torch.nn.Module) -> None:
+    """Refuse a checkpoint whose optimizer has moments of other parameters than those in training.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    shapes = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    for optimizer in read_checkpoint(path).get("optimizer_states", []):
+        for number, state in optimizer.get("state", {}).items():
+            for name in _MOMENTS & state.keys():
+                if not isinstance(number, int) or number >= len(shapes) or state[name].shape != shapes[number]:
+                    raise ValueError(
+                        f"{path} cannot be continued: {name} of parameter {number} has shape "
+                        f"{tuple(state[name].shape)}, as of another module or other trainable parameters"
+                    )
 
 
 def check_slurm() -> None:
@@ -276,8 +309,13 @@ def train(args: Sequence[str]) -> StageCLI:
 
 
 def quiet_warnings() -> None:
-    """Lightning 2.6 calls what torch 2.14 deprecates; once a stage is once too often."""
+    """Silence what is said too often, or is not so.
+
+    Lightning 2.6 calls what torch 2.14 deprecates; and it warns that the log of an earlier run will be deleted, which
+    has been moved by then.
+    """
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -108,10 +108,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # on formats of old torch versions
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the pickled bytes lead it to
-        raise ValueError(
-            f"cannot read {path} ({_reason(error)}); it is truncated, no checkpoint, or needs more than tensors and "
-            "plain containers: get it again"
-        ) from error
+        raise ValueError(f"cannot read {path}: {_fault(error)}") from error
+    if (damaged := _damaged_member(path)) is not None:
+        raise ValueError(f"cannot read {path}: {damaged} in it is not what was written; get it again")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"expected a mapping of names to tensors in {path}, got {type(checkpoint).__name__}")
     return checkpoint
@@ -141,8 +140,29 @@ def _is_torchscript(path: Path) -> bool:
         return False  # the format of old torch versions, or damaged: torch.load tells
 
 
+def _damaged_member(path: Path) -> str | None:
+    """The first part of an archive whose checksum is wrong, which torch does not look at; None where all are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile:
+        return None  # the format of old torch versions, without checksums
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a file that torch's restricted reader refuses, without the pages that torch says about it."""
+    stranger = re.search(r"(?:Unsupported class|GLOBAL) (\S+)", str(error))
+    if stranger is not None:
+        return (
+            f"it needs more than tensors and plain containers ({stranger[1].strip('.`')}), which is never unpickled; "
+            "get a file of weights"
+        )
+    if "WeightsUnpickler" in str(error):
+        return "it is damaged, or needs more than tensors and plain containers, which is never unpickled; get another"
+    return "it is truncated or no checkpoint; get it again"
+
+
 def _reason(error: Exception) -> str:
-    """One line. torch explains at length, and its restricted reader's own reason comes in between."""
-    own = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    """The first line of what a reader says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return (own[1].strip() if own else lines[0])[:200]
+    return lines[0][:200]

@@ -64,3 +64,15 @@ def test_features_that_are_not_finite_have_no_error() -> None:
     nn.init.constant_(encoder[1].bias, torch.nan)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not finite"):
         largest_feature_error(encoder, 4)
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_what_cancels_on_constant_images_has_an_error_all_the_same(thorough: bool) -> None:
+    """A map of second differences is exactly 0 on flat, periodic and coarse images."""
+    encoder = OrthogonalProjection(16, 64).eval().requires_grad_(False)
+    weight = torch.zeros(64, 768)
+    for row in range(64):
+        weight[row, 8 * row : 8 * row + 4] = torch.tensor([0.5, 0.5, -0.5, -0.5])
+    encoder[2].weight.copy_(weight)
+    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    assert ERROR_FACTOR * largest_feature_error(encoder, 16, thorough=thorough) > feature_error(encoder, images) > 0

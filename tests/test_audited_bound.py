@@ -246,7 +246,7 @@ def test_the_bound_inside_transforms_and_inference() -> None:
 
     def scaled(image: torch.Tensor) -> torch.Tensor:
         found.append(metric.lipschitz)
-        return metric.embed(image.unsqueeze(0)).sum() / metric.lipschitz
+        return metric.embed(image.unsqueeze(0), check_range=False).sum() / metric.lipschitz
 
     torch.func.grad(scaled)(x)
     torch.func.vmap(torch.func.grad(scaled))(x.unsqueeze(0))

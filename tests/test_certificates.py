@@ -394,3 +394,12 @@ def test_joint_gradients_are_finite_where_vectors_have_no_length_and_at_the_cap(
     C.joint_radius(*leaves, anchor=0.0).sum().backward()
     for leaf in leaves:
         assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 100
+
+
+def test_lengths_without_all_their_digits_certify_nothing() -> None:
+    z = torch.tensor([[3.76e19, -1e20, 2.81e19]], dtype=torch.float64)
+    z0 = torch.tensor([[-5.39e-321, -1.54e-321, 1e-320]], dtype=torch.float64)
+    z1 = torch.tensor([[4.49e-21, 6.58e-21, 5.54e-21]], dtype=torch.float64)
+    left, right = C.candidate_radii(z, z0, z1, anchor=0.0, lipschitz=1e-200)
+    assert left == 0 and right == 0  # it is not known how z0 turns, either
+    assert C.joint_radius(z, z0, z1, anchor=0.0, lipschitz=1e-200) == 0

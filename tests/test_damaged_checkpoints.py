@@ -98,6 +98,31 @@ def test_the_file_of_a_metric_in_every_command(damage: str, capsys: pytest.Captu
         assert "bad.ckpt" in line and message in line
 
 
+def test_parts_of_a_checkpoint_are_checked_before_anything_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--config", str(LINEAR), *SMALL, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"])
+    file = Path("runs/quickstart/linear/checkpoints/last.ckpt")
+    good = torch.load(file, weights_only=True)
+    before = sorted(Path("runs").rglob("*"))
+    moments = good["optimizer_states"][0]["state"]
+    odd = {0: {**moments[0], "exp_avg": torch.zeros(2)}} if moments else {0: {"exp_avg": torch.zeros(2)}}
+    optimizer = [{**good["optimizer_states"][0], "state": odd}]
+    for changed, message in (
+        ({"callbacks": 5}, "its callbacks is a int"),
+        ({"loops": {}}, "it does not say where its fit_loop was"),
+        ({"pytorch-lightning_version": None}, "its pytorch-lightning_version is a NoneType"),
+        ({"optimizer_states": optimizer}, "exp_avg of parameter 0 has shape"),
+    ):
+        torch.save({**good, **changed}, "bad.ckpt")
+        line = _error(capsys, lambda: main(["--config", str(LINEAR), "--ckpt_path=bad.ckpt", *SMALL]))
+        assert "bad.ckpt" in line and message in line
+        assert sorted(Path("runs").rglob("*")) == before
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("flip.ckpt").write_bytes(content)
+    line = _error(capsys, lambda: main(["test", "--config", str(LINEAR), "--ckpt_path=flip.ckpt", *SMALL]))
+    assert "flip.ckpt" in line and "is not what was written" in line
+
+
 def test_weights_alone_do_not_resume(capsys: pytest.CaptureFixture[str]) -> None:
     versions = {"pytorch-lightning_version": "2.6.0", "epoch": 0, "global_step": 3}
     torch.save({"state_dict": {}, **versions}, "weights.ckpt")

@@ -135,7 +135,7 @@ def test_half_precision_is_refused_without_any_weights(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("first", [nn.Identity(), nn.Flatten(), nn.Sequential(nn.Identity())], ids=lambda m: str(m)[:9])
 def test_layers_in_place_leave_the_images_alone(first: nn.Module) -> None:
     metric = PerceptualMetric(nn.Sequential(first, nn.ReLU(inplace=True), nn.Flatten()), 16)
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.rand(2, 3, 16, 16)
     before = x.clone()
     z = metric.embed(x)
     assert torch.equal(z, before.relu().flatten(1))
@@ -419,3 +419,21 @@ def test_full_precision_switches_everything_off_and_back_on() -> None:
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_images_of_another_dtype_are_refused_with_the_remedy(metric: PerceptualMetric) -> None:
+    x = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    for call in (lambda: metric(x, x), lambda: metric.embed(x), lambda: metric.certify(x, x, x)):
+        with pytest.raises(ValueError, match=r"expected images in torch\.float32.*x\.to\(torch\.float32\)"):
+            call()
+
+
+def test_points_outside_the_range_are_certified_without_a_float32_error_only(metric: PerceptualMetric) -> None:
+    x, y, z = torch.rand(3, 1, 3, 16, 16).unbind(0)
+    metric.feature_error = 0.0
+    assert float(metric.certify(2 * x, y, z, check_range=False).radius) > 0
+    metric.feature_error = 1e-6
+    with pytest.raises(ValueError, match="only where feature_error is 0"):
+        metric.certify(2 * x, y, z, check_range=False)
+    with pytest.raises(ValueError, match="only where feature_error is 0"):
+        metric.distance_bounds(2 * x, y, 0.1, check_range=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -230,3 +231,15 @@ def test_threads_fold_one_at_a_time() -> None:
     first, second = _together(run, run)
     assert torch.equal(first, second)
     assert float(iterating.steps) == 0  # put back
+
+
+def test_threads_that_audit_do_not_take_each_others_folded_weights() -> None:
+    """Each audit folds and unfolds the layers while another reads them."""
+    metric = PerceptualMetric(nn.Sequential(nn.Flatten(), SLLLinear(12, 8), SLLLinear(12, 8)), 2)
+    bound, before = metric.audit().total, sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        found = _together(*[lambda: [metric.audit().total for _ in range(15)]] * 4)
+    finally:
+        sys.setswitchinterval(before)
+    assert {total for totals in found for total in totals} == {bound}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,16 @@ RADII = ("reference_radius", "candidate_radii", "joint_radius", "threshold_radiu
 ERROR = (*RADII, "distance_interval")
 ORIGINAL: dict[str, Function] = {
     name: getattr(certificates, name)
-    for name in (*ERROR, "certified_pixels", "linf_radius", "l1_radius", "resize_norm", "rotation", "published_radius")
+    for name in (
+        *ERROR,
+        "certified_pixels",
+        "linf_radius",
+        "l1_radius",
+        "resize_norm",
+        "original_radius",
+        "rotation",
+        "published_radius",
+    )
 }
 
 
@@ -167,6 +177,11 @@ FURTHER: dict[str, tuple[str, Mutant]] = {
     "ℓ∞ × 1.02": ("ℓ∞", _times("linf_radius", 1.02)),
     "ℓ1 × 1.02": ("ℓ∞", _times("l1_radius", 1.02)),
     "resize norm × 0.98": ("ℓ∞", _times("resize_norm", 0.98)),
+    "radius of a file × 1.02": ("ℓ∞", _times("original_radius", 1.02)),
+    "radius of a file without rounding": (
+        "ℓ∞",
+        {"original_radius": lambda r, size, side: r / certificates.resize_norm(size, side)},
+    ),
     "rounding of angles ignored": ("near-duplicates", {"_rounding": lambda z: 0.0}),
     "radii to the nearest float": ("near-duplicates", {"_down": _nearest_float}),
     "upper ends to the nearest float": ("near-duplicates", {"_up": _nearest_float}),
@@ -229,6 +244,18 @@ def test_an_error_that_counts_once_fails_on_float32(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(PerceptualMetric, "certificate_options", once)
     (control,) = [control for control in tight_controls() if not control.caught]
     assert control.name.startswith("float32") and "too much" in control.evidence
+
+
+@pytest.mark.parametrize("name", ["reference_radius", "distance_bounds", "certify_features"])
+def test_a_method_that_claims_more_than_its_function_fails(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    method = getattr(PerceptualMetric, name)
+    changed = {
+        "reference_radius": lambda *args: 1.5 * method(*args),
+        "distance_bounds": lambda metric, x, y, eps: method(metric, x, y, eps / 2),
+        "certify_features": lambda *args: dataclasses.replace(c := method(*args), joint_radius=1.02 * c.joint_radius),
+    }[name]
+    monkeypatch.setattr(PerceptualMetric, name, changed)
+    assert "what users call" in [control.name for control in tight_controls() if not control.caught]
 
 
 def test_an_answer_turned_around_fails(monkeypatch: pytest.MonkeyPatch) -> None:

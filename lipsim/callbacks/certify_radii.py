@@ -64,9 +64,18 @@ class CertifyRadii(TripletCallback):
         super().__init__(directory, validate)
         self.eps = check_budgets(eps)
         self.error_sample = check_count("error_sample", error_sample, least=0)
-        self.error_factor = check_number("error_factor", error_factor, least=1)
+        self.error_factor = error_factor
         self.report: LipschitzReport | None = None
         self.results: dict[str, Any] = {}
+
+    @property
+    def error_factor(self) -> float:
+        """At least 1."""
+        return self._error_factor
+
+    @error_factor.setter
+    def error_factor(self, factor: float) -> None:
+        self._error_factor = check_number("error_factor", factor, least=1)
 
     def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
         metric = module.metric

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -152,20 +154,39 @@ def read_in_full(image: Image.Image) -> Image.Image | DeepImage:
     """An image that was opened and not loaded yet, read in full; any other image as it is.
 
     Raises:
-        UnsupportedImageError: Pillow would drop digits, and nothing else can read them.
+        UnsupportedImageError: Pillow would drop digits, and nothing else can read them, or has dropped them already.
     """
-    unread = isinstance(image, ImageFile.ImageFile) and bool(image.tile) and image.fp is not None
-    if not unread or image.format in _EIGHT_BITS or image.format not in FORMATS:
+    if not isinstance(image, ImageFile.ImageFile) or image.format in _EIGHT_BITS or image.format not in FORMATS:
         return image
-    place = image.fp.tell()  # type: ignore[attr-defined]
-    image.fp.seek(0)  # type: ignore[attr-defined]
-    deep = _read_deep(image.fp.read())  # type: ignore[attr-defined]
-    image.fp.seek(place)  # type: ignore[attr-defined]
+    if not image.tile or image.fp is None:
+        if _was_cut(image):
+            raise UnsupportedImageError(
+                "this image was loaded by Pillow, which cuts its file down to 8 bits a channel or bends its values; "
+                "give the path, or image.copy() to have it as it is"
+            )
+        return image
+    place = image.fp.tell()
+    image.fp.seek(0)
+    deep = _read_deep(image.fp.read())
+    image.fp.seek(place)
     if deep is None:
         return image
     if image.tell():
         raise UnsupportedImageError("expected the first image of a file of more than 8 bits a channel, got another")
     return deep
+
+
+def _was_cut(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow has dropped or bent values of the file that a loaded image is from, as far as that is still there.
+
+    The values themselves do not tell, and the file's cannot stand in for them: the image may have been changed.
+    """
+    try:
+        return _read_deep(Path(os.fsdecode(image.filename)).read_bytes()) is not None if image.filename else False
+    except UnsupportedImageError:
+        return True
+    except DECODER_ERRORS:
+        return False  # the file has gone, or is another by now
 
 
 def orientation(image: Image.Image) -> int:

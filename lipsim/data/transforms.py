@@ -22,6 +22,7 @@ from lipsim.data.bit_depth import (
     read_in_full,
     upright,
 )
+from lipsim.paths import user_path
 
 RESIZES = ("float", "pil")
 
@@ -36,8 +37,10 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, or truncated, or its values cannot be read in full.
     """
+    if content is None and user_path(path).is_dir():
+        raise ValueError(f"expected an image file, got the folder {path}")
     try:
-        return decode(Path(path).read_bytes() if content is None else content)
+        return decode(user_path(path).read_bytes() if content is None else content)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
     except UnsupportedImageError as error:
@@ -131,7 +134,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
     Raises:
         ValueError: another dtype or shape.
     """
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if (
+        not array.size
+        or array.dtype != np.uint8
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    ):
         raise ValueError(
             f"expected a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape {array.shape}; "
             "floats in [0, 1] come as a tensor (3, H, W): torch.from_numpy(array).permute(2, 0, 1)"
@@ -173,6 +180,11 @@ class Preprocess:
             return load_image(image, self)
         if isinstance(image, np.ndarray):
             image = _from_array(image)
+        if not isinstance(image, Image.Image | DeepImage | Tensor):
+            raise ValueError(
+                "expected one image: a PIL image, a path, a uint8 array (H, W, 3) or a floating-point tensor "
+                f"(3, H, W), got {type(image).__name__}; several are torch.stack([preprocess(x) for x in images])"
+            )
         size = (self.image_size, self.image_size)
         if isinstance(image, Tensor):
             return self._resized(self._checked(image))
@@ -201,10 +213,14 @@ class Preprocess:
         """
         if x.ndim != 3 or x.shape[0] != 3:
             last = "; channels come first: x.permute(2, 0, 1)" if x.ndim == 3 and x.shape[2] == 3 else ""
+            last = "; a batch goes image by image: preprocess(x[0])" if x.ndim == 4 else last
+            last = "; gray becomes x.expand(3, -1, -1)" if x.ndim == 2 or (x.shape[0] == 1 and x.ndim == 3) else last
             raise ValueError(f"expected one image (3, H, W), got a tensor of shape {tuple(x.shape)}{last}")
         if not x.dtype.is_floating_point:
             raise ValueError(f"expected a floating-point image in [0, 1], got {x.dtype}; divide 8-bit images by 255")
-        check_range(x)
+        if not x.numel():
+            raise ValueError(f"expected an image with pixels, got a tensor of shape {tuple(x.shape)}")
+        check_range(x[None])
         if self.resize == "pil" and x.shape[1:] != (self.image_size, self.image_size):
             raise ValueError(
                 "resize 'pil' works in 8 bits, which a float image has not; give a PIL image, a path or a uint8 array"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.layers.base import FoldedLayer
+from lipsim.layers.base import _LOCK, FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, gram_iteration_bound, matrix_norm_bound
 
 
@@ -54,9 +54,10 @@ class _ExplicitWeight(FoldedLayer):
     def weights(self) -> tuple[Tensor, ...]:
         if self.training or self._pinned is not None:
             return super().weights()
-        if not self._fold_is_valid():
-            self.freeze()
-        return self._folded
+        with _LOCK:  # another thread may unfold in between
+            if not self._fold_is_valid():
+                self.freeze()
+            return self._folded
 
     def pin(self, weights: tuple[Tensor, ...]) -> None:
         super().pin(weights)

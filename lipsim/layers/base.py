@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lipsim.layers.fingerprint import bits
 from lipsim.precision import full_precision
@@ -62,7 +63,8 @@ class FoldedLayer(LipschitzLayer):
         """The folded weights where they are still valid, else freshly derived ones."""
         if self._pinned is not None:
             return self._pinned
-        return self._folded if self._fold_is_valid() else self.derive()
+        folded = self._folded  # once: another thread may unfold in between
+        return folded if folded and self._fold_is_valid() else self.derive()
 
     def _fold_is_valid(self) -> bool:
         source = self._folded_from
@@ -90,7 +92,8 @@ class FoldedLayer(LipschitzLayer):
 
     def unfold(self) -> None:
         """Forget the folded weights, and what was kept to know whether they are valid."""
-        self._folded, self._folded_from = (), None
+        with _LOCK:
+            self._folded, self._folded_from = (), None
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -106,15 +109,18 @@ class _Source:
 
     def __init__(self, layer: nn.Module) -> None:
         self.attributes = _attributes(layer)
-        self.tensors = [(_kind(tensor), bits(tensor).clone()) for tensor in _tensors(layer)]
+        self.tensors = [(id(tensor), _kind(tensor), bits(tensor).clone()) for tensor in _tensors(layer)]
 
     def is_that_of(self, layer: nn.Module) -> bool:
         tensors = _tensors(layer)
         if len(tensors) != len(self.tensors) or _attributes(layer) != self.attributes:
             return False
-        for tensor, (kind, content) in zip(tensors, self.tensors, strict=True):
+        for tensor, (identity, kind, content) in zip(tensors, self.tensors, strict=True):
             # What a transform of torch.func carries through has its own derivative, which the layer has to derive.
             if _kind(tensor) != kind or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return False
+            # So has a stranger in the place of a parameter, as of torch.func.functional_call.
+            if id(tensor) != identity and (tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None):
                 return False
             if not torch.equal(bits(tensor), content):
                 return False

@@ -7,8 +7,10 @@ numpy count no version, and addresses are used again. Here every bit is read, at
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,6 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _IGNORED = frozenset(
     {
         "training",
-        "_folded",
         "_folded_from",
         "_backward_hooks",
         "_backward_pre_hooks",
@@ -34,6 +35,8 @@ _IGNORED = frozenset(
         "_non_persistent_buffers_set",
     }
 )
+# Their classes keep nothing that a network computes with; of their functions the code is told apart.
+_LIBRARIES = frozenset({"torch", "torchvision", "timm", "abc", "typing", "collections", "lipsim"})
 _SMALL = 2**12  # bytes of a tensor that is read as a whole
 
 
@@ -118,7 +121,7 @@ class _Reader:
             self._attributes(vars(item), _IGNORED)
         elif isinstance(item, dict):
             self._attributes(item)
-        elif isinstance(item, (list, tuple, set, frozenset)):
+        elif isinstance(item, (list, tuple, set, frozenset, deque)):
             self.tokens.append((type(item).__name__, len(item)))
             for part in item:
                 self.read(part)
@@ -126,11 +129,26 @@ class _Reader:
             self.tokens.append(("array", str(item.dtype), item.shape, item.tobytes()))
         elif isinstance(item, (torch.dtype, torch.device, np.generic)):
             self.tokens.append(repr(item))
-        elif not callable(item) and hasattr(item, "__dict__"):
+        elif isinstance(item, FunctionType):
+            self._function(item)
+        elif isinstance(item, MethodType):
+            self.read(item.__func__)
+            self.read(item.__self__)
+        else:
             self._class(type(item))
-            self._attributes(vars(item))
-        else:  # functions, and objects that show no content
+            self._attributes(getattr(item, "__dict__", {}))
+            slots = [name for base in type(item).__mro__ for name in _names(vars(base).get("__slots__", ()))]
+            self._attributes({name: getattr(item, name) for name in slots if hasattr(item, name)})
             self._identity(item)
+
+    def _function(self, function: FunctionType) -> None:
+        """Its code, its defaults and what it closes over; not the globals that it reads."""
+        self._identity(function)
+        self._identity(function.__code__)
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        for part in (*(function.__defaults__ or ()), *cells):
+            self.read(part)
+        self.read(dict(function.__kwdefaults__ or {}))
 
     def _attributes(self, attributes: dict[Any, Any], ignored: frozenset[str] = frozenset()) -> None:
         for name, value in attributes.items():
@@ -153,13 +171,35 @@ class _Reader:
                 continue
             self._seen[id(base)] = len(self._seen)
             self._identity(base)
-            functions = vars(base).values()
-            self.tokens.append(tuple(map(id, functions)))
-            self.alive.extend(functions)
+            members = dict(vars(base))
+            self.tokens.append(tuple(map(id, members.values())))
+            self.alive.extend(members.values())
+            if base.__module__.partition(".")[0] in _LIBRARIES:
+                functions = [member for member in members.values() if isinstance(member, FunctionType)]
+                self.tokens.append(tuple(id(function.__code__) for function in functions))
+                self.alive.extend(function.__code__ for function in functions)
+                continue
+            for name, member in members.items():
+                if isinstance(member, (FunctionType, dict, list, set, deque, Tensor, np.ndarray)):
+                    self.tokens.append(name)
+                    self.read(member)
 
     def _identity(self, item: Any) -> None:
         self.tokens.append(id(item))
         self.alive.append(item)
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    found = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in found if name not in ("__dict__", "__weakref__")]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(tensors: Iterable[Tensor]) -> bytes:

@@ -378,7 +378,34 @@ def other_norms(setting: Setting, draw: torch.Generator) -> list[Case]:
         # The slack leaves room for the rounding of a resize in float32.
         name = f"pixels of {size[0]} × {size[1]} files"
         cases.append(Case(name, claimed, truth * (1 + 1e-9), slack=1e-3, broken=crossed(change, out[0])))
+        # Pixels are rounded to float32 when they are read, and again when they are resized, clean and changed alike.
+        read, made = (2 * 2.0**-25 * math.sqrt(3 * count) for count in (pixels, SIDE**2))
+        claimed = torch.tensor([certificates.original_radius(float(radius), size, SIDE)], dtype=torch.float64)
+        cases.append(Case(f"rounded {name}", claimed, (length - made) / norms[0] - read, tolerance=1e-9))
     return cases
+
+
+def what_users_call(setting: Setting, draw: torch.Generator) -> list[Case]:
+    """The methods of a metric, against the functions on its features that the other controls are about."""
+    metric = PerceptualMetric(nn.Flatten(), 2, setting.anchor, lipschitz=setting.lipschitz)
+    x, x0, x1 = torch.rand(3, _SAMPLES, 3, 2, 2, dtype=torch.float64, generator=draw)
+    z, z0, z1 = (images.flatten(1) for images in (x, x0, x1))
+    found = metric.certify(x, x0, x1)
+    left, right = certificates.candidate_radii(z, z0, z1, **setting.options)
+    radius = certificates.reference_radius(z, z0, z1, **setting.options)
+    eps = 0.3 / setting.lipschitz
+    lower, upper = metric.distance_bounds(x, x0, eps)
+    least, most = certificates.distance_interval(z, z0, eps, **setting.options)
+    return [
+        Case("certify, reference", found.radius, radius),
+        Case("reference_radius", metric.reference_radius(z, z0, z1), radius),
+        Case("certify, left", found.left_radius, left),
+        Case("certify, right", found.right_radius, right),
+        Case("certify, joint", found.joint_radius, certificates.joint_radius(z, z0, z1, **setting.options)),
+        Case("certify, pixels", found.pixels.double(), certificates.certified_pixels(x, radius).double()),
+        Case("distance_bounds, lower", lower, least),
+        Case("distance_bounds, upper", upper, most, upper=True),
+    ]
 
 
 def float32_flips(setting: Setting, draw: torch.Generator) -> list[Case]:
@@ -444,6 +471,7 @@ TIGHT: tuple[tuple[str, Callable[[Setting, torch.Generator], list[Case]], tuple[
     ("ties and what is undefined", nothing_is_certain, SETTINGS),
     ("ℓ∞, ℓ1 and pixels of files", other_norms, SETTINGS),
     ("near-duplicates in eighty digits", rounding, SETTINGS),
+    ("what users call", what_users_call, SETTINGS),
     ("float32 answers that flip", float32_flips, SETTINGS[:1]),
 )
 

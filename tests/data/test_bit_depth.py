@@ -321,3 +321,19 @@ def test_damaged_files_fail_in_one_way(tmp_path: Path) -> None:
                 assert "damaged.image" in str(error)
                 refused += 1
     assert refused > 100 and issubclass(ValueError, DECODER_ERRORS)
+
+
+def test_an_image_that_pillow_has_cut_is_refused(tmp_path: Path) -> None:
+    """Once loaded, the digits are gone, or the values bent, and nothing about the image says so."""
+    files = {"rgb.png": png(RGB), "white.tif": tiff(GRAY[..., 0], photometric="miniswhite"), "8.png": png(RGB >> 8)}
+    (tmp_path / "8.png").write_bytes(png((RGB >> 8).astype(np.uint8)))
+    for name in ("rgb.png", "white.tif"):
+        (tmp_path / name).write_bytes(files[name])
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            with pytest.raises(ValueError, match=r"loaded by Pillow.*give the path, or image\.copy\(\)"):
+                Preprocess(4)(image)
+            assert Preprocess(4)(image.copy()).shape == (3, 4, 4)
+    with Image.open(tmp_path / "8.png") as image:
+        image.load()
+        assert torch.equal(Preprocess(4)(image), Preprocess(4)(tmp_path / "8.png"))

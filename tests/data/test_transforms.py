@@ -115,6 +115,24 @@ def test_preprocess_takes_paths_arrays_and_tensors(tmp_path: Path) -> None:
         Preprocess(16.0)  # type: ignore[arg-type]
 
 
+def test_what_is_no_image_is_told_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess = Preprocess(16)
+    for thing in (None, [], b"bytes", [tmp_path / "a.png"]):
+        with pytest.raises(ValueError, match=rf"expected one image.*got {type(thing).__name__}"):
+            preprocess(thing)
+    with pytest.raises(ValueError, match="got the folder"):
+        preprocess(tmp_path)
+    with pytest.raises(ValueError, match="expected a uint8 array"):
+        preprocess(np.zeros((0, 0, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="with pixels"):
+        preprocess(torch.zeros(3, 0, 0))
+    with pytest.raises(ValueError, match=r"images \[0\] of the batch have NaN"):
+        preprocess(torch.full((3, 4, 4), torch.nan))
+    Image.new("RGB", (5, 5), "red").save(tmp_path / "red.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert torch.equal(preprocess("~/red.png"), preprocess(tmp_path / "red.png"))
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no image file"):
         read_image(tmp_path / "missing.png")

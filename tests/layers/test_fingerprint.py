@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -139,3 +140,50 @@ def test_identities_do_not_leave_the_process() -> None:
     content = fingerprint(_net())
     assert deepcopy(content) == content
     assert pickle.loads(pickle.dumps(content)) != content
+
+
+class _Gain:
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.value * x
+
+
+class _Slotted:
+    __slots__ = ("value",)
+
+
+class _Stateful(nn.Module):
+    settings: dict[str, float] = {"gain": 1.0}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.slotted, self.past = _Gain(), _Slotted(), deque([1.0])
+        self.slotted.value = 1.0
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return self.gain(x) * self.settings["gain"] * self.past[0] * self.slotted.value * factor
+
+
+STATES: dict[str, Callable[[_Stateful], object]] = {
+    "object that is called": lambda module: setattr(module.gain, "value", 5.0),
+    "slots": lambda module: setattr(module.slotted, "value", 5.0),
+    "queue": lambda module: module.past.appendleft(5.0),
+    "dictionary of the class": lambda module: module.settings.update(gain=5.0),
+    "default of forward": lambda module: setattr(type(module).forward, "__defaults__", (5.0,)),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_a_forward_reads_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Stateful, "settings", {"gain": 1.0})
+    module = _Stateful()
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    try:
+        STATES[name](module)
+        assert module(torch.ones(1)) == 5.0
+        assert fingerprint(module) != before
+    finally:
+        _Stateful.forward.__defaults__ = (1.0,)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lipsim import PerceptualMetric
 from lipsim.layers import (
     AOLConv2d,
     AOLLinear,
@@ -25,6 +26,7 @@ from lipsim.layers import (
     freeze,
 )
 from lipsim.layers.base import FoldedLayer
+from lipsim.students import OrthogonalProjection
 
 
 def test_frozen_weights_follow_every_change_of_the_parameters() -> None:
@@ -226,3 +228,26 @@ def test_compiled_layers_follow_their_parameters() -> None:
     layer.weight.data.mul_(torch.randn(4, 5))
     torch.testing.assert_close(run(x), layer(x))
     torch.testing.assert_close(layer(x), layer.train()(x))
+
+
+def test_folded_weights_that_are_edited_are_audited_again() -> None:
+    metric = PerceptualMetric(freeze(OrthogonalProjection(8, 16)), 8)
+    assert metric.lipschitz == pytest.approx(1, abs=1e-5)
+    metric.encoder[2].weights()[0].mul_(5)
+    assert metric.lipschitz == pytest.approx(5, abs=1e-4)
+
+
+@pytest.mark.parametrize("build", [lambda: SLLLinear(6, 4), lambda: OrthogonalLinear(6, 4)])
+def test_parameters_that_take_the_place_of_folded_ones_have_their_derivatives(build: Callable[[], nn.Module]) -> None:
+    layer = build().double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    found = []
+    for frozen in (False, True):
+        layer.eval()
+        if frozen:
+            freeze(layer)
+        own = {name: p.detach().clone().requires_grad_(True) for name, p in layer.named_parameters()}
+        out = torch.func.functional_call(layer, own, x)
+        found.append(torch.autograd.grad(out.square().sum(), list(own.values()), allow_unused=True))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
