@@ -170,11 +170,6 @@ class MetricModule(L.LightningModule):
         Raises:
             ValueError: weights are not finite; the files that are there stay.
         """
-        try:
-            checkpoint[export.FORMAT] = json.dumps(export.describe(self.metric, self.metric.encoder))
-        except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
-            return
-
         if not self._everywhere(weights_are_finite(self)):
             raise ValueError(
                 f"weights are NaN or infinite at step {self.trainer.global_step}, so no checkpoint is written over the "

@@ -91,8 +91,13 @@ class Poisoned(FineTuning):
             next(self.parameters()).data.fill_(math.nan)
 
 
-def test_weights_that_are_not_finite_are_not_saved() -> None:
-    module = Poisoned(OrthogonalProjection(16, 4))
+class Own(OrthogonalProjection):
+    """No class that the header of a file can name."""
+
+
+@pytest.mark.parametrize("student", [OrthogonalProjection, Own])
+def test_weights_that_are_not_finite_are_not_saved(student: type[OrthogonalProjection]) -> None:
+    module = Poisoned(student(16, 4))
     trainer = _trainer(enable_checkpointing=True, callbacks=[RunCheckpoint(Path("run/checkpoints")), SaveOnException()])
     with pytest.raises(ValueError, match="weights are NaN or infinite at step 8, so no checkpoint is written"):
         trainer.fit(module, _loader())
