@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import lipsim
 from lipsim.attacks import TwoAFCObjective, apgd, mi_fgsm, pgd
+from lipsim.certificates.geometry import project
 from lipsim.data import BuiltinTriplets, Triplet
 from lipsim.data.triplet import collate_triplets
-from lipsim.geometry import project
 from lipsim.layers import unfreeze
 from lipsim.results import eps_label
 

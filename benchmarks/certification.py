@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim import certificates, export
-from lipsim.arithmetic import largest_feature_error
+from lipsim import certificates
+from lipsim.audit.arithmetic import largest_feature_error
 from lipsim.callbacks import CertifyRadii
+from lipsim.cli.stage import quiet_warnings
 from lipsim.data import Triplet
-from lipsim.evaluate import ExportedMetric
-from lipsim.precision import full_precision
-from lipsim.train import quiet_warnings
-from lipsim.training.data.base import TripletData
+from lipsim.datamodules.base import TripletData
+from lipsim.evaluation.exported import ExportedMetric
+from lipsim.metric import load
+from lipsim.utils.precision import full_precision
 
 ERROR_SAMPLE = 32
 
@@ -97,7 +98,7 @@ def main() -> None:
 
     def sample() -> None:
         images = data.test_sets["distinct"].images[:11].flatten(0, 1) / 255
-        largest_feature_error(export.load(options.checkpoint).encoder, metric.image_size, images)
+        largest_feature_error(load(options.checkpoint).encoder, metric.image_size, images)
 
     def joint() -> None:
         for z, z0, z1 in features:

@@ -26,10 +26,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from students import seconds
 
-from lipsim import PerceptualMetric, export
-from lipsim.data.embedded_images import EmbeddedFolder, EmbeddedImages
-from lipsim.data.embedding_cache import CacheDescription, EmbeddingCache, write_shard
-from lipsim.data.images import FolderImages
+from lipsim import PerceptualMetric
+from lipsim.data.embeddings.cache import CacheDescription, EmbeddingCache, write_shard
+from lipsim.data.embeddings.folder import EmbeddedFolder, EmbeddedImages
+from lipsim.data.sets.folder import FolderImages
+from lipsim.metric import save
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.teachers import DreamSim, SmallViT
 from lipsim.training import Distillation
@@ -49,7 +50,7 @@ def steps(teacher: str, options: argparse.Namespace) -> dict[str, Callable[[], N
     features = vit.out_features
     with tempfile.TemporaryDirectory() as folder:
         metric = PerceptualMetric(vit, size, anchor=0.0, lipschitz=float("inf"))
-        file = export.save(metric, Path(folder) / "teacher.safetensors")
+        file = save(metric, Path(folder) / "teacher.safetensors")
         student = OrthogonalShiftNetwork(size, features, grid=28, widths=(96, 192, 384), depths=(2, 2, 2))
         stage = Distillation(file, student).to(options.device)
     optimizer = stage.optimizer_factory(stage.parameters())

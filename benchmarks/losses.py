@@ -35,11 +35,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 sys.path.insert(0, str(Path(__file__).parent))
 from tasks import embed, scores
 
-from lipsim import cache_teacher, certificates, export
+from lipsim import certificates
+from lipsim.cli import cache_teacher
 from lipsim.data import BuiltinTriplets, SharedTriplet, Triplet, collate_triplets
-from lipsim.data.embedded_images import EmbeddedFolder, EmbeddedImages
-from lipsim.data.embedding_cache import EmbeddingCache
-from lipsim.data.images import FolderImages
+from lipsim.data.embeddings.cache import EmbeddingCache
+from lipsim.data.embeddings.folder import EmbeddedFolder, EmbeddedImages
+from lipsim.data.sets.folder import FolderImages
+from lipsim.metric import save
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.training import RMSE, Cosine, Distillation, FineTuning, RadiusHinge, Relational, ScaleFree, WarmupCosine
 from lipsim.training.base import MetricModule
@@ -157,7 +159,7 @@ def compare(name: str, photographs: Photographs, builtin: list[Triplet], options
         return known.select(torch.randint(len(known), (64,)))
 
     with tempfile.TemporaryDirectory() as folder:
-        file = export.save(distillation.metric, Path(folder) / "distilled.safetensors")
+        file = save(distillation.metric, Path(folder) / "distilled.safetensors")
         for kind, make in (("photographs", photographs.triplets), ("builtin", some)):
             tuning = FineTuning(init_from=file, loss=RadiusHinge(2.0), augment=kind == "builtin")
             train(tuning, make, options.steps // 2)

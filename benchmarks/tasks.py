@@ -34,13 +34,13 @@ import lipsim
 from lipsim import certificates
 from lipsim.data import BuiltinTriplets, Triplet
 from lipsim.data.augment import augmented
-from lipsim.data.material import load_material_answers, load_material_images, split_material
+from lipsim.data.sets.material import load_material_answers, load_material_images, split_material
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze, unfreeze
-from lipsim.precision import full_precision
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork, TorchlipNetwork
 from lipsim.training import RadiusHinge, ScaleFree
 from lipsim.training.losses import pairwise_distances
+from lipsim.utils.precision import full_precision
 
 EPS = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
 Make = Callable[[int, int], nn.Module]

@@ -1,9 +1,9 @@
 """Certifiably robust perceptual similarity metrics."""
 
-import lipsim._matplotlib  # noqa: F401  first, before what imports matplotlib
+import lipsim.utils.matplotlib_backend  # noqa: F401  first, before what imports matplotlib
 from lipsim import attacks, audit, certificates, data, students, teachers
-from lipsim.export import load
-from lipsim.metric import PerceptualMetric, TwoAFCCertificate
+from lipsim.certificates import TwoAFCCertificate
+from lipsim.metric import PerceptualMetric, load
 
 __version__ = "0.1.0"
 

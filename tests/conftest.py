@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lipsim.data import Triplet
-from lipsim.data.bapps import SUBSETS
+from lipsim.data.sets.bapps import SUBSETS
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")

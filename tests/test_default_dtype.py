@@ -11,10 +11,10 @@ from PIL import Image
 
 import lipsim
 from lipsim.attacks import TwoAFCObjective, apgd
-from lipsim.baselines import BASELINES
+from lipsim.cli.stage import train
 from lipsim.data import BuiltinTriplets
+from lipsim.metric.distances import BASELINES
 from lipsim.students import OrthogonalShiftNetwork
-from lipsim.train import train
 
 LINEAR = Path(__file__).parents[1] / "configs" / "quickstart" / "linear.yaml"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lipsim.attacks.objectives import Objective, value_and_gradient
 from lipsim.attacks.projections import Box, expand
-from lipsim.attacks.random import sample_normal
+from lipsim.utils.sampling import sample_normal
 
 _NEWTON_STEPS = 4
 _LEAST_DAMPING = 1e-3

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lipsim.geometry import cosine_distance, project
+from lipsim.certificates.geometry import cosine_distance, project
 from lipsim.metric import PerceptualMetric
 
 Distance = Callable[[Tensor, Tensor], Tensor]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box
-from lipsim.attacks.random import sample_normal, sample_uniform
 from lipsim.attacks.survivors import Survivors
+from lipsim.utils.sampling import sample_normal, sample_uniform
 
 _SCALE = 0.5  # F, of the difference of two members that is added to a third
 

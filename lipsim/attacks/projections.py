@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lipsim.attacks.random import sample_normal
+from lipsim.utils.sampling import sample_normal
 
 Norm = Literal[2, "inf", 0]
 Box = tuple[float, float] | None

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box, Norm, expand, sample_norm
-from lipsim.attacks.random import sample_uniform
 from lipsim.attacks.survivors import Survivors
+from lipsim.utils.sampling import sample_uniform
 
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the squares' area, at these shares of a run
 _DRAWS = 4 + 8  # random numbers a step: two corners, then signs of channels and how a bump lies

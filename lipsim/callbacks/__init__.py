@@ -4,7 +4,6 @@ from lipsim.callbacks.attack_robustness import AttackRobustness
 from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.export_metric import ExportMetric
-from lipsim.callbacks.keep_batches import KeepBatches
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder
@@ -14,7 +13,6 @@ __all__ = [
     "AttackRobustness",
     "CertifyRadii",
     "ExportMetric",
-    "KeepBatches",
     "NullSpaceRobustness",
     "ProgressLines",
     "RunCheckpoint",

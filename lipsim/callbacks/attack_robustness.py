@@ -19,16 +19,17 @@ from lipsim.attacks import SuiteResult, TwoAFCObjective, auto
 from lipsim.attacks.auto import SUITES, check_attacks
 from lipsim.attacks.objectives import IMAGES, TARGETS, Target
 from lipsim.attacks.projections import Ball, Norm, sample_norm
-from lipsim.callbacks.base import TripletCallback, check_budgets, load_others, remove_files
+from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.data import Triplet
+from lipsim.evaluation.module import EvaluationModule, Features
+from lipsim.evaluation.scores import agrees
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
-from lipsim.metrics import agrees
-from lipsim.plots import plot_grid
 from lipsim.results import eps_label
-from lipsim.training.base import Features, MetricModule
+from lipsim.results.plots import plot_grid
+from lipsim.utils.files import remove_files
 
 _RADII: dict[Target, str] = {
     "reference": "radius",
@@ -99,7 +100,7 @@ class AttackRobustness(TripletCallback):
         self.attacked: dict[str, PerceptualMetric] = {}
         self.num_examples = num_examples
 
-    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         for metric in self.others.values():
             freeze(metric.to(module.device))
         # A copy without gradients to the weights: attacks differentiate through hundreds of forward passes.
@@ -108,7 +109,7 @@ class AttackRobustness(TripletCallback):
         self.attacked = {"metric": own, **self.others}
 
     def see(
-        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         # The radius is 0 where the metric has no bound.
         certificate = module.metric.certify_features(batch.reference, *features)
@@ -209,7 +210,7 @@ class AttackRobustness(TripletCallback):
         folder = directory / "adversarial"
         return [directory / "plots" / f"attacked-{name}.png", folder / f"{name}.safetensors", folder / name]
 
-    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         gathered = self.gather(trainer, module)
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         stage = "test" if trainer.testing else "val"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -10,25 +10,26 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lipsim import export
-from lipsim.callbacks.collect import SampleTable, csv_columns, gather_objects, rows_by_group, write_csv
-from lipsim.checks import check_number
+from lipsim.callbacks.sample_table import SampleTable, csv_columns, gather_objects, rows_by_group, write_csv
+from lipsim.certificates.numbers import check_number
 from lipsim.data import Triplet
+from lipsim.data.check import images_of
 from lipsim.data.loading import check_count, data_fingerprint, num_samples, read_batch
+from lipsim.evaluation.journal import RowCallback
+from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
 from lipsim.layers import freeze
-from lipsim.metric import PerceptualMetric
-from lipsim.paths import user_path
-from lipsim.precision import full_precision
-from lipsim.results import state_fingerprint, update_results
-from lipsim.training.base import Features, MetricModule, evaluation_loaders, images_of
+from lipsim.metric import PerceptualMetric, load
+from lipsim.results import update_results
+from lipsim.utils.files import remove_files, state_fingerprint
+from lipsim.utils.paths import user_path
+from lipsim.utils.precision import full_precision
 
 
-class TripletCallback(Callback):
+class TripletCallback(RowCallback):
     """Calls :meth:`begin`, :meth:`see` for each batch and :meth:`finish`, in validation (unless told not to) and test.
 
     Args:
@@ -49,13 +50,13 @@ class TripletCallback(Callback):
         self.directory = directory
         self.validate = validate
         self.tables: dict[str, SampleTable] = {}
-        self.latest: tuple[str, Tensor, Tensor, dict[str, Tensor]] | None = None
+        self.latest = None
 
-    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         """Before the first batch."""
 
     def see(
-        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         """One batch of the evaluation set ``name`` with its full-precision features ``(z, z0, z1)``.
 
@@ -64,10 +65,13 @@ class TripletCallback(Callback):
         """
         return {}
 
-    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def restore(self, name: str, index: Tensor, position: Tensor, columns: dict[str, Tensor]) -> None:
+        self.tables.setdefault(name, SampleTable()).append(index, columns, position)
+
+    def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         """After the last batch, on every process."""
 
-    def gather(self, trainer: L.Trainer, module: MetricModule) -> dict[str, dict[str, Tensor]]:
+    def gather(self, trainer: L.Trainer, module: EvaluationModule) -> dict[str, dict[str, Tensor]]:
         """The rows of all processes by set, in the order of the loaders, on every process.
 
         Raises:
@@ -86,7 +90,7 @@ class TripletCallback(Callback):
         return found
 
     def with_parts(
-        self, module: MetricModule, gathered: Mapping[str, dict[str, Tensor]]
+        self, module: EvaluationModule, gathered: Mapping[str, dict[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
         """Gathered rows by set, each followed by the parts that the data module names (``test_groups``)."""
         return {
@@ -124,7 +128,7 @@ class TripletCallback(Callback):
     def write_section(self, trainer: L.Trainer, section: str, content: dict[str, Any]) -> None:
         """Write a section of results.json."""
         if self.writes(trainer):
-            module = cast(MetricModule, trainer.lightning_module)
+            module = cast(EvaluationModule, trainer.lightning_module)
             data: dict[str, str] = {}
             for i, loader in enumerate(evaluation_loaders(trainer)):
                 name = module.set_name(i)
@@ -155,7 +159,7 @@ class TripletCallback(Callback):
         self._end(trainer, pl_module)
 
     def _start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not isinstance(module, MetricModule):
+        if not isinstance(module, EvaluationModule):
             raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
             self._check_alone(trainer)
@@ -206,21 +210,6 @@ class TripletCallback(Callback):
             self.finish(trainer, module)
 
 
-def remove_files(directory: Path, patterns: Iterable[str], keep: Collection[Path] = ()) -> None:
-    """Remove files that match one of some patterns, and folders that this empties.
-
-    Args:
-        directory: where they are; it stays.
-        patterns: of paths relative to it.
-        keep: files, and folders whose files stay.
-    """
-    for path in [path for pattern in patterns for path in directory.glob(pattern)]:
-        if path.is_file() and path not in keep and path.parent not in keep:
-            path.unlink()
-            if path.parent != directory and not any(path.parent.iterdir()):
-                path.parent.rmdir()
-
-
 def check_budgets(eps: Sequence[float]) -> list[float]:
     """Budgets that a table can have as its columns.
 
@@ -243,7 +232,7 @@ def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric
     """
     if "metric" in (others or {}):
         raise ValueError("expected another name than 'metric' among others; the trained metric has it")
-    return {name: export.load(path) for name, path in (others or {}).items()}
+    return {name: load(path) for name, path in (others or {}).items()}
 
 
 @contextmanager

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lipsim import certificates
-from lipsim.arithmetic import ERROR_FACTOR, largest_feature_error
 from lipsim.audit import LipschitzReport
+from lipsim.audit.arithmetic import ERROR_FACTOR, largest_feature_error
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
-from lipsim.checks import check_count, check_number
+from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
+from lipsim.data.check import check_images
+from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
+from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.metric import PerceptualMetric
-from lipsim.metrics import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.results import eps_label
-from lipsim.training.base import Features, MetricModule, check_images, evaluation_loaders
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
 CURVE_POINTS = 121  # from 0 to 1.5 times the largest ε
@@ -37,7 +38,7 @@ class CertifyRadii(TripletCallback):
     Args:
         eps: ℓ2 budgets of the certified score, in input pixels in [0, 1], ascending.
         error_sample: images of each set that the search for the float32 error looks at besides its own
-            (:func:`lipsim.arithmetic.largest_feature_error`); 0: no search, exact arithmetic alone is certified.
+            (:func:`lipsim.audit.arithmetic.largest_feature_error`); 0: no search, exact arithmetic alone is certified.
         error_factor: at least 1, by which the largest error found is enlarged.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`.
@@ -77,7 +78,7 @@ class CertifyRadii(TripletCallback):
     def error_factor(self, factor: float) -> None:
         self._error_factor = check_number("error_factor", factor, least=1)
 
-    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         metric = module.metric
         metric.check_precision()
         self.report = metric.audit()
@@ -99,7 +100,7 @@ class CertifyRadii(TripletCallback):
             metric.feature_error_kind = "searched"
 
     def see(
-        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         metric = module.metric
         z, z0, z1 = (f.double() for f in features)
@@ -118,7 +119,7 @@ class CertifyRadii(TripletCallback):
             "feature_norm": torch.linalg.vector_norm(z, dim=-1),
         }
 
-    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         assert self.report is not None
         gathered = self.gather(trainer, module)
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
@@ -146,7 +147,7 @@ class CertifyRadii(TripletCallback):
         self.results = content
         self.write_section(trainer, "certified", content)
 
-    def _log(self, trainer: L.Trainer, module: MetricModule, name: str, scores: dict[str, Any]) -> None:
+    def _log(self, trainer: L.Trainer, module: EvaluationModule, name: str, scores: dict[str, Any]) -> None:
         stage = "test" if trainer.testing else "val"
         for label, score in scores["certified"].items():
             module.log(f"{stage}/{name}/certified_{label}", score, sync_dist=True)

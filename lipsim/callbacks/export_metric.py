@@ -8,10 +8,11 @@ import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lipsim import export
+from lipsim.evaluation.module import EvaluationModule, weights_are_finite
 from lipsim.layers import freeze
-from lipsim.paths import user_path
-from lipsim.training.base import MetricModule, weights_are_finite
+from lipsim.metric import save
+from lipsim.metric.files import holds
+from lipsim.utils.paths import user_path
 
 
 class ExportMetric(Callback):
@@ -34,17 +35,17 @@ class ExportMetric(Callback):
         return Path(trainer.default_root_dir) / self.path
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._writes(trainer) and isinstance(pl_module, MetricModule):
+        if self._writes(trainer) and isinstance(pl_module, EvaluationModule):
             self._export(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._writes(trainer) or not isinstance(pl_module, MetricModule):
+        if not self._writes(trainer) or not isinstance(pl_module, EvaluationModule):
             return
         file = self.output(trainer)
         if not file.exists():
             if trainer.ckpt_path:  # else these are weights that nobody trained
                 self._export(trainer, pl_module)
-        elif export.holds(file, pl_module.metric):
+        elif holds(file, pl_module.metric):
             self._export(trainer, pl_module)
         else:
             rank_zero_info(f"{file} holds other weights than those tested, and stays as it is")
@@ -52,11 +53,11 @@ class ExportMetric(Callback):
     def _writes(self, trainer: L.Trainer) -> bool:
         return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
-    def _export(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def _export(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         if not weights_are_finite(module.metric):
             raise ValueError(f"weights are NaN or infinite at step {trainer.global_step}; there is no metric to export")
         freeze(module.metric)
         if module.metric.lipschitz != float("inf"):
             module.metric.audit()
-        file = export.save(module.metric, self.output(trainer))
+        file = save(module.metric, self.output(trainer))
         rank_zero_info(f"exported the metric to {file}")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import sample_norm
-from lipsim.attacks.random import sample_normal
 from lipsim.callbacks.base import TripletCallback, load_others
 from lipsim.data import Triplet
+from lipsim.evaluation.module import EvaluationModule, Features
 from lipsim.metric import PerceptualMetric
-from lipsim.training.base import Features, MetricModule
+from lipsim.utils.sampling import sample_normal
 
 EXACT = 1e-6  # relative change of an embedding below which a collision counts as exact
 
@@ -48,7 +48,7 @@ class NullSpaceRobustness(TripletCallback):
         self.others = load_others(others)
         self.searched: dict[str, tuple[PerceptualMetric, FirstOperator | None]] = {}
 
-    def begin(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         self.searched = {}
         for name, metric in {"metric": module.metric, **self.others}.items():
             # In float64, so that an exact collision shows as exact.
@@ -56,7 +56,7 @@ class NullSpaceRobustness(TripletCallback):
             self.searched[name] = exact, first_operator(exact.encoder, exact.image_size)
 
     def see(
-        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         batch = batch.to(torch.float64)
         noise = sample_normal(batch.reference, seed=self.seed, index=batch.index)
@@ -67,7 +67,7 @@ class NullSpaceRobustness(TripletCallback):
                 columns |= {f"{key}/{column}": value for column, value in found.items()}
         return columns
 
-    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         sets = {}
         gathered = self.gather(trainer, module)
         for name, rows in self.with_parts(module, gathered).items():

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lipsim.progress import Progress, duration
+from lipsim.utils.progress import Progress, duration
 
 _EVERY = 1.0  # seconds between two looks at the losses, each of which waits for a GPU
 

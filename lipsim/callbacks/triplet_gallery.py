@@ -16,10 +16,10 @@ from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.callbacks.base import TripletCallback, outside_inference_mode
 from lipsim.data import Triplet
 from lipsim.data.loading import read_batch
+from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
-from lipsim.plots import plot_gallery
-from lipsim.training.base import Features, MetricModule, evaluation_loaders
+from lipsim.results.plots import plot_gallery
 
 
 class TripletGallery(TripletCallback):
@@ -43,13 +43,13 @@ class TripletGallery(TripletCallback):
         self.num_triplets, self.steps = num_triplets, steps
 
     def see(
-        self, trainer: L.Trainer, module: MetricModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         metric = module.metric
         margin, radius = metric.margin(*features), metric.reference_radius(*features)
         return {"right_vote": batch.right_vote, "margin": margin, "radius": radius}
 
-    def finish(self, trainer: L.Trainer, module: MetricModule) -> None:
+    def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         found = self.gather(trainer, module)
         folder = self.output_directory(trainer) / "plots"
         paths = {name: folder / ("gallery.png" if len(found) == 1 else f"gallery-{name}.png") for name in found}
@@ -60,7 +60,7 @@ class TripletGallery(TripletCallback):
         self.remove_others(trainer, list(paths.values()))
 
     @rank_zero_only
-    def _draw(self, module: MetricModule, loader: DataLoader[Any], path: Path, rows: dict[str, Tensor]) -> None:
+    def _draw(self, module: EvaluationModule, loader: DataLoader[Any], path: Path, rows: dict[str, Tensor]) -> None:
         batch = read_batch(loader, rows.pop("position").tolist()).to(module.device)
         # No gradients to the weights, as in AttackRobustness.
         metric = copy.deepcopy(module.metric).requires_grad_(False)

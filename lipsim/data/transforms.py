@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import center_crop
 
-from lipsim.checks import check_count, check_range
+from lipsim.certificates.numbers import check_count
 from lipsim.data.bit_depth import (
     DECODER_ERRORS,
     FORMATS,
@@ -22,7 +22,8 @@ from lipsim.data.bit_depth import (
     read_in_full,
     upright,
 )
-from lipsim.paths import user_path
+from lipsim.utils.checks import check_range
+from lipsim.utils.paths import user_path
 
 RESIZES = ("float", "pil")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lipsim.layers.fingerprint import bits
-from lipsim.precision import full_precision
+from lipsim.utils.precision import full_precision
 
 _LOCK = RLock()  # of what threads share: modes of modules, and weights while they are folded
 _HELD: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()  # blocks that hold a module, its own mode

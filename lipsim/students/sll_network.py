@@ -24,7 +24,7 @@ class SLLNetwork(nn.Sequential):
     of constants, ``linear_depth`` SLL linear blocks on all that is left, and the first ``out_features`` of it.
 
     Its convolutions use their ``q`` as the paper says. Those of the published code do not; it is the case ``q = 0`` of
-    this network, and :func:`lipsim.convert.convert` makes it that.
+    this network, and :func:`lipsim.metric.published.convert` makes it that.
 
     Args:
         image_size: side ``S`` of the input.

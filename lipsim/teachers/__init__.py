@@ -1,6 +1,6 @@
 """Teachers: encoders whose embedding a 1-Lipschitz student learns to follow."""
 
-from lipsim.teachers.branches import BranchConfig
+from lipsim.teachers.branch import BranchConfig
 from lipsim.teachers.dreamsim import DreamSim, Ensemble
 from lipsim.teachers.vit import SmallViT
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.teachers.branches import RANDOM, Branch, BranchConfig, build_branch
+from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
+from lipsim.teachers.build import build_branch
 from lipsim.teachers.catalogue import VARIANTS, where_to_get
 from lipsim.teachers.lora import merge_adapter
 

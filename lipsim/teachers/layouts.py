@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.weights import plain_names, renamed
+from lipsim.utils.weights import plain_names, renamed
 
 # What training code wraps around the weights, most wanted first: DINO's teacher and moving averages (of timm,
 # torchvision, lightly) are what their authors evaluate.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipsim.weights import plain_names, read_checkpoint
+from lipsim.utils.weights import plain_names, read_checkpoint
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")

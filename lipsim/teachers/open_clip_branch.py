@@ -14,7 +14,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
-from lipsim.teachers.branches import Branch, BranchConfig
+from lipsim.teachers.branch import Branch, BranchConfig
 from lipsim.teachers.layouts import TEXT_TOWER
 
 # The smallest text tower, which open_clip builds beside the one that is wanted.

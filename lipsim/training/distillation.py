@@ -10,26 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lipsim import export
 from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
-from lipsim.data.embedded_images import EmbeddedImages
-from lipsim.data.embedding_cache import EmbeddingCache
+from lipsim.data.check import images_of
+from lipsim.data.embeddings.cache import EmbeddingCache
+from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.loading import tells_positions
-from lipsim.metric import PerceptualMetric
-from lipsim.precision import full_precision
+from lipsim.evaluation.module import Evaluation, evaluation_loaders
+from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import (
-    Evaluation,
-    MetricModule,
-    OptimizerFactory,
-    encoder_from,
-    evaluation_loaders,
-    image_size_of,
-    images_of,
-)
+from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
+from lipsim.utils.precision import full_precision
 
 
 class Distillation(MetricModule):
@@ -84,7 +77,7 @@ class Distillation(MetricModule):
                 "expected a teacher, a cache of its embeddings, or both; name model.teacher or model.cache"
             )
         # In a list, so that neither checkpoints nor the optimizer see the teacher's weights.
-        self._teacher = [] if teacher is None else [export.load(teacher)]
+        self._teacher = [] if teacher is None else [load(teacher)]
         self.cache = None if cache is None else EmbeddingCache(cache)
         if self.cache is not None and teacher is not None:
             self.cache.check_teacher(self._teacher.pop().encoder, teacher)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.certificates import linear_margin, signed_joint_radius, signed_reference_radius
-from lipsim.geometry import anchored_norm, project
+from lipsim.certificates.geometry import anchored_norm, project
 
 
 class TripletLoss(ABC):

@@ -12,11 +12,11 @@ import lipsim
 from lipsim import PerceptualMetric
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, first_operator, null_space, pgd, project_to_kernel
 from lipsim.attacks.projections import sample_norm
-from lipsim.attacks.random import sample_normal
-from lipsim.baselines import pixel_l2
 from lipsim.data import BuiltinTriplets, Triplet
+from lipsim.metric.distances import pixel_l2
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
+from lipsim.utils.sampling import sample_normal
 
 
 class LinearObjective:

@@ -14,12 +14,12 @@ from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, mi_fgsm, mi
 from lipsim.attacks.objectives import value_and_gradient
 from lipsim.attacks.one_pixel import _three_others
 from lipsim.attacks.projections import Ball, Box, Norm, expand, sample_norm
-from lipsim.attacks.random import sample_uniform
 from lipsim.attacks.square import _bump, _tiles
-from lipsim.baselines import pixel_l2, ssim
 from lipsim.certificates import linear_margin
 from lipsim.layers import GroupSort, OrthogonalLinear
+from lipsim.metric.distances import pixel_l2, ssim
 from lipsim.students import OrthogonalProjection, SLLNetwork
+from lipsim.utils.sampling import sample_uniform
 
 Attack = Callable[..., Tensor]
 GRADIENT: list[Attack] = [pgd, apgd, mi_fgsm]

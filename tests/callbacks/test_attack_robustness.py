@@ -14,13 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lipsim
-from lipsim import PerceptualMetric, export
+from lipsim import PerceptualMetric
 from lipsim.attacks.projections import sample_norm
 from lipsim.callbacks import AttackRobustness
 from lipsim.callbacks.attack_robustness import verdicts
+from lipsim.cli.evaluate import evaluate
 from lipsim.data import BuiltinTriplets, Triplet
-from lipsim.evaluate import evaluate
-from lipsim.metrics import agrees
+from lipsim.evaluation.scores import agrees
+from lipsim.metric import save
 from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
@@ -32,9 +33,9 @@ COUNT = 10
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    export.save(PerceptualMetric(OrthogonalProjection(16, 8), 16), "metric.safetensors")
+    save(PerceptualMetric(OrthogonalProjection(16, 8), 16), "metric.safetensors")
     vit = SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
-    export.save(PerceptualMetric(vit, 16, anchor=0.0, lipschitz=math.inf), "teacher.safetensors")
+    save(PerceptualMetric(vit, 16, anchor=0.0, lipschitz=math.inf), "teacher.safetensors")
 
 
 def _evaluate(**options: Any) -> tuple[dict[str, Any], list[dict[str, float]]]:
@@ -50,7 +51,7 @@ def _evaluate(**options: Any) -> tuple[dict[str, Any], list[dict[str, float]]]:
             "callbacks": [{"class_path": "lipsim.callbacks.AttackRobustness", "init_args": given}],
         },
         "data": {
-            "class_path": "lipsim.training.data.BuiltinData",
+            "class_path": "lipsim.datamodules.BuiltinData",
             "init_args": {"num_test": COUNT, "image_size": 16, "batch_size": 4},
         },
     }

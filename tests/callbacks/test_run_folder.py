@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lipsim
 from lipsim.callbacks.run_folder import continues, set_aside
-from lipsim.train import main
+from lipsim.cli.train import main
 
 LINEAR = Path(__file__).parents[2] / "configs" / "quickstart" / "linear.yaml"
 TINY = [

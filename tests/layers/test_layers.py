@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim import cross_check, trust
+from lipsim.audit import cross_check, trust
 from lipsim.layers import (
     AOCConv2d,
     AOLConv2d,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lipsim
-from lipsim import audit, export
+from lipsim import audit
+from lipsim.audit.lower_bounds import attack_lipschitz
 from lipsim.layers import freeze
-from lipsim.lower_bounds import attack_lipschitz
+from lipsim.metric import save
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork, TorchlipNetwork
 from lipsim.students.orthogonal_shift import _cosines, _lowest_frequencies
 
@@ -71,7 +72,7 @@ def test_frozen_students_compute_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_students_survive_a_file(name: str, tmp_path: Path) -> None:
     metric = lipsim.PerceptualMetric(STUDENTS[name](32, 12), 32).eval()
-    loaded = lipsim.load(export.save(metric, tmp_path / "student.safetensors"))
+    loaded = lipsim.load(save(metric, tmp_path / "student.safetensors"))
     x = torch.rand(3, 3, 32, 32)
     torch.testing.assert_close(loaded.embed(x), metric.embed(x), rtol=1e-5, atol=1e-5)
     assert loaded.lipschitz == pytest.approx(metric.lipschitz, abs=1e-6)

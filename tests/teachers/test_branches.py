@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from lipsim.teachers.branches import Branch, BranchConfig, build_branch
+from lipsim.teachers.branch import Branch, BranchConfig
+from lipsim.teachers.build import build_branch
 from lipsim.teachers.layouts import resize_positions
 
 TEXT = {"context_length": 4, "vocab_size": 11, "width": 8, "heads": 2, "layers": 1}

@@ -16,8 +16,8 @@ import pytest
 import torch
 from public_layouts import OPTIONS, backbone_state, write_variant
 
-from lipsim import export
-from lipsim.cli import main
+from lipsim.cli.main import main
+from lipsim.metric import load
 from lipsim.teachers import DreamSim, catalogue, download
 from lipsim.teachers.catalogue import Source, Variant
 
@@ -246,11 +246,11 @@ def test_export_teacher_writes_what_distillation_takes(
 ) -> None:
     folder = write_variant(tmp_path / "weights", "ensemble")
     small = DreamSim("ensemble", folder, 32, options=OPTIONS)
-    monkeypatch.setattr("lipsim.teacher_commands.DreamSim", lambda variant, weights, adapter: small)
+    monkeypatch.setattr("lipsim.cli.teachers.DreamSim", lambda variant, weights, adapter: small)
     with pytest.raises(SystemExit) as done:
         main(["export-teacher", "ensemble", str(tmp_path / "teacher.safetensors"), "--weights", str(folder)])
     assert done.value.code == 0
-    metric = export.load(tmp_path / "teacher.safetensors")
+    metric = load(tmp_path / "teacher.safetensors")
     assert metric.preprocess.resize == "pil" and metric.lipschitz == float("inf") and metric.anchor == 0
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(metric.embed(x), small.eval()(x))

@@ -12,7 +12,8 @@ from public_layouts import ALPHA, DEPTH, OPTIONS, PROJECTION, RANK, WIDTH, State
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipsim import PerceptualMetric, export
+from lipsim import PerceptualMetric
+from lipsim.metric import load, save
 from lipsim.teachers import BranchConfig, DreamSim, Ensemble
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS
 
@@ -120,11 +121,11 @@ def test_an_exported_teacher_needs_no_weight_files(tmp_path: Path) -> None:
     folder = write_variant(tmp_path / "dreamsim", "ensemble")
     teacher = DreamSim("ensemble", folder, image_size=32, options=OPTIONS, head=6).eval()
     metric = PerceptualMetric(teacher, 32, anchor=0.0, lipschitz=math.inf, resize=teacher.resize)
-    file = export.save(metric, tmp_path / "teacher.safetensors")
+    file = save(metric, tmp_path / "teacher.safetensors")
     for path in folder.rglob("*.*"):
         path.unlink()
     x, y = torch.rand(2, 3, 3, 32, 32)
-    loaded = export.load(file)
+    loaded = load(file)
     assert isinstance(loaded.encoder, DreamSim) and loaded.preprocess.resize == "pil"
     with torch.no_grad():
         assert torch.equal(loaded(x, y), metric(x, y))
@@ -144,7 +145,7 @@ def test_ensembles_of_other_models_are_exported_as_well(tmp_path: Path) -> None:
     teacher = Ensemble(branches, image_size=32).eval()
     assert teacher.out_features == 12 + 10 + 6
     metric = PerceptualMetric(teacher, 32, anchor=0.0, lipschitz=math.inf)
-    loaded = export.load(export.save(metric, tmp_path / "teacher.safetensors"))
+    loaded = load(save(metric, tmp_path / "teacher.safetensors"))
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded.embed(x), teacher(x))  # frozen weights take another path in torch

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lipsim.teachers import BranchConfig
-from lipsim.teachers.branches import RANDOM, build_branch
+from lipsim.teachers.branch import RANDOM
+from lipsim.teachers.build import build_branch
 
 SMALL = {"vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16}, "embed_dim": 8}
 

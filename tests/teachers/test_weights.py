@@ -17,7 +17,7 @@ from torch import nn
 from lipsim.teachers import BranchConfig, DreamSim, Ensemble
 from lipsim.teachers.lora import merge_adapter
 from lipsim.teachers.lora_tuning import merged
-from lipsim.weights import load_weights, read_checkpoint
+from lipsim.utils.weights import load_weights, read_checkpoint
 
 CLIP = "clip_vitb16_pretrain.pth.tar"
 

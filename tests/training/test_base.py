@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 
 from lipsim.callbacks import CertifyRadii
 from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
-from lipsim.metrics import agrees
+from lipsim.evaluation.scores import agrees
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
 

@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lipsim import PerceptualMetric, cache_teacher, export
+from lipsim import PerceptualMetric
 from lipsim.callbacks import CertifyRadii
+from lipsim.cli import cache_teacher
+from lipsim.cli.stage import train
 from lipsim.data import SharedTriplet
-from lipsim.data.embedded_images import EmbeddedImages
-from lipsim.data.embedding_cache import EmbeddingCache
+from lipsim.data.embeddings.cache import EmbeddingCache
+from lipsim.data.embeddings.folder import EmbeddedImages
+from lipsim.datamodules import BuiltinData, ImageFolderData
+from lipsim.metric import load, save
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
-from lipsim.train import train
 from lipsim.training import Distillation, ScaleFree
-from lipsim.training.data import BuiltinData, ImageFolderData
 from lipsim.training.distillation import unrepeated
 
 
@@ -35,7 +37,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     for name in ("teacher", "other"):
         vit = SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
-        export.save(PerceptualMetric(vit, 16, anchor=0.0, lipschitz=float("inf")), f"{name}.safetensors")
+        save(PerceptualMetric(vit, 16, anchor=0.0, lipschitz=float("inf")), f"{name}.safetensors")
     rng = np.random.default_rng(0)
     for i in range(24):
         file = Path("images") / ("val" if i % 4 == 3 else "train") / f"class{i % 2}" / f"{i}.png"
@@ -101,7 +103,7 @@ def test_a_cache_gives_what_the_teacher_gives(teacher: Path | None, seen: list[i
 
 
 def test_both_views_have_the_target_of_the_clean_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    metric, seen = export.load("teacher.safetensors"), []
+    metric, seen = load("teacher.safetensors"), []
 
     class Watching(ScaleFree):
         def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
@@ -159,7 +161,7 @@ def test_shared_triplets_are_compared_image_by_image(triplets: Any) -> None:
     with torch.no_grad():
         found = module.validation_step(batch, 0)
         student = module.metric.embed(batch.distinct)
-        target = export.load("teacher.safetensors").embed(batch.distinct)
+        target = load("teacher.safetensors").embed(batch.distinct)
     assert found is not None
     for part, column in zip(found["features"], ids.unbind(1), strict=True):
         torch.testing.assert_close(part, student[column])

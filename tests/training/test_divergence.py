@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lipsim.callbacks import RunCheckpoint
 from lipsim.callbacks.export_metric import ExportMetric
+from lipsim.cli.stage import SaveOnException
+from lipsim.cli.train import main
 from lipsim.data import BuiltinTriplets
 from lipsim.data.triplet import collate_triplets
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
-from lipsim.train import SaveOnException, main
 from lipsim.training import Constant, FineTuning, MarginHinge, RadiusHinge, TeacherTuning, Triangular, WarmupCosine
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from test_divergence import L, FineTuning, NanAfter, OrthogonalProjection, _loader
-from lipsim.errors import one_line_errors
+from lipsim.cli.parser import one_line_errors
 module = FineTuning(OrthogonalProjection(16, 4), loss=NanAfter(1, rank=1))
 trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_progress_bar=False,
                     enable_checkpointing=False, default_root_dir="run", enable_model_summary=False)

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lipsim import PerceptualMetric, certificates, export
+from lipsim import PerceptualMetric, certificates
 from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletGallery
-from lipsim.callbacks.collect import SampleTable
+from lipsim.callbacks.sample_table import SampleTable
+from lipsim.cli.stage import SaveOnException
 from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import augmented
+from lipsim.data.check import check_images
+from lipsim.datamodules import NightsData
+from lipsim.metric import save
 from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
-from lipsim.train import SaveOnException
 from lipsim.training import (
     RMSE,
     Distillation,
@@ -34,8 +37,6 @@ from lipsim.training import (
     Triangular,
     WarmupCosine,
 )
-from lipsim.training.base import check_images
-from lipsim.training.data import NightsData
 
 
 class ToyData(L.LightningDataModule):
@@ -101,7 +102,7 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, max_epochs=25)
     trainer.fit(teacher, data)
     assert trainer.callback_metrics["val/toy/majority_score"] > 0.9
-    file = export.save(teacher.metric, tmp_path / "teacher.safetensors")
+    file = save(teacher.metric, tmp_path / "teacher.safetensors")
 
     untrained = Distillation(file, _student())
     assert untrained.teacher.encoder(data.batch.left).shape == (64, 12)
@@ -114,7 +115,7 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     assert after["val/toy/cosine_similarity"] > before["val/toy/cosine_similarity"] + 0.2
     assert after["val/toy/distance_correlation"] > before["val/toy/distance_correlation"]
     assert not any("teacher" in name for name in distillation.state_dict())
-    file = export.save(distillation.metric, tmp_path / "distilled.safetensors")
+    file = save(distillation.metric, tmp_path / "distilled.safetensors")
 
     tuning = FineTuning(init_from=file, optimizer=_adam, loss=RadiusHinge(2.0))
     assert tuning.metric.encoder.training and all(p.requires_grad for p in tuning.parameters())

@@ -14,14 +14,14 @@ from public_layouts import write_variant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lipsim import export
+from lipsim.cli.stage import train
 from lipsim.data import Triplet
-from lipsim.data.nights import NightsTriplets
+from lipsim.data.sets.nights import NightsTriplets
 from lipsim.data.transforms import Preprocess
+from lipsim.metric import load, save
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import BranchConfig, DreamSim, Ensemble, SmallViT
 from lipsim.teachers.lora_tuning import Lora
-from lipsim.train import train
 from lipsim.training import Acceleration, Distillation, TeacherTuning
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "projection": 12}
@@ -86,8 +86,8 @@ def test_tuning_changes_what_it_should_and_distillation_takes_it(tune: Any, prec
     trainer = _trainer(tmp_path, max_epochs=12, precision=precision)
     trainer.fit(module, data)
     assert trainer.callback_metrics["val/brightness/majority_score"] > 0.9
-    file = export.save(module.metric, tmp_path / "teacher.safetensors")
-    loaded = export.load(file)
+    file = save(module.metric, tmp_path / "teacher.safetensors")
+    loaded = load(file)
     after = loaded.encoder.state_dict()
     assert after.keys() == before.keys()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -177,7 +177,7 @@ def test_towers_of_open_clip_take_lora_elsewhere(targets: tuple[str, ...], tmp_p
     names = teacher.state_dict().keys()
     module = TeacherTuning(teacher, tune="lora", lora=Lora(4, targets=targets), optimizer=_adam)
     _trainer(tmp_path).fit(module, Brightness())
-    loaded = export.load(export.save(module.metric, tmp_path / "teacher.safetensors"))
+    loaded = load(save(module.metric, tmp_path / "teacher.safetensors"))
     assert loaded.encoder.state_dict().keys() == names
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(loaded.embed(x), module.metric.eval().embed(x), rtol=0, atol=1e-5)

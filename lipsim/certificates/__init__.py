@@ -1,0 +1,54 @@
+"""Radii and bounds that hold for every encoder with a known Lipschitz constant: pure functions on feature tensors.
+
+Notation (all features are ``f(x)``, shape ``(N, D)``, before anchor and projection; see :mod:`.geometry`):
+
+- ``z, z0, z1``: features of reference, left and right; ``e = (z, κ)`` with the anchor ``κ``; ``p = e/‖e‖``;
+- ``w, v``: feature part and anchor part of ``p(z0) − p(z1)``; the metric prefers left where ``g = ⟨z, w⟩ + κv > 0``;
+- ``lipschitz``: an upper bound ``L`` on the Lipschitz constant of the encoder, ℓ2 to ℓ2 (see :mod:`lipsim.audit`);
+- ``feature_error``: ``η``, how far the given features may be from those whose answer is certified, at the clean and at
+  the perturbed point together, in feature units. 0 certifies exact arithmetic; twice the largest error of one float32
+  embedding certifies the answer of the deployed float32 network.
+
+Radii are ℓ2 distances in the space of the encoder's input, ``(N,)``, and certify every perturbation strictly shorter.
+Ties, NaN and zero denominators have radius 0. Everything follows from ``‖f(x) − f(x')‖ ≤ L‖x − x'‖`` alone.
+
+Radii and bounds are computed in float64 and rounded outward: what the rounding of the arithmetic here can be
+worth is taken off, and the result is rounded down (upper bounds: up) to the dtype of the features. Signed radii and
+margins, which losses push, and the published radius, which proves nothing, stay in the dtype of the features as they
+are. Features of any size that float64 can hold are scaled before they are squared, and radii beyond the largest finite
+number of a dtype are that number.
+"""
+
+from lipsim.certificates.decisions import (
+    candidate_radii,
+    joint_radius,
+    linear_margin,
+    published_radius,
+    reference_radius,
+    signed_joint_radius,
+    signed_reference_radius,
+)
+from lipsim.certificates.distances import distance_interval, threshold_radius
+from lipsim.certificates.pixels import certified_pixels, l1_radius, linf_radius, original_radius, resize_norm
+from lipsim.certificates.retrieval import retrieval_radius
+from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
+
+__all__ = [
+    "TwoAFCCertificate",
+    "candidate_radii",
+    "certified_pixels",
+    "certify_triplets",
+    "distance_interval",
+    "joint_radius",
+    "l1_radius",
+    "linear_margin",
+    "linf_radius",
+    "original_radius",
+    "published_radius",
+    "reference_radius",
+    "resize_norm",
+    "retrieval_radius",
+    "signed_joint_radius",
+    "signed_reference_radius",
+    "threshold_radius",
+]

@@ -1,0 +1,73 @@
+"""Bounds on one distance under perturbation; notation as in :mod:`lipsim.certificates`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipsim.certificates.geometry import angle, rotation
+from lipsim.certificates.numbers import check_constants, check_number
+from lipsim.certificates.rounding import bounded_norm, doubles, over_bound, round_down, round_up, rounding_error
+
+
+def distance_interval(
+    z: Tensor,
+    y: Tensor,
+    eps: Tensor | float,
+    *,
+    anchor: float = 1.0,
+    lipschitz: float = 1.0,
+    eps_other: Tensor | float = 0.0,
+    feature_error: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Interval ``(lower, upper)`` of the distance when ``x`` moves by at most ``eps`` (and ``y`` by ``eps_other``).
+
+    ``[1 − cos(max(0, θ − α)), 1 − cos(min(π, θ + α))]``, ``(N,)`` each; the two angles ``α`` add up when both move.
+
+    Raises:
+        ValueError: a budget is negative.
+    """
+    check_constants(anchor, lipschitz, feature_error)
+    dtype, (z, y) = z.dtype, doubles(z, y)
+    rounding = rounding_error(z)
+    theta = angle(z, y, anchor)
+    turn = torch.full_like(theta, rounding)
+    for features, budget in ((z, eps), (y, eps_other)):
+        budget = torch.as_tensor(budget, dtype=theta.dtype, device=theta.device)
+        if (budget < 0).any():
+            raise ValueError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
+        moved = lipschitz * budget if math.isfinite(lipschitz) else torch.where(budget > 0, math.inf, 0.0)
+        turn = turn + rotation(bounded_norm(features, anchor), (moved + feature_error) * (1 + rounding))
+    lower = _one_minus_cos((theta - turn).clamp(min=0))
+    upper = _one_minus_cos((theta + turn).clamp(max=math.pi))
+    unknown = torch.isnan(theta) | torch.isnan(turn)
+    lower, upper = torch.where(unknown, 0.0, lower), torch.where(unknown, 2.0, upper)
+    return round_down(lower, dtype), round_up(upper, dtype).clamp(max=2)
+
+
+def threshold_radius(
+    z: Tensor, y: Tensor, threshold: float, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+) -> Tensor:
+    """Radius within which the answer to "is ``d(x, y) ≤ threshold``?" stays when ``x`` moves, ``(N,)``.
+
+    ``‖e‖·sin(min(|θ_τ − θ|, π/2))/L`` with ``θ_τ = arccos(1 − τ)``.
+
+    Raises:
+        ValueError: the threshold is outside [0, 2].
+    """
+    threshold = check_number("threshold in [0, 2], the range of the distance,", threshold, 0, 2)
+    check_constants(anchor, lipschitz, feature_error)
+    dtype, (z, y) = z.dtype, doubles(z, y)
+    rounding = rounding_error(z)
+    # Keeps the digits of thresholds near 0 and near 2.
+    boundary = 2 * math.atan2(math.sqrt(threshold), math.sqrt(2 - threshold))
+    turn = rotation(bounded_norm(y, anchor), feature_error * (1 + rounding)) + rounding
+    free = ((angle(z, y, anchor) - boundary).abs() - turn).clamp(min=0, max=math.pi / 2)
+    reach = bounded_norm(z, anchor) * torch.sin(free) * (1 - rounding) - feature_error
+    return round_down(over_bound(reach.clamp(min=0), lipschitz), dtype)
+
+
+def _one_minus_cos(theta: Tensor) -> Tensor:
+    return 2 * torch.sin(theta / 2).square()

@@ -1,0 +1,95 @@
+"""What an ℓ2 radius implies: in other norms, for single pixels, in the pixels of a file."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim.certificates.numbers import check_count
+from lipsim.certificates.rounding import EPS
+
+# More than rounding to float32 changes a number in [0, 1], after a resize in float64 as well.
+_FLOAT32_STEP = 2.0**-25 * (1 + 1e-6)
+
+
+def linf_radius(radius: Tensor, num_elements: int) -> Tensor:
+    """ℓ∞ radius ``R/√n`` that an ℓ2 radius implies on inputs of ``num_elements = 3·H·W`` values."""
+    return radius / math.sqrt(check_count("num_elements", num_elements))
+
+
+def l1_radius(radius: Tensor) -> Tensor:
+    """ℓ1 radius that an ℓ2 radius implies: the same number, because ``‖δ‖₂ ≤ ‖δ‖₁``."""
+    return radius
+
+
+def certified_pixels(x: Tensor, radius: Tensor) -> Tensor:
+    """Number of pixels of ``x`` that may take any colour in [0, 1] without changing the answer, ``(N,)`` int64.
+
+    Pixel ``u`` can move ``x`` by at most ``c_u = Σ_channels max(x_u, 1 − x_u)²`` in squared ℓ2; the certified number is
+    the largest ``k`` whose ``k`` largest ``c_u`` sum to less than ``R²``. A radius above √3 proves that no one-pixel
+    attack (Su et al. 2017) can flip the answer.
+
+    Args:
+        x: images ``(N, 3, H, W)`` in [0, 1].
+        radius: ``(N,)`` ℓ2 radii; none where it is negative or NaN.
+
+    Raises:
+        ValueError: the images are no floating-point numbers.
+    """
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"expected floating-point images in [0, 1], got {x.dtype}; divide 8-bit images by 255")
+    # Rounded up; no pixel costs less than a quarter a channel, so few are ever certified and only those are sorted.
+    # ½ + |x − ½| = max(x, 1 − x), where torch.maximum is an order of magnitude slower.
+    cost = (x - 0.5).abs_().add_(0.5).square_().sum(1).flatten(1) * (1 + 8 * torch.finfo(x.dtype).eps)
+    square = radius.double().nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0).square()
+    most = float(square.max()) / (x.shape[1] / 4) if len(square) else 0.0
+    count = int(min(cost.shape[1], most + 2))
+    total = cost.topk(count, dim=-1).values.double().cumsum(-1) * (1 + count * EPS)
+    return (total < square.unsqueeze(-1)).sum(-1)
+
+
+def resize_norm(original: tuple[int, int], image_size: int) -> float:
+    """ℓ2 operator norm of the antialiased bicubic resize from ``(H, W)`` to a square of ``image_size``, rounded up.
+
+    The resize is linear and separable, so its norm is the product of those of two one-dimensional maps, each from an
+    SVD in float64. :class:`lipsim.data.Preprocess` resizes in float64, too; that of float32 has a norm of its own, up
+    to 4e-6 larger. See :func:`original_radius` for what the norm is worth in the pixels of a file.
+    """
+    return math.prod(_axis_norm(size, image_size) for size in original)
+
+
+@lru_cache
+def _axis_norm(size: int, image_size: int) -> float:
+    rows = []
+    for start in range(0, size, 256):  # of the identity, which for a large photograph is too large as a whole
+        basis = torch.eye(min(256, size - start), size - start, dtype=torch.float64)
+        basis = F.pad(basis, (start, 0)).unsqueeze(1).unsqueeze(1)
+        rows.append(F.interpolate(basis, size=(1, image_size), mode="bicubic", antialias=True).flatten(1))
+    # An SVD is off by a modest multiple of n roundings.
+    return float(torch.linalg.matrix_norm(torch.cat(rows), ord=2)) * (1 + 8 * (size + image_size) * EPS)
+
+
+def original_radius(radius: float, original: tuple[int, int], image_size: int) -> float:
+    """Radius in the pixels of an RGB file of ``(H, W)`` that one in the metric's input implies.
+
+    The file's values over 255 (or 65535) are exact in the file, and rounded to float32 twice on their way: when read,
+    and when resized (in float64; images of the right size are not). Both roundings count twice, for the file and for
+    the changed one.
+
+    Args:
+        radius: in the space of the encoder's input, ``(3, image_size, image_size)``.
+        original: height and width of the file, of which any order has the same norm.
+        image_size: side of the input, reached by :class:`lipsim.data.Preprocess` with the resize "float".
+
+    Returns:
+        The radius, at least 0.
+    """
+    read = 2 * _FLOAT32_STEP * math.sqrt(3 * original[0] * original[1])
+    if tuple(original) == (image_size, image_size):
+        return max(0.0, radius - read) * (1 - 4 * EPS)
+    resized = 2 * _FLOAT32_STEP * math.sqrt(3) * image_size
+    return max(0.0, max(0.0, radius - resized) / resize_norm(original, image_size) - read) * (1 - 4 * EPS)

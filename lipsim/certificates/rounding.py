@@ -1,0 +1,59 @@
+"""Outward rounding: what certificates lose so that they hold in floating-point numbers as well."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipsim.certificates.geometry import anchored_norm
+
+EPS = torch.finfo(torch.float64).eps
+_TINY = torch.finfo(torch.float64).tiny  # the smallest number with all digits
+
+
+def over_bound(radius: Tensor, lipschitz: float) -> Tensor:
+    """A radius in feature space over ``L``, at most the largest finite number; 0 without a bound and where unknown."""
+    if lipschitz == 0 or lipschitz == math.inf:
+        return torch.zeros_like(radius)
+    radius = torch.where(torch.isnan(radius), 0.0, radius)
+    return (radius / lipschitz).clamp(max=torch.finfo(radius.dtype).max)
+
+
+def bounded_norm(z: Tensor, anchor: float) -> Tensor:
+    """Anchored norm, rounded down to the largest finite number, and to 0 where it has not all its digits."""
+    norm = anchored_norm(z, anchor).clamp(max=torch.finfo(z.dtype).max)
+    return torch.where(norm < _TINY, norm * 0, norm) if z.dtype == torch.float64 else norm
+
+
+def doubles(*features: Tensor) -> tuple[Tensor, ...]:
+    """The same in float64."""
+    return tuple(t.double() for t in features)
+
+
+def rounding_error(z: Tensor) -> float:
+    """More than float64 loses in unit vectors of ``D`` features, scalar products with them, and angles between them.
+
+    With the unit roundoff ``u`` and sums of ``D`` terms in any order: a unit vector is off by ``(D/2 + 6)u``, the
+    difference of two by twice that, ``⟨e, p0 − p1⟩`` by ``(3D + 16)u‖e‖``, and the difference of two angles by
+    ``(6D + 60)u`` (Higham 2002, §3.1; ``‖p − q‖² + ‖p + q‖² = 4`` makes the angle a 1-Lipschitz function of both).
+    """
+    return 8 * (z.shape[-1] + 16) * EPS
+
+
+def round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded down to a dtype, at most its largest finite number, 0 for NaN; covers the roundings of a few operations.
+
+    What is below the smallest normal number is 0.
+    """
+    info = torch.finfo(dtype)
+    value = torch.where(value > info.tiny, value, 0.0).clamp(max=info.max)
+    return (value * (1 - 4 * info.eps)).to(dtype)
+
+
+def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded up to a dtype; what is above 0 is at least its smallest normal number."""
+    info = torch.finfo(dtype)
+    value = torch.where(value > 0, value.clamp(min=info.tiny), value)
+    return (value * (1 + 4 * info.eps)).to(dtype)

@@ -1,0 +1,46 @@
+"""`lipsim report`: the results of several runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lipsim.utils.paths import user_path
+from lipsim.utils.progress import Progress
+
+
+def add_command(commands: Any) -> None:
+    """Register `lipsim report`."""
+    parser = commands.add_parser(
+        "report",
+        help="tables, curves and one HTML page from the results of several runs",
+        description="Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
+        "and PNG, and report.html with the pictures of each run inside it.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
+    parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--radius",
+        nargs="+",
+        default=["certified"],
+        choices=("certified", "published", "joint"),
+        help="rows of each run: the exact radius, LipSim's own, all three images moving (%(default)s)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lipsim.results import report  # matplotlib, which no other command needs
+
+    with Progress("writing the report"):
+        runs = report.load_runs(options.runs)
+        tables = report.write_report(runs, options.output, options.radius)
+    report.print_tables(tables, Console())
+    for line in report.warnings(runs):
+        print(f"warning: {line}", file=sys.stderr)
+    print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
+    return 0

@@ -1,0 +1,1 @@
+"""The built-in triplets: scenes and photographs, changed in known ways."""

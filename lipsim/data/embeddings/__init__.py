@@ -1,0 +1,1 @@
+"""Embeddings of a teacher, computed once: the cache, and images with theirs."""

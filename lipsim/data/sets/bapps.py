@@ -1,0 +1,136 @@
+"""BAPPS 2AFC: human judgements on distorted patches (Zhang et al., CVPR 2018), from a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lipsim.data.transforms import load_image
+from lipsim.data.triplet import Triplet
+from lipsim.utils.paths import user_path
+
+SUBSETS = {
+    "train": ("traditional", "cnn", "mix"),
+    "val": ("traditional", "cnn", "superres", "deblur", "color", "frameinterp"),
+}
+_PARTS = ("ref", "p0", "p1", "judge")
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm")
+
+
+class BappsTriplets(Dataset[Triplet]):
+    """Triplets of some subsets, one subset after the other and sorted by name; files are read when they are asked for.
+
+    Left is ``p0`` and right ``p1``; the vote is the fraction of judges who chose ``p1``, never rounded. The published
+    score is ``TwoAFCScore("vote")`` of each subset (its code resizes to a short side of 64, bilinear).
+
+    Args:
+        root: folder that has ``2afc/{train,val}/{subset}/{ref,p0,p1,judge}/``.
+        part: "train" or "val".
+        preprocess: PIL image to ``(3, S, S)`` in [0, 1], a metric's ``preprocess``.
+        subsets: names of the subsets; None: all that were published (:data:`SUBSETS`).
+
+    Attributes:
+        files: reference, p0, p1 and judgement of each triplet, relative to ``root``.
+        groups: the subsets by name, ``(N,)`` bool masks.
+
+    Raises:
+        FileNotFoundError: a subset or one of its files is missing; the message says where to get them.
+        ValueError: an unknown part, or no subset.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        part: str,
+        preprocess: Callable[[Image.Image], Tensor],
+        subsets: Sequence[str] | None = None,
+    ) -> None:
+        if part not in SUBSETS:
+            raise ValueError(f"expected a part among {', '.join(SUBSETS)}, got {part!r}")
+        names = list(dict.fromkeys(SUBSETS[part] if subsets is None else subsets))
+        if not names:
+            raise ValueError("expected at least one subset of BAPPS, got none")
+        self.root, self.preprocess = user_path(root), preprocess
+        by_subset = [_list_subset(self.root, part, name) for name in names]
+        self.files = [files for listed in by_subset for files in listed]
+        self._subset_names = names
+        self._subset = torch.arange(len(names)).repeat_interleave(torch.tensor([len(listed) for listed in by_subset]))
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        masks = {name: self._subset == number for number, name in enumerate(self._subset_names)}
+        return {name: mask for name, mask in masks.items() if mask.any()}
+
+    def select(self, rows: Tensor) -> Self:
+        """The triplets at some positions ``(M,)``, in that order, as a set of their own."""
+        chosen = object.__new__(type(self))
+        chosen.__dict__ |= self.__dict__
+        chosen.files = [self.files[row] for row in rows.tolist()]
+        chosen._subset = self._subset[rows]
+        return chosen
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def manifest(self) -> list[str]:
+        """What the set consists of, a line a triplet; see :func:`lipsim.data.loading.data_fingerprint`."""
+        return [" ".join(files) for files in self.files]
+
+    def __getitem__(self, index: int) -> Triplet:
+        """One triplet: images ``(3, S, S)``, scalar vote and index."""
+        index = range(len(self))[index]  # IndexError past the end, and negative indices count from it
+        *paths, judge = (self.root / name for name in self.files[index])
+        reference, left, right = (load_image(path, self.preprocess) for path in paths)
+        return Triplet(
+            reference, left, right, torch.tensor(read_judge(judge), dtype=torch.float32), torch.tensor(index)
+        )
+
+
+def read_judge(path: str | Path) -> float:
+    """Fraction of the judges who chose ``p1``, from a .npy file of one number.
+
+    Raises:
+        ValueError: the file cannot be read without unpickling, or holds no fraction.
+    """
+    try:
+        value = np.load(path, allow_pickle=False)
+        vote = float(value.astype(np.float64).item())
+    except (ValueError, TypeError, AttributeError, EOFError, OSError) as error:
+        raise ValueError(f"cannot read the judgement {path} ({error}); download it again") from error
+    if not 0 <= vote <= 1:
+        raise ValueError(f"expected a fraction of the judges in {path}, got {vote}; download it again")
+    return vote
+
+
+def _list_subset(root: Path, part: str, subset: str) -> list[tuple[str, ...]]:
+    """Files of each triplet of a subset, by sorted name: reference, p0, p1, judgement."""
+    folder = f"2afc/{part}/{subset}"
+    stems: dict[str, dict[str, str]] = {}
+    for kind in _PARTS:
+        endings = (".npy",) if kind == "judge" else _IMAGES
+        path = root / folder / kind
+        if not path.is_dir():
+            raise FileNotFoundError(_missing(root, f"the folder {folder}/{kind} is"))
+        files = (entry for entry in path.iterdir() if entry.suffix.lower() in endings and entry.name[0] != ".")
+        stems[kind] = {entry.stem: f"{folder}/{kind}/{entry.name}" for entry in files}
+    names = sorted(set().union(*stems.values()))
+    missing = [f"{folder}/{kind}/{name}" for name in names for kind in _PARTS if name not in stems[kind]]
+    if missing:
+        raise FileNotFoundError(_missing(root, f"{len(missing)} files ({missing[0]}, …) are"))
+    if not names:
+        raise FileNotFoundError(_missing(root, f"every file in {folder} is"))
+    return [tuple(stems[kind][name] for kind in _PARTS) for name in names]
+
+
+def _missing(root: Path, what: str) -> str:
+    return (
+        f"no BAPPS data at {root.absolute()}: {what} missing; run scripts/download_dataset.sh of the public GitHub "
+        "repository richzhang/PerceptualSimilarity and pass the folder that has 2afc/ as --data.root"
+    )

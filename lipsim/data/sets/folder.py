@@ -1,0 +1,154 @@
+"""Images of a folder, such as ImageNet, for distillation: no labels, no votes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.utils.paths import user_path
+
+# In any case. What has another ending is no image.
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif")
+
+# The views of an image that a student may be shown, functions of ``(…, 3, S, S)``. A teacher's embedding belongs to one
+# of them, so each is exact: what is random about a view is which one it is.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda images: images, "flip": F.horizontal_flip}
+
+
+class FolderImages(Dataset[Tensor]):
+    """The images under a folder, such as ``{folder}/{class}/{image}``; the folders that they are in are ignored.
+
+    Args:
+        folder: their folder; :func:`list_images` finds them, at any depth.
+        image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
+        resize: what the short side is resized to before; None: nothing, as published.
+        views: names of :data:`VIEWS`, of which each access shows one, by torch's generator.
+
+    Attributes:
+        names: ``(N,)`` bytes, relative to the folder, sorted.
+        skipped: what else is there, in words; empty where nothing is.
+
+    Raises:
+        FileNotFoundError: there is no image; the message says what is expected where.
+        ValueError: no such size or view.
+    """
+
+    def __init__(
+        self, folder: str | Path, image_size: int, *, resize: int | None = None, views: Sequence[str] = ("plain",)
+    ) -> None:
+        check_views(views)
+        self.folder, self.views = user_path(folder), tuple(views)
+        self.transform = CentralCrop(image_size, resize)
+        try:
+            listed = list_images(self.folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; expected images under train/ and val/ of the folder that --data.root names, at any depth, "
+                "such as train/CLASS/IMAGE"
+            ) from None
+        self.names, self.skipped = listed.names, listed.skipped
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image ``(3, S, S)``, float32 in [0, 1]."""
+        return VIEWS[self.draw_view()](load_image(self.path(index), self.transform))
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.folder / os.fsdecode(bytes(self.names[index]))
+
+    def draw_view(self) -> str:
+        """One of the views, each with the same probability."""
+        return self.views[int(torch.randint(len(self.views), ()))]
+
+
+@dataclass(frozen=True, eq=False)
+class ListedImages:
+    """What :func:`list_images` finds.
+
+    Attributes:
+        names: ``(N,)`` bytes, paths relative to the folder, sorted.
+        skipped: what was passed over, in words, such as "3 hidden files or folders"; empty where nothing was.
+    """
+
+    # One block of memory: a list of a million strings would be copied into each loading process by and by.
+    names: np.ndarray
+    skipped: str
+
+
+def list_images(folder: Path) -> ListedImages:
+    """The images under a folder at any depth, by their :data:`ENDINGS`: the one reader of folders.
+
+    Links are followed, but not to a folder that they lie in. Passed over, counted and named are files with other
+    endings, links that lead nowhere or around, and what is hidden: names that begin with a dot, such as the ``._NAME``
+    that macOS puts beside each file on foreign disks, and the ``__MACOSX`` of its archives.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it; the message says what was looked for and what is there.
+        OSError: a folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no images at {folder.absolute()}: there is no such folder")
+    kinds: Counter[str] = Counter()
+    first: dict[str, str] = {}
+
+    def skip(kind: str, path: str) -> None:
+        kinds[kind] += 1
+        first.setdefault(kind, os.path.relpath(path, folder))
+
+    names = sorted(os.fsencode(os.path.relpath(path, folder)) for path in _walk(os.fspath(folder), (), skip))
+    skipped = ", ".join(f"{count} {kind} (first: {first[kind]})" for kind, count in sorted(kinds.items()))
+    if not names:
+        there = f"; there are {skipped}" if skipped else "; it is empty"
+        raise FileNotFoundError(
+            f"no images in {folder.absolute()} or its folders ({', '.join(ENDINGS)}, in any case){there}"
+        )
+    return ListedImages(np.array(names), skipped)
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...], skip: Callable[[str, str], None]) -> Iterator[str]:
+    """Paths of the images under a folder that is inside the folders ``above`` (device and inode)."""
+    above = (*above, _identity(folder))
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            skip("hidden files or folders", entry.path)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            skip("broken links", entry.path)
+        elif entry.is_dir():
+            if entry.is_symlink() and _identity(entry.path) in above:
+                skip("links to a folder that they are in", entry.path)
+            else:
+                yield from _walk(entry.path, above, skip)
+        elif entry.name.lower().endswith(ENDINGS):
+            yield entry.path
+        else:
+            skip("files with other endings", entry.path)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def check_views(views: Sequence[str]) -> None:
+    """Refuse views that are unknown, named twice, or none at all.
+
+    Raises:
+        ValueError: they are.
+    """
+    if not views or len(set(views)) < len(views) or not set(views) <= VIEWS.keys():
+        raise ValueError(f"expected some of the views {', '.join(VIEWS)}, each once, got {', '.join(views) or 'none'}")

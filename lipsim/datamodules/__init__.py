@@ -1,0 +1,10 @@
+"""Data modules: the sets of lipsim.data behind the loaders that a trainer asks for."""
+
+from lipsim.datamodules.bapps import BappsData
+from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.builtin import BuiltinData
+from lipsim.datamodules.folder import ImageFolderData
+from lipsim.datamodules.material import MaterialData
+from lipsim.datamodules.nights import NightsData
+
+__all__ = ["BappsData", "BuiltinData", "ImageFolderData", "MaterialData", "NightsData", "TripletData"]

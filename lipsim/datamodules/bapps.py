@@ -1,0 +1,69 @@
+"""Data module of BAPPS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lipsim.data.sets.bapps import BappsTriplets
+from lipsim.data.transforms import Preprocess
+from lipsim.datamodules.base import TripletData
+from lipsim.utils.paths import user_path
+
+
+class BappsData(TripletData):
+    """BAPPS 2AFC (Zhang et al. 2018), evaluated as ``bapps``, all triplets alike, and by subset.
+
+    The test set is the official validation part, on which the field reports; validation holds triplets out of the
+    training part, so that nothing is chosen by what is reported. A test needs the official validation part only.
+
+    Args:
+        root: folder that has 2afc/; nothing is downloaded.
+        image_size: side to which the patches are resized.
+        resize: "float" or "pil", as in :class:`lipsim.data.transforms.Preprocess`.
+        batch_size: triplets in a batch of one process.
+        num_workers: loading processes of each loader.
+        train_subsets: by name; None: traditional, cnn and mix.
+        test_subsets: by name; None: traditional, cnn, superres, deblur, color and frameinterp.
+        val_triplets: held out of the training part.
+        seed: of the choice of these.
+    """
+
+    def __init__(
+        self,
+        root: Path = Path("data/bapps"),
+        image_size: int = 64,
+        resize: str = "float",
+        batch_size: int = 64,
+        num_workers: int = 4,
+        train_subsets: list[str] | None = None,
+        test_subsets: list[str] | None = None,
+        val_triplets: int = 2000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        if val_triplets < 1:
+            raise ValueError(f"expected val_triplets of at least 1, got {val_triplets}")
+        self.root, self.preprocess = user_path(root), Preprocess(image_size, resize)
+        self.train_subsets, self.test_subsets = train_subsets, test_subsets
+        self.val_triplets, self.seed = val_triplets, seed
+
+    def setup(self, stage: str) -> None:
+        """List the files that the stage needs.
+
+        Raises:
+            ValueError: validation would leave nothing to train on.
+        """
+        if stage in ("fit", "validate") and self.train_set is None:
+            whole = BappsTriplets(self.root, "train", self.preprocess, self.train_subsets)
+            if len(whole) <= self.val_triplets:
+                raise ValueError(
+                    f"val_triplets = {self.val_triplets} leave nothing to train on; BAPPS at {self.root} has "
+                    f"{len(whole)} training triplets"
+                )
+            rows = torch.randperm(len(whole), generator=torch.Generator().manual_seed(self.seed))
+            held_out, rest = rows[: self.val_triplets].sort().values, rows[self.val_triplets :].sort().values
+            self.train_set, self.val_sets = whole.select(rest), {"bapps": whole.select(held_out)}
+        if stage == "test" and not self.test_sets:
+            self.test_sets = {"bapps": BappsTriplets(self.root, "val", self.preprocess, self.test_subsets)}

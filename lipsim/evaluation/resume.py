@@ -1,0 +1,142 @@
+"""What is left to do of an evaluation that was cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
+
+from lipsim.data.loading import Plan, data_fingerprint, plan, remaining
+from lipsim.evaluation.journal import KeepBatches
+from lipsim.evaluation.module import EvaluationModule, evaluation_names
+from lipsim.results import read_results
+from lipsim.utils.files import remove_files
+
+
+class RemainingData(L.LightningDataModule):
+    """The test sets of a data module, shared among processes without the batches that an interrupted run has finished.
+
+    Args:
+        data: the data module.
+        keep: knows what is finished.
+        files: patterns of what callbacks write, which another evaluation may have left.
+        max_triplets: of each set, drawn with ``sample_seed``; None: all.
+        sample_seed: of the draw.
+
+    Attributes:
+        test_names: names of the test sets, in the order of their loaders.
+        triplets: by set, how many are evaluated, and how many there are.
+    """
+
+    def __init__(
+        self,
+        data: L.LightningDataModule,
+        keep: KeepBatches,
+        files: Sequence[str] = (),
+        max_triplets: int | None = None,
+        sample_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data, self.keep, self.files = data, keep, files
+        self.max_triplets, self.sample_seed = max_triplets, sample_seed
+        self.test_names: list[str] = []
+        self.triplets: dict[str, dict[str, int]] = {}
+
+    @property
+    def test_groups(self) -> dict[str, dict[str, Tensor]]:
+        """By set, the parts that are scored apart as well."""
+        return getattr(self.data, "test_groups", None) or {}
+
+    def prepare_data(self) -> None:
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        self.data.trainer = self.trainer
+        self.data.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        self.data.teardown(stage)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """One process's share of each test set, :class:`lipsim.data.loading.Finished` for what is finished.
+
+        Raises:
+            ValueError: loaders that do not say which triplets they serve, sets of one name, or nothing to evaluate.
+        """
+        trainer, found = self.trainer, self.data.test_dataloader()
+        assert trainer is not None
+        self.test_names = evaluation_names(self.data, "test", found)
+        loaders = dict(zip(self.test_names, tree_flatten(found)[0], strict=True))
+        plans = {name: self._plan(name, loader) for name, loader in loaders.items()}
+        if not any(planned.batches for planned in plans.values()):
+            raise ValueError(
+                f"{type(self.data).__name__} has no test triplets; choose data with a test set, and leave drop_last "
+                "out where a set is smaller than a batch"
+            )
+        trainer.limit_test_batches = 1.0  # the plans have it
+        self.triplets = {
+            name: {"evaluated": len(planned.positions), "in_set": planned.num_samples}
+            for name, planned in plans.items()
+        }
+        for name, count in self.triplets.items():
+            if count["evaluated"] < count["in_set"]:
+                rank_zero_info(f"evaluating {count['evaluated']} of {count['in_set']} triplets of {name}")
+        fingerprints = {name: planned.fingerprint(data_fingerprint(loaders[name])) for name, planned in plans.items()}
+        own = trainer.strategy.broadcast(fingerprints) == fingerprints
+        if not trainer.strategy.reduce_boolean_decision(own, all=True):
+            raise ValueError("the processes see other triplets each; seed what chooses them in the data module")
+        self._check_resize()
+        finished = self.keep.open(trainer, fingerprints)
+        trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not self.keep.continues and not trial:
+            directory, sha256 = Path(trainer.default_root_dir), self.keep.settings["checkpoint_sha256"]
+            remove_other_results(directory, sha256, fingerprints, self.files)
+        return [
+            remaining(loader, finished.get(name, set()), plans[name], trainer.global_rank, trainer.world_size)
+            for name, loader in loaders.items()
+        ]
+
+    def _plan(self, name: str, loader: DataLoader[Any]) -> Plan:
+        planned = plan(loader, name)
+        if self.max_triplets is not None:
+            planned = planned.sample(self.max_triplets, self.sample_seed)
+        assert self.trainer is not None
+        return planned.limit(self.trainer.limit_test_batches)
+
+    def _check_resize(self) -> None:
+        """Refuse images that were resized in another way than the metric expects.
+
+        Raises:
+            ValueError: they are.
+        """
+        given = getattr(getattr(self.data, "preprocess", None), "resize", None)
+        assert self.trainer is not None and isinstance(self.trainer.lightning_module, EvaluationModule)
+        expected = self.trainer.lightning_module.metric.preprocess.resize
+        if given not in (None, expected):
+            raise ValueError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
+
+
+def remove_other_results(
+    directory: Path, checkpoint_sha256: str, data: Mapping[str, str], files: Sequence[str]
+) -> None:
+    """Remove what an evaluation of another checkpoint or other data has left in a run directory.
+
+    Its tables and pictures would stand beside the new ones as if they belonged to them.
+    """
+    path = directory / "results.json"
+    if path.is_file():
+        results = read_results(path)
+        sections = [section for section in results.values() if isinstance(section, dict)]
+        checkpoints = {section.get("checkpoint_sha256", checkpoint_sha256) for section in sections}
+        sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
+        if checkpoints == {checkpoint_sha256} and all(found.get(name) == data[name] for found in sets for name in data):
+            return
+        rank_zero_info(f"removing the results of another evaluation from {directory}")
+    # Without results.json nothing says what the files are of.
+    remove_files(directory, ["results.json", *files])

@@ -1,0 +1,241 @@
+"""Many metrics under the same attacks on the same triplets, as LipSim's tables have it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
+from lipsim.attacks.auto import ATTACKS
+from lipsim.attacks.objectives import Distance, Objective
+from lipsim.attacks.projections import Norm
+from lipsim.data import Triplet
+from lipsim.evaluation.scores import agrees
+from lipsim.metric import PerceptualMetric
+from lipsim.results import eps_label
+from lipsim.results.tables import NO_GRADIENT, Row, percent
+from lipsim.utils.precision import full_precision
+
+Metric = PerceptualMetric | Distance
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the metrics are attacked.
+
+    Attributes:
+        eps: ℓ2 budgets of the scores under the suite.
+        one: the ℓ2 budget of attacks one by one, of distances and of transfer.
+        linf: the ℓ∞ budget of the suite.
+        steps: of attacks with gradients.
+        queries: of attacks without.
+        batch_size: triplets attacked at a time.
+        seed: of everything random.
+    """
+
+    eps: tuple[float, ...] = (36 / 255, 72 / 255, 108 / 255, 1.0, 2.0, 3.0)
+    one: float = 1.0
+    linf: float = 4 / 255
+    steps: int = 20
+    queries: int = 50
+    batch_size: int = 64
+    seed: int = 0
+
+
+def measure(
+    metrics: Mapping[str, Metric],
+    triplets: Triplet,
+    settings: Settings | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Attack every metric on the same triplets.
+
+    Args:
+        metrics: name → metric, or a callable that returns distances.
+        triplets: N of them, on the device of the metrics.
+        settings: budgets and steps.
+        progress: told what runs next.
+
+    Returns:
+        ``scores``: metric → natural majority score, ``l2`` budget → score under the suite, ``linf`` the same at one
+        budget, ``alone`` attack → score at one ℓ2 budget, and under "one_pixel" with one pixel of any colour,
+        ``no_gradient`` the number of triplets on which attacks with gradients had none to go by. ``distances``: metric
+        → quantiles of ``d(x, x + δ)`` at that budget, as they are and as shares of the median distance between
+        reference and candidates. ``transfer``: source → target → share of the target's right answers that turn around
+        on references attacked on the source.
+    """
+    settings = settings or Settings()
+    if not len(triplets):
+        raise ValueError("expected at least one triplet, got none")
+    found: dict[str, Any] = {"scores": {}, "distances": {}, "transfer": {name: {} for name in metrics}}
+    found |= {"num_triplets": len(triplets), "one": settings.one, "linf": settings.linf, "steps": settings.steps}
+    found["queries"] = settings.queries
+    with full_precision():
+        right = {name: _right(metric, triplets, settings) for name, metric in metrics.items()}
+        for name, metric in metrics.items():
+            found["scores"][name] = _scores(name, metric, triplets, right[name], settings, progress)
+            _say(progress, f"{name}: d(x, x + δ)")
+            found["distances"][name] = _distances(metric, triplets, settings)
+            _say(progress, f"{name}: transfer")
+            attacked = _pushed(metric, triplets, settings)
+            for other, target in metrics.items():
+                held = _right(target, attacked, settings)
+                share = float((right[other] & ~held).sum() / right[other].sum().clamp(min=1))
+                found["transfer"][name][other] = share
+    return found
+
+
+def _scores(
+    name: str,
+    metric: Metric,
+    triplets: Triplet,
+    right: Tensor,
+    settings: Settings,
+    progress: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    untied = (triplets.right_vote != 0.5).sum()
+    chosen = right.nonzero().flatten()
+
+    def attack(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> tuple[list[float], int]:
+        """Scores that are left at each budget, and the number of triplets without a gradient."""
+        broken_at, no_gradient = [], 0
+        for rows in chosen.split(settings.batch_size):
+            part = triplets.select(rows)
+            objective = TwoAFCObjective(metric, part.reference, part.left, part.right)
+            result = auto(
+                objective,
+                part.reference,
+                norm=norm,
+                eps=eps,
+                attacks=attacks,
+                steps=settings.steps,
+                queries=settings.queries,
+                seed=settings.seed,
+                index=part.index,
+            )
+            broken_at.append(result.broken_at)
+            no_gradient += int(result.no_gradient.sum())
+        broken = torch.cat(broken_at) if broken_at else torch.empty(0)
+        return [float((broken > e).sum() / untied) for e in eps], no_gradient
+
+    scores: dict[str, Any] = {"natural": float(right.sum() / untied)}
+    _say(progress, f"{name}: suite in ℓ2")
+    at, scores["no_gradient"] = attack(2, settings.eps, None)
+    scores["l2"] = dict(zip(map(eps_label, settings.eps), at, strict=True))
+    _say(progress, f"{name}: suite in ℓ∞")
+    scores["linf"] = attack("inf", [settings.linf], None)[0][0]
+    scores["alone"] = {}
+    for one in ATTACKS[2]:
+        _say(progress, f"{name}: {one} alone")
+        scores["alone"][one] = attack(2, [settings.one], [one])[0][0]
+    _say(progress, f"{name}: one pixel")
+    scores["alone"]["one_pixel"] = attack(0, [1], ["one_pixel"])[0][0]
+    return scores
+
+
+def _distances(metric: Metric, triplets: Triplet, settings: Settings) -> dict[str, Any]:
+    """Quantiles of the largest ``d(x, x + δ)`` that APGD finds at the one budget."""
+    reached, natural = [], []
+    for part in _batches(triplets, settings.batch_size):
+        objective = DistanceObjective(metric, part.reference)
+        x_adv = apgd(
+            objective, part.reference, eps=settings.one, steps=settings.steps, seed=settings.seed, index=part.index
+        )
+        with torch.no_grad():
+            reached.append(metric(part.reference, x_adv).double())
+            natural += [metric(part.reference, images).double() for images in (part.left, part.right)]
+    levels = torch.tensor(_QUANTILES, dtype=torch.float64)
+    quantiles = torch.cat(reached).quantile(levels).tolist()
+    scale = float(torch.cat(natural).median())
+    labels = [f"{100 * q:g} %" for q in _QUANTILES]
+    return {
+        "reached": dict(zip(labels, quantiles, strict=True)),
+        "natural_median": scale,
+        "shares": {label: value / scale if scale else math.nan for label, value in zip(labels, quantiles, strict=True)},
+    }
+
+
+class _Beyond:
+    """An objective without an end: attacks go on past the boundary, so that the change carries over to others."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(self.objective(x))  # increasing, and never positive
+
+    def select(self, rows: Tensor) -> _Beyond:
+        return _Beyond(self.objective.select(rows))
+
+
+def _pushed(metric: Metric, triplets: Triplet, settings: Settings) -> Triplet:
+    """The triplets with references that APGD moves as far over to the other candidate as the budget allows."""
+    moved = []
+    for part in _batches(triplets, settings.batch_size):
+        objective = _Beyond(TwoAFCObjective(metric, part.reference, part.left, part.right))
+        options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "index": part.index}
+        moved.append(apgd(objective, part.reference, eps=settings.one, **options))
+    return Triplet(torch.cat(moved), triplets.left, triplets.right, triplets.right_vote, triplets.index)
+
+
+@torch.no_grad()
+def _right(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
+    """``(N,)`` bool: the metric agrees with the majority of votes."""
+    margins = []
+    for part in _batches(triplets, settings.batch_size):
+        if isinstance(metric, PerceptualMetric):
+            margins.append(metric.margin(*part.embed(metric.embed)))
+        else:
+            margins.append(metric(part.reference, part.right) - metric(part.reference, part.left))
+    return agrees(torch.cat(margins), triplets.right_vote)
+
+
+def _batches(triplets: Triplet, size: int) -> list[Triplet]:
+    return [triplets.select(rows) for rows in torch.arange(len(triplets)).split(size)]
+
+
+def _say(progress: Callable[[str], None] | None, text: str) -> None:
+    if progress is not None:
+        progress(text)
+
+
+def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
+    """Title → rows, cells in %, from what :func:`measure` found."""
+    count, one = found["num_triplets"], eps_label(found["one"])
+    suite: list[Row] = []
+    alone: list[Row] = []
+    distances: list[Row] = []
+    transfer: list[Row] = []
+    names = {"apgd": "APGD", "minimal_norm": "minimal norm", "square": "Square", "pgd": "PGD", "mi_fgsm": "MI-FGSM"}
+    names["one_pixel"] = "one pixel"
+    flat = any(scores["no_gradient"] for scores in found["scores"].values())
+    for name, scores in found["scores"].items():
+        at = {label: percent(score) for label, score in scores["l2"].items()}
+        linf = {f"ℓ∞ {eps_label(found['linf'])}": percent(scores["linf"])}
+        suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
+        cells = {names[attack]: percent(score) for attack, score in scores["alone"].items()}
+        # Beside what does without gradients, Square and one pixel.
+        cells |= {"no gradient": str(scores["no_gradient"])} if flat else {}
+        alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
+        moved = found["distances"][name]
+        cells = {label: f"{value:.3g}" for label, value in moved["reached"].items()}
+        distances.append({"metric": name, **cells, "median, of natural": f"{percent(moved['shares']['50 %'])} %"})
+        cells = {other: percent(share) for other, share in found["transfer"][name].items()}
+        transfer.append({"made on": name, **cells})
+    note = f"; {NO_GRADIENT}" if flat else ""
+    return {
+        f"{data}: 2AFC score in %, natural and under the suite on the reference, {count} triplets, ℓ2 budgets": suite,
+        f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {one}, and with one pixel of any colour"
+        f"{note}": alone,
+        f"{data}: d(x, x + δ) that APGD reaches in ℓ2, ε = {one}: quantiles, and the median as a share of the median "
+        "distance between reference and candidates": distances,
+        f"{data}: transfer, share in % of right answers that turn around on references attacked in ℓ2, ε = {one}, "
+        "on another metric": transfer,
+    }

@@ -1,0 +1,210 @@
+"""Metrics as files: safetensors with a JSON header that rebuilds the metric, and nothing that runs code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lipsim import students, teachers
+from lipsim.certificates.numbers import check_count, check_number
+from lipsim.layers import freeze
+from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.teachers.lora_tuning import has_adapter, merged
+from lipsim.utils.paths import user_path
+from lipsim.utils.weights import check_is_binary, load_weights, read_checkpoint
+
+FORMAT = "lipsim-metric"
+VERSION = 1
+AUDITED = "audited"
+BUNDLED = Path(__file__).parents[2] / "checkpoints"
+
+# The classes that a header may name: a file chooses among these and never imports anything.
+ENCODERS: dict[str, type[nn.Module]] = {
+    name: cls
+    for room in (students, teachers)
+    for name in room.__all__
+    if issubclass(cls := getattr(room, name), nn.Module)
+}
+
+
+def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
+    """Write a metric whose encoder is one of :data:`ENCODERS`, so that :func:`load` gives it back.
+
+    Args:
+        metric: the metric; its Lipschitz bound is stored as it stands. LoRA layers are written merged.
+        path: ``….safetensors``; parent folders are made.
+        notes: anything else to keep in the header (JSON).
+
+    Raises:
+        ValueError: the encoder is of a class that no header can name.
+        OSError: the file cannot be written.
+    """
+    path = user_path(path)
+    encoder = merged(metric.encoder)
+    header = {**describe(metric, encoder), "notes": notes or {}}
+    if header["lipschitz"] == AUDITED:
+        header["lipschitz"] = metric.lipschitz
+    header["feature_error"] = metric.feature_error
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Replaced as a whole: a process that dies while writing leaves the old file.
+    temporary = path.with_name(path.name + ".tmp")
+    metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
+    try:
+        save_file(state, temporary, metadata=metadata)
+    except SafetensorError as error:  # no OSError, though a full or read-only disk is its usual cause
+        raise OSError(f"cannot write {temporary} ({error})") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
+    os.replace(temporary, path)
+    return path
+
+
+def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
+    """What rebuilds a metric with this encoder besides its weights (JSON).
+
+    ``lipschitz`` is None without a bound, else "audited"; ``feature_error`` is searched for again when it is loaded.
+
+    Raises:
+        ValueError: the encoder is of a class that no header can name, or has LoRA layers.
+    """
+    kind = type(encoder).__name__
+    if ENCODERS.get(kind) is not type(encoder):
+        raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
+    if has_adapter(encoder):
+        raise ValueError(f"this {kind} has LoRA layers beside its weights; lipsim.metric.save merges them")
+    return {
+        "encoder": kind,
+        "config": encoder.config,
+        "image_size": metric.image_size,
+        "anchor": metric.anchor,
+        "lipschitz": AUDITED if metric.has_bound else None,
+        "feature_error": metric.declared_feature_error,
+        "feature_error_kind": metric.feature_error_kind,
+        "resize": metric.preprocess.resize,
+    }
+
+
+def load(path: str | Path) -> PerceptualMetric:
+    """Load a metric, in evaluation mode and with folded weights.
+
+    Args:
+        path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
+            bundled metric ("quickstart").
+
+    Raises:
+        FileNotFoundError: no such file, nor a bundled metric of that name.
+        ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
+    """
+    file = resolve(path)
+    header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    try:
+        if not isinstance(header["encoder"], str) or header["encoder"] not in ENCODERS:
+            raise ValueError(
+                f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
+            )
+        check_count("image_size", header["image_size"])
+        declared = header["lipschitz"]
+        floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
+        encoder = ENCODERS[header["encoder"]](**header["config"])
+        metric = PerceptualMetric(
+            encoder,
+            header["image_size"],
+            anchor=header["anchor"],
+            lipschitz=math.inf,
+            feature_error=header["feature_error"],
+            resize=header["resize"],
+        )
+    except KeyError as error:
+        raise ValueError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
+        raise ValueError(f"cannot rebuild the metric in {file}: {str(error).splitlines()[0]}") from error
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        encoder.to(dtypes.pop())
+    load_weights(encoder, state, str(file))
+    metric.requires_grad_(False)
+    freeze(metric)
+    if declared is not None:
+        # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
+        metric.require_lipschitz(floor)
+        metric.require_feature_error(metric.declared_feature_error)
+    return metric
+
+
+def holds(path: Path, metric: PerceptualMetric) -> bool:
+    """Whether a ``.safetensors`` file has just the weights of a metric; a damaged file has not."""
+    try:
+        _, state = _read_export(path)
+    except ValueError:
+        return False
+    own = merged(metric.encoder).state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), tensor) for name, tensor in state.items())
+
+
+def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and encoder weights of a ``.safetensors`` file."""
+    check_is_binary(file)
+    try:
+        with safe_open(file, framework="pt") as archive:
+            metadata = archive.metadata() or {}
+            state = {name: archive.get_tensor(name) for name in archive.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} is no exported metric (format {metadata.get('format')!r}); lipsim.metric.save writes them"
+        )
+    version = metadata.get("version", "0")
+    if not version.isdecimal():
+        raise ValueError(f"{file} is damaged, its format version is {version!r}; export it again")
+    if int(version) > VERSION:
+        raise ValueError(f"{file} has format version {version}, newer than {VERSION}; update lipsim")
+    try:
+        header = json.loads(metadata["metric"])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}")
+        return header, state
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"cannot rebuild the metric in {file}: {error!r}") from error
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and encoder weights of a training checkpoint."""
+    content = read_checkpoint(file)
+    try:
+        header, state = json.loads(content[FORMAT]), content["state_dict"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} does not say how to rebuild a metric; it is no checkpoint of a stage of this package, or one with "
+            "an encoder of another package or with LoRA layers: export the metric when training ends"
+        ) from error
+    prefix = "metric.encoder."
+    return header, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def resolve(path: str | Path) -> Path:
+    """The file of a metric that is given by path or by the name of a bundled one.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    file = user_path(path)
+    if file.is_file():
+        return file
+    bundled = {p.stem: p for p in BUNDLED.glob("*.safetensors")}
+    if str(path) in bundled:
+        return bundled[str(path)]
+    names = f"; bundled metrics: {', '.join(sorted(bundled))}" if bundled else ""
+    raise FileNotFoundError(f"no metric file {path}{names}")

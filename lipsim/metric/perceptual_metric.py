@@ -1,0 +1,314 @@
+"""The perceptual metric: an encoder, the geometry of its features, and what it can prove."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lipsim import audit, certificates
+from lipsim.audit.arithmetic import ERROR_FACTOR, largest_feature_error
+from lipsim.certificates import TwoAFCCertificate, certify_triplets, geometry
+from lipsim.certificates.numbers import LARGEST_ANCHOR, check_count, check_number
+from lipsim.data.transforms import Preprocess
+from lipsim.layers.base import evaluation_mode
+from lipsim.layers.fingerprint import Fingerprint, fingerprint
+from lipsim.utils.checks import check_images
+from lipsim.utils.checks import check_range as _check_range
+from lipsim.utils.precision import full_precision
+
+
+class PerceptualMetric(nn.Module):
+    """Cosine distance between anchored features, with certificates where the encoder has a Lipschitz bound.
+
+    Images are ``(N, 3, S, S)`` in [0, 1], and everything that takes them refuses others with the remedy: a metric
+    answers for pixels up to 255, or from -1 to 1, as plausibly as it does for images. Where other points are meant, as
+    in an attack without a box or in training, whose batches have been checked, ``check_range=False`` says so (as it has
+    to under :func:`torch.vmap`, where nothing has a value).
+
+    Args:
+        encoder: maps images ``(N, 3, H, W)`` to features ``(N, D)``.
+        image_size: side ``H = W`` of its input.
+        anchor: constant coordinate ``κ ≥ 0`` appended to the features; 1 makes the distance Lipschitz everywhere.
+        lipschitz: a proven bound on the encoder's Lipschitz constant. None: audited here. ``math.inf``: there is none,
+            as for a ViT teacher; every radius is 0 then.
+        feature_error: largest error of a float32 embedding of images in [0, 1], in feature units, that certificates
+            cover; 0: they hold for exact arithmetic only.
+        resize: how :attr:`preprocess` brings an image to ``image_size``: see :class:`lipsim.data.Preprocess`.
+
+    Attributes:
+        feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
+            (:mod:`lipsim.audit.arithmetic`; it proves nothing), "declared" by whoever set it, or "none".
+
+    Raises:
+        lipsim.audit.UnboundedModuleError: ``lipschitz`` is None and the audit cannot bound the encoder.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        image_size: int,
+        anchor: float = 1.0,
+        lipschitz: float | None = None,
+        feature_error: float = 0.0,
+        resize: str = "float",
+    ) -> None:
+        super().__init__()
+        check_count("image_size", image_size)
+        if isinstance(own := getattr(encoder, "image_size", None), int | float) and own != image_size:
+            raise ValueError(f"expected the encoder's image_size {own}, got {image_size}")
+        self.encoder = encoder
+        self.image_size = image_size
+        self._found_error: tuple[tuple[torch.dtype, torch.device], float] | None = None
+        self.anchor = anchor
+        self.feature_error = feature_error
+        self.preprocess = Preprocess(image_size, resize)
+        self._lipschitz = None if lipschitz is None else _check_bound(lipschitz)
+        self._floor = 0.0
+        self._audited: Fingerprint | None = (
+            None  # what the encoder was when it was audited; None: the bound is declared
+        )
+        if lipschitz is None:
+            self.audit()
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether a bound is known, without computing it again."""
+        return self._lipschitz != math.inf
+
+    @property
+    def lipschitz(self) -> float:
+        """The bound that every radius divides by. Set it to declare another.
+
+        An audited one follows the encoder: it is computed again after any change of its weights, layers, attributes,
+        hooks or of :attr:`image_size`, however that was made, and at every use while a part of the encoder is in
+        training mode. Telling costs a pass over the weights.
+        """
+        if self._lipschitz is None or (self._audited is not None and not self._audit_holds()):
+            self.audit()
+        assert self._lipschitz is not None
+        return max(self._lipschitz, self._floor)
+
+    @lipschitz.setter
+    def lipschitz(self, bound: float) -> None:
+        self._lipschitz, self._audited, self._floor = _check_bound(bound), None, 0.0
+
+    @property
+    def anchor(self) -> float:
+        """The constant coordinate ``κ ≥ 0`` beside the features."""
+        return self._anchor
+
+    @anchor.setter
+    def anchor(self, anchor: float) -> None:
+        self._anchor = check_number("anchor", anchor, most=LARGEST_ANCHOR)
+
+    @property
+    def feature_error(self) -> float:
+        """The error of one embedding that every certificate covers. Set it to declare another.
+
+        That of a metric from a file is at least what a search finds here, with these weights in their dtype on their
+        device (:meth:`require_feature_error`).
+        """
+        if not self._searches or not self.has_bound:
+            return self._feature_error
+        self.lipschitz  # noqa: B018  (an audit, where the weights have changed, forgets what was found for others)
+        weight = next(self.encoder.parameters(), torch.zeros(()))
+        if self._found_error is None or self._found_error[0] != (weight.dtype, weight.device):
+            found = ERROR_FACTOR * largest_feature_error(self.encoder, self.image_size, thorough=False)
+            self._found_error = (weight.dtype, weight.device), found
+        return max(self._feature_error, self._found_error[1])
+
+    @feature_error.setter
+    def feature_error(self, error: float) -> None:
+        self._feature_error = check_number("feature_error", error)
+        self._searches, self._found_error = False, None
+        self.feature_error_kind = "declared" if error else "none"
+
+    @property
+    def declared_feature_error(self) -> float:
+        """:attr:`feature_error` as it was given, without a search."""
+        return self._feature_error
+
+    def require_lipschitz(self, floor: float) -> None:
+        """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
+        check_number("Lipschitz bound", floor)
+        self.audit()
+        self._floor = floor
+
+    def require_feature_error(self, floor: float) -> None:
+        """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.
+
+        What the file of a metric says about it cannot be less than what is found here.
+        """
+        self.feature_error = floor
+        self._searches, self.feature_error_kind = True, "searched"
+
+    def embed(self, x: Tensor, *, check_range: bool = True) -> Tensor:
+        """Features ``f(x)``, ``(N, D)``, before anchor and projection.
+
+        Args:
+            x: images ``(N, 3, image_size, image_size)`` in [0, 1].
+            check_range: False takes any real numbers.
+
+        Raises:
+            ValueError: ``x`` is no such tensor.
+        """
+        self.check_images(x, check_range=check_range)
+        if any(getattr(module, "inplace", False) for module in self.encoder.modules()):
+            x = x.clone()  # the first layer, or one behind views of the images, would change the caller's
+        return self.encoder(x)
+
+    def forward(self, x: Tensor, y: Tensor, *, check_range: bool = True) -> Tensor:
+        """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)`` in [0, 1].
+
+        Args:
+            x: images.
+            y: images to compare them with, each with its own or with the only one.
+            check_range: False takes any real numbers.
+
+        Raises:
+            ValueError: one is no such tensor, or their numbers differ.
+        """
+        for images in (x, y):
+            self.check_images(images, check_range=check_range)
+        if len(x) != len(y) and 1 not in (len(x), len(y)):
+            raise ValueError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
+        z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
+        return geometry.cosine_distance(z, z_other, self.anchor)
+
+    @torch.no_grad()
+    def certify(self, reference: Tensor, left: Tensor, right: Tensor, *, check_range: bool = True) -> TwoAFCCertificate:
+        """Answer N triplets ``(N, 3, H, W)`` and certify the answers, in full precision.
+
+        The certified answer is that of the returned ``prefers_left``, whose geometry runs in float64. The images
+        have to be in [0, 1], the range that :attr:`feature_error` was found on; ``check_range=False`` takes any points
+        where that is 0, and the certificate one of exact arithmetic.
+
+        Raises:
+            ValueError: different numbers of images, a wrong shape, values outside [0, 1], or half precision.
+        """
+        self._check_certifiable(reference, left, right, check_range=check_range)
+        if not len(reference) == len(left) == len(right):
+            raise ValueError(
+                f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
+            )
+        with full_precision(), evaluation_mode(self.encoder):
+            z, z0, z1 = self.encoder(torch.cat([reference, left, right])).chunk(3)
+        return self.certify_features(reference, z, z0, z1)
+
+    @torch.no_grad()
+    def certify_features(self, reference: Tensor, z: Tensor, z0: Tensor, z1: Tensor) -> TwoAFCCertificate:
+        """:meth:`certify` from features ``(N, D)`` that are known already; the geometry runs in float64.
+
+        Raises:
+            ValueError: weights or features in half precision.
+        """
+        self.check_precision(z, z0, z1)
+        z, z0, z1 = z.double(), z0.double(), z1.double()
+        return certify_triplets(reference, self.margin(z, z0, z1), z, z0, z1, **self.certificate_options)
+
+    def reference_radius(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
+        """Certified radius ``(N,)`` of the reference from features ``(N, D)``, in float64; 0 without a bound."""
+        return certificates.reference_radius(z.double(), z0.double(), z1.double(), **self.certificate_options)
+
+    def margin(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
+        """Margin ``h = d(x, x1) − d(x, x0)`` from features ``(N, D)``, in float64: positive where left is nearer.
+
+        ``h = g/‖e‖``: no cancellation between two distances, and exactly 0 for equal candidates.
+        """
+        z, z0, z1 = z.double(), z0.double(), z1.double()
+        return certificates.linear_margin(z, z0, z1, anchor=self.anchor)[0] / geometry.anchored_norm(z, self.anchor)
+
+    @torch.no_grad()
+    def distance_bounds(self, x: Tensor, y: Tensor, eps: float, *, check_range: bool = True) -> tuple[Tensor, Tensor]:
+        """Interval ``(lower, upper)``, ``(N,)`` each, that holds ``d(x + δ, y)`` for every ``‖δ‖₂ ≤ eps``.
+
+        ``check_range`` as in :meth:`certify`.
+
+        Raises:
+            ValueError: no images ``(N, 3, H, W)`` in [0, 1], a negative budget, or half precision.
+        """
+        self._check_certifiable(x, y, check_range=check_range)
+        with full_precision(), evaluation_mode(self.encoder):
+            z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
+        return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
+
+    @property
+    def certificate_options(self) -> dict[str, float]:
+        """Keyword arguments of the functions in :mod:`lipsim.certificates`.
+
+        The error of an embedding counts twice: at the clean image and at the perturbed one.
+        """
+        return {"anchor": self.anchor, "lipschitz": self.lipschitz, "feature_error": 2 * self.feature_error}
+
+    def audit(self) -> audit.LipschitzReport:
+        """Bound the encoder with its present weights, and use this bound from now on.
+
+        Raises:
+            lipsim.audit.UnboundedModuleError: there is none.
+        """
+        content = self._content()  # before: a change during the audit must not be taken for what was audited
+        report = audit.lipschitz_bound(self.encoder, self.image_size)
+        self._lipschitz, self._audited = report.total, content
+        self._found_error = None  # of other weights
+        return report
+
+    def _audit_holds(self) -> bool:
+        in_training = any(module.training for module in self.encoder.modules())
+        return not in_training and self._audited == self._content()
+
+    def _content(self) -> Fingerprint:
+        return fingerprint(self.encoder, self.image_size)
+
+    def check_precision(self, *inputs: Tensor) -> None:
+        """Refuse weights that nothing can be certified with, and images or features that an encoder without any passes.
+
+        Raises:
+            ValueError: a parameter, a buffer or one of the inputs in half precision.
+        """
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if _is_half(tensor):
+                raise ValueError(f"{name} is stored in half precision; certify with weights in float32 or float64")
+        for tensor in inputs:
+            if _is_half(tensor):
+                raise ValueError(
+                    f"expected images or features in float32 or float64 to certify, got {tensor.dtype}, half "
+                    "precision, whose rounding no certificate covers; convert the images with .float() and embed again"
+                )
+
+    def _check_certifiable(self, *images: Tensor, check_range: bool) -> None:
+        """Refuse images that no certificate of this metric is about."""
+        self.check_precision(*images)
+        for x in images:
+            try:
+                self.check_images(x, check_range=check_range or self.feature_error > 0)
+            except ValueError as error:
+                if check_range:
+                    raise
+                raise ValueError(
+                    f"{error} (check_range=False certifies points outside [0, 1] only where feature_error is 0: the "
+                    "error of float32 is known inside)"
+                ) from error
+
+    def check_images(self, x: Tensor, *, check_range: bool = True) -> None:
+        """Refuse what are no images of this metric.
+
+        Raises:
+            ValueError: ``x`` is not ``(N, 3, image_size, image_size)`` of floating-point numbers in [0, 1].
+        """
+        check_images(x, self.image_size)
+        weight = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), x.dtype)
+        if x.dtype != weight and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"expected images in {weight}, as the weights are, got {x.dtype}: x.to({weight})")
+        if check_range:
+            _check_range(x)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
+
+
+def _check_bound(bound: float) -> float:
+    return check_number("Lipschitz bound", bound, above=True, finite=False)

@@ -1,0 +1,30 @@
+"""The branch that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
+from lipsim.teachers.timm_branch import TimmBranch
+
+
+def build_branch(config: BranchConfig, image_size: int) -> Branch:
+    """The branch that a configuration names, with its weights where it names some.
+
+    Raises:
+        FileNotFoundError: the weights are not there.
+        ValueError: an unknown model, a feature that it does not have, or weights that do not fit.
+    """
+    kind: Callable[[BranchConfig, int], Branch] = TimmBranch
+    if config.model.startswith("open_clip/"):
+        # open_clip takes seconds to import, which nobody should wait for who does not use it.
+        from lipsim.teachers.open_clip_branch import OpenClipBranch
+
+        kind = OpenClipBranch
+    try:
+        branch = kind(config, image_size)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"cannot build {config.model} with {config.options or 'its own options'}: {error}") from error
+    if config.weights != RANDOM:
+        branch.load(config.weights)
+    return branch

@@ -1,0 +1,405 @@
+"""Radii against closed forms, and against an attack in feature space that may reach all that the bound allows.
+
+In feature space a perturbation of the image by ε can be any feature perturbation of norm Lε, so an attack there is the
+strongest that exists for an unknown L-Lipschitz encoder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipsim import certificates as C
+from lipsim.certificates.geometry import anchored_norm, cosine_distance, project
+
+Features = tuple[Tensor, Tensor, Tensor]
+ANCHORS = [0.0, 0.5, 1.0, 2.0]
+
+
+def _margin(z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+    return cosine_distance(z, z1, anchor) - cosine_distance(z, z0, anchor)
+
+
+def _flips(features: Features, moved: Features, anchor: float) -> Tensor:
+    return torch.sign(_margin(*features, anchor)) * torch.sign(_margin(*moved, anchor)) < 0
+
+
+def _ascend(features: Features, budgets: dict[int, Tensor], anchor: float, steps: int = 400) -> Tensor:
+    """Projected gradient ascent on the flipped margin over the features named in ``budgets``: which answers flip."""
+    sign = -torch.sign(_margin(*features, anchor))
+    deltas = {i: torch.zeros_like(features[i], requires_grad=True) for i in budgets}
+    flipped = torch.zeros(len(sign), dtype=torch.bool)
+    for step in range(steps):
+        moved = tuple(z + deltas[i] if i in deltas else z for i, z in enumerate(features))
+        flipped |= _flips(features, moved, anchor)  # type: ignore[arg-type]
+        value = (sign * _margin(*moved, anchor)).sum()  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(value, list(deltas.values()))
+        for (i, delta), gradient in zip(deltas.items(), gradients, strict=True):
+            budget = budgets[i].unsqueeze(1)
+            size = budget * 2 / (1 + step / 10)
+            new = delta.detach() + size * F.normalize(gradient, dim=1)
+            length = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+            deltas[i] = (
+                new * torch.minimum(budget / length.clamp(min=1e-300), torch.ones_like(length))
+            ).requires_grad_()
+    return flipped
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("lipschitz", [1.0, 2.5])
+def test_reference_radius_is_exact(features: Features, anchor: float, lipschitz: float) -> None:
+    z, z0, z1 = features
+    radius = C.reference_radius(z, z0, z1, anchor=anchor, lipschitz=lipschitz)
+    assert (radius > 0).all()
+    # The nearest point of the boundary lies along the normal w, which has a closed form.
+    (p0, _), (p1, _) = project(z0, anchor), project(z1, anchor)
+    normal = -torch.sign(_margin(z, z0, z1, anchor)).unsqueeze(1) * F.normalize(p0 - p1, dim=1)
+    for factor, expected in ((1 - 1e-9, False), (1 + 1e-6, True)):
+        moved = z + factor * (lipschitz * radius).unsqueeze(1) * normal
+        assert (_flips(features, (moved, z0, z1), anchor) == expected).all()
+    assert not _ascend(features, {0: lipschitz * radius * (1 - 1e-9)}, anchor).any()
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_candidate_radii_withstand_attack(features: Features, anchor: float) -> None:
+    left, right = C.candidate_radii(*features, anchor=anchor)
+    assert not _ascend(features, {1: left * (1 - 1e-9)}, anchor).any()
+    assert not _ascend(features, {2: right * (1 - 1e-9)}, anchor).any()
+
+
+def test_candidate_radii_are_exact_without_anchor(features: Features) -> None:
+    z, z0, z1 = features
+    left, right = C.candidate_radii(z, z0, z1, anchor=0.0)
+    # Where the radius is the whole norm, only the origin is reached, not the other side.
+    for i, radius in ((1, left), (2, right)):
+        inside = radius < 0.999 * anchored_norm(features[i], 0.0)
+        assert inside.sum() > 20
+        flipped = _ascend(features, {i: radius * 1.01}, 0.0, steps=2000)
+        assert flipped[inside].double().mean() > 0.95
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_joint_radius_withstands_attack_on_all_three(features: Features, anchor: float) -> None:
+    radius = C.joint_radius(*features, anchor=anchor)
+    assert (radius > 0).all()
+    assert not _ascend(features, dict.fromkeys(range(3), radius * (1 - 1e-9)), anchor).any()
+
+
+def test_joint_radius_is_tight_in_the_plane() -> None:
+    # In two dimensions without an anchor all three images can turn towards each other at once.
+    z, z0, z1 = (torch.tensor([[math.cos(t), math.sin(t)]], dtype=torch.float64) for t in (0.0, 0.3, -0.9))
+    radius = C.joint_radius(z, z0, z1, anchor=0.0)
+    assert 4 * math.asin(radius.item()) == pytest.approx(0.6, rel=1e-12)
+    budgets = {i: radius * 1.001 for i in range(3)}
+    assert _ascend((z, z0, z1), budgets, 0.0, steps=3000).all()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_distance_interval_holds_every_reachable_distance(features: Features, anchor: float) -> None:
+    z, y, _ = features
+    eps = 0.3 * anchored_norm(z, anchor)
+    lower, upper = C.distance_interval(z, y, eps, anchor=anchor)
+    extremes = []
+    for sign in (1, -1):
+        delta = torch.zeros_like(z, requires_grad=True)
+        for step in range(400):
+            value = (sign * cosine_distance(z + delta, y, anchor)).sum()
+            (gradient,) = torch.autograd.grad(value, delta)
+            new = delta.detach() + eps.unsqueeze(1) * F.normalize(gradient, dim=1) / (1 + step / 10)
+            delta = (F.normalize(new, dim=1) * torch.minimum(new.norm(dim=1), eps).unsqueeze(1)).requires_grad_()
+        extremes.append(cosine_distance(z + delta.detach(), y, anchor))
+    highest, lowest = extremes
+    assert (highest <= upper + 1e-12).all()
+    assert (lowest >= lower - 1e-12).all()
+    if anchor == 0:  # exact there, unless the interval ends at 0 or 2
+        open_ended = (upper > 2 - 1e-9) | (lower < 1e-9)
+        torch.testing.assert_close(highest[~open_ended], upper[~open_ended], atol=1e-4, rtol=1e-3)
+
+
+def test_self_distance_bound_is_quadratic() -> None:
+    z = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    for eps in (1e-3, 1e-2):
+        upper = C.distance_interval(z, z, eps, anchor=0.0)[1].item()
+        assert upper == pytest.approx(1 - math.sqrt(1 - (eps / 5) ** 2), rel=1e-9)
+        assert upper == pytest.approx(eps**2 / 50, rel=1e-4)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 1.2])
+def test_threshold_radius(features: Features, anchor: float, threshold: float) -> None:
+    z, y, _ = features
+    radius = C.threshold_radius(z, y, threshold, anchor=anchor)
+    lower, upper = C.distance_interval(z, y, radius * (1 - 1e-9), anchor=anchor)
+    same = cosine_distance(z, y, anchor) <= threshold
+    assert torch.where(same, upper <= threshold + 1e-12, lower >= threshold - 1e-12).all()
+
+
+def test_retrieval_radius_keeps_the_nearest_set() -> None:
+    query, gallery = torch.randn(20, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    distance = torch.stack([cosine_distance(query, item.expand_as(query)) for item in gallery], 1)
+    for k in (1, 3):
+        radius = C.retrieval_radius(query, gallery, k=k)
+        nearest = [set(row[:k].tolist()) for row in distance.argsort(1)]
+        worst = torch.full((20,), math.inf, dtype=torch.float64)
+        for i, inside in enumerate(nearest):
+            for a in inside:
+                for b in set(range(8)) - inside:
+                    worst[i] = min(worst[i], C.reference_radius(query[i : i + 1], gallery[[a]], gallery[[b]]).item())
+        torch.testing.assert_close(radius, worst)
+    with pytest.raises(ValueError, match="1 ≤ k < 8"):
+        C.retrieval_radius(query, gallery, k=8)
+
+
+def test_published_radius_is_never_larger_with_an_anchor_and_overclaims_without(features: Features) -> None:
+    for anchor in (1.0, 2.0):
+        assert (
+            C.published_radius(*features, anchor=anchor) <= C.reference_radius(*features, anchor=anchor) + 1e-12
+        ).all()
+    z = features[0]
+    ratio = C.published_radius(*features, anchor=0.0) / C.reference_radius(*features, anchor=0.0)
+    torch.testing.assert_close(ratio, 1 / z.norm(dim=1))
+    assert (ratio[z.norm(dim=1) < 1] > 1).all()
+
+
+@pytest.mark.parametrize("radius", [C.reference_radius, C.joint_radius, lambda *z: C.candidate_radii(*z)[0]])
+def test_ties_and_nan_have_radius_zero(radius) -> None:  # type: ignore[no-untyped-def]
+    z, z0, z1 = torch.randn(3, 3, 4, dtype=torch.float64)
+    z1[0] = z0[0]
+    z[1, 0] = math.nan
+    z0[2] = math.inf
+    assert radius(z, z0, z1).tolist() == [0, 0, 0]
+    zero = torch.zeros(1, 4)
+    assert radius(zero, zero, zero).item() == 0
+
+
+def test_no_lipschitz_bound_means_no_radius(features: Features) -> None:
+    assert (C.reference_radius(*features, lipschitz=math.inf) == 0).all()
+    assert (C.joint_radius(*features, lipschitz=math.inf) == 0).all()
+    lower, upper = C.distance_interval(features[0], features[1], 0.1, lipschitz=math.inf)
+    assert (lower == 0).all() and (upper == 2).all()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_feature_error_covers_perturbed_features(features: Features, anchor: float) -> None:
+    """Radii from features that are off by η still hold for the features they should have been."""
+    error = 0.02
+    true = tuple(z + 0.0 for z in features)
+    for trial in range(20):
+        generator = torch.Generator().manual_seed(trial)
+        off = tuple(
+            z + error * F.normalize(torch.randn(z.shape, generator=generator, dtype=z.dtype), dim=1) for z in true
+        )
+        options = {"anchor": anchor, "feature_error": error}
+        assert (C.reference_radius(*off, **options) <= C.reference_radius(*true, anchor=anchor) + 1e-12).all()
+        claimed = zip(C.candidate_radii(*off, **options), C.candidate_radii(*true, anchor=anchor), strict=True)
+        for got, limit in claimed:
+            assert (got <= limit + 1e-12).all()
+        assert (C.joint_radius(*off, **options) <= C.joint_radius(*true, anchor=anchor) + 1e-12).all()
+
+
+def test_float32_radii_agree_with_float64(features: Features) -> None:
+    single = C.reference_radius(*(z.float() for z in features))
+    torch.testing.assert_close(single.double(), C.reference_radius(*features), rtol=1e-4, atol=1e-6)
+
+
+def test_signed_radius_has_the_gradient_of_a_distance_to_a_plane(features: Features) -> None:
+    z, z0, z1 = (t.clone().requires_grad_() for t in features)
+    radius = C.signed_reference_radius(z, z0, z1)
+    (gradient,) = torch.autograd.grad(radius.sum(), z, retain_graph=True)
+    torch.testing.assert_close(gradient.norm(dim=1), torch.ones(64, dtype=torch.float64))
+    assert torch.autograd.gradcheck(C.signed_reference_radius, (z[:4], z0[:4], z1[:4]))
+
+
+def test_gradient_is_finite_at_a_tie() -> None:
+    z, z0 = torch.randn(2, 3, 4, dtype=torch.float64)
+    z0 = z0.requires_grad_()
+    C.signed_reference_radius(z, z0, z0).sum().backward()
+    assert z0.grad is not None and torch.isfinite(z0.grad).all()
+
+
+def test_certified_pixels_against_the_worst_recolouring() -> None:
+    x = torch.rand(6, 3, 4, 4, dtype=torch.float64)
+    radius = torch.tensor([0.1, 1.0, 1.8, 2.5, 4.0, 100.0], dtype=torch.float64)
+    certified = C.certified_pixels(x, radius)
+    worst = torch.where(x > 0.5, 0.0, 1.0)
+    cost = (worst - x).square().sum(1).flatten(1)
+    for i, k in enumerate(certified.tolist()):
+        order = cost[i].argsort(descending=True)
+        assert cost[i][order[:k]].sum().sqrt() < radius[i]
+        if k < 16:
+            assert cost[i][order[: k + 1]].sum().sqrt() >= radius[i]
+    assert certified[-1] == 16
+    assert (C.certified_pixels(torch.rand(50, 3, 4, 4), torch.full((50,), math.sqrt(3) + 1e-9)) >= 1).all()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(37, 52, 16), (16, 16, 16), (20, 20, 33)])
+def test_resize_norm_is_the_operator_norm(height: int, width: int, size: int) -> None:
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    matrix = F.interpolate(basis, size=(size, size), mode="bicubic", antialias=True).flatten(1)
+    expected = torch.linalg.matrix_norm(matrix, ord=2).item()
+    assert C.resize_norm((height, width), size) == pytest.approx(expected, rel=1e-9)
+    assert C.resize_norm((height, width), size) >= expected * (1 - 1e-14)
+
+
+def test_bad_arguments() -> None:
+    z = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="eps ≥ 0"):
+        C.distance_interval(z, z, -0.1)
+    with pytest.raises(ValueError, match=r"\[0, 2\]"):
+        C.threshold_radius(z, z, 2.5)
+
+
+BAD = [-0.1, -1e4, math.nan, "1", True, None]
+RADII = [C.reference_radius, C.candidate_radii, C.joint_radius]
+
+
+@pytest.mark.parametrize("value", [*BAD, math.inf])
+@pytest.mark.parametrize("name", ["anchor", "lipschitz", "feature_error"])
+def test_numbers_that_would_widen_a_certificate_are_refused(name: str, value: object) -> None:
+    z, z0, z1 = torch.randn(3, 2, 3)
+    calls = [lambda f=f, **options: f(z, z0, z1, **options) for f in RADII]
+    calls += [lambda **options: C.distance_interval(z, z0, 0.1, **options)]
+    calls += [lambda **options: C.threshold_radius(z, z0, 0.1, **options)]
+    calls += [lambda **options: C.retrieval_radius(z, torch.cat([z0, z1]), **options)]
+    if name != "feature_error":
+        functions = [C.signed_reference_radius, C.signed_joint_radius, C.published_radius]
+        calls += [lambda f=f, **options: f(z, z0, z1, **options) for f in functions]
+    if name == "anchor":
+        calls += [lambda **options: C.linear_margin(z, z0, z1, **options)]
+    for call in calls:
+        if name == "lipschitz" and value == math.inf:  # no bound: nothing is certified
+            call(**{name: value})
+            continue
+        with pytest.raises(ValueError, match="expected a "):
+            call(**{name: value})
+    assert all((f(z, z0, z1, lipschitz=math.inf) == 0).all() for f in (C.reference_radius, C.joint_radius))
+
+
+def test_other_numbers_that_are_refused() -> None:
+    z = torch.randn(2, 3)
+    for threshold in (math.nan, "1", True):
+        with pytest.raises(ValueError, match=r"\[0, 2\]"):
+            C.threshold_radius(z, z, threshold)  # type: ignore[arg-type]
+    for count in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="num_elements"):
+            C.linf_radius(z[:, 0], count)  # type: ignore[arg-type]
+
+
+def test_no_radius_certifies_no_pixel() -> None:
+    x = torch.rand(4, 3, 2, 2)
+    radius = torch.tensor([-5.0, -math.inf, math.nan, 0.0])
+    assert C.certified_pixels(x, radius).tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="divide 8-bit images by 255"):
+        C.certified_pixels((x * 255).to(torch.uint8), radius)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float32, 3e38), (torch.float64, 1.7e308)])
+def test_radii_are_clamped_to_the_largest_finite_number(dtype: torch.dtype, size: float) -> None:
+    z, z0, z1 = (
+        torch.tensor([row], dtype=torch.float64).mul(size).to(dtype) for row in ([1.0, 1.0], [1.0, 0.0], [-1.0, 0.0])
+    )
+    for anchor in (0.0, 1.0):
+        # Norms of 1.41 times the size, some of them beyond the dtype; the exact radius of the reference is its first.
+        radius = C.reference_radius(z, z0, z1, anchor=anchor)
+        assert radius.dtype == dtype and (0.99 * z[:, 0].double() <= radius.double()).all()
+        assert (radius.double() <= z[:, 0].double()).all()
+        left, right = C.candidate_radii(z, z, -z, anchor=anchor)
+        for found in (left, right, C.threshold_radius(z, -z, 0.0, anchor=anchor)):
+            assert torch.isfinite(found).all() and (found.double() > 0.99 * size).all(), (found, anchor)
+        assert torch.isfinite(C.reference_radius(z, z0, z1, anchor=anchor, lipschitz=1e-300)).all()
+
+
+@pytest.mark.parametrize("size", [1e300, 1.4e154, 1.0, 1e-160, 1e-300])
+def test_radii_scale_with_the_features(size: float) -> None:
+    features = torch.randn(3, 20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = [f(*features, anchor=0.0, lipschitz=1.1) for f in (C.reference_radius, C.joint_radius)]
+    expected += C.candidate_radii(*features, anchor=0.0, lipschitz=1.1)
+    found = [f(*(size * features), anchor=0.0, lipschitz=1.1) for f in (C.reference_radius, C.joint_radius)]
+    found += C.candidate_radii(*(size * features), anchor=0.0, lipschitz=1.1)
+    for one, scaled in zip(expected, found, strict=True):
+        torch.testing.assert_close(scaled / size, one, rtol=1e-11, atol=0)
+    signed = C.signed_reference_radius(*(size * features), anchor=0.0)
+    torch.testing.assert_close(signed / size, C.signed_reference_radius(*features, anchor=0.0), rtol=1e-11, atol=0)
+    # With an anchor far below or far above them, features of any size leave the answer sound and finite.
+    for radius in (C.reference_radius(*(size * features)), C.joint_radius(*(size * features))):
+        assert torch.isfinite(radius).all() and (radius >= 0).all()
+
+
+def test_upper_ends_of_tiny_distances_do_not_round_to_zero() -> None:
+    z = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    for dtype in (torch.float16, torch.float32):
+        _, upper = C.distance_interval(z.to(dtype), z.to(dtype), 1e-30)
+        assert upper.dtype == dtype and upper.item() > 0
+
+
+@pytest.mark.parametrize("size", [(50, 70), (24, 24), (16, 16)])
+def test_radii_in_the_pixels_of_a_file_cover_the_rounding_on_the_way(size: tuple[int, int]) -> None:
+    radius = C.original_radius(0.5, size, 16)
+    norm = 1.0 if size == (16, 16) else C.resize_norm(size, 16)
+    half = 2.0**-25  # what rounding to float32 can change a value in [½, 1] by
+    lost = 2 * half * (math.sqrt(3 * size[0] * size[1]) + (0 if size == (16, 16) else math.sqrt(3) * 16 / norm))
+    assert 0.5 / norm - 1.001 * lost <= radius <= 0.5 / norm - lost
+    assert C.original_radius(1e-7, size, 16) == 0
+
+
+def test_joint_radius_has_the_gradient_of_its_equation() -> None:
+    features = [torch.randn(6, 5, dtype=torch.float64).mul_(2).requires_grad_() for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *f: C.joint_radius(*f), features, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda *f: C.signed_joint_radius(*f), features, atol=1e-5)
+    plain = C.joint_radius(*(f.detach() for f in features))
+    torch.testing.assert_close(C.joint_radius(*features).detach(), plain, rtol=0, atol=0)
+    same = [features[0], features[1], features[1]]
+    C.joint_radius(*same).sum().backward()
+    assert all(torch.isfinite(f.grad).all() for f in features[:2] if f.grad is not None)
+
+
+def test_signed_joint_radius_has_the_sign_of_the_margin(features: Features) -> None:
+    signed = C.signed_joint_radius(*features)
+    torch.testing.assert_close(signed.abs(), C.joint_radius(*features), rtol=1e-10, atol=0)
+    assert (signed.abs() >= C.joint_radius(*features)).all()  # which is rounded down
+    margin, _ = C.linear_margin(*features)
+    assert ((signed > 0) == ((margin > 0) & (signed != 0))).all()
+    torch.testing.assert_close(C.signed_joint_radius(features[0], features[2], features[1]), -signed)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**24])
+def test_retrieval_in_chunks_is_the_minimum_over_swaps(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lipsim.certificates.retrieval._CHUNK", chunk)
+    query, gallery = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    gallery[7] = gallery[2]
+    options = {"anchor": 1.0, "lipschitz": 1.3, "feature_error": 1e-4}
+    for k in (1, 3):
+        expected = []
+        for q in query:
+            order = cosine_distance(q[None], gallery, 1.0).argsort(stable=True).tolist()
+            swaps = [
+                C.reference_radius(q[None], gallery[i][None], gallery[j][None], **options)
+                for i in order[:k]
+                for j in order[k:]
+            ]
+            expected.append(torch.cat(swaps).min())
+        radius = C.retrieval_radius(query, gallery, k=k, **options)
+        torch.testing.assert_close(radius, torch.stack(expected))
+
+
+def test_joint_gradients_are_finite_where_vectors_have_no_length_and_at_the_cap() -> None:
+    z, z0, z1 = (torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
+    z[0], z1[1] = 0, 0
+    z[2], z0[2], z1[2] = 0.01 * z[2], 100 * z[2], -100 * z[2]  # the reference's norm caps the radius
+    leaves = [t.requires_grad_() for t in (z, z0, z1)]
+    C.joint_radius(*leaves, anchor=0.0).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 100
+
+
+def test_lengths_without_all_their_digits_certify_nothing() -> None:
+    z = torch.tensor([[3.76e19, -1e20, 2.81e19]], dtype=torch.float64)
+    z0 = torch.tensor([[-5.39e-321, -1.54e-321, 1e-320]], dtype=torch.float64)
+    z1 = torch.tensor([[4.49e-21, 6.58e-21, 5.54e-21]], dtype=torch.float64)
+    left, right = C.candidate_radii(z, z0, z1, anchor=0.0, lipschitz=1e-200)
+    assert left == 0 and right == 0  # it is not known how z0 turns, either
+    assert C.joint_radius(z, z0, z1, anchor=0.0, lipschitz=1e-200) == 0

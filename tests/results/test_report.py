@@ -1,0 +1,183 @@
+"""`lipsim report` on results of two runs, and the tables in each format."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+
+from lipsim.cli.main import main
+from lipsim.results import SCHEMA, plots, read_results, update_results
+from lipsim.results.report import load_runs, write_report
+from lipsim.results.tables import escape_latex, html_table, markdown_table
+
+
+def _write(
+    folder: Path, natural: float, eps: dict[str, float], scores: list[float], data: str = "d", **changed: float
+) -> Path:
+    certified = dict(zip(eps, scores, strict=True))
+    sets = {
+        "builtin": {
+            "num_triplets": 200,
+            "majority": natural,
+            "vote": natural,
+            "certified": certified,
+            "published": {label: score / 2 for label, score in certified.items()},
+            "joint": {label: score / 4 for label, score in certified.items()},
+            "radius": {"mean": 1.0, "median": 1.0, "min": 0.0, "max": 2.0},
+            **changed,
+        }
+    }
+    hashes = {"weights_sha256": f"w{natural}", "data_sha256": {"builtin": data}}
+    content = {**hashes, "lipschitz": 1.00001, "precision": "full", "eps": list(eps.values()), "sets": sets}
+    update_results(folder / "results.json", "certified", content)
+    attacked = {"natural": natural, "attacked": {label: score + 0.05 for label, score in certified.items()}}
+    attack = {"attack": "auto", "attacks": ["apgd", "square"], "norm": 2, "target": "reference", "steps": 20}
+    attack |= {"restarts": 1, "eps": list(eps.values())}
+    found = {"builtin": {"num_triplets": 200, "metric": attacked, "teacher": attacked, "violations": 0}}
+    update_results(folder / "results.json", "attacked", {**hashes, **attack, "sets": found})
+    (folder / "plots").mkdir()
+    matplotlib.image.imsave(folder / "plots" / "gallery.png", [[0.0, 1.0], [1.0, 0.0]])
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    small = {"36/255": 36 / 255, "72/255": 72 / 255}
+    return [
+        str(_write(tmp_path / "first_run", 0.876, small, [0.654, 0.321])),
+        f"<B> & 100%={_write(tmp_path / 'second', 0.9, {**small, '1': 1.0}, [0.7, 0.6, 0.123])}",
+    ]
+
+
+def _report(*args: Any) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *map(str, args)])
+    return stop.value.code  # type: ignore[return-value]
+
+
+def test_reports_hold_the_numbers(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert _report(*runs, "--output", out, "--radius", "certified", "published") == 0
+    assert "first_run" in capsys.readouterr().out
+    markdown = (out / "report.md").read_text()
+    assert "| metric | natural | 36/255 | 72/255 | 1 |" in markdown
+    assert "| first_run | 87.6 | 65.4 | 32.1 |  |" in markdown
+    assert "| <B> & 100%, published radius | 90.0 | 35.0 | 30.0 | 6.2 |" in markdown  # 6.15 rounds to even
+    assert "| first_run: teacher (apgd, square; 20 steps) | 87.6 | 70.4 | 37.1 |  |" in markdown
+    latex = (out / "report.tex").read_text()
+    assert r"first\_run & 87.6 & 65.4 & 32.1 & -- \\" in latex
+    assert r"\textless{}B\textgreater{} \& 100\% & 90.0 & 70.0 & 60.0 & 12.3 \\" in latex
+    assert r"\multicolumn{3}{c}{Certified score}" in latex and r"$\frac{36}{255}$ & $\frac{72}{255}$ & $1$" in latex
+    for name in ("table", "tabular"):
+        assert latex.count(rf"\begin{{{name}}}") == latex.count(rf"\end{{{name}}}") == 2
+    assert latex.count("{") == latex.count("}") and latex.isascii()
+    with open(out / "report.csv", newline="") as file:
+        rows = {(r["run"], r["metric"], r["score"], r["eps"]): float(r["value"]) for r in csv.DictReader(file)}
+    assert rows["first_run", "metric", "certified", "36/255"] == 0.654
+    assert rows["first_run", "metric", "majority", ""] == 0.876
+    assert rows["<B> & 100%", "teacher", "attacked, norm 2", "1"] == pytest.approx(0.173)
+    assert (out / "curves.pdf").read_bytes().startswith(b"%PDF")
+    assert (out / "curves.png").stat().st_size > 5000
+
+
+def test_the_page_needs_nothing_else(runs: list[str], tmp_path: Path) -> None:
+    assert _report(*runs, "--output", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3  # the curves and a gallery for each run
+    assert not re.search(r"""(src|href)=["'](?!data:)|https?://|<script|<B>""", page)
+    for text in ("87.6", "65.4", "12.3", "&lt;B&gt; &amp; 100%", "w0.876", "1.00001"):
+        assert text in page
+
+
+def test_runs_that_do_not_compare(tmp_path: Path) -> None:
+    a = _write(tmp_path / "a", 0.8, {"1": 1.0}, [0.5])
+    b = _write(tmp_path / "b", 0.9, {"1": 1.0}, [0.5], data="other")
+    assert _report(a, b, "--output", tmp_path / "out") == 0
+    for file in ("report.md", "report.html"):
+        assert "Different data under the name builtin: a; b." in (tmp_path / "out" / file).read_text()
+
+
+def test_bad_runs_are_one_line(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("text", "hello"), ("old", "{}"), ("empty", json.dumps({"schema": SCHEMA}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(content)
+    for args, message in (
+        ([tmp_path / "nowhere"], "no results at"),
+        ([tmp_path / "text"], "is no JSON"),
+        ([tmp_path / "old"], "has schema None"),
+        ([tmp_path / "empty"], "neither certified nor attacked"),
+        ([runs[0], runs[0]], "several runs are called first_run"),
+        ([runs[0], "--radius", "guessed"], "invalid choice"),
+    ):
+        assert _report(*args, "--output", tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_sections_of_other_weights_or_data_go(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for weights, data, section in (("w", "d", "a"), ("w", "d", "b"), ("w", "e", "c")):
+        update_results(path, section, {"weights_sha256": weights, "data_sha256": {"set": data}, "x": float("inf")})
+    assert set(read_results(path)) == {"schema", "versions", "c"} and read_results(path)["c"]["x"] is None
+
+
+def test_cells_are_escaped() -> None:
+    rows = [{"metric": "a|b <i>", "natural": "1"}]
+    assert "| a\\|b <i> | 1 |" in markdown_table(rows)
+    assert "<td>a|b &lt;i&gt;</td>" in html_table(rows)
+    assert escape_latex("50 % of $x_1^2\\\n ℓ∞ ε") == (
+        r"50 \% of \$x\_1\textasciicircum{}2\textbackslash{} $\ell_\infty$ $\varepsilon$"
+    )
+
+
+def test_fractions_of_votes_have_a_column_and_ties_are_counted(tmp_path: Path) -> None:
+    first = _write(tmp_path / "a", 0.8, {"1": 1.0}, [0.5], vote=0.75, num_tied_votes=12)
+    second = _write(tmp_path / "b", 0.9, {"1": 1.0}, [0.6])
+    out = tmp_path / "out"
+    assert _report(first, second, "--output", out) == 0
+    markdown, latex = (out / "report.md").read_text(), (out / "report.tex").read_text()
+    assert "| metric | natural | vote share | 1 |" in markdown and "| a | 80.0 | 75.0 | 50.0 |" in markdown
+    assert "188 to 200 triplets (and 12 with a tied vote, left out)" in markdown
+    assert r"\begin{tabular}{lccc}" in latex and r"\cmidrule(lr){4-4}" in latex and "a & 80.0 & 75.0 & 50.0" in latex
+
+
+def test_what_has_no_gradient_stands_in_the_table(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "run", 0.8, {"1": 1.0}, [0.5])
+    content = read_results(folder / "results.json")["attacked"]
+    for key, count in (("metric", 0), ("teacher", 17)):
+        content["sets"]["builtin"][key] = {**content["sets"]["builtin"][key], "no_gradient": count}
+    update_results(folder / "results.json", "attacked", content)
+    tables = write_report(load_runs([str(folder)]), tmp_path / "report")
+    (attacked,) = [table for table in tables if "under attack" in table.title]
+    assert [row["no gradient"] for row in attacked.rows] == ["0", "17"] and "no gradient" in attacked.title
+    assert "17" in (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
+
+
+def test_a_colour_a_metric_and_a_line_style_a_radius(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, write = [], plots.save
+
+    def keep(figure: Figure, path: Path, dpi: int) -> None:
+        drawn.append(figure)
+        write(figure, path, dpi)
+
+    monkeypatch.setattr(plots, "save", keep)
+    runs = [_write(tmp_path / name, natural, {"1": 1.0}, [0.5]) for name, natural in (("one", 0.8), ("two", 0.9))]
+    write_report(load_runs(list(map(str, runs))), tmp_path / "report", ["certified", "published", "joint"])
+    (axes,) = drawn[0].axes
+    curves = [line for line in axes.lines if line.get_linestyle() != "None" and line.get_color() != "0.7"]
+    assert {line.get_color() for line in curves} == {"C0", "C1"}
+    assert {line.get_linestyle() for line in curves if line.get_marker() == "None"} == {"-", "--", ":"}
+    (legend,) = drawn[0].legends
+    drawn[0].canvas.draw()
+    assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0 + 1
+    labels = [text.get_text() for text in legend.texts]
+    assert labels == ["one", "two", "exact radius", "published radius", "all three images move", "under attack"]
+    assert drawn[0].get_figwidth() == 3.3
