@@ -25,7 +25,7 @@ from lipsim.utils.files import file_sha256, state_fingerprint
 _DESCRIPTION = """Certify and attack an exported metric, for example
 evaluate.py --config configs/evaluate/builtin.yaml --checkpoint runs/quickstart/quickstart.safetensors
 Certifying costs little more than embedding each image once, attacks cost hundreds of times as much: a minute for the
-300 triplets of that config on two cores, about 25 processor minutes for the 12,554 of configs/evaluate/material.yaml.
+300 triplets of that config on two cores, a quarter of an hour or more for 12,554 in configs/evaluate/material.yaml.
 --max_triplets 400 evaluates a sample of each test set instead. The header of each config says what it costs.
 A run that was cut short continues where it was when the same command is given again."""
 
