@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from lipsim.students import SLLNetwork
@@ -32,6 +33,7 @@ def test_the_baseline_computes_what_the_student_computes() -> None:
         torch.testing.assert_close(gradients[mine].grad, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_the_speed_table_prints_ratios() -> None:
     command = [sys.executable, str(BENCHMARKS / "students.py"), "--image-size", "32", "--batch", "1"]
     options = ["--rounds", "1", "--only", "default student", "--skip", "compile"]

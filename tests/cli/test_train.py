@@ -253,7 +253,7 @@ def test_messages_keep_their_reason_only() -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("truncate", "truncated, no checkpoint"), ("text", "truncated, no checkpoint"), ("other", "another")],
+    [("truncate", "truncated or no checkpoint"), ("text", "truncated or no checkpoint"), ("other", "another")],
 )
 def test_checkpoints_that_cannot_be_resumed(damage: str, message: str) -> None:
     module = torch.nn.Linear(3, 4)
