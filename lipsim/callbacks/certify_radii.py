@@ -16,6 +16,7 @@ from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.data.check import check_images
+from lipsim.data.loading import num_samples
 from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
 from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.metric import PerceptualMetric
@@ -84,7 +85,7 @@ class CertifyRadii(TripletCallback):
         self.report = metric.audit()
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         loaders = evaluation_loaders(trainer) if self.error_sample else []
-        samples = [first_images(loader, self.error_sample) for loader in loaders]
+        samples = [first_images(loader, self.error_sample) for loader in loaders if num_samples(loader)]
         for images in samples:  # no batch has been checked yet
             metric.check_images(images, check_range=False)
             check_images(images)

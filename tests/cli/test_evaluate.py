@@ -359,7 +359,13 @@ class Cases(L.LightningDataModule):
 
     @property
     def test_names(self) -> list[str]:
-        names = {"names": ["a", "a"], "dict": [], "parts": ["a", "a_b"], "several": ["a", "b", "c"]}
+        names = {
+            "names": ["a", "a"],
+            "dict": [],
+            "parts": ["a", "a_b"],
+            "several": ["a", "b", "c"],
+            "empty": ["a", "b"],
+        }
         return names.get(self.case, ["a"])
 
     def test_dataloader(self) -> Any:
@@ -385,6 +391,7 @@ class Cases(L.LightningDataModule):
             "drop": lambda: self._loader(first, drop_last=True),
             "sampler": lambda: self._loader(first, sampler=[5, 1, 2]),
             "batch_sampler": lambda: DataLoader(first, batch_sampler=[[5, 1, 2], [6, 0]], collate_fn=collate_triplets),
+            "empty": lambda: [self._loader(Subset(first, [])), self._loader(other)],
             "several": lambda: [self._loader(first), self._loader(Subset(other, [3])), loaders["batch_sampler"]()],
         }
         return loaders[self.case]()
@@ -460,6 +467,15 @@ def test_every_triplet_is_reported_once(
 def _without_first_batch(case: str, indices: list[int]) -> list[int]:
     """Indices of what is left after one batch."""
     return {"sampler": [2], "batch_sampler": [6, 0]}.get(case, indices[2:])
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")  # as meant
+def test_an_empty_set_beside_a_full_one(cases: None) -> None:
+    _evaluate_case("empty", "run")
+    section = read_results(Path("run/results.json"))
+    assert list(section["certified"]["sets"]) == ["b"]
+    assert section["certified"]["sets"]["b"]["num_triplets"] == 6 == len(_rows("run/radii.csv"))
+    assert section["evaluation"]["triplets"]["a"] == {"evaluated": 0, "in_set": 0}
 
 
 def test_sets_that_are_concatenated_score_as_each_alone(cases: None) -> None:
