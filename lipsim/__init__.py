@@ -1,13 +1,23 @@
-"""Certifiably robust perceptual similarity metrics."""
+"""Certifiably robust perceptual similarity metrics.
 
-import lipsim.utils.matplotlib_backend  # noqa: F401  first, before what imports matplotlib
-from lipsim import attacks, audit, certificates, data, students, teachers
-from lipsim.certificates import TwoAFCCertificate
-from lipsim.metric import PerceptualMetric, load
+Importing this loads nothing else, torch neither: each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lipsim import attacks, audit, certificates, data, layers, students, teachers
+    from lipsim.certificates import TwoAFCCertificate
+    from lipsim.certificates.errors import LipsimError
+    from lipsim.metric import PerceptualMetric, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LipsimError",
     "PerceptualMetric",
     "TwoAFCCertificate",
     "__version__",
@@ -15,7 +25,31 @@ __all__ = [
     "audit",
     "certificates",
     "data",
+    "layers",
     "load",
     "students",
     "teachers",
 ]
+
+_HOMES = {
+    "LipsimError": "lipsim.certificates.errors",
+    "PerceptualMetric": "lipsim.metric",
+    "TwoAFCCertificate": "lipsim.certificates",
+    "load": "lipsim.metric",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the room that defines it; a room, as a module."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in __all__:
+        value = importlib.import_module(f"lipsim.{name}")
+    else:
+        raise AttributeError(f"module 'lipsim' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

@@ -18,6 +18,7 @@ from lipsim.attacks.one_pixel import one_pixel
 from lipsim.attacks.pgd import pgd
 from lipsim.attacks.projections import Ball, Box, Norm, sample_norm
 from lipsim.attacks.square import square
+from lipsim.utils.errors import LipsimError
 
 SUITES: dict[Norm, tuple[str, ...]] = {
     2: ("apgd", "minimal_norm", "square"),
@@ -97,7 +98,7 @@ def auto(
     """
     budgets = sorted({float(e) for e in (eps if isinstance(eps, Iterable) else [eps])})
     if not budgets:
-        raise ValueError("expected at least one budget eps, got none")
+        raise LipsimError("expected at least one budget eps, got none")
     for budget in budgets:
         Ball(norm, budget, box, parts).check(x)
     suite = _Suite(
@@ -132,7 +133,7 @@ def check_attacks(attacks: Sequence[str] | None, norm: Norm) -> tuple[str, ...]:
     """
     names = SUITES[norm] if attacks is None else tuple(attacks)
     if not names or len(set(names)) < len(names) or not set(names) <= set(ATTACKS[norm]):
-        raise ValueError(f"expected different attacks among {', '.join(ATTACKS[norm])} in norm {norm}, got {names}")
+        raise LipsimError(f"expected different attacks among {', '.join(ATTACKS[norm])} in norm {norm}, got {names}")
     return names
 
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.utils import save_image
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
 from lipsim.attacks.objectives import IMAGES, Distance, GradientWatch, Target
 from lipsim.attacks.projections import Norm, sample_norm
 from lipsim.metric import PerceptualMetric
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 Goal = Literal["different", "alike"]
@@ -63,6 +63,8 @@ class AttackedImages:
         The tensors are in ``images.safetensors``; ``picture.png`` shows each image clean, perturbed, and the change
         amplified around gray, under the distances before and after.
         """
+        from torchvision.utils import save_image  # seconds to import
+
         from lipsim.results.plots import plot_grid  # matplotlib, which the command line loads only where it draws
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ def attack_triplet(
         with torch.no_grad():
             margin = float(objective(objective.images))
         if math.isnan(margin):
-            raise ValueError("the metric gives these images distances that are not numbers (NaN); nothing to attack")
+            raise LipsimError("the metric gives these images distances that are not numbers (NaN); nothing to attack")
         if margin == 0:
             return _outcome(metric, clean, clean, pairs, math.inf, norm, tie=True)
         found = auto(
@@ -193,7 +195,7 @@ def attack_pair(
         ValueError: a bad goal, norm or budget, or images outside [0, 1].
     """
     if goal not in GOALS:
-        raise ValueError(f"expected goal 'different' or 'alike', got {goal!r}")
+        raise LipsimError(f"expected goal 'different' or 'alike', got {goal!r}")
     budget = _budgets(norm)[2] if eps is None else eps
     with full_precision():
         objective = GradientWatch(DistanceObjective(metric, other[None], increase=goal == "different"), 1, image.device)
@@ -206,7 +208,7 @@ def attack_pair(
 
 def _budgets(norm: Norm) -> tuple[float, ...]:
     if norm not in _EPS:
-        raise ValueError(f"expected norm 2, 'inf' or 0, got {norm!r}")
+        raise LipsimError(f"expected norm 2, 'inf' or 0, got {norm!r}")
     return _EPS[norm]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lipsim.attacks.objectives import Objective, value_and_gradient
 from lipsim.attacks.projections import Box, expand
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_normal
 
 _NEWTON_STEPS = 4
@@ -53,9 +54,9 @@ def minimal_norm(
         ValueError: ``starts`` of another shape than ``x``, or channels that ``parts`` do not divide.
     """
     if starts is not None and starts.shape[1:] != x.shape:
-        raise ValueError(f"expected starts of shape (S, {', '.join(map(str, x.shape))}), got {tuple(starts.shape)}")
+        raise LipsimError(f"expected starts of shape (S, {', '.join(map(str, x.shape))}), got {tuple(starts.shape)}")
     if x.shape[1] % parts:
-        raise ValueError(f"expected a number of channels that {parts} parts divide, got {x.shape[1]}")
+        raise LipsimError(f"expected a number of channels that {parts} parts divide, got {x.shape[1]}")
     clean = x.detach()
     count = 1 if starts is None else len(starts)
     rows = torch.arange(len(x), device=x.device).repeat(count)

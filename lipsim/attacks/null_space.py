@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.attacks.projections import Box, expand, sample_norm
+from lipsim.utils.errors import LipsimError
 
 _SATURATED = 0.02  # of the box
 _EXACT = 1e-6  # what the operator sees of the perturbation, relative to what it sees of the direction
@@ -170,7 +171,7 @@ def null_space(
         ValueError: neither ``eps`` nor ``box`` limits the perturbation.
     """
     if eps is None and box is None:
-        raise ValueError("expected a budget eps where there is no box")
+        raise LipsimError("expected a budget eps where there is no box")
     if box is None:
         room = torch.ones_like(x)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipsim.certificates.geometry import cosine_distance, project
 from lipsim.metric import PerceptualMetric
+from lipsim.utils.errors import LipsimError
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Target = Literal["reference", "left", "right", "all"]
@@ -44,7 +45,7 @@ def value_and_gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]
         x = x.detach().requires_grad_(True)
         value = objective(x)
         if not value.requires_grad:
-            raise ValueError("the objective has no gradient; attack it with square or one_pixel, which need none")
+            raise LipsimError("the objective has no gradient; attack it with square or one_pixel, which need none")
         (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -127,7 +128,7 @@ class TwoAFCObjective:
         check_range: bool = True,
     ) -> None:
         if target not in TARGETS:
-            raise ValueError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
+            raise LipsimError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
         self.metric, self.target = metric, target
         clean = {"reference": reference, "left": left, "right": right}
         moving = list(IMAGES) if target == "all" else [target]

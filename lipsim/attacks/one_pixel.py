@@ -10,6 +10,7 @@ from torch import Tensor
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box
 from lipsim.attacks.survivors import Survivors
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_normal, sample_uniform
 
 _SCALE = 0.5  # F, of the difference of two members that is added to a third
@@ -54,7 +55,9 @@ def one_pixel(
     """
     Ball(0, num_pixels, box).check(x)
     if box is None or num_pixels < 1 or population < 4:
-        raise ValueError(f"expected at least 1 pixel and a population of at least 4, got {num_pixels} and {population}")
+        raise LipsimError(
+            f"expected at least 1 pixel and a population of at least 4, got {num_pixels} and {population}"
+        )
     batch = Survivors(objective, x, index)
     for restart in range(restarts):
         if len(batch):

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_normal
 
 Norm = Literal[2, "inf", 0]
@@ -59,11 +60,11 @@ class Ball:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"expected norm 2, 'inf' or 0, got {self.norm!r}")
+            raise LipsimError(f"expected norm 2, 'inf' or 0, got {self.norm!r}")
         if not 0 <= self.eps < math.inf:
-            raise ValueError(f"expected a finite budget eps ≥ 0, got {self.eps}")
+            raise LipsimError(f"expected a finite budget eps ≥ 0, got {self.eps}")
         if self.norm == 0 and (self.box is None or self.eps != int(self.eps)):
-            raise ValueError(f"expected a whole number of pixels and a box in ℓ0, got eps {self.eps}, box {self.box}")
+            raise LipsimError(f"expected a whole number of pixels and a box in ℓ0, got eps {self.eps}, box {self.box}")
 
     def check(self, x: Tensor) -> None:
         """Refuse images from which no attack can start.
@@ -72,12 +73,12 @@ class Ball:
             ValueError: pixels outside the box, or channels that the parts do not divide.
         """
         if x.shape[1] % self.parts:
-            raise ValueError(f"expected a number of channels that {self.parts} parts divide, got {x.shape[1]}")
+            raise LipsimError(f"expected a number of channels that {self.parts} parts divide, got {x.shape[1]}")
         if self.box is None or not x.numel():
             return
         low, high = (float(t) for t in torch.aminmax(x))
         if not (low >= self.box[0] and high <= self.box[1]):
-            raise ValueError(
+            raise LipsimError(
                 f"expected images in [{self.box[0]:g}, {self.box[1]:g}], got values from {low:.4g} to {high:.4g}; "
                 "clamp them, or pass box=None"
             )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box, Norm, expand, sample_norm
 from lipsim.attacks.survivors import Survivors
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_uniform
 
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the squares' area, at these shares of a run
@@ -60,7 +61,7 @@ def square(
     """
     ball = Ball(norm, eps, box, parts)
     if norm == 0:
-        raise ValueError("expected norm 2 or 'inf', got 0; one_pixel attacks pixels without gradients")
+        raise LipsimError("expected norm 2 or 'inf', got 0; one_pixel attacks pixels without gradients")
     ball.check(x)
     if eps == 0 or steps < 1:
         return x.detach().clone()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball
+from lipsim.utils.errors import LipsimError
 
 _RESTARTS = 1_000  # seeds that a seed has for its restarts
 
@@ -39,7 +40,7 @@ class Survivors:
         self.rows = torch.arange(len(x), device=x.device)
         self.index = torch.arange(len(x)) if index is None else torch.as_tensor(index).cpu()
         if len(self.index) != len(x):
-            raise ValueError(f"expected one index a sample, got {len(self.index)} for {len(x)} samples")
+            raise LipsimError(f"expected one index a sample, got {len(self.index)} for {len(x)} samples")
         self._drop(self.value > 0)
 
     def __len__(self) -> int:

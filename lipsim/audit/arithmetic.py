@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.layers.base import evaluation_mode, exact_copy
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 # Searches of 40 times as many images found at most 1.5 times as much.
@@ -72,7 +73,7 @@ def largest_feature_error(
         last = 0.0 if weight.dtype == torch.float64 else length * torch.finfo(weight.dtype).eps / 2
         largest = max(float(torch.cat([*found, error]).max()), last)
     if not largest < torch.inf:
-        raise ValueError("the encoder's features are not finite on images in [0, 1]; its weights are of no use")
+        raise LipsimError("the encoder's features are not finite on images in [0, 1]; its weights are of no use")
     return largest
 
 

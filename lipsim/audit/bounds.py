@@ -7,14 +7,15 @@ audit cannot bound is refused by name, and so is every certificate that would st
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
 
 from lipsim import layers
 from lipsim.audit import cross_check, trust
@@ -22,10 +23,11 @@ from lipsim.layers import evaluation_mode
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.mixing import Branches
 from lipsim.layers.norms import matrix_norm_bound, padded_conv_norm_bound
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 
-class UnboundedModuleError(ValueError):
+class UnboundedModuleError(LipsimError):
     """A module has no known Lipschitz bound."""
 
 
@@ -68,6 +70,7 @@ def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
         UnboundedModuleError: some part of it has no known bound, one that is not finite, or one that does not hold;
             weights in half precision or not finite.
     """
+    _take_in_torchvision()
     rows: list[LayerBound] = []
     weights = (p for p in module.parameters() if p.dtype in (torch.float32, torch.float64) and not p.is_meta)
     like = next(weights, torch.empty(0))
@@ -237,9 +240,10 @@ def _flatten_bound(module: nn.Flatten) -> float:
     return 1.0 if module.start_dim == 1 else math.inf
 
 
-def _normalize_bound(module: Normalize) -> float:
+def _normalize_bound(module: nn.Module) -> float:
+    std: Any = module.std
     # torchvision divides by the deviations as the dtype of the image rounds them.
-    smallest = min(float(torch.as_tensor(module.std, dtype=d).abs().min()) for d in (torch.float32, torch.float64))
+    smallest = min(float(torch.as_tensor(std, dtype=d).abs().min()) for d in (torch.float32, torch.float64))
     return math.nextafter(1 / smallest, math.inf) if smallest else math.inf
 
 
@@ -247,13 +251,27 @@ _BOUNDS: dict[type[nn.Module], Callable[..., float]] = {
     nn.Linear: linear_bound,
     nn.LeakyReLU: _leaky_relu_bound,
     nn.Flatten: _flatten_bound,
-    Normalize: _normalize_bound,
     **dict.fromkeys(
         # Not nn.Softplus: it jumps where it turns into the identity.
         (nn.Identity, nn.ReLU, nn.Tanh, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle),
         lambda _: 1.0,
     ),
 }
+
+
+def _take_in_torchvision() -> None:
+    """Know torchvision's Normalize too, where torchvision is loaded: importing it here would take seconds.
+
+    What replaced its forward before it was first seen here comes from another file, and is not taken in.
+    """
+    transforms = sys.modules.get("torchvision.transforms.transforms")
+    normalize = getattr(transforms, "Normalize", None)
+    if transforms is None or normalize is None or normalize in _BOUNDS:
+        return
+    if getattr(getattr(normalize.forward, "__code__", None), "co_filename", None) == transforms.__file__:
+        _BOUNDS[normalize] = _normalize_bound
+        trust.remember((normalize,))
+
 
 trust.remember((nn.Sequential, nn.Conv2d, *_BOUNDS))
 trust.remember(value for value in vars(layers).values() if isinstance(value, type))

@@ -1,5 +1,6 @@
 """Callbacks that certify and attack in validation and test, on any number of processes."""
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which imports matplotlib
 from lipsim.callbacks.attack_robustness import AttackRobustness
 from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii

@@ -29,6 +29,7 @@ from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label
 from lipsim.results.plots import plot_grid
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files
 
 _RADII: dict[Target, str] = {
@@ -92,7 +93,7 @@ class AttackRobustness(TripletCallback):
         for budget in eps:
             Ball(norm, budget)  # refuses bad ones now
         if target not in TARGETS:
-            raise ValueError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
+            raise LipsimError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
         self.attacks = check_attacks(attacks, norm)
         self.norm, self.target, self.seed = norm, target, seed
         self.steps, self.restarts, self.queries = steps, restarts, 5 * steps if queries is None else queries

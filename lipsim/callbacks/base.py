@@ -24,6 +24,7 @@ from lipsim.evaluation.module import EvaluationModule, Features, evaluation_load
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric, load
 from lipsim.results import update_results
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, state_fingerprint
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
@@ -160,7 +161,7 @@ class TripletCallback(RowCallback):
 
     def _start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not isinstance(module, EvaluationModule):
-            raise ValueError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
+            raise LipsimError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
             self._check_alone(trainer)
             with outside_inference_mode():
@@ -178,7 +179,7 @@ class TripletCallback(RowCallback):
         alike = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
         directories = [callback.output_directory(trainer).absolute() for callback in alike]
         if trainer.testing and directories.count(self.output_directory(trainer).absolute()) > 1:
-            raise ValueError(
+            raise LipsimError(
                 f"several {type(self).__name__} write to {self.output_directory(trainer)}, and each would replace what "
                 "the one before it found; give each its own directory"
             )
@@ -217,10 +218,10 @@ def check_budgets(eps: Sequence[float]) -> list[float]:
         ValueError: none, negative or infinite ones, or not in ascending order.
     """
     if not eps:
-        raise ValueError("expected at least one budget eps, got none")
+        raise LipsimError("expected at least one budget eps, got none")
     eps = [check_number("budget eps", e) for e in eps]
     if any(a >= b for a, b in pairwise(eps)):
-        raise ValueError(f"expected budgets eps in ascending order, each once, got {list(eps)}")
+        raise LipsimError(f"expected budgets eps in ascending order, each once, got {list(eps)}")
     return eps
 
 
@@ -231,7 +232,7 @@ def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric
         ValueError: one of them is named "metric", as the module's own is in the results.
     """
     if "metric" in (others or {}):
-        raise ValueError("expected another name than 'metric' among others; the trained metric has it")
+        raise LipsimError("expected another name than 'metric' among others; the trained metric has it")
     return {name: load(path) for name, path in (others or {}).items()}
 
 

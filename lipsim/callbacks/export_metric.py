@@ -12,6 +12,7 @@ from lipsim.evaluation.module import EvaluationModule, weights_are_finite
 from lipsim.layers import freeze
 from lipsim.metric import save
 from lipsim.metric.files import holds
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
@@ -55,7 +56,9 @@ class ExportMetric(Callback):
 
     def _export(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         if not weights_are_finite(module.metric):
-            raise ValueError(f"weights are NaN or infinite at step {trainer.global_step}; there is no metric to export")
+            raise LipsimError(
+                f"weights are NaN or infinite at step {trainer.global_step}; there is no metric to export"
+            )
         freeze(module.metric)
         if module.metric.lipschitz != float("inf"):
             module.metric.audit()

@@ -20,6 +20,7 @@ from lipsim.evaluation.module import EvaluationModule, Features, evaluation_load
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.results.plots import plot_gallery
+from lipsim.utils.errors import LipsimError
 
 
 class TripletGallery(TripletCallback):
@@ -39,7 +40,7 @@ class TripletGallery(TripletCallback):
     def __init__(self, num_triplets: int = 4, directory: Path | None = None, steps: int = 40) -> None:
         super().__init__(directory, validate=False)
         if num_triplets < 1:
-            raise ValueError(f"expected num_triplets of at least 1, got {num_triplets}")
+            raise LipsimError(f"expected num_triplets of at least 1, got {num_triplets}")
         self.num_triplets, self.steps = num_triplets, steps
 
     def see(

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.geometry import angle, rotation
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.rounding import bounded_norm, doubles, over_bound, round_down, round_up, rounding_error
@@ -37,7 +38,7 @@ def distance_interval(
     for features, budget in ((z, eps), (y, eps_other)):
         budget = torch.as_tensor(budget, dtype=theta.dtype, device=theta.device)
         if (budget < 0).any():
-            raise ValueError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
+            raise LipsimError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
         moved = lipschitz * budget if math.isfinite(lipschitz) else torch.where(budget > 0, math.inf, 0.0)
         turn = turn + rotation(bounded_norm(features, anchor), (moved + feature_error) * (1 + rounding))
     lower = _one_minus_cos((theta - turn).clamp(min=0))

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from lipsim.certificates.errors import LipsimError
+
 # The square of an anchor has to be a float32 number.
 LARGEST_ANCHOR = 1e18
 
@@ -53,7 +55,7 @@ def check_number(
         sign = ">" if above else "≥"
         end = f" and at most {most:g}" if most < math.inf else ""
         kind = "a finite " if finite else "a "
-        raise ValueError(f"expected {kind}{name} {sign} {least:g}{end}, got {value!r}")
+        raise LipsimError(f"expected {kind}{name} {sign} {least:g}{end}, got {value!r}")
     return number
 
 
@@ -64,5 +66,5 @@ def check_count(name: str, value: object, least: int = 1) -> int:
         ValueError: it is something else.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"expected a whole number {name} ≥ {least}, got {value!r}")
+        raise LipsimError(f"expected a whole number {name} ≥ {least}, got {value!r}")
     return value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.numbers import check_count
 from lipsim.certificates.rounding import EPS
 
@@ -41,7 +42,7 @@ def certified_pixels(x: Tensor, radius: Tensor) -> Tensor:
         ValueError: the images are no floating-point numbers.
     """
     if not x.dtype.is_floating_point:
-        raise ValueError(f"expected floating-point images in [0, 1], got {x.dtype}; divide 8-bit images by 255")
+        raise LipsimError(f"expected floating-point images in [0, 1], got {x.dtype}; divide 8-bit images by 255")
     # Rounded up; no pixel costs less than a quarter a channel, so few are ever certified and only those are sorted.
     # ½ + |x − ½| = max(x, 1 − x), where torch.maximum is an order of magnitude slower.
     cost = (x - 0.5).abs_().add_(0.5).square_().sum(1).flatten(1) * (1 + 8 * torch.finfo(x.dtype).eps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.decisions import reference_radius
+from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.geometry import project
 from lipsim.certificates.numbers import check_constants
 
@@ -26,7 +27,7 @@ def retrieval_radius(
     """
     check_constants(anchor, lipschitz, feature_error)
     if not 1 <= k < len(gallery):
-        raise ValueError(f"expected 1 ≤ k < {len(gallery)} (the size of the gallery), got k = {k}")
+        raise LipsimError(f"expected 1 ≤ k < {len(gallery)} (the size of the gallery), got k = {k}")
     # In float64: near-duplicates are ordered and told apart by what float32 rounds away.
     z, gallery = z.double(), gallery.double()
     p, s = project(gallery, anchor)

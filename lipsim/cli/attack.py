@@ -16,20 +16,19 @@ from lipsim.cli.parser import budget
 from lipsim.data.transforms import load_image
 from lipsim.metric import load
 from lipsim.results import eps_label
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 
-def add_command(commands: Any) -> None:
-    """Register `lipsim attack`."""
-    parser = commands.add_parser(
-        "attack",
-        help="attack a metric on one pair or triplet of image files",
-        description="Two files: change the first within a budget until the metric finds the two as different, or as "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim attack` takes."""
+    parser.description = (
+        "Two files: change the first within a budget until the metric finds the two as different, or as "
         "alike, as it can. Three: reference, left and right; change one of them, or all, until the metric takes the "
         "other candidate, within the smallest of the budgets that suffices. Writes the images, the exact tensors and "
         "a picture with the change amplified. A triplet costs up to steps × (attacks + 5 of Square) passes through the "
-        "metric for each budget that does not suffice: seconds for the bundled metric, minutes for a ViT on a CPU.",
+        "metric for each budget that does not suffice: seconds for the bundled metric, minutes for a ViT on a CPU."
     )
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE", help="two or three image files")
     parser.add_argument(
@@ -52,14 +51,14 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if len(options.images) not in (2, 3):
-        raise ValueError(f"expected two or three images, got {len(options.images)}")
+        raise LipsimError(f"expected two or three images, got {len(options.images)}")
     metric = load(options.checkpoint)
     dtype = next(metric.parameters()).dtype
     images = [load_image(path, metric.preprocess).to(dtype) for path in options.images]
     norm: Norm = {str(norm): norm for norm in NORMS}[options.norm]
     common: dict[str, Any] = {"norm": norm, "steps": options.steps, "restarts": options.restarts, "seed": options.seed}
     if len(images) == 2 and (options.attacks or (options.eps and len(options.eps) > 1)):
-        raise ValueError("a pair is attacked by APGD within one budget; --attacks and more budgets need a triplet")
+        raise LipsimError("a pair is attacked by APGD within one budget; --attacks and more budgets need a triplet")
     with Progress("attacking") as progress:
         if len(images) == 3:
             common |= {"target": options.target, "eps": options.eps, "attacks": options.attacks}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,20 +15,19 @@ from lipsim.metric.deep_distances import DISTS, LPIPS
 from lipsim.metric.distances import BASELINES
 from lipsim.results import update_results
 from lipsim.results.tables import latex_table, markdown_table, print_table
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 
-def add_command(commands: Any) -> None:
-    """Register `lipsim attack-tables`."""
-    parser = commands.add_parser(
-        "attack-tables",
-        help="many metrics side by side, natural and attacked",
-        description="Natural and attacked 2AFC scores of exported metrics and of pixel l2, SSIM and MS-SSIM, each "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim attack-tables` takes."""
+    parser.description = (
+        "Natural and attacked 2AFC scores of exported metrics and of pixel l2, SSIM and MS-SSIM, each "
         "attack alone, the distances d(x, x + δ) that an attack reaches, and how attacks transfer. Writes tables.md, "
         "tables.tex and results.json (section attack_tables). LPIPS and DISTS join where their backbone's weights are "
         "given. A metric costs some hundreds of forward and backward passes over the triplets: minutes for "
-        "the bundled one on two cores, far more for a ViT.",
+        "the bundled one on two cores, far more for a ViT."
     )
     parser.add_argument("metrics", nargs="+", metavar="NAME=FILE", help="exported metrics of one image size")
     parser.add_argument("--data", choices=registry.DATA, default="builtin", help="triplets (%(default)s)")
@@ -51,14 +49,14 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     for name in ("samples", "steps", "queries", "batch_size"):
         if getattr(options, name) < 1:
-            raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
+            raise LipsimError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
     metrics: dict[str, Metric] = {}
     for given in options.metrics:
         name, _, file = given.rpartition("=")
         metrics[name or Path(file).stem] = load(file)
     sizes = {metric.image_size for metric in metrics.values() if isinstance(metric, PerceptualMetric)}
     if len(sizes) > 1 or len(metrics) < len(options.metrics):
-        raise ValueError(f"expected metrics of different names and one image size, got {list(metrics)} at {sizes}")
+        raise LipsimError(f"expected metrics of different names and one image size, got {list(metrics)} at {sizes}")
     metrics |= BASELINES
     if options.lpips:
         metrics["LPIPS (AlexNet)"] = LPIPS("alex", options.lpips)

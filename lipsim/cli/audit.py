@@ -8,7 +8,6 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +18,19 @@ from lipsim.data import BuiltinTriplets
 from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import load_image
 from lipsim.metric import PerceptualMetric, load
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 
-def add_command(commands: Any) -> None:
-    """Register `lipsim audit`."""
-    parser = commands.add_parser(
-        "audit",
-        help="bound a metric's Lipschitz constant, layer by layer",
-        description="Bound the Lipschitz constant of an exported metric, layer by layer, in float64 and rounded up; "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim audit` takes."""
+    parser.description = (
+        "Bound the Lipschitz constant of an exported metric, layer by layer, in float64 and rounded up; "
         "next to it what each layer reaches on sample images, the largest growth that an attack finds, and the error "
         "of the forward pass in the dtype of the weights. Seconds for the bundled metric; the time grows with "
         "--samples and --steps. Exit status 1 where a lower bound exceeds an upper one, or the total exceeds "
-        "--require.",
+        "--require."
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     parser.add_argument("--images", type=user_path, help="folder of sample images; default: built-in ones")
@@ -45,7 +43,7 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.samples < 1:
-        raise ValueError(f"expected --samples of at least 1, got {options.samples}")
+        raise LipsimError(f"expected --samples of at least 1, got {options.samples}")
     with Progress("auditing") as progress:
         progress("bounding each layer")
         metric = load(options.checkpoint)

@@ -10,6 +10,7 @@ from lipsim.cli.parser import OneLineParser, one_line_errors
 from lipsim.data.embeddings.cache import DTYPES, PRECISIONS
 from lipsim.data.sets.folder import VIEWS
 from lipsim.training.teacher_cache import build, verify
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 _DESCRIPTION = """Run a teacher once over a folder of images and keep its embeddings for distillation, for example
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
         options = _parser().parse_args(args)
         for name in ("batch_size", "shard_size", "devices", "num_nodes"):
             if getattr(options, name) < 1:
-                raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
+                raise LipsimError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
         if not options.verify:
             build(options)
         elif verify(options):

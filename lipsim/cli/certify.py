@@ -14,17 +14,16 @@ from lipsim import certificates
 from lipsim.data.bit_depth import DeepImage
 from lipsim.data.transforms import load_image, read_image
 from lipsim.metric import PerceptualMetric, load
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
-def add_command(commands: Any) -> None:
-    """Register `lipsim certify`."""
-    parser = commands.add_parser(
-        "certify",
-        help="certify the answer to one triplet of image files",
-        description="Which of two images is more like a reference, and how far the answer cannot change: ℓ2 radii in "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim certify` takes."""
+    parser.description = (
+        "Which of two images is more like a reference, and how far the answer cannot change: ℓ2 radii in "
         "the pixels that the metric sees and in those of each file, values in [0, 1]; the ℓ∞ radius of the reference; "
-        "and how many of its pixels may take any colour.",
+        "and how many of its pixels may take any colour."
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     for name in ("reference", "left", "right"):
@@ -36,7 +35,7 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     metric = load(options.checkpoint)
     if not math.isfinite(metric.lipschitz):
-        raise ValueError(f"{options.checkpoint} has no Lipschitz bound, nothing about it can be certified")
+        raise LipsimError(f"{options.checkpoint} has no Lipschitz bound, nothing about it can be certified")
     files = {name: getattr(options, name) for name in ("reference", "left", "right")}
     pictures = {name: read_image(file) for name, file in files.items()}
     dtype = next(metric.parameters()).dtype

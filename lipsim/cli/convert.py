@@ -9,6 +9,7 @@ from lipsim.cli.parser import OneLineParser, one_line_errors
 from lipsim.data.transforms import RESIZES
 from lipsim.metric import save
 from lipsim.metric.published import convert
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         options = _parser().parse_args(args)
         if options.output.suffix != ".safetensors" or options.output.is_dir():
-            raise ValueError(f"expected an output file ending in .safetensors, got {options.output}")
+            raise LipsimError(f"expected an output file ending in .safetensors, got {options.output}")
         conversion = convert(
             options.published, options.image_size, options.out_features, options.anchor, options.resize
         )

@@ -20,6 +20,7 @@ from lipsim.evaluation.journal import KeepBatches
 from lipsim.evaluation.resume import RemainingData
 from lipsim.metric.files import resolve
 from lipsim.results import commit, read_results, update_results, versions
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import file_sha256, state_fingerprint
 
 _DESCRIPTION = """Certify and attack an exported metric, for example
@@ -101,9 +102,9 @@ def evaluate(args: Sequence[str]) -> EvaluationCLI:
     cli = EvaluationCLI(args)
     callbacks = [c for c in cli.trainer.callbacks if isinstance(c, TripletCallback)]  # type: ignore[attr-defined]
     if cli.trainer.limit_test_batches == 0:
-        raise ValueError("nothing to evaluate: limit_test_batches is 0; leave it out, or give --max_triplets")
+        raise LipsimError("nothing to evaluate: limit_test_batches is 0; leave it out, or give --max_triplets")
     if not callbacks:
-        raise ValueError("nothing to evaluate: name lipsim.callbacks.CertifyRadii, AttackRobustness, … as callbacks")
+        raise LipsimError("nothing to evaluate: name lipsim.callbacks.CertifyRadii, AttackRobustness, … as callbacks")
     kinds = (CertifyRadii, AttackRobustness, NullSpaceRobustness, TripletGallery)
     files = [pattern for kind in kinds for pattern in kind.files]
     data = RemainingData(cli.datamodule, cli.keep, files, cli.config.max_triplets, cli.config.sample_seed)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from lipsim.cli import attack, attack_tables, audit, certify, report, teachers, verify
 from lipsim.cli.parser import OneLineParser, one_line_errors
+
+# A command is the module of its name here (- is _), which is imported when the command is given and not before: most
+# load torch, some Lightning as well, and `lipsim --help` needs neither.
+COMMANDS = {
+    "audit": "bound a metric's Lipschitz constant, layer by layer",
+    "certify": "certify the answer to one triplet of image files",
+    "verify": "attack every certificate of a metric",
+    "attack": "attack a metric on one pair or triplet of image files",
+    "attack-tables": "many metrics side by side, natural and attacked",
+    "report": "tables, curves and one HTML page from the results of several runs",
+    "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
+    "export-teacher": "write a DreamSim model as a metric that distillation takes",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lipsim``."""
+    args = sys.argv[1:] if args is None else args
     parser = OneLineParser(prog="lipsim", description=__doc__)
     parser.add_argument("--version", action="version", version=f"lipsim {importlib.metadata.version('lipsim')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    audit.add_command(commands)
-    certify.add_command(commands)
-    verify.add_command(commands)
-    attack.add_command(commands)
-    attack_tables.add_command(commands)
-    report.add_command(commands)
-    teachers.add_commands(commands)
+    chosen = next((argument for argument in args if not argument.startswith("-")), None)
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose)
+        if name == chosen:
+            importlib.import_module(f"lipsim.cli.{name.replace('-', '_')}").add_arguments(command)
     with one_line_errors():
         options = parser.parse_args(args)
         sys.exit(options.run(options))

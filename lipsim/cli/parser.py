@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lipsim.utils.terminal import one_line, speak_any_encoding
 
-from lipsim.utils.errors import one_line, speak_any_encoding
+if TYPE_CHECKING:
+    import torch
 
 
 def budget(text: str) -> float:
@@ -26,6 +26,8 @@ def budget(text: str) -> float:
 
 def device(name: str) -> torch.device:
     """A device that has float64."""
+    import torch  # which `lipsim --help` does without
+
     try:
         torch.empty(1, dtype=torch.float64, device=name)
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -33,12 +35,20 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+# By their names, so that neither torch nor Lightning is loaded to refuse an argument.
+_CLEAR = {"LipsimError", "MisconfigurationException", "UsageError"}
+
+
+class UsageError(ValueError):
+    """The arguments of a command cannot be used."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser of the command line that says what is wrong in one line, through :func:`one_line_errors`."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
-        raise ValueError(f"{message}; --help shows the options")
+        raise UsageError(f"{message}; --help shows the options")
 
 
 @contextmanager
@@ -51,11 +61,25 @@ def one_line_errors() -> Iterator[None]:
     speak_any_encoding()
     try:
         yield
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("LIPSIM_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LIPSIM_TRACEBACK") or not _is_the_users(error):
             raise
-        print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+        text = one_line(str(error)) or type(error).__name__
+        # What another package refuses is nearly always an option handed on to it; where it is a fault of ours instead,
+        # the line says how to see it.
+        clear = isinstance(error, OSError) or _is_clear(error)
+        print(f"error: {text}" + ("" if clear else " (LIPSIM_TRACEBACK=1 shows where)"), file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether an error says what a user can mend."""
+    return isinstance(error, ValueError | OSError) or _is_clear(error)
+
+
+def _is_clear(error: Exception) -> bool:
+    """Whether it is of a class that says what to do."""
+    return any(cls.__name__ in _CLEAR for cls in type(error).__mro__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -13,13 +12,11 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 
-def add_command(commands: Any) -> None:
-    """Register `lipsim report`."""
-    parser = commands.add_parser(
-        "report",
-        help="tables, curves and one HTML page from the results of several runs",
-        description="Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
-        "and PNG, and report.html with the pictures of each run inside it.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim report` takes."""
+    parser.description = (
+        "Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
+        "and PNG, and report.html with the pictures of each run inside it."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
     parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")

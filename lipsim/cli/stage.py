@@ -28,9 +28,10 @@ from lipsim.evaluation.module import weights_are_finite
 from lipsim.results import commit, versions
 from lipsim.results.tables import certified_rows, print_table
 from lipsim.training.base import MetricModule
-from lipsim.utils.errors import one_line
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.slurm import check_slurm
+from lipsim.utils.terminal import one_line
 from lipsim.utils.weights import load_weights, read_checkpoint
 
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
@@ -84,7 +85,7 @@ class StageParser(LightningArgumentParser):
         try:
             return super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise LipsimError(
                 f"cannot read the config {os.fspath(path)} as {error.encoding} ({error.reason}); save it as UTF-8 and "
                 "set PYTHONUTF8=1, or leave signs beyond ASCII out of it"
             ) from error
@@ -232,17 +233,17 @@ def read_stage(path: Path, resume: bool = False) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     needed = ("state_dict", "pytorch-lightning_version", "epoch", "global_step")
     if missing := [key for key in needed if key not in checkpoint]:
-        raise ValueError(f"{path} is no checkpoint of a stage, it has no {missing[0]}; train.py writes such files")
+        raise LipsimError(f"{path} is no checkpoint of a stage, it has no {missing[0]}; train.py writes such files")
     if resume and not all(key in checkpoint for key in ("optimizer_states", "lr_schedulers", "loops")):
-        raise ValueError(
+        raise LipsimError(
             f"{path} has weights alone, and training cannot be continued from it; take another, or last.ckpt"
         )
     for key, kind in _PARTS.items():
         if not isinstance(checkpoint.get(key, kind()), kind):
-            raise ValueError(f"{path} is damaged, its {key} is a {type(checkpoint[key]).__name__}; take another")
+            raise LipsimError(f"{path} is damaged, its {key} is a {type(checkpoint[key]).__name__}; take another")
     loops = checkpoint.get("loops")
     if loops is not None and (missing := [name for name in _LOOPS if name not in loops]):
-        raise ValueError(f"{path} is damaged, it does not say where its {missing[0]} was; take another")
+        raise LipsimError(f"{path} is damaged, it does not say where its {missing[0]} was; take another")
     return checkpoint
 
 
@@ -257,7 +258,7 @@ def check_moments(path: Path, module: torch.nn.Module) -> None:
         for number, state in optimizer.get("state", {}).items():
             for name in _MOMENTS & state.keys():
                 if not isinstance(number, int) or number >= len(shapes) or state[name].shape != shapes[number]:
-                    raise ValueError(
+                    raise LipsimError(
                         f"{path} cannot be continued: {name} of parameter {number} has shape "
                         f"{tuple(state[name].shape)}, as of another module or other trainable parameters"
                     )

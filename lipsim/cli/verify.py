@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 import torch
 
@@ -12,20 +11,19 @@ from lipsim.cli.parser import device
 from lipsim.data.registry import DATA, sample_triplets
 from lipsim.evaluation.verify import verify
 from lipsim.metric import load
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 
-def add_command(commands: Any) -> None:
-    """Register `lipsim verify`."""
-    parser = commands.add_parser(
-        "verify",
-        help="attack every certificate of a metric",
-        description="Attack every kind of certificate of an exported metric in float64, without and with the box "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim verify` takes."""
+    parser.description = (
+        "Attack every kind of certificate of an exported metric in float64, without and with the box "
         "[0, 1], and the Lipschitz bound it stands on. Faults planted in the metric, radii that are 2 % too large on a "
         "linear encoder, and certificates whose truth is known have to come out right in the same run. The bundled "
         "metric takes 2.5 minutes of processor time, nearly all of it gradients in float64; more with --samples and "
-        "--steps. Exit status 1 where a certificate breaks or a planted fault is missed.",
+        "--steps. Exit status 1 where a certificate breaks or a planted fault is missed."
     )
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     parser.add_argument("--data", choices=DATA, default="builtin", help="triplets (%(default)s)")
@@ -45,7 +43,7 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     for name in ("samples", "steps", "batch_size", "threads"):
         if getattr(options, name) < 1:
-            raise ValueError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
+            raise LipsimError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
     metric = load(options.checkpoint)
     metric.to(options.device)
     triplets = sample_triplets(

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
+from lipsim.utils.errors import LipsimError
+
 # Formats whose depth is known here from the header. Pillow opens others, some with more bits than it keeps.
 FORMATS = (
     "PNG", "JPEG", "WEBP", "TIFF", "PPM", "BMP", "DIB", "GIF", "JPEG2000", "AVIF", "QOI", "TGA", "PCX", "SGI",
@@ -69,7 +71,7 @@ _TRANSPOSITIONS = {
 }
 
 
-class UnsupportedImageError(ValueError):
+class UnsupportedImageError(LipsimError):
     """An image whose values cannot be read in full, or have no known range."""
 
 
@@ -294,7 +296,7 @@ def _tiff(content: bytes) -> DeepImage | None:
         parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
         inside = all(0 < start < start + count <= len(content) for start, count in parts)
         if not inside or len(parts) < math.prod(page.chunked):  # tifffile would fill what is missing with zeros
-            raise ValueError("it is truncated: strips or tiles are missing")
+            raise LipsimError("it is truncated: strips or tiles are missing")
         pixels, axes = page.asarray(), page.axes
         if axes == "SYX":
             pixels, axes = np.moveaxis(pixels, 0, 2), "YXS"
@@ -368,7 +370,7 @@ def _netpbm(content: bytes) -> DeepImage | None:
         numbers = re.sub(rb"#[^\r\n]*", b"", content[header.end() :]).split()[:count]
         pixels = np.array(numbers, dtype=np.int64)
     if len(pixels) < count or pixels.max(initial=0) > maximum or pixels.min(initial=0) < 0:
-        raise ValueError(f"expected {count} values up to {maximum}")
+        raise LipsimError(f"expected {count} values up to {maximum}")
     return DeepImage(pixels.reshape(height, width, channels).astype(np.uint16), (maximum,) * channels)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipsim.data.triplet import Triplet
 from lipsim.utils.checks import check_range
+from lipsim.utils.errors import LipsimError
 
 
 def images_of(batch: Any) -> Tensor:
@@ -37,4 +38,4 @@ def check_votes(batch: Triplet) -> None:
     """
     bad = batch.index[~((batch.right_vote >= 0) & (batch.right_vote <= 1))]
     if len(bad):
-        raise ValueError(f"triplets {bad.tolist()[:8]} have no vote in [0, 1]; give the votes or leave them out")
+        raise LipsimError(f"triplets {bad.tolist()[:8]} have no vote in [0, 1]; give the votes or leave them out")

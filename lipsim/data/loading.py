@@ -29,6 +29,7 @@ from torch.utils.data import (
 )
 
 from lipsim.data.triplet import Triplet
+from lipsim.utils.errors import LipsimError
 
 FINGERPRINT_SAMPLES = 32
 _fingerprints: WeakKeyDictionary[DataLoader[Any], str] = WeakKeyDictionary()
@@ -65,7 +66,7 @@ class Plan:
         """
         count = batches if isinstance(batches, int) else int(batches * len(self.batches))
         if self.batches and count < 1:
-            raise ValueError(f"limit_test_batches = {batches} leaves none of {len(self.batches)} batches; raise it")
+            raise LipsimError(f"limit_test_batches = {batches} leaves none of {len(self.batches)} batches; raise it")
         return Plan(self.batches[:count], self.batch_size, self.num_samples)
 
     def sample(self, most: int, seed: int) -> Plan:
@@ -110,22 +111,24 @@ def plan(loader: DataLoader[Any], name: str = "the loader") -> Plan:
             share of one process only.
     """
     if not isinstance(loader, DataLoader):
-        raise ValueError(f"expected a DataLoader for {name}, got {type(loader).__name__}; give one loader for each set")
+        raise LipsimError(
+            f"expected a DataLoader for {name}, got {type(loader).__name__}; give one loader for each set"
+        )
     if isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
+        raise LipsimError(
             f"{name} is an IterableDataset ({type(loader.dataset).__name__}), whose triplets have no positions to "
             "continue at or to share among processes; collect them in a Dataset with __len__ and __getitem__"
         )
     sampler = loader.batch_sampler
     if sampler is None:
-        raise ValueError(
+        raise LipsimError(
             f"the loader of {name} has batch_size=None, so that its triplets have no positions; give it a batch_size, "
             "and the data set __getitems__ where it makes whole batches"
         )
     size = len(loader.dataset)  # type: ignore[arg-type]
     for inner in (sampler, getattr(sampler, "sampler", None)):
         if isinstance(inner, DistributedSampler) and inner.num_replicas > 1:
-            raise ValueError(
+            raise LipsimError(
                 f"the {type(inner).__name__} of {name} serves a share of its triplets; leave it out: they are shared "
                 "among processes without it"
             )
@@ -229,7 +232,7 @@ def num_samples(loader: Any) -> int:
     dataset = getattr(loader, "dataset", None)
     dataset = dataset.source if isinstance(dataset, PlannedBatches) else dataset
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
-        raise ValueError(
+        raise LipsimError(
             f"expected a DataLoader over a Dataset with __len__ and __getitem__, got {type(loader).__name__} over "
             f"{type(dataset).__name__}; collect its triplets in one"
         )
@@ -250,13 +253,13 @@ def check_count(name: str, seen: Sequence[int], expected: Collection[int] | None
     distinct = set(seen)
     if expected is None:
         if len(distinct) < len(seen):
-            raise ValueError(
+            raise LipsimError(
                 f"only {len(distinct)} of {len(seen)} triplets of {name} have an index of their own; serve the set "
                 "in order (shuffle=False, no sampler), or give each triplet another index"
             )
     elif distinct != set(expected):
         missing, others = sorted(set(expected) - distinct), sorted(distinct - set(expected))
-        raise ValueError(
+        raise LipsimError(
             f"expected results for {len(set(expected))} triplets of {name}, got {len(distinct)} (missing positions "
             f"{missing[:8]}, unexpected {others[:8]}); please report this"
         )
@@ -277,7 +280,7 @@ def read_batch(loader: DataLoader[Any], positions: list[int]) -> Any:
     if isinstance(loader.dataset, PlannedBatches):
         return _read(loader.dataset.source, loader.dataset.collate, positions)
     if loader.batch_sampler is None:
-        raise ValueError("a loader with batch_size=None has no positions to read at; give it a batch_size")
+        raise LipsimError("a loader with batch_size=None has no positions to read at; give it a batch_size")
     return _read(loader.dataset, loader.collate_fn, positions)
 
 
@@ -320,7 +323,7 @@ def _order(sampler: Iterable[Any], size: int, name: str) -> list[int]:
         return list(range(size))
     first, second = (_positions(islice(iter(sampler), size + 1), size, name) for _ in range(2))
     if set(first) != set(second):
-        raise ValueError(
+        raise LipsimError(
             f"the {type(sampler).__name__} of {name} serves other triplets each time; serve the set without it, or a "
             "torch.utils.data.Subset of it"
         )
@@ -332,7 +335,7 @@ def _own_batches(sampler: Iterable[Any], size: int, name: str) -> list[list[int]
     """Batches of a user's batch sampler."""
     first, second = ([_positions(batch, size, name) for batch in islice(iter(sampler), size + 1)] for _ in range(2))
     if sorted(first) != sorted(second):
-        raise ValueError(
+        raise LipsimError(
             f"the {type(sampler).__name__} of {name} makes other batches each time; switch its shuffling off, or give "
             "the loader a batch_size"
         )
@@ -344,10 +347,10 @@ def _positions(values: Iterable[Any], size: int, name: str) -> list[int]:
     try:
         positions = [operator.index(value) for value in values]
     except TypeError as error:
-        raise ValueError(f"expected positions (whole numbers) from the sampler of {name}; {error}") from error
+        raise LipsimError(f"expected positions (whole numbers) from the sampler of {name}; {error}") from error
     outside = [position for position in positions if not 0 <= position < size]
     if outside:
-        raise ValueError(f"expected positions from 0 to {size - 1} from the sampler of {name}, got {outside[:8]}")
+        raise LipsimError(f"expected positions from 0 to {size - 1} from the sampler of {name}, got {outside[:8]}")
     return positions
 
 
@@ -355,7 +358,7 @@ def _check_distinct(positions: Sequence[int], sampler: Iterable[Any], name: str)
     seen: set[int] = set()
     repeated = [p for p in positions if p in seen or seen.add(p)]  # type: ignore[func-returns-value]
     if repeated:
-        raise ValueError(
+        raise LipsimError(
             f"the {type(sampler).__name__} of {name} serves positions {repeated[:8]} more than once, and a score "
             "counts each triplet once; serve the set without it, or a torch.utils.data.Subset of it"
         )
@@ -369,7 +372,7 @@ def _read(dataset: Dataset[Any], collate: Any, positions: list[int]) -> Any:
     """
     batch = collate(fetch(dataset, positions))
     if isinstance(batch, Triplet) and len(batch) != len(positions):
-        raise ValueError(
+        raise LipsimError(
             f"expected {len(positions)} triplets at positions {positions[:8]}… of the data set, its collate_fn "
             f"returned {len(batch)}; leave unwanted triplets out of the data set (torch.utils.data.Subset)"
         )

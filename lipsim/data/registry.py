@@ -15,6 +15,7 @@ from lipsim.data.sets.material import MaterialTriplets, load_material_answers, l
 from lipsim.data.sets.nights import NightsTriplets
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet, collate_triplets
+from lipsim.utils.errors import LipsimError
 
 DATA = ("builtin", "material", "nights", "bapps")
 
@@ -38,14 +39,14 @@ def sample_triplets(
         FileNotFoundError: no data at ``root``.
     """
     if count < 1:
-        raise ValueError(f"expected at least 1 sample, got {count}")
+        raise LipsimError(f"expected at least 1 sample, got {count}")
     if data not in DATA:
-        raise ValueError(f"expected data to be one of {', '.join(DATA)}, got {data!r}")
+        raise LipsimError(f"expected data to be one of {', '.join(DATA)}, got {data!r}")
     if data == "builtin":
         builtin = BuiltinTriplets("test", count, image_size=image_size, seed=seed)
         return collate_triplets([builtin[i] for i in range(count)])
     if root is None:
-        raise ValueError(f"the data of {data} lie in a folder: pass it as --root")
+        raise LipsimError(f"the data of {data} lie in a folder: pass it as --root")
     dataset: Dataset[Any]
     if data == "material":
         answers = split_material(load_material_answers(root)).triplets

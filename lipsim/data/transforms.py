@@ -10,7 +10,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import center_crop
 
 from lipsim.certificates.numbers import check_count
 from lipsim.data.bit_depth import (
@@ -23,6 +22,7 @@ from lipsim.data.bit_depth import (
     upright,
 )
 from lipsim.utils.checks import check_range
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 RESIZES = ("float", "pil")
@@ -39,20 +39,20 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
         ValueError: it is not an image, or truncated, or its values cannot be read in full.
     """
     if content is None and user_path(path).is_dir():
-        raise ValueError(f"expected an image file, got the folder {path}")
+        raise LipsimError(f"expected an image file, got the folder {path}")
     try:
         return decode(user_path(path).read_bytes() if content is None else content)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
     except UnsupportedImageError as error:
-        raise ValueError(f"cannot use the image {path}: {error}") from error
+        raise LipsimError(f"cannot use the image {path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ValueError(
+        raise LipsimError(
             f"cannot read the image {path} (of none of the formats {', '.join(FORMATS)}); replace the file"
         ) from error
     except DECODER_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot read the image {path} ({reason}); replace the file") from error
+        raise LipsimError(f"cannot read the image {path} ({reason}); replace the file") from error
 
 
 def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: bytes | None = None) -> Tensor:
@@ -71,7 +71,7 @@ def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: byt
     try:
         return preprocess(image)
     except ValueError as error:
-        raise ValueError(f"cannot use the image {path}: {error}") from error
+        raise LipsimError(f"cannot use the image {path}: {error}") from error
     except Exception as error:
         error.add_note(f"while preparing the image {path}")
         raise
@@ -103,7 +103,7 @@ def to_rgb(image: Image.Image | DeepImage) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((_gray16(image) * 255).round().astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("expected an image of 8 or 16 bits, got a floating-point one, whose range is unknown")
+        raise LipsimError("expected an image of 8 or 16 bits, got a floating-point one, whose range is unknown")
     elif image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -122,7 +122,7 @@ def to_tensor(image: Image.Image | DeepImage) -> Tensor:
 def _gray16(image: Image.Image) -> np.ndarray:
     values = np.asarray(image, dtype=np.float64)
     if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise ValueError(
+        raise LipsimError(
             f"expected gray values of 16 bits, got {values.min():g} to {values.max():g}, whose full range is unknown; "
             "convert them to 8 or 16 bits"
         )
@@ -140,7 +140,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         or array.dtype != np.uint8
         or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
     ):
-        raise ValueError(
+        raise LipsimError(
             f"expected a uint8 array (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape {array.shape}; "
             "floats in [0, 1] come as a tensor (3, H, W): torch.from_numpy(array).permute(2, 0, 1)"
         )
@@ -166,7 +166,7 @@ class Preprocess:
 
     def __init__(self, image_size: int, resize: str = "float") -> None:
         if resize not in RESIZES:
-            raise ValueError(f"expected resize to be one of {', '.join(RESIZES)}, got {resize!r}")
+            raise LipsimError(f"expected resize to be one of {', '.join(RESIZES)}, got {resize!r}")
         self.image_size = check_count("image_size", image_size)
         self.resize = resize
 
@@ -182,7 +182,7 @@ class Preprocess:
         if isinstance(image, np.ndarray):
             image = _from_array(image)
         if not isinstance(image, Image.Image | DeepImage | Tensor):
-            raise ValueError(
+            raise LipsimError(
                 "expected one image: a PIL image, a path, a uint8 array (H, W, 3) or a floating-point tensor "
                 f"(3, H, W), got {type(image).__name__}; several are torch.stack([preprocess(x) for x in images])"
             )
@@ -216,14 +216,14 @@ class Preprocess:
             last = "; channels come first: x.permute(2, 0, 1)" if x.ndim == 3 and x.shape[2] == 3 else ""
             last = "; a batch goes image by image: preprocess(x[0])" if x.ndim == 4 else last
             last = "; gray becomes x.expand(3, -1, -1)" if x.ndim == 2 or (x.shape[0] == 1 and x.ndim == 3) else last
-            raise ValueError(f"expected one image (3, H, W), got a tensor of shape {tuple(x.shape)}{last}")
+            raise LipsimError(f"expected one image (3, H, W), got a tensor of shape {tuple(x.shape)}{last}")
         if not x.dtype.is_floating_point:
-            raise ValueError(f"expected a floating-point image in [0, 1], got {x.dtype}; divide 8-bit images by 255")
+            raise LipsimError(f"expected a floating-point image in [0, 1], got {x.dtype}; divide 8-bit images by 255")
         if not x.numel():
-            raise ValueError(f"expected an image with pixels, got a tensor of shape {tuple(x.shape)}")
+            raise LipsimError(f"expected an image with pixels, got a tensor of shape {tuple(x.shape)}")
         check_range(x[None])
         if self.resize == "pil" and x.shape[1:] != (self.image_size, self.image_size):
-            raise ValueError(
+            raise LipsimError(
                 "resize 'pil' works in 8 bits, which a float image has not; give a PIL image, a path or a uint8 array"
             )
         return x.clamp(0, 1)
@@ -246,10 +246,12 @@ class CentralCrop:
 
     def __init__(self, image_size: int, resize: int | None = None) -> None:
         if image_size < 1 or (resize is not None and resize < 1):
-            raise ValueError(f"expected an image_size and a resize of at least 1, got {image_size} and {resize}")
+            raise LipsimError(f"expected an image_size and a resize of at least 1, got {image_size} and {resize}")
         self.image_size, self.resize = image_size, resize
 
     def __call__(self, image: Image.Image | DeepImage) -> Tensor:
+        from torchvision.transforms.v2.functional import center_crop  # seconds to import, and only this needs it
+
         x = to_tensor(image)
         if self.resize is not None and min(x.shape[1:]) != self.resize:
             # The long side is rounded down, as torchvision's Resize has it.

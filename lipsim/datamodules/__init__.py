@@ -1,5 +1,6 @@
 """Data modules: the sets of lipsim.data behind the loaders that a trainer asks for."""
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which imports matplotlib
 from lipsim.datamodules.bapps import BappsData
 from lipsim.datamodules.base import TripletData
 from lipsim.datamodules.builtin import BuiltinData

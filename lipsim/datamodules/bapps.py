@@ -9,6 +9,7 @@ import torch
 from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.transforms import Preprocess
 from lipsim.datamodules.base import TripletData
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
@@ -44,7 +45,7 @@ class BappsData(TripletData):
     ) -> None:
         super().__init__(batch_size, num_workers)
         if val_triplets < 1:
-            raise ValueError(f"expected val_triplets of at least 1, got {val_triplets}")
+            raise LipsimError(f"expected val_triplets of at least 1, got {val_triplets}")
         self.root, self.preprocess = user_path(root), Preprocess(image_size, resize)
         self.train_subsets, self.test_subsets = train_subsets, test_subsets
         self.val_triplets, self.seed = val_triplets, seed
@@ -58,7 +59,7 @@ class BappsData(TripletData):
         if stage in ("fit", "validate") and self.train_set is None:
             whole = BappsTriplets(self.root, "train", self.preprocess, self.train_subsets)
             if len(whole) <= self.val_triplets:
-                raise ValueError(
+                raise LipsimError(
                     f"val_triplets = {self.val_triplets} leave nothing to train on; BAPPS at {self.root} has "
                     f"{len(whole)} training triplets"
                 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lipsim.data import collate_triplets
+from lipsim.utils.errors import LipsimError
 
 
 class TripletData(L.LightningDataModule):
@@ -24,7 +25,7 @@ class TripletData(L.LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+            raise LipsimError(f"expected a batch_size of at least 1, got {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.train_set: Dataset[Any] | None = None
         self.val_sets: dict[str, Dataset[Any]] = {}

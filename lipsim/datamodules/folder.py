@@ -13,6 +13,7 @@ from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder
 from lipsim.data.sets.folder import FolderImages
 from lipsim.datamodules.base import TripletData
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
@@ -56,7 +57,7 @@ class ImageFolderData(TripletData):
             ValueError: a test without triplets.
         """
         if stage == "test" and self.triplets is None:
-            raise ValueError("a folder of images has no votes to test on; name a data module of some as data.triplets")
+            raise LipsimError("a folder of images has no votes to test on; name a data module of some as data.triplets")
         if self.triplets is not None:
             self.triplets.trainer = self.trainer
             self.triplets.setup("test" if stage == "test" else "validate")

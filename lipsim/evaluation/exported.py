@@ -9,6 +9,7 @@ from lipsim.data.check import check_votes
 from lipsim.data.loading import Finished
 from lipsim.evaluation.module import Evaluation, EvaluationModule
 from lipsim.metric import load
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 
@@ -32,7 +33,7 @@ class ExportedMetric(EvaluationModule):
         if isinstance(batch, Finished):
             return None
         if not isinstance(batch, Triplet):
-            raise ValueError(
+            raise LipsimError(
                 f"{self.set_name(dataloader_idx)} serves {type(batch).__name__} and no triplets with votes; "
                 "choose a data module of triplets"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
+
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from lipsim.certificates.numbers import check_number
 from lipsim.evaluation.module import EvaluationModule
+from lipsim.utils.errors import LipsimError
 
 Kept = dict[str, dict[str, Tensor]]  # callback → column → (N,)
 _ERROR = "feature_error"
@@ -146,7 +149,7 @@ class KeepBatches(Callback):
         if continues and found is not None:
             found = check_number(f"feature_error in {path}", found)
             if measured > found:
-                raise ValueError(
+                raise LipsimError(
                     f"{self.directory} holds an unfinished evaluation whose features were off by at most {found:.3g}, "
                     f"here it is {measured:.3g}; finish it where it was started, or remove the folder"
                 )
@@ -170,12 +173,12 @@ class KeepBatches(Callback):
             return
         path = self.directory / "fingerprint.json"
         if not path.is_file():
-            raise ValueError(f"{self.directory} has rows and no {path.name} that says of what; remove the folder")
+            raise LipsimError(f"{self.directory} has rows and no {path.name} that says of what; remove the folder")
         found = json.loads(path.read_text(encoding="utf-8"))
         found.pop(_ERROR, None)
         differ = [key for key in dict.fromkeys([*expected, *found]) if expected.get(key) != found.get(key)]
         if differ:
-            raise ValueError(
+            raise LipsimError(
                 f"{self.directory} holds an unfinished evaluation that differs in {', '.join(differ)}; finish that "
                 "one, remove the folder, or choose another --trainer.default_root_dir"
             )

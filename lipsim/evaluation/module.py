@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ from lipsim.data.transforms import Preprocess
 from lipsim.evaluation.scores import TwoAFCScore
 from lipsim.layers import freeze, unfreeze
 from lipsim.metric import PerceptualMetric
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 Features = tuple[Tensor, Tensor, Tensor]
@@ -52,7 +55,7 @@ class EvaluationModule(L.LightningModule):
             ValueError: weights in float64, which the float32 images do not go with.
         """
         if self.trainer.precision == "64-true":
-            raise ValueError(
+            raise LipsimError(
                 "images are float32, and --trainer.precision=64-true would have float64 weights; leave it at 32-true "
                 "(certificates are computed in float64 in any case)"
             )
@@ -129,14 +132,14 @@ class EvaluationModule(L.LightningModule):
         batches = self._served(dataloader_idx)
         if batches is None:
             if self.trainer.world_size > 1:
-                raise ValueError(
+                raise LipsimError(
                     f"nobody knows which triplets the sampler of {self.set_name(dataloader_idx)} repeats on several "
                     "processes; serve the set in order (shuffle=False, no sampler), or evaluate on one process"
                 )
             return batch.index
         expected = batches[batch_idx]
         if len(expected) != len(batch):
-            raise ValueError(
+            raise LipsimError(
                 f"expected {len(expected)} triplets in batch {batch_idx} of {self.set_name(dataloader_idx)}, its "
                 f"collate_fn returned {len(batch)}; leave unwanted triplets out of the data set "
                 "(torch.utils.data.Subset)"
@@ -184,17 +187,17 @@ class EvaluationModule(L.LightningModule):
         groups = getattr(self.trainer.datamodule, f"{stage}_groups", None) or {}  # type: ignore[attr-defined]
         unknown = [name for name in groups if name not in names and groups[name]]
         if unknown:
-            raise ValueError(f"{stage}_groups names parts of {', '.join(unknown)}; the sets are {', '.join(names)}")
+            raise LipsimError(f"{stage}_groups names parts of {', '.join(unknown)}; the sets are {', '.join(names)}")
         for i, (name, loader) in enumerate(zip(names, evaluation_loaders(self.trainer), strict=True)):
             for part, mask in self.groups(name).items():
                 if self._served(i) is None:
-                    raise ValueError(
+                    raise LipsimError(
                         f"{part} needs to know the positions of its triplets; serve {name} in order (shuffle=False, no "
                         "sampler)"
                     )
                 size = num_samples(loader)
                 if mask.dtype != torch.bool or mask.shape != (size,):
-                    raise ValueError(
+                    raise LipsimError(
                         f"expected a bool mask of {part} over the {size} positions of the data set that {name} is "
                         f"served from, got {tuple(mask.shape)} {mask.dtype}"
                     )
@@ -278,7 +281,7 @@ def evaluation_names(data: Any, stage: str, loaders: Any) -> list[str]:
     every = [*names, *(f"{name}_{group}" for name in dict.fromkeys(names) for group in groups.get(name, {}))]
     repeated = sorted({name for name in every if every.count(name) > 1})
     if repeated:
-        raise ValueError(
+        raise LipsimError(
             f"several evaluation sets are called {', '.join(repeated)}, and results are kept by name; give each its "
             f"own in {stage}_names of the data module"
         )

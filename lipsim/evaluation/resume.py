@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lipsim.data.loading import Plan, data_fingerprint, plan, remaining
 from lipsim.evaluation.journal import KeepBatches
 from lipsim.evaluation.module import EvaluationModule, evaluation_names
 from lipsim.results import read_results
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files
 
 
@@ -75,7 +78,7 @@ class RemainingData(L.LightningDataModule):
         loaders = dict(zip(self.test_names, tree_flatten(found)[0], strict=True))
         plans = {name: self._plan(name, loader) for name, loader in loaders.items()}
         if not any(planned.batches for planned in plans.values()):
-            raise ValueError(
+            raise LipsimError(
                 f"{type(self.data).__name__} has no test triplets; choose data with a test set, and leave drop_last "
                 "out where a set is smaller than a batch"
             )
@@ -90,7 +93,7 @@ class RemainingData(L.LightningDataModule):
         fingerprints = {name: planned.fingerprint(data_fingerprint(loaders[name])) for name, planned in plans.items()}
         own = trainer.strategy.broadcast(fingerprints) == fingerprints
         if not trainer.strategy.reduce_boolean_decision(own, all=True):
-            raise ValueError("the processes see other triplets each; seed what chooses them in the data module")
+            raise LipsimError("the processes see other triplets each; seed what chooses them in the data module")
         self._check_resize()
         finished = self.keep.open(trainer, fingerprints)
         trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -119,7 +122,7 @@ class RemainingData(L.LightningDataModule):
         assert self.trainer is not None and isinstance(self.trainer.lightning_module, EvaluationModule)
         expected = self.trainer.lightning_module.metric.preprocess.resize
         if given not in (None, expected):
-            raise ValueError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
+            raise LipsimError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
 
 
 def remove_other_results(

@@ -18,6 +18,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lipsim.results import eps_label
+from lipsim.utils.errors import LipsimError
 
 
 class _PerSample(Metric):
@@ -35,7 +36,7 @@ class _PerSample(Metric):
 
     def _append(self, index: Tensor, *columns: Tensor) -> None:
         if index.ndim not in (1, 2) or len(index) != len(columns[0]) or index.is_floating_point():
-            raise ValueError(
+            raise LipsimError(
                 f"expected an index of whole numbers (N,) or (N, K) for {len(columns[0])} samples, got "
                 f"{tuple(index.shape)} {index.dtype}"
             )
@@ -45,7 +46,7 @@ class _PerSample(Metric):
     def _samples(self) -> Tensor:
         """``(N, columns)`` in the order of the sample index, without repetitions."""
         if not len(self.index):
-            raise ValueError("no triplet was seen; the data loader is empty")
+            raise LipsimError("no triplet was seen; the data loader is empty")
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         _, first = unique_first(index)
         return rows[first]
@@ -72,7 +73,7 @@ class TwoAFCScore(_PerSample):
     def __init__(self, kind: Literal["majority", "vote"] = "majority", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if kind not in ("majority", "vote"):
-            raise ValueError(f"expected kind 'majority' or 'vote', got {kind!r}")
+            raise LipsimError(f"expected kind 'majority' or 'vote', got {kind!r}")
         self.kind = kind
 
     def update(self, margin: Tensor, right_vote: Tensor, index: Tensor) -> None:
@@ -95,7 +96,7 @@ class _CertifiedShares(_PerSample):
     def __init__(self, eps: Sequence[float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if any(not e >= 0 for e in eps):
-            raise ValueError(f"expected every eps ≥ 0, got {list(eps)}")
+            raise LipsimError(f"expected every eps ≥ 0, got {list(eps)}")
         self.eps = tuple(eps)
 
     def update(self, margin: Tensor, radius: Tensor, right_vote: Tensor, index: Tensor) -> None:

@@ -20,6 +20,7 @@ from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label
 from lipsim.results.tables import NO_GRADIENT, Row, percent
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 Metric = PerceptualMetric | Distance
@@ -73,7 +74,7 @@ def measure(
     """
     settings = settings or Settings()
     if not len(triplets):
-        raise ValueError("expected at least one triplet, got none")
+        raise LipsimError("expected at least one triplet, got none")
     found: dict[str, Any] = {"scores": {}, "distances": {}, "transfer": {name: {} for name in metrics}}
     found |= {"num_triplets": len(triplets), "one": settings.one, "linf": settings.linf, "steps": settings.steps}
     found["queries"] = settings.queries

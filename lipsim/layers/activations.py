@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.layers.base import LipschitzLayer
+from lipsim.utils.errors import LipsimError
 
 
 class MaxMin(LipschitzLayer):
@@ -43,14 +44,14 @@ class GroupSort(LipschitzLayer):
     def __init__(self, group_size: int | None = 2) -> None:
         super().__init__()
         if group_size is not None and group_size < 1:
-            raise ValueError(f"expected a group_size of at least 1, got {group_size}")
+            raise LipsimError(f"expected a group_size of at least 1, got {group_size}")
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, …)`` to the same shape."""
         group = self.group_size or x.shape[1]
         if x.shape[1] % group:
-            raise ValueError(f"expected channels that groups of {group} divide, got {x.shape[1]}")
+            raise LipsimError(f"expected channels that groups of {group} divide, got {x.shape[1]}")
         return x.unflatten(1, (-1, group)).sort(dim=2).values.flatten(1, 2)
 
     def lipschitz_bound(self) -> float:
@@ -76,13 +77,13 @@ class Householder(LipschitzLayer):
     def __init__(self, channels: int) -> None:
         super().__init__()
         if channels % 2:
-            raise ValueError(f"expected an even number of channels, got {channels}")
+            raise LipsimError(f"expected an even number of channels, got {channels}")
         self.angle = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, …)`` to the same shape."""
         if x.shape[1] != 2 * len(self.angle):
-            raise ValueError(f"expected {2 * len(self.angle)} channels, got {x.shape[1]}")
+            raise LipsimError(f"expected {2 * len(self.angle)} channels, got {x.shape[1]}")
         first, second = _halves(x)
         angle = self.angle.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
         sine, cosine = torch.sin(angle), torch.cos(angle)
@@ -98,6 +99,6 @@ class Householder(LipschitzLayer):
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1] % 2:
-        raise ValueError(f"expected an even number of channels, got {x.shape[1]}")
+        raise LipsimError(f"expected an even number of channels, got {x.shape[1]}")
     first, second = x.chunk(2, dim=1)
     return first, second

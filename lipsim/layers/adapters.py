@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lipsim.layers.base import _LOCK, FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, gram_iteration_bound, matrix_norm_bound
+from lipsim.utils.errors import LipsimError
 
 
 class _ExplicitWeight(FoldedLayer):
@@ -80,7 +81,7 @@ class ExplicitConv2d(_ExplicitWeight):
 
     def __init__(self, source: nn.Conv2d) -> None:
         if not isinstance(source, nn.Conv2d):
-            raise ValueError(f"expected an nn.Conv2d or a subclass of it, got {type(source).__name__}")
+            raise LipsimError(f"expected an nn.Conv2d or a subclass of it, got {type(source).__name__}")
         super().__init__(source)
         reach = [(taps - 1) * step for taps, step in zip(source.kernel_size, source.dilation, strict=True)]
         if source.padding == "same":
@@ -90,9 +91,9 @@ class ExplicitConv2d(_ExplicitWeight):
             before = after = [0, 0] if isinstance(source.padding, str) else list(source.padding)
         self.pads = (before[1], after[1], before[0], after[0])
         if source.padding_mode not in ("zeros", "circular"):
-            raise ValueError(f"expected padding_mode zeros or circular, got {source.padding_mode!r}")
+            raise LipsimError(f"expected padding_mode zeros or circular, got {source.padding_mode!r}")
         if source.padding_mode == "circular" and any(a + b > r for a, b, r in zip(before, after, reach, strict=True)):
-            raise ValueError(f"expected circular padding of at most {reach} in all, got {self.pads}")
+            raise LipsimError(f"expected circular padding of at most {reach} in all, got {self.pads}")
         self.circular = source.padding_mode == "circular"
         self.options: dict[str, Any] = {
             "stride": source.stride,
@@ -102,7 +103,9 @@ class ExplicitConv2d(_ExplicitWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.circular and any(size % s for size, s in zip(x.shape[2:], self.options["stride"], strict=True)):
-            raise ValueError(f"expected sides that are multiples of {self.options['stride']}, got {tuple(x.shape[2:])}")
+            raise LipsimError(
+                f"expected sides that are multiples of {self.options['stride']}, got {tuple(x.shape[2:])}"
+            )
         x = F.pad(x, self.pads, mode="circular" if self.circular else "constant") if any(self.pads) else x
         weight, *bias = self.weights()
         return F.conv2d(x, weight, bias[0] if bias else None, **self.options)
@@ -234,7 +237,7 @@ class SpectralConv2d(ExplicitConv2d):
         from deel import torchlip
 
         if kernel_size % 2 != 1:
-            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
+            raise LipsimError(f"expected an odd kernel_size, got {kernel_size}")
         source = torchlip.SpectralConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         super().__init__(_convergent(source))
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound, polyphase
 from lipsim.layers.orthogonal import init_orthogonal_
+from lipsim.utils.errors import LipsimError
 
 
 class AOLLinear(FoldedLayer):
@@ -82,9 +83,9 @@ class AOLConv2d(FoldedLayer):
         super().__init__()
         padding = (kernel_size - (padding_mode == "circular")) // 2 if padding is None else padding
         if padding_mode not in ("zeros", "circular"):
-            raise ValueError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
+            raise LipsimError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
         if padding_mode == "circular" and 2 * padding > kernel_size - 1:
-            raise ValueError(f"expected circular padding of at most {(kernel_size - 1) // 2}, got {padding}")
+            raise LipsimError(f"expected circular padding of at most {(kernel_size - 1) // 2}, got {padding}")
         self.kernel = nn.Parameter(torch.zeros(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.stride, self.padding, self.padding_mode = stride, padding, padding_mode
@@ -109,7 +110,7 @@ class AOLConv2d(FoldedLayer):
         (kernel,) = self.weights()
         if self.padding_mode == "circular":
             if any(size % self.stride for size in x.shape[2:]):
-                raise ValueError(f"expected sides that are multiples of {self.stride}, got {tuple(x.shape[2:])}")
+                raise LipsimError(f"expected sides that are multiples of {self.stride}, got {tuple(x.shape[2:])}")
             return F.conv2d(F.pad(x, (self.padding,) * 4, mode="circular"), kernel, self.bias, self.stride)
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding)
 

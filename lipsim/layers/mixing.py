@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.layers.base import LipschitzLayer
+from lipsim.utils.errors import LipsimError
 
 
 class Branches(LipschitzLayer):
@@ -48,14 +49,14 @@ class ResidualMixing(Branches):
     def __init__(self, block: nn.Module, share: float = 0.1) -> None:
         super().__init__()
         if not 0 < share < 1:
-            raise ValueError(f"expected a share in (0, 1), got {share}")
+            raise LipsimError(f"expected a share in (0, 1), got {share}")
         self.block = block
         self.logit = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
 
     def forward(self, x: Tensor) -> Tensor:
         share, change = torch.sigmoid(self.logit), self.block(x)
         if change.shape != x.shape:
-            raise ValueError(f"expected a block that keeps the shape {tuple(x.shape)}, got {tuple(change.shape)}")
+            raise LipsimError(f"expected a block that keeps the shape {tuple(x.shape)}, got {tuple(change.shape)}")
         # Not lerp: autocast leaves the block's output in another dtype than its input.
         return (1 - share) * x + share * change
 
@@ -107,4 +108,4 @@ def _declared_bound(module: nn.Module) -> float:
         return module.lipschitz_bound()
     if type(module) in (nn.Sequential, nn.Identity, nn.ReLU):
         return math.prod(_declared_bound(child) for child in module._modules.values() if child is not None)
-    raise ValueError(f"{type(module).__name__} declares no Lipschitz bound; lipsim.audit knows more modules")
+    raise LipsimError(f"{type(module).__name__} declares no Lipschitz bound; lipsim.audit knows more modules")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.layers.base import LipschitzLayer
+from lipsim.utils.errors import LipsimError
 
 
 class ChannelPadding(LipschitzLayer):
@@ -15,7 +16,7 @@ class ChannelPadding(LipschitzLayer):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         if channels < in_channels:
-            raise ValueError(f"expected at least {in_channels} channels to pad to, got {channels}")
+            raise LipsimError(f"expected at least {in_channels} channels to pad to, got {channels}")
         self.added = channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Truncation(LipschitzLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] < self.features:
-            raise ValueError(f"expected at least {self.features} features, got {x.shape[-1]}")
+            raise LipsimError(f"expected at least {self.features} features, got {x.shape[-1]}")
         return x[..., : self.features]
 
     def lipschitz_bound(self) -> float:

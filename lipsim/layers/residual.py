@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound, row_norms
 from lipsim.layers.orthogonal import init_orthogonal_
+from lipsim.utils.errors import LipsimError
 
 _ROUND_UP = 1 + 1e-11  # above the rounding of float64 sums of ten thousand terms
 
@@ -96,11 +97,11 @@ class ResidualConv2d(FoldedLayer):
         super().__init__()
         padding = kernel_size // 2 if padding is None else padding
         if not 0 <= padding < kernel_size:
-            raise ValueError(f"expected a padding in [0, kernel_size), got {padding} with kernel_size {kernel_size}")
+            raise LipsimError(f"expected a padding in [0, kernel_size), got {padding} with kernel_size {kernel_size}")
         if padding_mode not in ("zeros", "circular"):
-            raise ValueError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
+            raise LipsimError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
         if padding_mode == "circular" and (stride != 1 or 2 * padding != kernel_size - 1):
-            raise ValueError(
+            raise LipsimError(
                 "expected stride 1 and an odd kernel with half of it as padding where padding is circular, got "
                 f"kernel_size {kernel_size}, stride {stride}, padding {padding}"
             )

@@ -6,6 +6,8 @@ torchvision's classification networks, whose files the user brings.
 
 from __future__ import annotations
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before what imports matplotlib
+
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg
 
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.weights import read_checkpoint
 
@@ -150,7 +153,7 @@ def _backbone(net: Net, weights: str | Path | None) -> nn.ModuleList:
     state = read_checkpoint(file)
     for name, value in layers.state_dict().items():
         if f"features.{name}" not in state or state[f"features.{name}"].shape != value.shape:
-            raise ValueError(f"{file} has no features.{name} of the right shape; it is not torchvision's {FILES[net]}")
+            raise LipsimError(f"{file} has no features.{name} of the right shape; it is not torchvision's {FILES[net]}")
     layers.load_state_dict({name: state[f"features.{name}"] for name in layers.state_dict()})
     found = nn.ModuleList(layers)
     for layer in found:

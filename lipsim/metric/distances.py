@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before what imports matplotlib
+
 from collections.abc import Callable
 
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -13,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lipsim import students, teachers
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.layers import freeze
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import has_adapter, merged
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.weights import check_is_binary, load_weights, read_checkpoint
 
@@ -26,13 +27,22 @@ VERSION = 1
 AUDITED = "audited"
 BUNDLED = Path(__file__).parents[2] / "checkpoints"
 
-# The classes that a header may name: a file chooses among these and never imports anything.
-ENCODERS: dict[str, type[nn.Module]] = {
-    name: cls
-    for room in (students, teachers)
-    for name in room.__all__
-    if issubclass(cls := getattr(room, name), nn.Module)
+# The classes that a header may name, each with its room: a file chooses among these and never imports anything else.
+ENCODERS = {
+    "OrthogonalProjection": "lipsim.students",
+    "OrthogonalShiftNetwork": "lipsim.students",
+    "SLLNetwork": "lipsim.students",
+    "TorchlipNetwork": "lipsim.students",
+    "DreamSim": "lipsim.teachers",
+    "Ensemble": "lipsim.teachers",
+    "SmallViT": "lipsim.teachers",
 }
+
+
+def encoder_class(name: str) -> type[nn.Module]:
+    """The class of :data:`ENCODERS` with this name, whose room is loaded where it is not yet."""
+    cls: type[nn.Module] = getattr(importlib.import_module(ENCODERS[name]), name)
+    return cls
 
 
 def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
@@ -78,10 +88,10 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
         ValueError: the encoder is of a class that no header can name, or has LoRA layers.
     """
     kind = type(encoder).__name__
-    if ENCODERS.get(kind) is not type(encoder):
-        raise ValueError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
+    if kind not in ENCODERS or encoder_class(kind) is not type(encoder):
+        raise LipsimError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
     if has_adapter(encoder):
-        raise ValueError(f"this {kind} has LoRA layers beside its weights; lipsim.metric.save merges them")
+        raise LipsimError(f"this {kind} has LoRA layers beside its weights; lipsim.metric.save merges them")
     return {
         "encoder": kind,
         "config": encoder.config,
@@ -109,13 +119,13 @@ def load(path: str | Path) -> PerceptualMetric:
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
     try:
         if not isinstance(header["encoder"], str) or header["encoder"] not in ENCODERS:
-            raise ValueError(
+            raise LipsimError(
                 f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
             )
         check_count("image_size", header["image_size"])
         declared = header["lipschitz"]
         floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
-        encoder = ENCODERS[header["encoder"]](**header["config"])
+        encoder = encoder_class(header["encoder"])(**header["config"])
         metric = PerceptualMetric(
             encoder,
             header["image_size"],
@@ -125,9 +135,9 @@ def load(path: str | Path) -> PerceptualMetric:
             resize=header["resize"],
         )
     except KeyError as error:
-        raise ValueError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
+        raise LipsimError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
-        raise ValueError(f"cannot rebuild the metric in {file}: {str(error).splitlines()[0]}") from error
+        raise LipsimError(f"cannot rebuild the metric in {file}: {str(error).splitlines()[0]}") from error
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         encoder.to(dtypes.pop())
@@ -159,25 +169,25 @@ def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = archive.metadata() or {}
             state = {name: archive.get_tensor(name) for name in archive.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise LipsimError(
             f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again"
         ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(
+        raise LipsimError(
             f"{file} is no exported metric (format {metadata.get('format')!r}); lipsim.metric.save writes them"
         )
     version = metadata.get("version", "0")
     if not version.isdecimal():
-        raise ValueError(f"{file} is damaged, its format version is {version!r}; export it again")
+        raise LipsimError(f"{file} is damaged, its format version is {version!r}; export it again")
     if int(version) > VERSION:
-        raise ValueError(f"{file} has format version {version}, newer than {VERSION}; update lipsim")
+        raise LipsimError(f"{file} has format version {version}, newer than {VERSION}; update lipsim")
     try:
         header = json.loads(metadata["metric"])
         if not isinstance(header, dict):
-            raise ValueError(f"its header is a {type(header).__name__}")
+            raise LipsimError(f"its header is a {type(header).__name__}")
         return header, state
     except (KeyError, ValueError) as error:
-        raise ValueError(f"cannot rebuild the metric in {file}: {error!r}") from error
+        raise LipsimError(f"cannot rebuild the metric in {file}: {error!r}") from error
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -186,7 +196,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         header, state = json.loads(content[FORMAT]), content["state_dict"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise LipsimError(
             f"{file} does not say how to rebuild a metric; it is no checkpoint of a stage of this package, or one with "
             "an encoder of another package or with LoRA layers: export the metric when training ends"
         ) from error

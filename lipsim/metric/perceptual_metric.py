@@ -16,6 +16,7 @@ from lipsim.layers.base import evaluation_mode
 from lipsim.layers.fingerprint import Fingerprint, fingerprint
 from lipsim.utils.checks import check_images
 from lipsim.utils.checks import check_range as _check_range
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 
@@ -58,7 +59,7 @@ class PerceptualMetric(nn.Module):
         super().__init__()
         check_count("image_size", image_size)
         if isinstance(own := getattr(encoder, "image_size", None), int | float) and own != image_size:
-            raise ValueError(f"expected the encoder's image_size {own}, got {image_size}")
+            raise LipsimError(f"expected the encoder's image_size {own}, got {image_size}")
         self.encoder = encoder
         self.image_size = image_size
         self._found_error: tuple[tuple[torch.dtype, torch.device], float] | None = None
@@ -174,7 +175,7 @@ class PerceptualMetric(nn.Module):
         for images in (x, y):
             self.check_images(images, check_range=check_range)
         if len(x) != len(y) and 1 not in (len(x), len(y)):
-            raise ValueError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
+            raise LipsimError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
         z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return geometry.cosine_distance(z, z_other, self.anchor)
 
@@ -191,7 +192,7 @@ class PerceptualMetric(nn.Module):
         """
         self._check_certifiable(reference, left, right, check_range=check_range)
         if not len(reference) == len(left) == len(right):
-            raise ValueError(
+            raise LipsimError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
         with full_precision(), evaluation_mode(self.encoder):
@@ -270,10 +271,10 @@ class PerceptualMetric(nn.Module):
         """
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if _is_half(tensor):
-                raise ValueError(f"{name} is stored in half precision; certify with weights in float32 or float64")
+                raise LipsimError(f"{name} is stored in half precision; certify with weights in float32 or float64")
         for tensor in inputs:
             if _is_half(tensor):
-                raise ValueError(
+                raise LipsimError(
                     f"expected images or features in float32 or float64 to certify, got {tensor.dtype}, half "
                     "precision, whose rounding no certificate covers; convert the images with .float() and embed again"
                 )
@@ -287,7 +288,7 @@ class PerceptualMetric(nn.Module):
             except ValueError as error:
                 if check_range:
                     raise
-                raise ValueError(
+                raise LipsimError(
                     f"{error} (check_range=False certifies points outside [0, 1] only where feature_error is 0: the "
                     "error of float32 is known inside)"
                 ) from error
@@ -301,7 +302,7 @@ class PerceptualMetric(nn.Module):
         check_images(x, self.image_size)
         weight = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), x.dtype)
         if x.dtype != weight and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"expected images in {weight}, as the weights are, got {x.dtype}: x.to({weight})")
+            raise LipsimError(f"expected images in {weight}, as the weights are, got {x.dtype}: x.to({weight})")
         if check_range:
             _check_range(x)
 

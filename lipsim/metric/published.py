@@ -26,6 +26,7 @@ from torch import Tensor
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.students import SLLNetwork
 from lipsim.students.sll_network import PRESETS
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.weights import load_weights
 
 # DataParallel, the published metric around its network, the wrapper that normalises the input, and torch.compile.
@@ -128,11 +129,11 @@ def convert(
     """
     path = Path(source)
     if image_size is not None and image_size < 16:
-        raise ValueError(f"expected an image size of at least 16, got {image_size}")
+        raise LipsimError(f"expected an image size of at least 16, got {image_size}")
     if out_features < 1:
-        raise ValueError(f"expected at least one output feature, got {out_features}")
+        raise LipsimError(f"expected at least one output feature, got {out_features}")
     if not 0 <= anchor < math.inf:
-        raise ValueError(f"expected a finite anchor ≥ 0, got {anchor}")
+        raise LipsimError(f"expected a finite anchor ≥ 0, got {anchor}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     with open(path, "rb") as file:
@@ -162,7 +163,7 @@ def _read(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     except Exception as error:  # damaged pickles and archives raise nearly anything, OSError too
         foreign = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
         if foreign:
-            raise ValueError(
+            raise LipsimError(
                 f"{path} needs {foreign[1]} besides tensors and plain containers, and reading that could run code; in "
                 "the environment that made the file, save the weights alone: "
                 "torch.save(checkpoint['model_state_dict'], 'weights.pth')"
@@ -170,22 +171,22 @@ def _read(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
         # torch explains at length; the reason of its restricted reader comes last, of the others first.
         reasons = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), reasons[0])
-        raise ValueError(
+        raise LipsimError(
             f"cannot read {path} ({type(error).__name__}: {reason}); it is truncated or no torch checkpoint, or holds "
             "more than tensors and plain containers: fetch it again, or save the weights alone where it was made"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"expected a dict of weights in {path}, got {type(checkpoint).__name__}")
+        raise LipsimError(f"expected a dict of weights in {path}, got {type(checkpoint).__name__}")
     if "model_state_dict" not in checkpoint:
         return checkpoint, {}
     state = checkpoint["model_state_dict"]
     if not isinstance(state, dict):
-        raise ValueError(f"expected a dict of weights as model_state_dict in {path}, got {type(state).__name__}")
+        raise LipsimError(f"expected a dict of weights as model_state_dict in {path}, got {type(state).__name__}")
     beside = {str(name): value for name, value in checkpoint.items() if name != "model_state_dict"}
     # A tensor that is not the optimizer's belongs to the metric: the published fine-tuning can store an offset there.
     unknown = [name for name, value in beside.items() if not _BOOKKEEPING.match(name) and _holds_tensors(value)]
     if unknown:
-        raise ValueError(f"{path} has tensors beside model_state_dict that may belong to its metric: {_list(unknown)}")
+        raise LipsimError(f"{path} has tensors beside model_state_dict that may belong to its metric: {_list(unknown)}")
     return state, beside
 
 
@@ -220,20 +221,20 @@ def _account(raw: dict[Any, Any], path: Path) -> tuple[dict[str, Tensor], tuple[
     faults = [f"unknown keys: {_list(unknown)}"] if unknown else []
     faults += [f"missing: {_list(missing)}"] if missing else []
     if faults:
-        raise ValueError(f"{path} does not hold the published network: {'; '.join(faults)}")
+        raise LipsimError(f"{path} does not hold the published network: {'; '.join(faults)}")
     for key in [*normalisation, *(key for keys in aliases.values() for key in keys)]:
         _check_tensor(key, raw[key], path)
     for key in normalisation:
         neutral = 0.0 if key.endswith("mean") else 1.0
         if not (raw[key] == neutral).all():
-            raise ValueError(
+            raise LipsimError(
                 f"{path} normalises its input ({key} = {raw[key].flatten().tolist()[:3]}), which changes the Lipschitz "
                 "constant; the published networks have mean 0 and std 1"
             )
     for first, *others in aliases.values():
         for other in others:
             if raw[first].dtype != raw[other].dtype or not torch.equal(raw[first], raw[other]):
-                raise ValueError(f"{path} holds the same weights twice, and they differ: {first} and {other}")
+                raise LipsimError(f"{path} holds the same weights twice, and they differ: {first} and {other}")
     return {name: raw[keys[0]] for name, keys in aliases.items()}, tuple(sorted(ignored))
 
 
@@ -250,29 +251,29 @@ def _expected(found: Iterable[str]) -> list[str]:
 
 def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ValueError(f"expected plain dense tensors, got another kind for {key} in {path}")
+        raise LipsimError(f"expected plain dense tensors, got another kind for {key} in {path}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"expected float32 or half precision, got {tensor.dtype} for {key} in {path}")
+        raise LipsimError(f"expected float32 or half precision, got {tensor.dtype} for {key} in {path}")
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{key} in {path} has values that are not finite")
+        raise LipsimError(f"{key} in {path} has values that are not finite")
 
 
 def _build(state: dict[str, Tensor], image_size: int | None, out_features: int, path: Path) -> SLLNetwork:
     """The network that the shapes of the weights tell, with these weights."""
     kernel, weight = state["convs.0.kernel"], state["linear.1.weight"]
     if kernel.ndim != 4 or kernel.shape[2:] != (_PUBLISHED_KERNEL,) * 2 or kernel.shape[0] < 1 or kernel.shape[1] < 3:
-        raise ValueError(
+        raise LipsimError(
             f"expected convs.0.kernel of shape (inner width, 3 or more channels, 3, 3), got {tuple(kernel.shape)} in "
             f"{path}"
         )
     if weight.ndim != 2 or weight.shape[0] < 1:
-        raise ValueError(
+        raise LipsimError(
             f"expected linear.1.weight of shape (inner width, features), got {tuple(weight.shape)} in {path}"
         )
     (conv_width, channels), (linear_width, features) = kernel.shape[:2], weight.shape
     image_size = _image_size(features, channels, image_size, path)
     if features < out_features:
-        raise ValueError(
+        raise LipsimError(
             f"expected at least {out_features} features, the linear blocks in {path} have {features}; give the "
             "dimension of the teacher it was distilled from as --out-features"
         )
@@ -292,7 +293,7 @@ def _build(state: dict[str, Tensor], image_size: int | None, out_features: int, 
         if tensor.shape != own[_own_name(name)].shape
     ]
     if wrong:
-        raise ValueError(f"wrong shapes beside convs.0.kernel and linear.1.weight in {path}: {_list(wrong)}")
+        raise LipsimError(f"wrong shapes beside convs.0.kernel and linear.1.weight in {path}: {_list(wrong)}")
     load_weights(encoder, {_own_name(name): tensor.float() for name, tensor in state.items()}, str(path))
     return encoder
 
@@ -307,11 +308,11 @@ def _image_size(features: int, channels: int, image_size: int | None, path: Path
     """The side of the input, whose two 4 × 4 pools leave ``(S // 16)²`` pixels."""
     side = math.isqrt(features // channels)
     if side < 1 or channels * side**2 != features:
-        raise ValueError(
+        raise LipsimError(
             f"the linear blocks in {path} take {features} features, which are no square image of {channels} channels"
         )
     if image_size is not None and image_size // 16 != side:
-        raise ValueError(
+        raise LipsimError(
             f"images of {image_size} pixels leave {channels * (image_size // 16) ** 2} features, the linear blocks in "
             f"{path} take {features}; choose --image-size from {16 * side} to {16 * side + 15}"
         )

@@ -50,6 +50,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lipsim.utils.errors import LipsimError
+
 SCHEMA = 1
 _PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 
@@ -90,9 +92,9 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}); remove it and run the test again") from error
+        raise LipsimError(f"{path} is no JSON ({error}); remove it and run the test again") from error
     if results.get("schema") != SCHEMA:
-        raise ValueError(
+        raise LipsimError(
             f"{path} has schema {results.get('schema')!r}, expected {SCHEMA}; remove it and run the test again"
         )
     return results

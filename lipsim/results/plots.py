@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before what imports matplotlib
+
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle

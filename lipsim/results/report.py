@@ -25,6 +25,7 @@ from lipsim.results.tables import (
     percents,
     print_table,
 )
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 # What the rows and the curves of a kind of radius are called.
@@ -75,12 +76,12 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
         results = read_results(file)
         run = Run(name or file.absolute().parent.name, file.parent, results)
         if not run.sets("certified") and not run.sets("attacked"):
-            raise ValueError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
+            raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
         runs.append(run)
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"several runs are called {', '.join(repeated)}; tell them apart by NAME=DIRECTORY")
+        raise LipsimError(f"several runs are called {', '.join(repeated)}; tell them apart by NAME=DIRECTORY")
     return runs
 
 

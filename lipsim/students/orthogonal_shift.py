@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipsim.layers import Centering, ChannelShift, MaxMin, OrthogonalLinear, OrthogonalPatches, SLLLinear
+from lipsim.utils.errors import LipsimError
 
 
 class OrthogonalShiftNetwork(nn.Sequential):
@@ -48,14 +49,14 @@ class OrthogonalShiftNetwork(nn.Sequential):
         linear_width: int = 256,
     ) -> None:
         if not len(widths) == len(depths) > 0:
-            raise ValueError(f"expected widths and depths of one length, one stage at least, got {widths}, {depths}")
+            raise LipsimError(f"expected widths and depths of one length, one stage at least, got {widths}, {depths}")
         if any(width % 2 for width in widths):
-            raise ValueError(f"expected even widths, got {list(widths)}")
+            raise LipsimError(f"expected even widths, got {list(widths)}")
         patch, merge = math.ceil(image_size / grid), 2 ** (len(widths) - 1)
         size = math.ceil(math.ceil(image_size / patch) / merge) * merge
         held = widths[-1] * (size // merge) ** 2
         if held < out_features:
-            raise ValueError(
+            raise LipsimError(
                 f"expected at most {held} out_features, what the last stage holds, got {out_features}; "
                 "use a finer grid or wider stages"
             )

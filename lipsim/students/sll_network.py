@@ -7,6 +7,7 @@ from typing import Self
 from torch import nn
 
 from lipsim.layers import ChannelPadding, ScaledAvgPool2d, SLLConv2d, SLLLinear, Truncation
+from lipsim.utils.errors import LipsimError
 
 # (depth, channels, linear depth, linear inner width); the inner width of every convolution is 5.
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -51,7 +52,7 @@ class SLLNetwork(nn.Sequential):
     ) -> None:
         features = channels * (image_size // 4 // 4) ** 2
         if features < out_features:
-            raise ValueError(
+            raise LipsimError(
                 f"images of {image_size} pixels leave {features} features with {channels} channels, fewer than "
                 f"out_features = {out_features}; use larger images, more channels, or fewer out_features"
             )
@@ -84,6 +85,6 @@ class SLLNetwork(nn.Sequential):
             ValueError: an unknown name.
         """
         if name not in PRESETS:
-            raise ValueError(f"expected a preset out of {', '.join(PRESETS)}, got {name!r}")
+            raise LipsimError(f"expected a preset out of {', '.join(PRESETS)}, got {name!r}")
         depth, channels, linear_depth, linear_width = PRESETS[name]
         return cls(image_size, out_features, channels, depth, linear_depth, linear_width)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lipsim.layers import Centering, MaxMin, SpaceToDepth, SpectralConv2d, SpectralLinear
+from lipsim.utils.errors import LipsimError
 
 
 class TorchlipNetwork(nn.Sequential):
@@ -36,14 +37,14 @@ class TorchlipNetwork(nn.Sequential):
         widths: Sequence[int] = (48, 192, 512),
     ) -> None:
         if not len(blocks) == len(depths) == len(widths):
-            raise ValueError(f"expected blocks, depths and widths of one length, got {blocks}, {depths}, {widths}")
+            raise LipsimError(f"expected blocks, depths and widths of one length, got {blocks}, {depths}, {widths}")
         if any(width % 2 for width in widths):
-            raise ValueError(f"expected even widths, got {list(widths)}")
+            raise LipsimError(f"expected even widths, got {list(widths)}")
         channels, size = 3, image_size
         layers: list[nn.Module] = [Centering()]
         for block, depth, width in zip(blocks, depths, widths, strict=True):
             if size % block:
-                raise ValueError(
+                raise LipsimError(
                     f"expected an image_size that {list(blocks)} divide one after another, got {image_size}"
                 )
             channels, size = channels * block**2, size // block

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lipsim.teachers.catalogue import Feature, where_to_get
 from lipsim.teachers.layouts import tensors_of
 from lipsim.teachers.locate import find_weights
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.weights import load_weights, read_checkpoint
 
 # In place of a file: random weights, which nobody gets unless they ask.
@@ -98,5 +99,5 @@ class Branch(nn.Module, ABC):
         try:
             state = self.fitted(tensors_of(read_checkpoint(file), file), file)
         except ValueError as error:
-            raise ValueError(f"{error}; {remedy}") from error
+            raise LipsimError(f"{error}; {remedy}") from error
         load_weights(self.backbone, state, str(file), f"it is not the file of {self.model}: {remedy}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
 from lipsim.teachers.timm_branch import TimmBranch
+from lipsim.utils.errors import LipsimError
 
 
 def build_branch(config: BranchConfig, image_size: int) -> Branch:
@@ -24,7 +25,7 @@ def build_branch(config: BranchConfig, image_size: int) -> Branch:
     try:
         branch = kind(config, image_size)
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"cannot build {config.model} with {config.options or 'its own options'}: {error}") from error
+        raise LipsimError(f"cannot build {config.model} with {config.options or 'its own options'}: {error}") from error
     if config.weights != RANDOM:
         branch.load(config.weights)
     return branch

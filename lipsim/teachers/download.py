@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS
 from lipsim.teachers.locate import REPOSITORY_FILES
 from lipsim.teachers.lora import CONFIG
+from lipsim.utils.errors import LipsimError
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -49,12 +50,12 @@ def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = No
     sources = VARIANTS[name].sources if name in VARIANTS else BACKBONES[name].sources if name in BACKBONES else ()
     if archive is not None:
         if name not in VARIANTS:
-            raise ValueError(f"expected a DreamSim variant ({', '.join(VARIANTS)}) with an archive, got {name}")
+            raise LipsimError(f"expected a DreamSim variant ({', '.join(VARIANTS)}) with an archive, got {name}")
         return _unpack_once(Path(archive), folder, sources[0].file, sha256)
     if not sources:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             known = sorted({*VARIANTS, *(backbone for backbone in BACKBONES if BACKBONES[backbone].sources)})
-            raise ValueError(f"expected {', '.join(known)}, or a Hugging Face repository, got {name}")
+            raise LipsimError(f"expected {', '.join(known)}, or a Hugging Face repository, got {name}")
         return [fetch_repository(name, folder, sha256)]
     files: list[Path] = []
     for number, source in enumerate(sources):
@@ -208,7 +209,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
         with zipfile.ZipFile(archive) as content, tempfile.TemporaryDirectory(dir=folder) as temporary:
             names = [name for name in content.namelist() if not name.startswith("__MACOSX")]
             if unsafe := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-                raise ValueError(f"{archive} has a member outside its folder: {unsafe[0]}")
+                raise LipsimError(f"{archive} has a member outside its folder: {unsafe[0]}")
             content.extractall(temporary, names)
             members = []
             for member in sorted(Path(temporary).iterdir()):
@@ -219,7 +220,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                     os.replace(member, target)
                 members.append(target)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
+        raise LipsimError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
     return members
 
 
@@ -235,5 +236,5 @@ def check_sha256(path: Path, expected: str = "") -> str:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected.lower()):
-        raise ValueError(f"expected the SHA-256 of {path} to be {expected.lower()}, got {found}; get it again")
+        raise LipsimError(f"expected the SHA-256 of {path} to be {expected.lower()}, got {found}; get it again")
     return found

@@ -15,6 +15,7 @@ from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
 from lipsim.teachers.build import build_branch
 from lipsim.teachers.catalogue import VARIANTS, where_to_get
 from lipsim.teachers.lora import merge_adapter
+from lipsim.utils.errors import LipsimError
 
 
 class Ensemble(nn.Module):
@@ -44,11 +45,11 @@ class Ensemble(nn.Module):
         # An exported file holds them as plain mappings.
         configs = [branch if isinstance(branch, BranchConfig) else BranchConfig(**branch) for branch in branches]
         if not configs:
-            raise ValueError("expected at least one branch")
+            raise LipsimError("expected at least one branch")
         self.branches = nn.ModuleList(build_branch(config, image_size) for config in configs)
         dense = {config.feature == "cls_patch" for config in configs}
         if len(dense) > 1:
-            raise ValueError("expected the feature 'cls_patch' of all branches or of none")
+            raise LipsimError("expected the feature 'cls_patch' of all branches or of none")
         width = sum(branch.out_features for branch in self._branches())
         self.head = ResidualHead(width, head) if head else None
         self.image_size = image_size
@@ -65,7 +66,7 @@ class Ensemble(nn.Module):
         """
         size = self.image_size
         if x.ndim != 4 or x.shape[1:] != (3, size, size):
-            raise ValueError(
+            raise LipsimError(
                 f"expected images of shape (N, 3, {size}, {size}), got {tuple(x.shape)}; "
                 f"lipsim.data.transforms.Preprocess({size}, 'pil') resizes as DreamSim does"
             )
@@ -123,7 +124,7 @@ class DreamSim(Ensemble):
         options: dict[str, Any] | None = None,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f"expected a variant out of {', '.join(VARIANTS)}, got {variant!r}")
+            raise LipsimError(f"expected a variant out of {', '.join(VARIANTS)}, got {variant!r}")
         published, options, remedy = VARIANTS[variant], options or {}, where_to_get(variant)
         folder = None if weights == RANDOM else Path(weights).expanduser()
         if folder is not None and not folder.is_dir():

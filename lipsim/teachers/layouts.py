@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.weights import plain_names, renamed
 
 # What training code wraps around the weights, most wanted first: DINO's teacher and moving averages (of timm,
@@ -130,7 +131,7 @@ def tensors_of(checkpoint: Mapping[str, Any], source: Path) -> dict[str, Tensor]
         state = inner
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"expected tensors by name in {source}, got {', '.join(map(str, list(state)[:8]))}")
+        raise LipsimError(f"expected tensors by name in {source}, got {', '.join(map(str, list(state)[:8]))}")
     tensors = plain_names(tensors, source)
     if any(key.startswith("backbone.") for key in tensors):
         # Beside a backbone, DINO keeps the projection head of its training.
@@ -150,7 +151,7 @@ def vit_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     layout = next((layout for layout in LAYOUTS if layout.marker in state), None)
     if layout is None:
         markers = ", ".join(layout.marker for layout in LAYOUTS)
-        raise ValueError(
+        raise LipsimError(
             f"{source} is no vision transformer in a known layout: expected one of {markers} among its tensors, got "
             f"{', '.join(sorted(state)[:4])}, …"
         )
@@ -165,7 +166,7 @@ def vit_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     for name in [name for name in converted if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if missing := [part for part in parts if part not in converted]:
-            raise ValueError(f"the attention weights in {source} are not whole: no {missing[0]} beside {name}")
+            raise LipsimError(f"the attention weights in {source} are not whole: no {missing[0]} beside {name}")
         converted[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([converted.pop(part) for part in parts])
     for name in ("cls_token", "pos_embed"):  # without leading dimensions of 1 in some layouts
         while name in converted and converted[name].ndim < 3:
@@ -189,7 +190,7 @@ def fit(state: dict[str, Tensor], vit: VisionTransformer, source: Path) -> dict[
     bias = state.get("head.bias")
     if bias is not None and isinstance(vit.head, nn.Linear) and vit.head.bias is None:
         if bias.count_nonzero():
-            raise ValueError(f"head.bias in {source} is not 0; a CLIP's projection has no bias: take another file")
+            raise LipsimError(f"head.bias in {source} is not 0; a CLIP's projection has no bias: take another file")
         del state["head.bias"]
     positions = state.get("pos_embed")
     if positions is not None and vit.pos_embed is not None:

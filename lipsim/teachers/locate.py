@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lipsim.utils.errors import LipsimError
+
 # Files of a Hugging Face repository, in the order of preference.
 REPOSITORY_FILES = (
     "model.safetensors",
@@ -41,7 +43,7 @@ def find_weights(
     cached = [file for repository in repositories for file in _cached(path, repository)]
     if found is None and len(cached) > 1:
         places = ", ".join(map(str, cached))
-        raise ValueError(f"{path} has weights of {model} in {len(cached)} places; give one of the files: {places}")
+        raise LipsimError(f"{path} has weights of {model} in {len(cached)} places; give one of the files: {places}")
     own = [path / name for name in REPOSITORY_FILES if alone and (path / name).is_file()]
     found = found or next(iter([*cached, *own]), None)
     if found is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.weights import plain_names, read_checkpoint
 
 CONFIG = "adapter_config.json"
@@ -51,22 +52,22 @@ def merge_adapter(modules: Mapping[str, nn.Module], folder: Path, remedy: str) -
     file, factors = _read_factors(folder, remedy)
     targets = {name for name, module in modules.items() if _is_target(name, module, config)}
     if not targets:
-        raise ValueError(
+        raise LipsimError(
             f"no linear layer of the network is a target of {folder / CONFIG} ({config['target_modules']})"
         )
     missing = sorted(targets - factors.keys())
     if missing:
-        raise ValueError(
+        raise LipsimError(
             f"{file} has no factors for {len(missing)} of {len(targets)} targets (first: {missing[0]}); {remedy}"
         )
     for name, pair in factors.items():
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear) or pair.keys() != {"A", "B"}:
             fault = f"only lora_{next(iter(pair))}" if isinstance(layer, nn.Linear) else "no such linear layer"
-            raise ValueError(f"the factors for {name} in {file} do not fit the network: {fault}; {remedy}")
+            raise LipsimError(f"the factors for {name} in {file} do not fit the network: {fault}; {remedy}")
         for factor, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
             if pair[factor].shape != shape:
-                raise ValueError(
+                raise LipsimError(
                     f"expected lora_{factor} of {name} in {file} with shape {shape}, got {tuple(pair[factor].shape)}; "
                     f"the adapter was made for another network: {remedy}"
                 )
@@ -80,16 +81,16 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"it describes a {config['peft_type']} adapter")
+            raise LipsimError(f"it describes a {config['peft_type']} adapter")
         used = [option for option in _UNSUPPORTED if config.get(option)]
         if used or config.get("bias", "none") != "none":
-            raise ValueError(f"it uses {', '.join(used) or 'bias'}, which plain LoRA does not have")
+            raise LipsimError(f"it uses {', '.join(used) or 'bias'}, which plain LoRA does not have")
         if not (isinstance(config["r"], int) and config["r"] > 0 and config["target_modules"]):
-            raise ValueError(f"its rank is {config['r']} and its targets are {config['target_modules']}")
+            raise LipsimError(f"its rank is {config['r']} and its targets are {config['target_modules']}")
         config["lora_alpha"] = float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"cannot use {path}: {reason}; {remedy}") from error
+        raise LipsimError(f"cannot use {path}: {reason}; {remedy}") from error
     return config
 
 
@@ -101,12 +102,12 @@ def _read_factors(folder: Path, remedy: str) -> tuple[Path, dict[str, dict[str, 
     try:
         state = plain_names(read_checkpoint(file), file)
     except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from error
+        raise LipsimError(f"{error}; {remedy}") from error
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = _KEY.fullmatch(key)
         if match is None or not isinstance(tensor, Tensor):
-            raise ValueError(f"{key} in {file} is no factor of a LoRA adapter; {remedy}")
+            raise LipsimError(f"{key} in {file} is no factor of a LoRA adapter; {remedy}")
         factors.setdefault(match["module"], {})[match["factor"]] = tensor
     return file, factors
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lipsim.utils.errors import LipsimError
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -35,7 +37,7 @@ def add_adapter(module: nn.Module, lora: Lora) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("tuning with LoRA needs peft; install it with pip install 'lipsim[tune]'") from error
+        raise LipsimError("tuning with LoRA needs peft; install it with pip install 'lipsim[tune]'") from error
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lipsim.teachers.branch import Branch, BranchConfig
 from lipsim.teachers.layouts import TEXT_TOWER
+from lipsim.utils.errors import LipsimError
 
 # The smallest text tower, which open_clip builds beside the one that is wanted.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -28,9 +29,9 @@ class OpenClipBranch(Branch):
         name = config.model.removeprefix("open_clip/")
         described = open_clip.get_model_config(name)
         if described is None:
-            raise ValueError(f"open_clip has no model {name}; open_clip.list_models() shows its names")
+            raise LipsimError(f"open_clip has no model {name}; open_clip.list_models() shows its names")
         if config.feature not in (None, "embedding"):
-            raise ValueError(f"expected the feature 'embedding' of {config.model}, got {config.feature!r}")
+            raise LipsimError(f"expected the feature 'embedding' of {config.model}, got {config.feature!r}")
         vision = {**described["vision_cfg"], **config.options.get("vision_cfg", {}), "image_size": image_size}
         options = {**config.options, "vision_cfg": vision, "text_cfg": _NO_TEXT}
         level = logging.getLogger().level
@@ -82,14 +83,14 @@ class OpenClipBranch(Branch):
             quick = bool(described["model_cfg"].get("quick_gelu", False))
             self._normalise_by(described.get("preprocess_cfg", {}))
         except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-            raise ValueError(f"cannot read {path} ({error}); get it again, or remove it") from error
+            raise LipsimError(f"cannot read {path} ({error}); get it again, or remove it") from error
         self._check_activation(quick, path)
 
     def _check_activation(self, quick: bool, source: Path) -> None:
         """The same shapes with another activation would load, and be wrong."""
         if quick != self.quick:
             kind, other = ("QuickGELU", "with") if quick else ("GELU", "without")
-            raise ValueError(f"{source} asks for {kind}; take the name {other} -quickgelu in place of {self.model}")
+            raise LipsimError(f"{source} asks for {kind}; take the name {other} -quickgelu in place of {self.model}")
 
     def _normalise_by(self, description: Mapping[str, Any]) -> None:
         for name in ("mean", "std"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lipsim.teachers.branch import Branch, BranchConfig
 from lipsim.teachers.catalogue import BACKBONES
 from lipsim.teachers.layouts import fit, vit_state
+from lipsim.utils.errors import LipsimError
 
 
 class TimmBranch(Branch):
@@ -23,21 +24,21 @@ class TimmBranch(Branch):
         name = config.model.removeprefix("timm/") if known is None else known.timm
         defaults = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
         if defaults is None:
-            raise ValueError(
+            raise LipsimError(
                 f"expected a backbone ({', '.join(BACKBONES)}), timm/NAME or open_clip/NAME, got {config.model}"
             )
         self.feature = config.feature or (known.feature if known else "last_layer")
         options = dict(config.options)
         projection = options.pop("projection", known.projection if known else defaults.num_classes)
         if self.feature == "embedding" and not projection:
-            raise ValueError(f"{config.model} has no projection; expected another feature than 'embedding'")
+            raise LipsimError(f"{config.model} has no projection; expected another feature than 'embedding'")
         if defaults.fixed_input_size:
             options["img_size"] = image_size
         num_classes = projection if self.feature == "embedding" else 0
         backbone: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
         if self.feature in ("cls", "cls_patch"):
             if not (isinstance(backbone, VisionTransformer) and backbone.has_class_token):
-                raise ValueError(f"{config.model} has no class token; expected the feature 'last_layer'")
+                raise LipsimError(f"{config.model} has no class token; expected the feature 'last_layer'")
             backbone.norm = nn.Identity()  # not on the way to the feature
         elif self.feature == "embedding" and known:
             backbone.head = nn.Linear(backbone.num_features, projection, bias=False)

@@ -1,5 +1,6 @@
 """The three stages as LightningModules, with their losses and schedules."""
 
+import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which imports matplotlib
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.distillation import Distillation
 from lipsim.training.fine_tuning import FineTuning

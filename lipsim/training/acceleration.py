@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from lipsim.layers import ExplicitConv2d, ExplicitLinear
+from lipsim.utils.errors import LipsimError
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Acceleration:
         in_segments = self.checkpoint and own is None
         layers = list(_leaves(encoder))
         if in_segments and len(layers) == 1:
-            raise ValueError(f"expected a sequence of layers to checkpoint, got one {type(layers[0]).__name__}")
+            raise LipsimError(f"expected a sequence of layers to checkpoint, got one {type(layers[0]).__name__}")
         foreign = [type(m).__name__ for m in encoder.modules() if isinstance(m, (ExplicitConv2d, ExplicitLinear))]
         if in_segments and foreign:
-            raise ValueError(f"cannot checkpoint {foreign[0]}: its weight would not be derived a second time alike")
+            raise LipsimError(f"cannot checkpoint {foreign[0]}: its weight would not be derived a second time alike")
         segments = max(1, round(math.sqrt(len(layers))))
 
         def run(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.files import FORMAT, describe
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.schedules import Schedule
+from lipsim.utils.errors import LipsimError
 
 DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -94,7 +95,7 @@ class MetricModule(EvaluationModule):
         if total is None and self.schedule.needs_end:
             share = self._share_of_time()
             if share is None:
-                raise ValueError(
+                raise LipsimError(
                     f"{type(self.schedule).__name__} is a schedule over the whole training, and this one has no end; "
                     "give --trainer.max_time, .max_steps or .max_epochs, or take --model.schedule Constant"
                 )
@@ -136,7 +137,7 @@ class MetricModule(EvaluationModule):
             ValueError: weights are not finite; the files that are there stay.
         """
         if not self._everywhere(weights_are_finite(self)):
-            raise ValueError(
+            raise LipsimError(
                 f"weights are NaN or infinite at step {self.trainer.global_step}, so no checkpoint is written over the "
                 f"last one; {DIVERGED}"
             )
@@ -159,11 +160,11 @@ class MetricModule(EvaluationModule):
         if self._everywhere(finite):
             return
         if finite:
-            raise ValueError(f"the loss of another process is not finite at step {trainer.global_step}; {DIVERGED}")
+            raise LipsimError(f"the loss of another process is not finite at step {trainer.global_step}; {DIVERGED}")
         rank = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
         path = save_batch(self._batch, Path(trainer.default_root_dir) / f"not_finite{rank}.safetensors")
         cause = "" if weights_are_finite(self) else " as weights are already"
-        raise ValueError(
+        raise LipsimError(
             f"the loss is {float(loss.detach())} at step {trainer.global_step}{cause}; its batch is in {path}; "
             f"{DIVERGED}"
         )
@@ -198,7 +199,7 @@ def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -
         ValueError: both are given, or none.
     """
     if (module is None) == (path is None):
-        raise ValueError(
+        raise LipsimError(
             f"expected either a {role} (class_path and init_args) or a file to start from, not both or none"
         )
     if module is not None:
@@ -215,5 +216,5 @@ def image_size_of(encoder: nn.Module) -> int:
     """
     size = getattr(encoder, "image_size", None)
     if not isinstance(size, int):
-        raise ValueError(f"{type(encoder).__name__} needs an attribute image_size, the side of the images it takes")
+        raise LipsimError(f"{type(encoder).__name__} needs an attribute image_size, the side of the images it takes")
     return size

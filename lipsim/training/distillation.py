@@ -22,6 +22,7 @@ from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 
@@ -73,7 +74,7 @@ class Distillation(MetricModule):
             acceleration,
         )
         if teacher is None and cache is None:
-            raise ValueError(
+            raise LipsimError(
                 "expected a teacher, a cache of its embeddings, or both; name model.teacher or model.cache"
             )
         # In a list, so that neither checkpoints nor the optimizer see the teacher's weights.
@@ -102,7 +103,7 @@ class Distillation(MetricModule):
         if hasattr(data, "use_embeddings"):
             data.use_embeddings(self.cache)
         elif self.cache is not None:
-            raise ValueError(
+            raise LipsimError(
                 f"{type(data).__name__} has no files that a cache could be of; choose ImageFolderData, or name a "
                 "teacher without model.cache"
             )
@@ -158,7 +159,7 @@ def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, w
     if world_size == 1:
         return torch.ones(count)
     if not tells_positions(loader):
-        raise ValueError(
+        raise LipsimError(
             "nobody knows which images the validation sampler repeats on several processes; serve them in order "
             "(shuffle=False, no sampler), or validate on one process"
         )

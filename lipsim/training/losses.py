@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lipsim.certificates import linear_margin, signed_joint_radius, signed_reference_radius
 from lipsim.certificates.geometry import anchored_norm, project
+from lipsim.utils.errors import LipsimError
 
 
 class TripletLoss(ABC):
@@ -45,7 +46,7 @@ class RadiusHinge(TripletLoss):
 
     def __init__(self, target: float = 1.0, weight_by_agreement: bool = False, ramp: float = 0.0) -> None:
         if not target > 0 or not 0 <= ramp <= 1:
-            raise ValueError(f"expected a target > 0 and a ramp in [0, 1], got {target} and {ramp}")
+            raise LipsimError(f"expected a target > 0 and a ramp in [0, 1], got {target} and {ramp}")
         self.target, self.weight_by_agreement, self.ramp = target, weight_by_agreement, ramp
 
     def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
@@ -107,7 +108,7 @@ class RMSE(DistillationLoss):
 
     def __init__(self, scale: float = 1.0) -> None:
         if not scale > 0:
-            raise ValueError(f"expected a scale > 0, got {scale}")
+            raise LipsimError(f"expected a scale > 0, got {scale}")
         self.scale = scale
 
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
@@ -153,7 +154,7 @@ class ScaleFree(DistillationLoss):
 
     def __init__(self, direction: float = 1.0, relation: float = 1.0) -> None:
         if not (direction >= 0 and relation >= 0 and direction + relation > 0):
-            raise ValueError(f"expected weights ≥ 0, one of them positive, got {direction} and {relation}")
+            raise LipsimError(f"expected weights ≥ 0, one of them positive, got {direction} and {relation}")
         self.terms = [(w, loss) for w, loss in ((direction, Cosine()), (relation, Relational())) if w]
 
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
@@ -180,7 +181,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 def _check_dimensions(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
-        raise ValueError(
+        raise LipsimError(
             f"the student has {student.shape[-1]} features and the teacher {teacher.shape[-1]}; set the student's "
             "out_features to the teacher's, or distil relations only (Relational)"
         )

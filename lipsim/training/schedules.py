@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from itertools import pairwise
 
+from lipsim.utils.errors import LipsimError
+
 
 class Schedule(ABC):
     """The factor of the learning rate at a step.
@@ -52,7 +54,7 @@ class Triangular(Schedule):
 
     def __init__(self, peak: float = 0.4, knee: float = 0.8, knee_factor: float = 0.05) -> None:
         if not 0 < peak < knee < 1:
-            raise ValueError(f"expected 0 < peak < knee < 1, got peak {peak} and knee {knee}")
+            raise LipsimError(f"expected 0 < peak < knee < 1, got peak {peak} and knee {knee}")
         self.peak, self.knee, self.knee_factor = peak, knee, knee_factor
 
     def __call__(self, step: int, total: int) -> float:

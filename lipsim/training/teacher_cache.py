@@ -29,10 +29,11 @@ from lipsim.data.embeddings.cache import (
 from lipsim.data.sets.folder import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.metric import PerceptualMetric, load
-from lipsim.utils.errors import one_line
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
 from lipsim.utils.slurm import check_slurm
+from lipsim.utils.terminal import one_line
 
 # Largest relative error ‖stored − recomputed‖/‖recomputed‖ of a sound row: rounding to float16 makes up to 2⁻¹¹, other
 # kernels of the same float32 network some 1e-6, and bfloat16 has eight bits in every layer.
@@ -143,7 +144,7 @@ def write_shards(
             stored = found.astype(description.dtype)
         bad = np.flatnonzero(~np.isfinite(stored).all((1, 2)))
         if len(bad):
-            raise ValueError(
+            raise LipsimError(
                 f"the embedding of {os.fsdecode(bytes(names[rows[bad[0]]]))} is not finite in {description.dtype} (the "
                 f"teacher's values reach {np.abs(found).max():.3g}); choose --dtype float32, or another teacher"
             )

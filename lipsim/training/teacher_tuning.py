@@ -18,6 +18,7 @@ from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss
 from lipsim.training.schedules import Schedule, WarmupCosine
+from lipsim.utils.errors import LipsimError
 
 
 class TeacherTuning(MetricModule):
@@ -56,14 +57,14 @@ class TeacherTuning(MetricModule):
         acceleration: Acceleration | None = None,
     ) -> None:
         if tune not in ("all", "lora", "head"):
-            raise ValueError(f"expected to tune all, lora or head, got {tune!r}")
+            raise LipsimError(f"expected to tune all, lora or head, got {tune!r}")
         encoder = encoder_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
         elif tune == "head":
             head = getattr(encoder, "head", None)
             if not isinstance(head, nn.Module):
-                raise ValueError(f"this {type(encoder).__name__} has no head to tune; give it one, such as head: 512")
+                raise LipsimError(f"this {type(encoder).__name__} has no head to tune; give it one, such as head: 512")
             encoder.requires_grad_(False)
             head.requires_grad_(True)
         # No anchor: the teacher's embedding is on the unit sphere, and there is no bound that an anchor would serve.

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lipsim.utils.errors import LipsimError
+
 # What undoing a normalisation by mean and standard deviation may leave above 1 in float32.
 RANGE_TOLERANCE = 1e-5
 
@@ -18,18 +20,18 @@ def check_images(images: Tensor, image_size: int) -> None:
         ValueError: it is not.
     """
     if not isinstance(images, Tensor):
-        raise ValueError(
+        raise LipsimError(
             f"expected a tensor of images, got {type(images).__name__}; metric.preprocess makes one of an image"
         )
     expected = (3, image_size, image_size)
     if images.ndim != 4 or images.shape[1:] != expected:
-        raise ValueError(
+        raise LipsimError(
             f"expected images of shape (N, {', '.join(map(str, expected))}), got {tuple(images.shape)}; "
             f"{_shape_remedy(images, image_size)}"
         )
     if not images.dtype.is_floating_point:
         eight = "; divide 8-bit images by 255" if images.dtype == torch.uint8 else "; convert them"
-        raise ValueError(f"expected floating-point images in [0, 1], got {images.dtype}{eight}")
+        raise LipsimError(f"expected floating-point images in [0, 1], got {images.dtype}{eight}")
 
 
 def check_range(images: Tensor, where: str = "") -> None:
@@ -53,8 +55,10 @@ def check_range(images: Tensor, where: str = "") -> None:
         return
     if not (low > -math.inf and high < math.inf):  # NaN fails every comparison
         bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"images {bad[:8]} of the batch have NaN or infinite pixels{where}; repair or remove them")
-    raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}{where}; {_remedy(low, high)}")
+        raise LipsimError(f"images {bad[:8]} of the batch have NaN or infinite pixels{where}; repair or remove them")
+    raise LipsimError(
+        f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}{where}; {_remedy(low, high)}"
+    )
 
 
 def _shape_remedy(images: Tensor, image_size: int) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lipsim.utils.errors import LipsimError
+
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # golden-ratio increments spread (seed, index) over the 64 bits (Steele et al. 2014)
 
 
@@ -32,7 +34,7 @@ def _sample(
 ) -> Tensor:
     indices = range(len(like)) if index is None else [int(i) for i in index]
     if len(indices) != len(like):
-        raise ValueError(f"expected one index a sample, got {len(indices)} for {len(like)} samples")
+        raise LipsimError(f"expected one index a sample, got {len(indices)} for {len(like)} samples")
     noise = torch.empty(like.shape, dtype=torch.float32)
     for row, i in zip(noise, indices, strict=True):
         generator = torch.Generator().manual_seed((seed * _SEED_STRIDE + i * 0xBF58476D1CE4E5B9) % 2**63)

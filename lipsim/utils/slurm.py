@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from lipsim.utils.errors import LipsimError
+
 
 def check_slurm() -> None:
     """Refuse a SLURM environment in which Lightning could not tell which process this is.
@@ -16,9 +18,9 @@ def check_slurm() -> None:
         return
     alone = "or set SLURM_JOB_NAME=interactive to run one process here"
     if missing := [v for v in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if v not in os.environ]:
-        raise ValueError(f"SLURM_NTASKS is {tasks} and {missing[0]} is not set; start with srun, {alone}")
+        raise LipsimError(f"SLURM_NTASKS is {tasks} and {missing[0]} is not set; start with srun, {alone}")
     if tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise ValueError(
+        raise LipsimError(
             f"SLURM_NTASKS is {tasks} and SLURM_NTASKS_PER_NODE is not set; give srun or sbatch --ntasks-per-node in "
             f"place of --ntasks, and --trainer.devices the same number, {alone}"
         )

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lipsim.utils.errors import LipsimError
+
 # Modules that torch puts around others, with names reserved for them: torch.compile, FSDP, activation checkpointing.
 _TRANSPARENT = re.compile(r"(^|\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # What training code calls the model that it holds. Any model may have parts of such names: they go where all names
@@ -44,7 +46,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str, remed
     }
     found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
     if found:
-        raise ValueError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; {remedy}")
+        raise LipsimError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; {remedy}")
     module.load_state_dict(state)
 
 
@@ -72,7 +74,7 @@ def renamed(state: Mapping[str, Any], names: Mapping[str, str], source: Path) ->
     found: dict[str, str] = {}
     for key, name in names.items():
         if name in found:
-            raise ValueError(f"{source} holds {name} twice, as {found[name]} and as {key}; keep one of them")
+            raise LipsimError(f"{source} holds {name} twice, as {found[name]} and as {key}; keep one of them")
         found[name] = key
     return {name: state[key] for name, key in found.items()}
 
@@ -94,11 +96,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise LipsimError(
                 f"cannot read {path} ({_reason(error)}); it is truncated or no safetensors file: get it again"
             ) from error
     if _is_torchscript(path):
-        raise ValueError(
+        raise LipsimError(
             f"{path} is a TorchScript archive, whose weights cannot be read without its code; take the safetensors "
             "file of the same model instead (on Hugging Face, timm/ repositories have those of OpenAI's CLIP)"
         )
@@ -108,11 +110,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # on formats of old torch versions
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the pickled bytes lead it to
-        raise ValueError(f"cannot read {path}: {_fault(error)}") from error
+        raise LipsimError(f"cannot read {path}: {_fault(error)}") from error
     if (damaged := _damaged_member(path)) is not None:
-        raise ValueError(f"cannot read {path}: {damaged} in it is not what was written; get it again")
+        raise LipsimError(f"cannot read {path}: {damaged} in it is not what was written; get it again")
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"expected a mapping of names to tensors in {path}, got {type(checkpoint).__name__}")
+        raise LipsimError(f"expected a mapping of names to tensors in {path}, got {type(checkpoint).__name__}")
     return checkpoint
 
 
@@ -125,11 +127,11 @@ def check_is_binary(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(256).lstrip().lower()
     if not start:
-        raise ValueError(f"cannot read {path}: it is empty; get it again")
+        raise LipsimError(f"cannot read {path}: it is empty; get it again")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"cannot read {path}: it is a pointer of git-lfs and not the file; run git lfs pull")
+        raise LipsimError(f"cannot read {path}: it is a pointer of git-lfs and not the file; run git lfs pull")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"cannot read {path}: it is a web page and no weights; get it again")
+        raise LipsimError(f"cannot read {path}: it is a web page and no weights; get it again")
 
 
 def _is_torchscript(path: Path) -> bool:

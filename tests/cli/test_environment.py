@@ -20,7 +20,7 @@ from lipsim.cli.parser import one_line_errors
 from lipsim.metric import save
 from lipsim.results import update_results
 from lipsim.students import OrthogonalProjection
-from lipsim.utils.errors import speak_any_encoding
+from lipsim.utils.terminal import speak_any_encoding
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = """

@@ -24,7 +24,7 @@ from lipsim.cli.train import main
 from lipsim.data.sets.material import IMAGES, NUM_IMAGES
 from lipsim.metric import save
 from lipsim.results import read_results
-from lipsim.utils.errors import one_line
+from lipsim.utils.terminal import one_line
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "evaluate")

@@ -246,7 +246,7 @@ def test_export_teacher_writes_what_distillation_takes(
 ) -> None:
     folder = write_variant(tmp_path / "weights", "ensemble")
     small = DreamSim("ensemble", folder, 32, options=OPTIONS)
-    monkeypatch.setattr("lipsim.cli.teachers.DreamSim", lambda variant, weights, adapter: small)
+    monkeypatch.setattr("lipsim.cli.export_teacher.DreamSim", lambda variant, weights, adapter: small)
     with pytest.raises(SystemExit) as done:
         main(["export-teacher", "ensemble", str(tmp_path / "teacher.safetensors"), "--weights", str(folder)])
     assert done.value.code == 0

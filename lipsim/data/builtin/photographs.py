@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from lipsim.data.builtin.factors import Factor
 from lipsim.data.triplet import Split
+from lipsim.utils.errors import LipsimError
 
 FloatArray = NDArray[np.float32]
 
@@ -100,7 +100,7 @@ def photograph_path(name: str) -> Path:
     """
     names = [known for names in PHOTOGRAPHS.values() for known in names]
     if name not in names:
-        raise ValueError(f"expected one of the photographs {', '.join(names)}, got {name!r}")
+        raise LipsimError(f"expected one of the photographs {', '.join(names)}, got {name!r}")
     package, folder = _FOLDERS.get(name, ("skimage", "data"))
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -150,6 +150,8 @@ def render_photograph(parameters: PhotographParameters, image_size: int) -> Floa
     warp_rng, noise_rng = np.random.default_rng(parameters.seed).spawn(2)
     image = _crop(parameters, image_size, warp_rng)
     if parameters.blur * image_size > 0.1:  # below a tenth of a pixel the kernel is a delta
+        from scipy.ndimage import gaussian_filter  # slow to import, for photographs alone
+
         image = gaussian_filter(image, sigma=parameters.blur * image_size, axes=(0, 1), mode="reflect")
     opponent = image @ _TO_OPPONENT.T
     mean = opponent[..., 0].mean()

@@ -29,6 +29,7 @@ from lipsim.data.builtin.photographs import (
 )
 from lipsim.data.builtin.scenes import SCENE_FACTORS, SceneParameters, render_scene
 from lipsim.data.triplet import Split, Triplet
+from lipsim.utils.errors import LipsimError
 
 MIN_IMAGE_SIZE = 16
 # Odd, so that no vote is tied, and every majority is defined.
@@ -175,17 +176,17 @@ class BuiltinTriplets(Dataset[Triplet]):
         progress: Callable[[int], None] | None = None,
     ) -> None:
         if split not in PHOTOGRAPHS:
-            raise ValueError(f"expected a split among {', '.join(PHOTOGRAPHS)}, got {split!r}")
+            raise LipsimError(f"expected a split among {', '.join(PHOTOGRAPHS)}, got {split!r}")
         if num_triplets < 1:
-            raise ValueError(f"expected num_triplets of at least 1, got {num_triplets}")
+            raise LipsimError(f"expected num_triplets of at least 1, got {num_triplets}")
         if image_size < MIN_IMAGE_SIZE:
-            raise ValueError(f"expected an image_size of at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
+            raise LipsimError(f"expected an image_size of at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
         if not 0 <= photograph_share <= 1:
-            raise ValueError(f"expected a photograph_share in [0, 1], got {photograph_share}")
+            raise LipsimError(f"expected a photograph_share in [0, 1], got {photograph_share}")
         if seed < 0:
-            raise ValueError(f"expected a seed of at least 0, got {seed}")
+            raise LipsimError(f"expected a seed of at least 0, got {seed}")
         if num_workers < 0:
-            raise ValueError(f"expected num_workers of at least 0, got {num_workers}")
+            raise LipsimError(f"expected num_workers of at least 0, got {num_workers}")
         self.split = split
         recipes = _Recipes(split, num_triplets, image_size, photograph_share, seed)
         rendered = _cached(recipes)

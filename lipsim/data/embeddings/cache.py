@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lipsim.data.sets.folder import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import state_fingerprint
 from lipsim.utils.paths import user_path
 
@@ -70,7 +71,7 @@ class CacheDescription:
         _ = self.transform  # refuses impossible sizes
         for given, known in ((self.dtype, DTYPES), (self.precision, PRECISIONS)):
             if given not in known:
-                raise ValueError(f"expected {' or '.join(known)}, got {given!r}")
+                raise LipsimError(f"expected {' or '.join(known)}, got {given!r}")
 
     @property
     def transform(self) -> CentralCrop:
@@ -91,10 +92,10 @@ class CacheDescription:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT or content.pop("version") > VERSION:
-                raise ValueError("another format, or of a newer version of lipsim")
+                raise LipsimError("another format, or of a newer version of lipsim")
             return cls(**content | {"views": tuple(content["views"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"cannot read {file} ({error}); make the cache again with {COMMAND}") from error
+            raise LipsimError(f"cannot read {file} ({error}); make the cache again with {COMMAND}") from error
 
     def write(self, folder: Path) -> None:
         """Write ``cache.json``, replacing it as a whole."""
@@ -111,7 +112,7 @@ class CacheDescription:
         ours, theirs = asdict(self), asdict(other)
         differing = [f"{name} {ours[name]} instead of {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if differing:
-            raise ValueError(f"the cache {folder} has {'; '.join(differing)}; give its options, or another --output")
+            raise LipsimError(f"the cache {folder} has {'; '.join(differing)}; give its options, or another --output")
 
 
 class EmbeddingCache:
@@ -188,7 +189,7 @@ class EmbeddingCache:
             ValueError: its ``content`` has another SHA-256.
         """
         if hashlib.sha256(content).digest() != self.sha256[row].tobytes():
-            raise ValueError(
+            raise LipsimError(
                 f"{file} is not the image whose embedding is in the cache {self.folder}: its content differs; restore "
                 f"it, or delete {index_file(self.folder, int(self._shard[row])).name} there and run {COMMAND} again"
             )
@@ -201,7 +202,7 @@ class EmbeddingCache:
         """
         found = teacher_fingerprint(encoder)
         if found != self.description.teacher:
-            raise ValueError(
+            raise LipsimError(
                 f"the cache {self.folder} is of another teacher ({self.description.encoder} "
                 f"{self.description.teacher[:12]}) than {name} ({type(encoder).__name__} {found[:12]}); name that one, "
                 f"or make a cache of this one with {COMMAND}"
@@ -215,13 +216,13 @@ class EmbeddingCache:
         """
         ours, theirs = repr(images.transform), repr(self.description.transform)
         if ours != theirs:
-            raise ValueError(
+            raise LipsimError(
                 f"the cache {self.folder} is of images under {theirs}, the data has {ours}; "
                 f"set image_size and resize of the data alike, or make another cache with {COMMAND}"
             )
         lacking = [view for view in images.views if view not in self.description.views]
         if lacking:
-            raise ValueError(
+            raise LipsimError(
                 f"the cache {self.folder} has the views {', '.join(self.description.views)} and lacks "
                 f"{', '.join(lacking)}; leave them out of data.views, or make another cache with {COMMAND} --views"
             )
@@ -248,7 +249,7 @@ class EmbeddingCache:
         try:
             index: np.ndarray = np.load(index_file(self.folder, number), allow_pickle=False)
             if index.dtype.names != _index_type(1).names:
-                raise ValueError(f"unknown columns {index.dtype.names}")
+                raise LipsimError(f"unknown columns {index.dtype.names}")
         except (OSError, ValueError) as error:
             raise self._damaged(number, str(error)) from error
         return index

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from lipsim.data.embeddings.cache import COMMAND, EmbeddingCache
 from lipsim.data.sets.folder import VIEWS, FolderImages
 from lipsim.data.transforms import load_image
+from lipsim.utils.errors import LipsimError
 
 CHECKED_FILES = 32  # when a set is opened; every file is checked whenever it is read
 
@@ -42,7 +43,7 @@ class EmbeddedFolder(Dataset[EmbeddedImages]):
         self.rows = cache.find(np.strings.add(os.fsencode(prefix), images.names))
         lacking = np.flatnonzero(self.rows < 0)
         if len(lacking):
-            raise ValueError(
+            raise LipsimError(
                 f"{len(lacking)} of {len(images)} images in {images.folder} are not in the cache {cache.folder} "
                 f"(first: {prefix}{os.fsdecode(bytes(images.names[lacking[0]]))}); run {COMMAND} again with the folder "
                 "of data.root as --images, it embeds what is missing"

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lipsim.data.transforms import load_image
 from lipsim.data.triplet import Triplet
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 SUBSETS = {
@@ -53,10 +54,10 @@ class BappsTriplets(Dataset[Triplet]):
         subsets: Sequence[str] | None = None,
     ) -> None:
         if part not in SUBSETS:
-            raise ValueError(f"expected a part among {', '.join(SUBSETS)}, got {part!r}")
+            raise LipsimError(f"expected a part among {', '.join(SUBSETS)}, got {part!r}")
         names = list(dict.fromkeys(SUBSETS[part] if subsets is None else subsets))
         if not names:
-            raise ValueError("expected at least one subset of BAPPS, got none")
+            raise LipsimError("expected at least one subset of BAPPS, got none")
         self.root, self.preprocess = user_path(root), preprocess
         by_subset = [_list_subset(self.root, part, name) for name in names]
         self.files = [files for listed in by_subset for files in listed]
@@ -103,9 +104,9 @@ def read_judge(path: str | Path) -> float:
         value = np.load(path, allow_pickle=False)
         vote = float(value.astype(np.float64).item())
     except (ValueError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise ValueError(f"cannot read the judgement {path} ({error}); download it again") from error
+        raise LipsimError(f"cannot read the judgement {path} ({error}); download it again") from error
     if not 0 <= vote <= 1:
-        raise ValueError(f"expected a fraction of the judges in {path}, got {vote}; download it again")
+        raise LipsimError(f"expected a fraction of the judges in {path}, got {vote}; download it again")
     return vote
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as F
 
 from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 # In any case. What has another ending is no image.
@@ -22,7 +22,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".t
 
 # The views of an image that a student may be shown, functions of ``(…, 3, S, S)``. A teacher's embedding belongs to one
 # of them, so each is exact: what is random about a view is which one it is.
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda images: images, "flip": F.horizontal_flip}
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda images: images, "flip": lambda images: images.flip(-1)}
 
 
 class FolderImages(Dataset[Tensor]):
@@ -151,4 +151,4 @@ def check_views(views: Sequence[str]) -> None:
         ValueError: they are.
     """
     if not views or len(set(views)) < len(views) or not set(views) <= VIEWS.keys():
-        raise ValueError(f"expected some of the views {', '.join(VIEWS)}, each once, got {', '.join(views) or 'none'}")
+        raise LipsimError(f"expected some of the views {', '.join(VIEWS)}, each once, got {', '.join(views) or 'none'}")

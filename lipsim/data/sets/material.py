@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lipsim.data.transforms import Preprocess, load_image
 from lipsim.data.triplet import SharedTriplet
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 IMAGES = "data/havran1_ennis_298x298_LDR"
@@ -81,7 +82,7 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
     if not files:
         raise FileNotFoundError(_missing(root, f"{IMAGES}/*.jpg"))
     if len(files) != NUM_IMAGES:
-        raise ValueError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
+        raise LipsimError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
     preprocess = Preprocess(image_size)
     return torch.stack([load_image(file, preprocess) for file in files]), [file.name for file in files]
 
@@ -110,9 +111,9 @@ def load_material_answers(
         ids = np.asarray(content[f"answers{suffix}"], dtype=np.int64).reshape(-1, 3)
         votes = np.asarray(content[f"agreement{suffix}"], dtype=np.float64).reshape(-1, 2)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not in the published layout ({error!r}); clone the repository again") from error
+        raise LipsimError(f"{file} is not in the published layout ({error!r}); clone the repository again") from error
     if len(ids) != len(votes) or not len(ids) or ids.min() < 0 or ids.max() >= NUM_IMAGES or (votes.sum(1) <= 0).any():
-        raise ValueError(f"{file} is not in the published layout (counts or indices do not match); clone it again")
+        raise LipsimError(f"{file} is not in the published layout (counts or indices do not match); clone it again")
     right_share = votes[:, 1] / votes.sum(1)
     swap = np.random.default_rng(seed).random(len(ids)) < 0.5
     ids = np.where(swap[:, None], ids[:, [0, 2, 1]], ids)
@@ -150,7 +151,7 @@ def split_material(
     unseen = torch.isin(answers.ids, torch.tensor(held_out, dtype=torch.int64)).any(1)
     rest = torch.from_numpy(rng.permutation((~unseen).nonzero().flatten().numpy()))
     if len(rest) <= num_triplets:
-        raise ValueError(f"{num_triplets} validation triplets and {num_materials} materials leave nothing to train on")
+        raise LipsimError(f"{num_triplets} validation triplets and {num_materials} materials leave nothing to train on")
     return MaterialSplit(
         train=answers.select(rest[num_triplets:]),
         triplets=answers.select(rest[:num_triplets]),

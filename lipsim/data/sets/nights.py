@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from lipsim.data.transforms import load_image, missing_files
 from lipsim.data.triplet import Split, Triplet
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 TABLE = "data.csv"
@@ -65,11 +66,11 @@ class NightsTriplets(Dataset[Triplet]):
         self, root: str | Path, split: Split, preprocess: Callable[[Image.Image], Tensor], *, min_votes: int = MIN_VOTES
     ) -> None:
         if split not in get_args(Split):
-            raise ValueError(f"expected a split among {', '.join(get_args(Split))}, got {split!r}")
+            raise LipsimError(f"expected a split among {', '.join(get_args(Split))}, got {split!r}")
         self.root, self.split, self.preprocess = user_path(root), split, preprocess
         self.rows = read_nights(root, split, min_votes)
         if not self.rows:
-            raise ValueError(f"{self.root / TABLE} has no row of the split {split!r} with {min_votes} votes or more")
+            raise LipsimError(f"{self.root / TABLE} has no row of the split {split!r} with {min_votes} votes or more")
         missing = missing_files(self.root, (path for row in self.rows for path in row.paths))
         if missing:
             raise FileNotFoundError(_missing(self.root, f"{len(missing)} images ({missing[0]}, …)"))
@@ -108,35 +109,35 @@ def read_nights(root: str | Path, split: Split, min_votes: int = MIN_VOTES) -> l
             reader = csv.DictReader(stream)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
-                raise ValueError(f"it has no column {', '.join(missing)}")
+                raise LipsimError(f"it has no column {', '.join(missing)}")
             for line in reader:
                 try:
                     if line["split"] not in get_args(Split):
-                        raise ValueError(f"split is {line['split']!r}")
+                        raise LipsimError(f"split is {line['split']!r}")
                     votes = float(line["votes"])
                     if not votes >= 0:
-                        raise ValueError(f"votes is {line['votes']!r}")
+                        raise LipsimError(f"votes is {line['votes']!r}")
                     if line["split"] == split and votes >= min_votes:
                         rows.append(_row(line))
                 except (ValueError, TypeError) as error:  # TypeError: the line is short, its cells are None
-                    raise ValueError(f"line {reader.line_num}: {error}") from error
+                    raise LipsimError(f"line {reader.line_num}: {error}") from error
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file} is not in the published layout ({error}); download it again") from error
+        raise LipsimError(f"{file} is not in the published layout ({error}); download it again") from error
     return rows
 
 
 def _row(line: dict[str, str]) -> NightsRow:
     if None in line.values():
-        raise ValueError("the line ends early")
+        raise LipsimError("the line ends early")
     left, right = float(line["left_vote"]), float(line["right_vote"])
     if {left, right} != {0.0, 1.0}:
-        raise ValueError(f"expected one winner, got left_vote {line['left_vote']} and right_vote {line['right_vote']}")
+        raise LipsimError(f"expected one winner, got left_vote {line['left_vote']} and right_vote {line['right_vote']}")
     is_imagenet = _BOOLEANS.get(line["is_imagenet"].lower())
     if is_imagenet is None:
-        raise ValueError(f"is_imagenet is {line['is_imagenet']!r}")
+        raise LipsimError(f"is_imagenet is {line['is_imagenet']!r}")
     reference, left_path, right_path = line["ref_path"], line["left_path"], line["right_path"]
     if not (reference and left_path and right_path):
-        raise ValueError("a path is empty")
+        raise LipsimError("a path is empty")
     return NightsRow(line["id"], right, int(float(line["votes"])), (reference, left_path, right_path), is_imagenet)
 
 

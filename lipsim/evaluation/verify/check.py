@@ -27,6 +27,7 @@ from lipsim.evaluation.verify.controls import Control, linear_controls, mutant_c
 from lipsim.evaluation.verify.tight import tight_controls
 from lipsim.layers import exact_copy
 from lipsim.metric import PerceptualMetric
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 _BOXES: tuple[Box, ...] = (None, (0.0, 1.0))
@@ -128,7 +129,7 @@ def verify(
     say = progress or (lambda _: None)
     metric.check_precision()
     if not math.isfinite(metric.lipschitz):
-        raise ValueError("this metric has no Lipschitz bound, so it certifies nothing and there is nothing to verify")
+        raise LipsimError("this metric has no Lipschitz bound, so it certifies nothing and there is nothing to verify")
     encoder = exact_copy(metric.encoder)
     exact = PerceptualMetric(encoder, metric.image_size, metric.anchor, lipschitz=metric.lipschitz)
     device = next((p.device for p in metric.parameters()), torch.device("cpu"))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
 
 from lipsim import audit
 from lipsim.audit import lower_bounds
@@ -85,6 +84,8 @@ def mutant_controls(metric: PerceptualMetric, images: Images, seed: int = 0) -> 
         images: reference, left and right, ``(N, 3, H, W)`` float64; few suffice.
         seed: of the attacks.
     """
+    from torchvision.transforms import Normalize  # seconds to import
+
     scaled, name = _scaled(metric)
     deviation = Normalize([0.5] * 3, [0.226] * 3)
     # As long as the features: a smaller fault drowns where these are long, and no attack could see it.

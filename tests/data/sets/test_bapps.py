@@ -19,7 +19,7 @@ from lipsim.datamodules import BappsData
 from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
-from lipsim.utils.errors import one_line
+from lipsim.utils.terminal import one_line
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

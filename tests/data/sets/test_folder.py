@@ -15,7 +15,7 @@ from lipsim.data.sets.folder import FolderImages, list_images
 from lipsim.data.sets.nights import NightsTriplets
 from lipsim.data.transforms import Preprocess
 from lipsim.datamodules import ImageFolderData, NightsData
-from lipsim.utils.errors import one_line
+from lipsim.utils.terminal import one_line
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lipsim.metric import save
 from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
-from lipsim.utils.errors import one_line
+from lipsim.utils.terminal import one_line
 
 ROOT = Path(__file__).parents[3]
 
