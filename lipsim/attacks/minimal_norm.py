@@ -228,7 +228,8 @@ class _Search:
 
     def _part_norms(self, delta: Tensor) -> Tensor:
         """ℓ2 norms of the parts, ``(N, parts)``."""
-        return torch.linalg.vector_norm(delta.reshape(len(delta), self.parts, -1), dim=2)
+        norms: Tensor = torch.linalg.vector_norm(delta.reshape(len(delta), self.parts, -1), dim=2)
+        return norms
 
     def _spread(self, scalars: Tensor) -> Tensor:
         """``(N, parts)`` as something that broadcasts over the images."""

@@ -31,7 +31,8 @@ def sample_norm(delta: Tensor, norm: Norm = 2, parts: int = 1) -> Tensor:
         norms = (split != 0).any(1).flatten(1).sum(1).to(delta.dtype)
     else:
         norms = torch.linalg.vector_norm(split.flatten(1), ord=math.inf if norm == "inf" else 2, dim=1)
-    return norms.view(-1, parts).amax(1)
+    largest: Tensor = norms.view(-1, parts).amax(1)
+    return largest
 
 
 def expand(scalar: Tensor, like: Tensor) -> Tensor:
@@ -138,7 +139,8 @@ class Ball:
 
     def split(self, x: Tensor) -> Tensor:
         """``(N, parts·C, …)`` as ``(N·parts, C, …)``."""
-        return x.unflatten(1, (self.parts, -1)).flatten(0, 1)
+        split: Tensor = x.unflatten(1, (self.parts, -1)).flatten(0, 1)
+        return split
 
     def _keep_pixels(self, delta: Tensor, x: Tensor) -> Tensor:
         """The ``eps`` pixels whose change, clipped to the box, saves most of the squared distance to the target."""

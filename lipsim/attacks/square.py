@@ -160,7 +160,8 @@ def _bump(side: int, like: Tensor) -> Tensor:
     upper = side // 2
     halves = [sign * _pyramid(rows, side, like) for rows, sign in ((upper, 1.0), (side - upper, -1.0)) if rows]
     bump = torch.cat(halves)
-    return bump / bump.norm()
+    unit: Tensor = bump / bump.norm()
+    return unit
 
 
 def _pyramid(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -170,7 +171,8 @@ def _pyramid(rows: int, columns: int, like: Tensor) -> Tensor:
     furthest = max(rows, columns) // 2
     terms = torch.arange(1, furthest + 2, dtype=like.dtype, device=like.device).square().reciprocal()
     pyramid = terms.flip(0).cumsum(0).flip(0)[torch.maximum(i, j)]
-    return pyramid / pyramid.norm()
+    unit: Tensor = pyramid / pyramid.norm()
+    return unit
 
 
 def _corners(numbers: Tensor, side: int, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,8 @@ def largest_feature_error(
 def _errors(encoder: nn.Module, exact: nn.Module, x: Tensor) -> Tensor:
     """``‖f(x) − f64(x)‖``, ``(N,)`` in float64; ``exact`` is the encoder's copy in float64."""
     parts = [encoder(part).double() - exact(part.double()) for part in x.split(_BATCH)]
-    return torch.linalg.vector_norm(torch.cat(parts), dim=-1)
+    errors: Tensor = torch.linalg.vector_norm(torch.cat(parts), dim=-1)
+    return errors
 
 
 def _constants(size: int, count: int, generator: torch.Generator) -> Tensor:

@@ -99,9 +99,10 @@ def _push_forward(function: Function, x: Tensor, direction: Tensor) -> Tensor:
     with warnings.catch_warnings():
         # The first call loads derivatives that torch compiles with what it deprecates itself.
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-        return torch.func.jvp(function, (x,), (direction,))[1]
+        derivative: Tensor = torch.func.jvp(function, (x,), (direction,))[1]
+    return derivative
 
 
 def _unit(x: Tensor) -> Tensor:
-    norm = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+    norm: Tensor = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
     return x / norm.clamp(min=torch.finfo(x.dtype).tiny)

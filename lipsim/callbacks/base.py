@@ -246,7 +246,7 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def first_images(loader: DataLoader, count: int) -> Tensor:
+def first_images(loader: DataLoader[Any], count: int) -> Tensor:
     """About ``count`` images ``(M, 3, H, W)`` from the start of a loader's data set, whatever its sampler does.
 
     Of triplets all three images, references and candidates alike.

@@ -83,7 +83,8 @@ class StageParser(LightningArgumentParser):
             ValueError: the config has signs that this encoding lacks; the message says what to do.
         """
         try:
-            return super().parse_path(path, *args, **kwargs)
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+            return parsed
         except UnicodeDecodeError as error:
             raise LipsimError(
                 f"cannot read the config {os.fspath(path)} as {error.encoding} ({error.reason}); save it as UTF-8 and "

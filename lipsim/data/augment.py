@@ -38,8 +38,10 @@ def reflect(images: Tensor, reflections: Tensor) -> Tensor:
 
     The answer to "which is more alike?" stays where all images of a triplet undergo the same.
     """
-    for column, change in enumerate((lambda t: t.flip(3), lambda t: t.flip(2), lambda t: t.transpose(2, 3))):
-        images = torch.where(reflections[:, column].view(-1, 1, 1, 1), change(images), images)
+    horizontal, vertical, transposed = reflections.view(-1, 3, 1, 1, 1).unbind(1)
+    images = torch.where(horizontal, images.flip(3), images)
+    images = torch.where(vertical, images.flip(2), images)
+    images = torch.where(transposed, images.transpose(2, 3), images)
     return images
 
 

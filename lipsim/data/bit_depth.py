@@ -117,7 +117,8 @@ class DeepImage:
         if not self.has_transparency_data:
             return values
         colours, alpha = values[..., :-1], values[..., -1:]
-        return np.clip((colours if self.premultiplied else alpha * colours) + (1 - alpha), 0, 1)
+        composite: np.ndarray = np.clip((colours if self.premultiplied else alpha * colours) + (1 - alpha), 0, 1)
+        return composite
 
     def to_pil(self) -> Image.Image:
         """RGB rounded to eight bits, for what works in eight bits."""

@@ -16,7 +16,8 @@ def images_of(batch: Any) -> Tensor:
     """All images of a batch, ``(M, 3, H, W)``: of triplets, of ``(images, labels)``, or the batch itself."""
     if isinstance(batch, Triplet):
         return torch.cat(batch.images())
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+    images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return images
 
 
 def check_images(batch: Any) -> None:

@@ -309,7 +309,8 @@ def data_fingerprint(loader: DataLoader[Any]) -> str:
 def _manifest(dataset: Dataset[Any]) -> Sequence[str]:
     """Lines that say what a set consists of, through torch's subsets and concatenations."""
     if hasattr(dataset, "manifest"):
-        return dataset.manifest()
+        lines: Sequence[str] = dataset.manifest()
+        return lines
     if isinstance(dataset, Subset):
         return [f"{list(map(int, dataset.indices))} of", *_manifest(dataset.dataset)]
     if isinstance(dataset, ConcatDataset):

@@ -257,7 +257,8 @@ class CentralCrop:
             # The long side is rounded down, as torchvision's Resize has it.
             size = [self.resize * side // min(x.shape[1:]) for side in x.shape[1:]]
             x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        return center_crop(x, [self.image_size, self.image_size])
+        cropped: Tensor = center_crop(x, [self.image_size, self.image_size])
+        return cropped
 
     def __repr__(self) -> str:
         return f"CentralCrop(image_size={self.image_size}, resize={self.resize})"

@@ -249,9 +249,10 @@ def weights_are_finite(module: nn.Module) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in (*module.parameters(), *module.buffers()))
 
 
-def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader]:
+def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader[Any]]:
     """The data loaders of the evaluation that is running."""
-    return tree_flatten(_loaders(trainer))[0]
+    loaders: list[DataLoader[Any]] = tree_flatten(_loaders(trainer))[0]
+    return loaders
 
 
 def _loaders(trainer: L.Trainer) -> Any:

@@ -52,7 +52,8 @@ class GroupSort(LipschitzLayer):
         group = self.group_size or x.shape[1]
         if x.shape[1] % group:
             raise LipsimError(f"expected channels that groups of {group} divide, got {x.shape[1]}")
-        return x.unflatten(1, (-1, group)).sort(dim=2).values.flatten(1, 2)
+        sorted_groups: Tensor = x.unflatten(1, (-1, group)).sort(dim=2).values.flatten(1, 2)
+        return sorted_groups
 
     def lipschitz_bound(self) -> float:
         return 1.0

@@ -206,7 +206,7 @@ class _Bjorck(nn.Module):
 
         # A bound from above. Without a gradient: the iteration takes any scale out again.
         bound = gram_iteration_bound(weight.detach().flatten(1)[..., None, None])
-        orthonormal = bjorck_normalization(weight * (1.5 / bound).clamp(max=1), self.eps)
+        orthonormal: Tensor = bjorck_normalization(weight * (1.5 / bound).clamp(max=1), self.eps)
         self._w_bjorck = orthonormal.data
         return orthonormal
 

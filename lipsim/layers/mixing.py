@@ -58,7 +58,8 @@ class ResidualMixing(Branches):
         if change.shape != x.shape:
             raise LipsimError(f"expected a block that keeps the shape {tuple(x.shape)}, got {tuple(change.shape)}")
         # Not lerp: autocast leaves the block's output in another dtype than its input.
-        return (1 - share) * x + share * change
+        mixed: Tensor = (1 - share) * x + share * change
+        return mixed
 
     def branches(self) -> dict[str, nn.Module]:
         return {"block": self.block}

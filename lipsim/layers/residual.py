@@ -189,7 +189,7 @@ def residual_bound(weight: Tensor, output: Tensor, gain: Any, norm: float, taps:
     )
     cosine = torch.stack(list(units)).prod(0).sum(1)
     scale = torch.where(nonzero, -cosine * (output_length / torch.where(nonzero, length, 1.0)) / 2, 0.0)
-    c = gain(scale) * _ROUND_UP
+    c: float = gain(scale) * _ROUND_UP
     if not torch.isfinite(scale).all() or (scale < 0).any() or not math.isfinite(c):
         return math.inf
     # What float32 rounding leaves of U + 2TW is another map R, and ‖RᵀΛW‖ ≤ ‖T^(−1/2) R‖·‖T^(1/2) W‖, where the last
@@ -215,7 +215,8 @@ def _fused(x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, padding: int
         # A custom function is not autocast; the residual stream is in half precision as well.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, kernel, bias, output = (t.to(dtype) for t in (x, kernel, bias, output))
-    return _FusedResidual.apply(x, kernel, bias, output, padding, out_padding)[0]
+    updated: Tensor = _FusedResidual.apply(x, kernel, bias, output, padding, out_padding)[0]
+    return updated
 
 
 class _FusedResidual(torch.autograd.Function):

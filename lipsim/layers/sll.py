@@ -114,7 +114,7 @@ class _Gram(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (weight,) = ctx.saved_tensors
         with torch.autocast(weight.device.type, enabled=False):
-            half = (tangent.to(ctx.dtype) @ weight.to(ctx.dtype).mT).to(weight.dtype)
+            half: Tensor = (tangent.to(ctx.dtype) @ weight.to(ctx.dtype).mT).to(weight.dtype)
         return half + half.mT
 
 

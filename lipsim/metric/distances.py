@@ -19,7 +19,8 @@ _WINDOW = 11
 
 def pixel_l2(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distance of the pixels, ``(N, 3, H, W)`` twice to ``(N,)``."""
-    return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
+    distance: Tensor = torch.linalg.vector_norm((x - y).flatten(1), dim=1)
+    return distance
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

@@ -159,7 +159,8 @@ class PerceptualMetric(nn.Module):
         self.check_images(x, check_range=check_range)
         if any(getattr(module, "inplace", False) for module in self.encoder.modules()):
             x = x.clone()  # the first layer, or one behind views of the images, would change the caller's
-        return self.encoder(x)
+        features: Tensor = self.encoder(x)
+        return features
 
     def forward(self, x: Tensor, y: Tensor, *, check_range: bool = True) -> Tensor:
         """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)`` in [0, 1].

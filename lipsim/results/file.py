@@ -90,7 +90,7 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no results at {path}; a test run writes them")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise LipsimError(f"{path} is no JSON ({error}); remove it and run the test again") from error
     if results.get("schema") != SCHEMA:

@@ -49,7 +49,8 @@ class Run:
 
     def sets(self, section: str) -> Mapping[str, Any]:
         """Test set → scores of a section; empty where it was not measured."""
-        return self.results.get(section, {}).get("sets", {})
+        scores: Mapping[str, Any] = self.results.get(section, {}).get("sets", {})
+        return scores
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ def certified_curve(rows: Mapping[str, np.ndarray], column: str, eps: np.ndarray
     """Certified majority score at each ε from the columns of radii.csv."""
     untied = rows["right_vote"] != 0.5
     agree = ((rows["margin"] > 0) & (rows["right_vote"] < 0.5)) | ((rows["margin"] < 0) & (rows["right_vote"] > 0.5))
-    return (agree[untied, None] & (rows[column][untied, None] > eps)).mean(0)
+    scores: np.ndarray = (agree[untied, None] & (rows[column][untied, None] > eps)).mean(0)
+    return scores
 
 
 def score_rows(scores: Mapping[str, tuple[float, Mapping[str, float]]]) -> list[Row]:

@@ -82,7 +82,8 @@ class Ensemble(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """The same as ``forward``."""
-        return self(x)
+        embedding: Tensor = self(x)
+        return embedding
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the input of each block alone in training, and compute the rest again in the backward pass."""
@@ -171,4 +172,5 @@ class ResidualHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(…, D)`` to the same."""
-        return x + self.fc2(F.relu(self.fc1(x)))
+        output: Tensor = x + self.fc2(F.relu(self.fc1(x)))
+        return output

@@ -79,7 +79,7 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} of a LoRA adapter in {folder}; {remedy}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if config.get("peft_type", "LORA") != "LORA":
             raise LipsimError(f"it describes a {config['peft_type']} adapter")
         used = [option for option in _UNSUPPORTED if config.get(option)]

@@ -77,6 +77,8 @@ def _is_adapted(module: nn.Module) -> bool:
 def _plain(layer: Any) -> nn.Module:
     """The layer under peft's, with merged weights."""
     if hasattr(layer, "unload_and_optionally_merge_module"):  # attention of torch, whose weights are not in layers
-        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-    layer.merge(safe_merge=True)
-    return layer.get_base_layer()
+        plain: nn.Module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+    else:
+        layer.merge(safe_merge=True)
+        plain = layer.get_base_layer()
+    return plain

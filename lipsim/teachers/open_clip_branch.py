@@ -58,7 +58,8 @@ class OpenClipBranch(Branch):
         return any(isinstance(module, QuickGELU) for module in self.backbone.modules())
 
     def tokens(self, x: Tensor) -> Tensor:
-        return self.backbone(x).unsqueeze(1)
+        features: Tensor = self.backbone(x)
+        return features.unsqueeze(1)
 
     def fitted(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
         self._follow(file)

@@ -58,7 +58,8 @@ class TimmBranch(Branch):
 
     def tokens(self, x: Tensor) -> Tensor:
         if self.feature not in ("cls", "cls_patch"):
-            return self.backbone(x).unsqueeze(1)
+            features: Tensor = self.backbone(x)
+            return features.unsqueeze(1)
         ((patches, prefix),) = self.backbone.forward_intermediates(  # type: ignore[operator]
             x, indices=1, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )

@@ -15,7 +15,7 @@ from lipsim.data.augment import ColorJitter
 from lipsim.data.check import images_of
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedImages
-from lipsim.data.loading import tells_positions
+from lipsim.data.loading import num_samples, tells_positions
 from lipsim.evaluation.module import Evaluation, evaluation_loaders
 from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
@@ -165,7 +165,8 @@ def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, w
         )
     assert loader.batch_size is not None
     place = (batch_idx * loader.batch_size + torch.arange(count)) * world_size + rank
-    return (place < len(loader.dataset)).float()  # type: ignore[arg-type]
+    own: Tensor = place < num_samples(loader)
+    return own.float()
 
 
 def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:

@@ -113,7 +113,8 @@ class RMSE(DistillationLoss):
 
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
         _check_dimensions(student, teacher)
-        return _norm(student - self.scale * teacher) / student.numel() ** 0.5
+        loss: Tensor = _norm(student - self.scale * teacher) / student.numel() ** 0.5
+        return loss
 
 
 class Cosine(DistillationLoss):
@@ -176,7 +177,8 @@ def pairwise_distances(z: Tensor, anchor: float) -> Tensor:
 
 def _norm(tensor: Tensor) -> Tensor:
     """ℓ2 norm of all elements, whose gradient at 0 is 0; that of a root of a mean of squares is NaN there."""
-    return torch.linalg.vector_norm(tensor)
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm
 
 
 def _check_dimensions(student: Tensor, teacher: Tensor) -> None:

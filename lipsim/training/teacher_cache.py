@@ -281,7 +281,8 @@ def _errors(
     stored = np.stack([cache.embeddings(int(row)) for row in rows]).astype(np.float32)
     norm = np.maximum(np.linalg.norm(again, axis=2), np.finfo(np.float32).tiny)
     errors: np.ndarray = np.linalg.norm(stored - again, axis=2) / norm
-    return errors.max(1)
+    largest: np.ndarray = errors.max(1)
+    return largest
 
 
 def _fault(what: str, names: np.ndarray) -> list[str]:

@@ -200,10 +200,12 @@ def _bilinear(image: FloatArray, row: NDArray[np.floating], column: NDArray[np.f
     down, across = (row - top)[..., None], (column - left)[..., None]
     upper = image[top, left] * (1 - across) + image[top, left + 1] * across
     lower = image[top + 1, left] * (1 - across) + image[top + 1, left + 1] * across
-    return (upper * (1 - down) + lower * down).astype(np.float32)
+    values: FloatArray = (upper * (1 - down) + lower * down).astype(np.float32)
+    return values
 
 
 def _mirror(position: NDArray[np.floating], side: int) -> NDArray[np.floating]:
     """Positions folded into [0, side - 1]."""
     folded = np.abs(position) % (2 * (side - 1))
-    return np.minimum(folded, 2 * (side - 1) - folded)
+    mirrored: NDArray[np.floating] = np.minimum(folded, 2 * (side - 1) - folded)
+    return mirrored

@@ -201,7 +201,8 @@ def _shade(parameters: SceneParameters, leaves: _Leaves, owner: NDArray[np.intp]
     grid = (np.arange(side, dtype=np.float32) + 0.5) / side
     phase = wave_x[owner] * grid + wave_y[owner] * grid[:, None] + (2 * np.pi * leaves.texture[:, 1])[owner]
     stripes = 1 + np.float32(parameters.texture_contrast) * np.sin(phase, dtype=np.float32)
-    return np.clip(colour[owner] * stripes[..., None], 0, 1)
+    image: FloatArray = np.clip(colour[owner] * stripes[..., None], 0, 1)
+    return image
 
 
 def oklab_to_srgb(oklab: FloatArray) -> FloatArray:

@@ -419,4 +419,5 @@ def _singular(encoder: Callable[[Tensor], Tensor], objective: _ClaimObjective, c
     (gradient,) = torch.autograd.grad(objective(moving).sum(), moving)
     along = (gradient.view_as(x) * direction).flatten(2).sum(2)
     sign = torch.where(along < 0, -1.0, 1.0).to(x)
-    return (direction * sign[..., None, None, None]).flatten(1, 2)
+    ascent: Tensor = (direction * sign[..., None, None, None]).flatten(1, 2)
+    return ascent

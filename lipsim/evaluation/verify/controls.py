@@ -209,7 +209,7 @@ def _half_precision(metric: PerceptualMetric, images: Images) -> Control:
     """Weights in bfloat16 must be refused; features that were rounded to it must break what float64 claims."""
 
     def rounded(x: Tensor) -> Tensor:
-        z = metric.encoder(x)
+        z: Tensor = metric.encoder(x)
         return z + (z.bfloat16().to(z) - z).detach()  # with the gradient of the unrounded features
 
     control = _answer_fault("half precision", metric, Answers(rounded, Answers.of(metric).distance), images)
