@@ -65,7 +65,9 @@ def test_the_attack_tables_print_ratios_and_scores() -> None:
     command = [sys.executable, str(BENCHMARKS / "attacks.py"), *options]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout
     rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| quickstart")]
-    costs, scores = [row for row in rows if len(row) == 4], [row for row in rows if len(row) == 9]
+    costs, scores = [row for row in rows if len(row) == 4], [row for row in rows if len(row) == 11]
     assert len(costs) == 6 and all(float(row[3]) > 0 for row in costs)
     assert [row[2].strip() for row in scores] == ["pgd", "mi_fgsm", "apgd"]
-    assert all(0 <= float(cell) <= 100 for row in scores for cell in row[3:])
+    assert all(0 <= float(cell) <= 100 for row in scores for cell in row[3:9])
+    # A step, and a look at the clean images and at the last point.
+    assert all((float(row[9]), float(row[10])) == (3, 1) for row in scores)

@@ -8,14 +8,20 @@ from lipsim.attacks.null_space import FirstOperator, first_operator, null_space,
 from lipsim.attacks.objectives import DistanceObjective, Objective, TwoAFCObjective
 from lipsim.attacks.one_pixel import one_pixel
 from lipsim.attacks.pgd import pgd
+from lipsim.attacks.registry import ATTACKS, Attack
 from lipsim.attacks.square import square
+from lipsim.attacks.watch import Passes, WatchedObjective
 
 __all__ = [
+    "ATTACKS",
+    "Attack",
     "DistanceObjective",
     "FirstOperator",
     "Objective",
+    "Passes",
     "SuiteResult",
     "TwoAFCObjective",
+    "WatchedObjective",
     "apgd",
     "auto",
     "first_operator",

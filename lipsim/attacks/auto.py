@@ -5,34 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipsim.attacks.apgd import apgd
-from lipsim.attacks.mi_fgsm import mi_fgsm
-from lipsim.attacks.minimal_norm import minimal_norm
-from lipsim.attacks.objectives import GradientWatch, Objective
-from lipsim.attacks.one_pixel import one_pixel
-from lipsim.attacks.pgd import pgd
+from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box, Norm, sample_norm
-from lipsim.attacks.square import square
+from lipsim.attacks.registry import ATTACKS, Task, check_attacks
+from lipsim.attacks.watch import Passes, WatchedObjective
 from lipsim.utils.errors import LipsimError
-
-SUITES: dict[Norm, tuple[str, ...]] = {
-    2: ("apgd", "minimal_norm", "square"),
-    "inf": ("apgd", "square"),
-    0: ("apgd", "one_pixel"),
-}
-ATTACKS: dict[Norm, tuple[str, ...]] = {
-    2: ("apgd", "minimal_norm", "square", "pgd", "mi_fgsm"),
-    "inf": ("apgd", "square", "pgd", "mi_fgsm"),
-    0: ("apgd", "one_pixel", "pgd", "mi_fgsm"),
-}
-_BY_NAME: dict[str, Callable[..., Tensor]] = {"apgd": apgd, "pgd": pgd, "mi_fgsm": mi_fgsm, "square": square}
-_POPULATION = 50
-_POLISH = 4
 
 
 @dataclass(frozen=True)
@@ -47,12 +28,17 @@ class SuiteResult:
         x_adv: like the images: the point that broke the sample at ``broken_at``, else the best one at the last budget.
         no_gradient: ``(N,)`` bool: attacks with gradients ran, and every gradient that they met was zero or not finite.
             What holds there has been tried by the others alone.
+        passes: forward and backward passes of each sample, with the looks at its clean image and at what attacks found.
+        passes_by: attack → those of this attack. The minimal-norm attack goes on until every sample that it got has
+            settled, so that its share depends on the batch.
     """
 
     broken_at: Tensor
     by: dict[str, Tensor]
     x_adv: Tensor
     no_gradient: Tensor
+    passes: Passes
+    passes_by: dict[str, Passes]
 
 
 def auto(
@@ -77,16 +63,22 @@ def auto(
     knows no budget: it runs once on a sample, from the image and from the best point of the attack before it, and in
     its turn breaks the sample at the first budget that the change it found fits into.
 
+    Costs a sample one forward pass, and at each budget until it is broken what its attacks cost
+    (:attr:`SuiteResult.passes` says what that was). What is random depends on ``(seed, index of the sample)`` alone.
+
+    Source: the idea, APGD and Square are of AutoAttack (Croce & Hein 2020, "Reliable evaluation of adversarial
+    robustness with an ensemble of diverse parameter-free attacks"); its losses and other attacks are of classifiers.
+
     Args:
         objective: per-sample scalar to maximise; ``> 0`` is broken.
         x: images ``(N, C, H, W)``, float32 or float64, inside the box.
         norm: 2, "inf" or 0.
         eps: one or more budgets.
-        attacks: names from :data:`ATTACKS`, in the order in which they run; None: :data:`SUITES`, which is APGD,
-            minimal norm (ℓ2) and Square, or in ℓ0 APGD and the k-pixel attack.
-        steps: of attacks with gradients.
-        restarts: of each attack.
-        queries: forward passes of attacks without gradients; None: five times ``steps``.
+        attacks: names from :data:`lipsim.attacks.registry.ATTACKS`, in the order in which they run; None: APGD, minimal
+            norm (ℓ2) and Square, or in ℓ0 APGD and the k-pixel attack.
+        steps: gradient steps of each run of attacks with gradients.
+        restarts: runs of each attack.
+        queries: forward passes of each run of attacks without gradients; None: five times ``steps``.
         box: the range of valid images; None for all of ℝⁿ.
         parts: the channels are that many images, each with a budget of its own.
         seed: of everything that is random.
@@ -125,18 +117,6 @@ def auto(
     return suite.result()
 
 
-def check_attacks(attacks: Sequence[str] | None, norm: Norm) -> tuple[str, ...]:
-    """The attacks of a suite by name.
-
-    Raises:
-        ValueError: none, one twice, or one that is unknown or does not work in this norm.
-    """
-    names = SUITES[norm] if attacks is None else tuple(attacks)
-    if not names or len(set(names)) < len(names) or not set(names) <= set(ATTACKS[norm]):
-        raise LipsimError(f"expected different attacks among {', '.join(ATTACKS[norm])} in norm {norm}, got {names}")
-    return names
-
-
 class _Suite:
     """The attacks, and what is known of each sample while they run."""
 
@@ -155,7 +135,7 @@ class _Suite:
         seed: int,
         index: Tensor | Sequence[int] | None,
     ) -> None:
-        self.objective, self.clean = GradientWatch(objective, len(x), x.device), x.detach()
+        self.objective, self.clean = WatchedObjective(objective, x), x.detach()
         self.norm, self.steps, self.queries, self.parts = norm, steps, queries, parts
         self.restarts, self.box, self.seed = restarts, box, seed
         self.index = torch.arange(len(x)) if index is None else torch.as_tensor(index).cpu()
@@ -165,9 +145,8 @@ class _Suite:
         self.broken_at = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
         self.broken_at[broken] = 0.0
         self.by = {name: self.broken_at.clone() for name in names}
-        # Of the minimal-norm attack: where it has been, the smallest change, and the point there.
-        self.searched = torch.zeros_like(broken)
-        self.least, self.nearest = torch.full_like(self.broken_at, math.inf), self.clean.clone()
+        self.passes_by = {name: Passes.none(len(x), x.device) for name in names}
+        self.smallest = {name: _Smallest.unknown(self.clean) for name in names if not ATTACKS[name].budget}
 
     @property
     def unbroken(self) -> Tensor:
@@ -176,56 +155,66 @@ class _Suite:
 
     def run(self, name: str, budget: float, rows: Tensor) -> None:
         """One attack on the samples at ``rows``."""
-        if name == "minimal_norm":
-            self._search(budget, rows[~self.searched[rows]])
-            broken = rows[self.least[rows] <= budget]
-            self.x_adv[broken] = self.nearest[broken]
-            self._claim(name, budget, broken)
-            return
-        goal, clean = self.objective.select(rows), self.clean[rows]
-        options: dict[str, Any] = {"restarts": self.restarts, "box": self.box, "seed": self.seed}
-        options["index"] = self.index[rows.cpu()]
-        if name == "one_pixel":
-            generations = max(self.queries // _POPULATION - 1, 1)
-            options |= {"num_pixels": int(budget), "steps": generations, "population": _POPULATION}
-            found = one_pixel(goal, clean, **options)
+        before = self.objective.passes
+        if name in self.smallest:
+            broken = self._fit(name, budget, rows)
         else:
-            options |= {"norm": self.norm, "eps": budget, "parts": self.parts}
-            steps = self.queries if name == "square" else self.steps
-            found = _BY_NAME[name](goal, clean, steps=steps, **options)
-        self.x_adv[rows] = found
-        with torch.no_grad():
-            broken = goal(found) > 0
-        self._claim(name, budget, rows[broken])
+            found, flipped = self._attack(name, budget, rows)
+            self.x_adv[rows] = found
+            broken = rows[flipped]
+        self.passes_by[name] += self.objective.passes - before
+        self.broken_at[broken] = budget
+        self.by[name][broken] = budget
 
     def result(self) -> SuiteResult:
-        return SuiteResult(self.broken_at, self.by, self.x_adv, self.objective.no_gradient)
+        watched = self.objective
+        return SuiteResult(self.broken_at, self.by, self.x_adv, watched.no_gradient, watched.passes, self.passes_by)
 
-    def _claim(self, name: str, budget: float, rows: Tensor) -> None:
-        self.broken_at[rows] = budget
-        self.by[name][rows] = budget
-
-    def _search(self, budget: float, rows: Tensor) -> None:
-        """The smallest change of each sample: from its image, the best point so far, and random points."""
-        if not len(rows):
-            return
-        clean, goal, index = self.clean[rows], self.objective.select(rows), self.index[rows.cpu()]
-        ball = Ball(2, budget, self.box, self.parts)
-        seeds = range(self.seed * 1_000 + 1, self.seed * 1_000 + self.restarts)
-        starts = [clean, self.x_adv[rows], *(ball.random_point(clean, seed=seed, index=index) for seed in seeds)]
-        found = minimal_norm(
-            goal,
-            clean,
+    def _attack(self, name: str, budget: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What an attack makes of the samples at ``rows``, and whether that breaks them."""
+        goal = self.objective.select(rows)
+        task = Task(
+            norm=self.norm,
+            eps=budget,
             steps=self.steps,
+            queries=self.queries,
+            restarts=self.restarts,
             box=self.box,
-            polish=_POLISH,
-            starts=torch.stack(starts),
             parts=self.parts,
             seed=self.seed,
-            index=index,
+            index=self.index[rows.cpu()],
+            best=self.x_adv[rows],
         )
+        found = ATTACKS[name].attack(goal, self.clean[rows], task)
         with torch.no_grad():
-            broken = goal(found) > 0
-        self.searched[rows] = True
-        self.least[rows] = torch.where(broken, sample_norm(found - clean, 2, self.parts).double(), math.inf)
-        self.nearest[rows] = found
+            return found, goal(found) > 0
+
+    def _fit(self, name: str, budget: float, rows: Tensor) -> Tensor:
+        """Those of ``rows`` whose smallest change fits into the budget; looked for where it has not been."""
+        known = self.smallest[name]
+        new = rows[~known.searched[rows]]
+        if len(new):
+            found, flipped = self._attack(name, budget, new)
+            length = sample_norm(found - self.clean[new], self.norm, self.parts).double()
+            known.searched[new] = True
+            known.length[new] = torch.where(flipped, length, math.inf)
+            known.x_adv[new] = found
+        broken = rows[known.length[rows] <= budget]
+        self.x_adv[broken] = known.x_adv[broken]
+        return broken
+
+
+@dataclass(frozen=True)
+class _Smallest:
+    """Of an attack without a budget: which samples it has seen, the smallest change of each, and the point there."""
+
+    searched: Tensor
+    length: Tensor
+    x_adv: Tensor
+
+    @classmethod
+    def unknown(cls, clean: Tensor) -> _Smallest:
+        count = len(clean)
+        searched = torch.zeros(count, dtype=torch.bool, device=clean.device)
+        length = torch.full((count,), math.inf, dtype=torch.float64, device=clean.device)
+        return cls(searched, length, clean.clone())

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
-from lipsim.attacks.objectives import IMAGES, Distance, GradientWatch, Target
-from lipsim.attacks.projections import Norm, sample_norm
+from lipsim.attacks.objectives import IMAGES, Distance, Target
+from lipsim.attacks.projections import Norm, check_norm, sample_norm
+from lipsim.attacks.watch import WatchedObjective
 from lipsim.metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
@@ -44,6 +45,7 @@ class AttackedImages:
         length: ``ℓ2`` norm of the change, the largest of the images that moved.
         tie: both candidates are at one distance, so that there is no answer, and nothing was attacked.
         no_gradient: attacks with gradients had none to go by; what they did not find says nothing.
+        passes: ``"forward"`` and ``"backward"`` → how often the attacks computed and differentiated the objective.
     """
 
     clean: dict[str, Tensor]
@@ -54,8 +56,9 @@ class AttackedImages:
     eps: float
     norm: Norm
     length: float
-    tie: bool = False
-    no_gradient: bool = False
+    tie: bool
+    no_gradient: bool
+    passes: dict[str, int]
 
     def save(self, folder: Path) -> None:
         """Write each image (``NAME.png``, and ``NAME-attacked.png`` where it moved), the exact tensors and a picture.
@@ -101,6 +104,7 @@ class AttackedImages:
             "rounded": self.rounded,
             "tie": self.tie,
             "no_gradient": self.no_gradient,
+            "passes": self.passes,
         }
 
 
@@ -130,8 +134,8 @@ def attack_triplet(
         norm: 2, "inf" or 0.
         eps: budgets; the smallest that suffices is taken. None: five from what nobody sees to what everybody does.
         attacks: by name; None: the suite of the norm.
-        steps: of attacks with gradients.
-        restarts: of each attack.
+        steps: gradient steps of each run; attacks without gradients get five times as many queries.
+        restarts: runs of each attack.
         seed: of everything random.
         progress: told what runs next.
 
@@ -140,19 +144,21 @@ def attack_triplet(
     """
     clean: dict[str, Tensor] = {"reference": reference, "left": left, "right": right}
     pairs = [("reference", "left"), ("reference", "right")]
+    check_norm(norm)
     with full_precision():
         objective = TwoAFCObjective(metric, reference[None], left[None], right[None], target)
+        watched = WatchedObjective(objective, objective.images)
         with torch.no_grad():
-            margin = float(objective(objective.images))
+            margin = float(watched(objective.images))
         if math.isnan(margin):
             raise LipsimError("the metric gives these images distances that are not numbers (NaN); nothing to attack")
         if margin == 0:
-            return _outcome(metric, clean, clean, pairs, math.inf, norm, tie=True)
+            return _outcome(metric, clean, clean, pairs, math.inf, norm, watched, tie=True)
         found = auto(
-            objective,
+            watched,
             objective.images,
             norm=norm,
-            eps=_budgets(norm) if eps is None else eps,
+            eps=_EPS[norm] if eps is None else eps,
             attacks=attacks,
             steps=steps,
             restarts=restarts,
@@ -162,8 +168,7 @@ def attack_triplet(
         )
     moving = IMAGES if target == "all" else (target,)
     moved: dict[str, Tensor] = dict(zip(moving, found.x_adv[0].chunk(objective.parts), strict=True))
-    no_gradient = bool(found.no_gradient)
-    return _outcome(metric, clean, {**clean, **moved}, pairs, float(found.broken_at), norm, no_gradient=no_gradient)
+    return _outcome(metric, clean, {**clean, **moved}, pairs, float(found.broken_at), norm, watched)
 
 
 def attack_pair(
@@ -187,7 +192,7 @@ def attack_pair(
         goal: "different" or "alike".
         norm: 2, "inf" or 0.
         eps: the budget.
-        steps: of each run.
+        steps: gradient steps of each run.
         restarts: runs.
         seed: of everything random.
 
@@ -196,20 +201,15 @@ def attack_pair(
     """
     if goal not in GOALS:
         raise LipsimError(f"expected goal 'different' or 'alike', got {goal!r}")
-    budget = _budgets(norm)[2] if eps is None else eps
+    check_norm(norm)
+    largest = _EPS[norm][2] if eps is None else eps
     with full_precision():
-        objective = GradientWatch(DistanceObjective(metric, other[None], increase=goal == "different"), 1, image.device)
-        x_adv = apgd(objective, image[None], norm=norm, eps=budget, steps=steps, restarts=restarts, seed=seed)
+        objective = DistanceObjective(metric, other[None], increase=goal == "different")
+        watched = WatchedObjective(objective, image[None])
+        x_adv = apgd(watched, image[None], norm=norm, eps=largest, steps=steps, restarts=restarts, seed=seed)
     clean = {"image": image, "other": other}
     moved = {"image": x_adv[0], "other": other}
-    no_gradient = bool(objective.no_gradient)
-    return _outcome(metric, clean, moved, [("image", "other")], budget, norm, no_gradient=no_gradient)
-
-
-def _budgets(norm: Norm) -> tuple[float, ...]:
-    if norm not in _EPS:
-        raise LipsimError(f"expected norm 2, 'inf' or 0, got {norm!r}")
-    return _EPS[norm]
+    return _outcome(metric, clean, moved, [("image", "other")], largest, norm, watched)
 
 
 @torch.no_grad()
@@ -220,9 +220,9 @@ def _outcome(
     pairs: Sequence[tuple[str, str]],
     eps: float,
     norm: Norm,
+    watched: WatchedObjective,
     *,
     tie: bool = False,
-    no_gradient: bool = False,
 ) -> AttackedImages:
     def distances(images: dict[str, Tensor]) -> dict[str, float]:
         with full_precision():
@@ -231,4 +231,6 @@ def _outcome(
     rounded = {name: (image * 255).round() / 255 for name, image in attacked.items()}
     length = max(float(sample_norm(attacked[name][None] - clean[name][None])) for name in clean)
     before, after, in_8_bits = distances(clean), distances(attacked), distances(rounded)
-    return AttackedImages(clean, attacked, before, after, in_8_bits, eps, norm, length, tie, no_gradient)
+    passes = {"forward": int(watched.passes.forward), "backward": int(watched.passes.backward)}
+    flat = bool(watched.no_gradient)
+    return AttackedImages(clean, attacked, before, after, in_8_bits, eps, norm, length, tie, flat, passes)

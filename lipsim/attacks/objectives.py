@@ -50,49 +50,6 @@ def value_and_gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]
     return value.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-class GradientWatch:
-    """An objective that notes whose gradients are of any use.
-
-    A metric that is flat around an image (clipped, saturated, quantised) gives attacks with gradients nothing to go by.
-    That they fail there says nothing about its robustness, and must not be read as if it did.
-
-    Args:
-        objective: of N samples.
-        count: N.
-        device: of the images.
-
-    Attributes:
-        asked: ``(N,)`` bool, a gradient was computed.
-        found: ``(N,)`` bool, one of them was finite and not zero.
-    """
-
-    def __init__(self, objective: Objective, count: int, device: torch.device) -> None:
-        self.objective = objective
-        self.asked, self.found = (torch.zeros(count, dtype=torch.bool, device=device) for _ in range(2))
-        self._rows = torch.arange(count, device=device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(self._note)
-        return self.objective(x)
-
-    def select(self, rows: Tensor) -> GradientWatch:
-        """The objective of some of the samples, which notes on the same list."""
-        part = copy.copy(self)
-        part.objective, part._rows = self.objective.select(rows), self._rows[rows]
-        return part
-
-    @property
-    def no_gradient(self) -> Tensor:
-        """``(N,)`` bool: gradients were computed, and each was zero or not finite."""
-        return self.asked & ~self.found
-
-    def _note(self, gradient: Tensor) -> None:
-        flat = gradient.flatten(1)
-        self.asked[self._rows] = True
-        self.found[self._rows[flat.isfinite().all(1) & flat.any(1)]] = True
-
-
 class TwoAFCObjective:
     """The negated margin of the side to break: positive where the metric strictly prefers the other candidate.
 

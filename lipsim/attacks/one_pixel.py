@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box
-from lipsim.attacks.survivors import Survivors
+from lipsim.attacks.survivors import Survivors, restart_seed
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_normal, sample_uniform
 
@@ -21,7 +21,7 @@ def one_pixel(
     x: Tensor,
     *,
     num_pixels: int = 1,
-    steps: int = 100,
+    generations: int = 100,
     population: int = 400,
     restarts: int = 1,
     box: Box = (0.0, 1.0),
@@ -35,11 +35,17 @@ def one_pixel(
     difference of two others, brought back to the image and the box, and replaces its parent where it is better. The
     first members have uniform places and colours normal around the middle of the box.
 
+    Costs a sample ``1 + restarts·population·(generations + 1)`` forward passes and no backward pass, fewer once it is
+    broken. What is random depends on ``(seed, index of the sample)`` alone.
+
+    Source: Su et al. 2017, "One pixel attack for fooling deep neural networks", with its scale factor 0.5 and a
+    population of 400.
+
     Args:
         objective: per-sample scalar to maximise; needs no gradient.
         x: images ``(N, C, H, W)`` inside the box.
         num_pixels: how many pixels may change.
-        steps: generations.
+        generations: how often every member of the population gets a child.
         population: members of each sample.
         restarts: runs.
         box: the range of a colour; this attack needs one.
@@ -61,7 +67,9 @@ def one_pixel(
     batch = Survivors(objective, x, index)
     for restart in range(restarts):
         if len(batch):
-            _evolve(batch, num_pixels, steps, population, box, (seed * 1_000 + restart) * (steps + 2), batch_size)
+            # One seed each for places and colours of the first members, and one a generation.
+            first_seed = restart_seed(seed, restart) * (generations + 2)
+            _evolve(batch, num_pixels, generations, population, box, first_seed, batch_size)
     return batch.best
 
 
@@ -69,7 +77,7 @@ def one_pixel(
 def _evolve(
     batch: Survivors,
     num_pixels: int,
-    steps: int,
+    generations: int,
     population: int,
     box: tuple[float, float],
     seed: int,
@@ -82,10 +90,10 @@ def _evolve(
     members = torch.cat([members[..., :2], colours.clamp(0, 1)], -1)  # all in [0, 1]; scaled in _paint
     value = _values(batch, members, box, batch_size)
     members, value = _keep_best(batch, members, value, box)
-    for step in range(steps):
+    for generation in range(generations):
         if not len(batch):
             return
-        draws = sample_uniform(value.new_empty(*value.shape, 3), seed=seed + 2 + step, index=batch.index)
+        draws = sample_uniform(value.new_empty(*value.shape, 3), seed=seed + 2 + generation, index=batch.index)
         a, b, c = (_take(members, rows) for rows in _three_others(draws))
         children = (a + _SCALE * (b - c)).clamp(0, 1)
         found = _values(batch, children, box, batch_size)

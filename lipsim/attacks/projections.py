@@ -18,6 +18,16 @@ Box = tuple[float, float] | None
 NORMS: tuple[Norm, ...] = (2, "inf", 0)
 
 
+def check_norm(norm: Norm) -> None:
+    """Refuse what is no norm of a budget.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+    if norm not in NORMS:
+        raise LipsimError(f"expected norm 2, 'inf' or 0, got {norm!r}")
+
+
 def sample_norm(delta: Tensor, norm: Norm = 2, parts: int = 1) -> Tensor:
     """Norm of each sample, ``(N, …)`` to ``(N,)``; ℓ0 counts pixels and not channels.
 
@@ -25,7 +35,11 @@ def sample_norm(delta: Tensor, norm: Norm = 2, parts: int = 1) -> Tensor:
         delta: changes, of ``(N, C, H, W)`` in ℓ0.
         norm: 2, "inf" or 0.
         parts: the channels are that many images, and the largest of their norms counts.
+
+    Raises:
+        ValueError: an unknown norm.
     """
+    check_norm(norm)
     split = delta.unflatten(1, (parts, -1)).flatten(0, 1)
     if norm == 0:
         norms = (split != 0).any(1).flatten(1).sum(1).to(delta.dtype)
@@ -60,8 +74,7 @@ class Ball:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise LipsimError(f"expected norm 2, 'inf' or 0, got {self.norm!r}")
+        check_norm(self.norm)
         if not 0 <= self.eps < math.inf:
             raise LipsimError(f"expected a finite budget eps ≥ 0, got {self.eps}")
         if self.norm == 0 and (self.box is None or self.eps != int(self.eps)):

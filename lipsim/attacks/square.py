@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box, Norm, expand, sample_norm
-from lipsim.attacks.survivors import Survivors
+from lipsim.attacks.survivors import Survivors, restart_seed
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_uniform
 
@@ -40,12 +40,18 @@ def square(
     As the authors' code, but that squares reach the last row and column of the image, that each sample has squares of
     its own, and that several ``parts`` take turns.
 
+    A step is a query here: no gradients are asked for. Costs a sample ``1 + restarts·steps`` forward passes and no
+    backward pass, fewer once it is broken. What is random depends on ``(seed, index of the sample)`` alone.
+
+    Source: Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random
+    search".
+
     Args:
         objective: per-sample scalar to maximise; needs no gradient.
         x: images ``(N, C, H, W)`` inside the box.
         norm: 2 or "inf".
         eps: budget, the largest norm of ``x_adv − x``.
-        steps: forward passes of a run.
+        steps: queries of a run, each a forward pass.
         restarts: runs.
         box: the range of valid images; None for all of ℝⁿ.
         parts: the channels are that many images, each with a budget of its own.
@@ -69,7 +75,7 @@ def square(
     for restart in range(restarts):
         if not len(batch):
             break
-        _run(batch, ball, steps, seed * 1_000 + restart, area)
+        _run(batch, ball, steps, restart_seed(seed, restart), area)
     return batch.best
 
 

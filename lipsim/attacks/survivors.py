@@ -14,6 +14,11 @@ from lipsim.utils.errors import LipsimError
 _RESTARTS = 1_000  # seeds that a seed has for its restarts
 
 
+def restart_seed(seed: int, restart: int) -> int:
+    """The seed of a restart, another one for each restart of each seed as long as there are no more than 1,000."""
+    return seed * _RESTARTS + restart
+
+
 class Survivors:
     """The samples of a batch that are not broken yet, as a compact batch, and the best point found of every sample.
 
@@ -48,7 +53,7 @@ class Survivors:
 
     def random_start(self, ball: Ball, seed: int, restart: int) -> Tensor:
         """A random point of the ball for each survivor, ``(M, …)``, another one for each restart."""
-        return ball.random_point(self.clean, seed=seed * _RESTARTS + restart, index=self.index)
+        return ball.random_point(self.clean, seed=restart_seed(seed, restart), index=self.index)
 
     def keep(self, x_adv: Tensor, value: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Record a point ``(M, …)`` of each survivor and its objective ``(M,)``; drop those that it breaks.

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.utils import save_image
 
-from lipsim.attacks import SuiteResult, TwoAFCObjective, auto
-from lipsim.attacks.auto import SUITES, check_attacks
+from lipsim.attacks import Passes, SuiteResult, TwoAFCObjective, auto
 from lipsim.attacks.objectives import IMAGES, TARGETS, Target
 from lipsim.attacks.projections import Ball, Norm, sample_norm
+from lipsim.attacks.registry import check_attacks, suite
 from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.progress_lines import ProgressLines
@@ -56,9 +56,9 @@ class AttackRobustness(TripletCallback):
         eps: budgets, in input pixels in [0, 1] (in ℓ0 numbers of pixels), ascending.
         norm: 2, "inf" or 0.
         attacks: by name, in the order in which they run; None: the suite of the norm.
-        steps: of attacks with gradients at each budget.
-        restarts: of each attack at each budget.
-        queries: forward passes of attacks without gradients at each budget; None: five times ``steps``.
+        steps: gradient steps of each run of attacks with gradients, at each budget.
+        restarts: runs of each attack at each budget.
+        queries: forward passes of each run of attacks without gradients, at each budget; None: five times ``steps``.
         target: which image moves; "all": the three together, each within the budget.
         seed: of everything random, which depends on the sample's index and not on batches or processes.
         others: name → exported metric, attacked in the same way on the same triplets.
@@ -141,6 +141,8 @@ class AttackRobustness(TripletCallback):
         broken_at = torch.zeros_like(margin)
         by = {name: broken_at.clone() for name in self.attacks}
         no_gradient = torch.zeros_like(margin, dtype=torch.bool)
+        passes = Passes.none(len(margin), margin.device)
+        passes_by = dict.fromkeys(self.attacks, passes)
         x_adv = whole.images.clone()
         rows = agrees(margin, batch.right_vote).nonzero().flatten()
         if len(rows):
@@ -162,7 +164,9 @@ class AttackRobustness(TripletCallback):
             no_gradient[rows] = result.no_gradient
             for name, values in result.by.items():
                 by[name][rows] = values
-        return SuiteResult(broken_at, by, x_adv, no_gradient)
+            passes = passes.put(rows, result.passes)
+            passes_by = {name: none.put(rows, result.passes_by[name]) for name, none in passes_by.items()}
+        return SuiteResult(broken_at, by, x_adv, no_gradient, passes, passes_by)
 
     def _columns(self, found: SuiteResult, batch: Triplet) -> dict[str, Tensor]:
         """What is known of each triplet.
@@ -221,7 +225,7 @@ class AttackRobustness(TripletCallback):
         written = self.write_rows(trainer, "attacks", gathered)
         self.remove_others(trainer, [*written, *(path for name in gathered for path in self._examples(trainer, name))])
         settings = {
-            "attack": "auto" if self.attacks == SUITES[self.norm] else "+".join(self.attacks),
+            "attack": "auto" if self.attacks == suite(self.norm) else "+".join(self.attacks),
             "attacks": list(self.attacks),
             "norm": self.norm,
             "target": self.target,

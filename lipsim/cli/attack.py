@@ -8,10 +8,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lipsim.attacks.auto import ATTACKS
 from lipsim.attacks.images import GOALS, AttackedImages, attack_pair, attack_triplet
 from lipsim.attacks.objectives import TARGETS
 from lipsim.attacks.projections import NORMS, Norm
+from lipsim.attacks.registry import ATTACKS
 from lipsim.cli.parser import budget
 from lipsim.data.transforms import load_image
 from lipsim.metric import load
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--norm", choices=[str(norm) for norm in NORMS], default="2", help="of the change (%(default)s)"
     )
     parser.add_argument("--eps", nargs="+", type=budget, help="budgets in [0, 1] pixels, as 0.5 or 8/255")
-    parser.add_argument("--attacks", nargs="+", help=f"of a triplet, among {', '.join(ATTACKS[2])}, one_pixel")
-    parser.add_argument("--steps", type=int, default=100, help="of attacks with gradients (%(default)s)")
+    parser.add_argument("--attacks", nargs="+", help=f"of a triplet, among {', '.join(ATTACKS)}")
+    parser.add_argument("--steps", type=int, default=100, help="gradient steps of a run (%(default)s)")
     parser.add_argument("--restarts", type=int, default=1, help="of each attack (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--output", type=user_path, default=Path("attacked"), help="folder to write (%(default)s)")

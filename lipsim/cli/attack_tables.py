@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=user_path, help="folder of the data")
     parser.add_argument("--samples", type=int, default=200, help="how many triplets (%(default)s)")
     parser.add_argument("--eps", nargs="+", type=budget, default=list(Settings.eps), help="ℓ2 budgets of the suite")
-    parser.add_argument("--one", type=budget, default=Settings.one, help="ℓ2 budget of the rest (%(default)s)")
+    parser.add_argument("--one", type=budget, default=Settings.eps_alone, help="ℓ2 budget of the rest (%(default)s)")
     parser.add_argument("--linf", type=budget, default=Settings.linf, help="ℓ∞ budget of the suite (4/255)")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of attacks with gradients (%(default)s)")
     parser.add_argument("--queries", type=int, default=Settings.queries, help="of Square (%(default)s)")
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     triplets = registry.sample_triplets(options.data, options.samples, sizes.pop(), options.root, options.seed)
     settings = Settings(
         eps=tuple(sorted(options.eps)),
-        one=options.one,
+        eps_alone=options.one,
         linf=options.linf,
         steps=options.steps,
         queries=options.queries,

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
-from lipsim.attacks.auto import ATTACKS
 from lipsim.attacks.objectives import Distance, Objective
 from lipsim.attacks.projections import Norm
+from lipsim.attacks.registry import ATTACKS, attacks_in
 from lipsim.data import Triplet
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric
@@ -33,16 +33,16 @@ class Settings:
 
     Attributes:
         eps: ℓ2 budgets of the scores under the suite.
-        one: the ℓ2 budget of attacks one by one, of distances and of transfer.
+        eps_alone: the ℓ2 budget of attacks one by one, of distances and of transfer.
         linf: the ℓ∞ budget of the suite.
-        steps: of attacks with gradients.
-        queries: of attacks without.
+        steps: gradient steps of each attack with gradients.
+        queries: forward passes of each attack without.
         batch_size: triplets attacked at a time.
         seed: of everything random.
     """
 
     eps: tuple[float, ...] = (36 / 255, 72 / 255, 108 / 255, 1.0, 2.0, 3.0)
-    one: float = 1.0
+    eps_alone: float = 1.0
     linf: float = 4 / 255
     steps: int = 20
     queries: int = 50
@@ -76,19 +76,19 @@ def measure(
     if not len(triplets):
         raise LipsimError("expected at least one triplet, got none")
     found: dict[str, Any] = {"scores": {}, "distances": {}, "transfer": {name: {} for name in metrics}}
-    found |= {"num_triplets": len(triplets), "one": settings.one, "linf": settings.linf, "steps": settings.steps}
+    found |= {"num_triplets": len(triplets), "one": settings.eps_alone, "linf": settings.linf, "steps": settings.steps}
     found["queries"] = settings.queries
     with full_precision():
-        right = {name: _right(metric, triplets, settings) for name, metric in metrics.items()}
+        agreed = {name: _agreement(metric, triplets, settings) for name, metric in metrics.items()}
         for name, metric in metrics.items():
-            found["scores"][name] = _scores(name, metric, triplets, right[name], settings, progress)
+            found["scores"][name] = _scores(name, metric, triplets, agreed[name], settings, progress)
             _say(progress, f"{name}: d(x, x + δ)")
             found["distances"][name] = _distances(metric, triplets, settings)
             _say(progress, f"{name}: transfer")
             attacked = _pushed(metric, triplets, settings)
             for other, target in metrics.items():
-                held = _right(target, attacked, settings)
-                share = float((right[other] & ~held).sum() / right[other].sum().clamp(min=1))
+                held = _agreement(target, attacked, settings)
+                share = float((agreed[other] & ~held).sum() / agreed[other].sum().clamp(min=1))
                 found["transfer"][name][other] = share
     return found
 
@@ -97,12 +97,12 @@ def _scores(
     name: str,
     metric: Metric,
     triplets: Triplet,
-    right: Tensor,
+    agreed: Tensor,
     settings: Settings,
     progress: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     untied = (triplets.right_vote != 0.5).sum()
-    chosen = right.nonzero().flatten()
+    chosen = agreed.nonzero().flatten()
 
     def attack(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> tuple[list[float], int]:
         """Scores that are left at each budget, and the number of triplets without a gradient."""
@@ -126,16 +126,16 @@ def _scores(
         broken = torch.cat(broken_at) if broken_at else torch.empty(0)
         return [float((broken > e).sum() / untied) for e in eps], no_gradient
 
-    scores: dict[str, Any] = {"natural": float(right.sum() / untied)}
+    scores: dict[str, Any] = {"natural": float(agreed.sum() / untied)}
     _say(progress, f"{name}: suite in ℓ2")
     at, scores["no_gradient"] = attack(2, settings.eps, None)
     scores["l2"] = dict(zip(map(eps_label, settings.eps), at, strict=True))
     _say(progress, f"{name}: suite in ℓ∞")
     scores["linf"] = attack("inf", [settings.linf], None)[0][0]
     scores["alone"] = {}
-    for one in ATTACKS[2]:
+    for one in attacks_in(2):
         _say(progress, f"{name}: {one} alone")
-        scores["alone"][one] = attack(2, [settings.one], [one])[0][0]
+        scores["alone"][one] = attack(2, [settings.eps_alone], [one])[0][0]
     _say(progress, f"{name}: one pixel")
     scores["alone"]["one_pixel"] = attack(0, [1], ["one_pixel"])[0][0]
     return scores
@@ -147,7 +147,12 @@ def _distances(metric: Metric, triplets: Triplet, settings: Settings) -> dict[st
     for part in _batches(triplets, settings.batch_size):
         objective = DistanceObjective(metric, part.reference)
         x_adv = apgd(
-            objective, part.reference, eps=settings.one, steps=settings.steps, seed=settings.seed, index=part.index
+            objective,
+            part.reference,
+            eps=settings.eps_alone,
+            steps=settings.steps,
+            seed=settings.seed,
+            index=part.index,
         )
         with torch.no_grad():
             reached.append(metric(part.reference, x_adv).double())
@@ -182,12 +187,12 @@ def _pushed(metric: Metric, triplets: Triplet, settings: Settings) -> Triplet:
     for part in _batches(triplets, settings.batch_size):
         objective = _Beyond(TwoAFCObjective(metric, part.reference, part.left, part.right))
         options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "index": part.index}
-        moved.append(apgd(objective, part.reference, eps=settings.one, **options))
+        moved.append(apgd(objective, part.reference, eps=settings.eps_alone, **options))
     return Triplet(torch.cat(moved), triplets.left, triplets.right, triplets.right_vote, triplets.index)
 
 
 @torch.no_grad()
-def _right(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
+def _agreement(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
     """``(N,)`` bool: the metric agrees with the majority of votes."""
     margins = []
     for part in _batches(triplets, settings.batch_size):
@@ -214,14 +219,12 @@ def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
     alone: list[Row] = []
     distances: list[Row] = []
     transfer: list[Row] = []
-    names = {"apgd": "APGD", "minimal_norm": "minimal norm", "square": "Square", "pgd": "PGD", "mi_fgsm": "MI-FGSM"}
-    names["one_pixel"] = "one pixel"
     flat = any(scores["no_gradient"] for scores in found["scores"].values())
     for name, scores in found["scores"].items():
         at = {label: percent(score) for label, score in scores["l2"].items()}
         linf = {f"ℓ∞ {eps_label(found['linf'])}": percent(scores["linf"])}
         suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
-        cells = {names[attack]: percent(score) for attack, score in scores["alone"].items()}
+        cells = {ATTACKS[attack].title: percent(score) for attack, score in scores["alone"].items()}
         # Beside what does without gradients, Square and one pixel.
         cells |= {"no gradient": str(scores["no_gradient"])} if flat else {}
         alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})

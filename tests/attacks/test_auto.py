@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import lipsim
 from lipsim import PerceptualMetric
-from lipsim.attacks import TwoAFCObjective, apgd, auto, minimal_norm, square
-from lipsim.attacks.projections import Norm, sample_norm
+from lipsim.attacks import ATTACKS, TwoAFCObjective, apgd, auto, minimal_norm, square
+from lipsim.attacks.images import attack_pair, attack_triplet
+from lipsim.attacks.projections import NORMS, Ball, Norm, sample_norm
+from lipsim.attacks.registry import attacks_in, check_attacks, suite
+from lipsim.callbacks import AttackRobustness
+from lipsim.metric.distances import pixel_l2
 from lipsim.students import OrthogonalProjection, SLLNetwork
+from lipsim.utils.errors import LipsimError
 
 EPS = [0.02, 0.1, 0.3, 1.0]
 
@@ -129,6 +136,47 @@ def test_bad_suites_are_refused() -> None:
             auto(objective, x, norm=norm, eps=1, attacks=attacks)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one budget"):
         auto(objective, x, eps=[])
+
+
+@pytest.mark.parametrize("norm", [1, 3, "2", "linf", None, math.inf, [2]])
+def test_a_bad_norm_is_one_error_everywhere(norm: Any) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    images = tuple(x[0] for _ in range(3))  # a tie, which nothing attacks
+    attempts: list[Callable[[], object]] = [
+        lambda: sample_norm(x, norm),
+        lambda: Ball(norm, 1.0),
+        lambda: auto(_counting(torch.ones(2))[0], x, norm=norm, eps=1),
+        lambda: attacks_in(norm),
+        lambda: suite(norm),
+        lambda: check_attacks(None, norm),
+        lambda: check_attacks(["apgd"], norm),
+        lambda: attack_triplet(pixel_l2, *images, norm=norm),
+        lambda: attack_triplet(pixel_l2, *images, norm=norm, eps=1),
+        lambda: attack_pair(pixel_l2, x[0], x[1], norm=norm),
+        lambda: attack_pair(pixel_l2, x[0], x[1], norm=norm, eps=1),
+        lambda: square(_counting(torch.ones(2))[0], x, norm=norm, eps=1),
+        lambda: AttackRobustness(norm=norm, attacks=["apgd"]),
+    ]
+    for attempt in attempts:
+        with pytest.raises(LipsimError, match="expected norm 2, 'inf' or 0, got"):
+            attempt()
+
+
+def test_the_registry_says_what_an_attack_needs() -> None:
+    """Each attack runs in its norms; those that say so, and no others, ask for gradients."""
+    assert [suite(norm) for norm in NORMS] == [
+        ("apgd", "minimal_norm", "square"),
+        ("apgd", "square"),
+        ("apgd", "one_pixel"),
+    ]
+    far, x = _counting(torch.full((2,), 50.0, dtype=torch.float64))
+    for name, attack in ATTACKS.items():
+        assert name == attack.name and getattr(lipsim.attacks, name).__name__ == name
+        for norm in attack.norms:
+            assert name in attacks_in(norm)
+            found = auto(far, x, norm=norm, eps=1, attacks=[name], steps=3, queries=100)
+            assert bool(found.passes.backward.any()) == attack.gradients
+            assert bool(found.passes.forward.min() > 3)
 
 
 def test_alone_and_in_the_suite_an_attack_does_the_same() -> None:

@@ -144,3 +144,5 @@ def test_bad_arguments() -> None:
         minimal_norm(objective, x, starts=x)
     with pytest.raises(ValueError, match="2 parts divide"):
         minimal_norm(objective, x, parts=2)
+    with pytest.raises(ValueError, match=r"expected images in \[0, 1\], got values from"):
+        minimal_norm(objective, x + 1)

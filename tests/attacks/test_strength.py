@@ -192,8 +192,9 @@ def test_the_target_all_moves_three_images(attack: Attack) -> None:
 def test_samples_do_not_depend_on_their_batch(attack: Attack) -> None:
     metric = PerceptualMetric(OrthogonalProjection(16, 8), 16).double().requires_grad_(False)
     images = torch.rand(3, 6, 3, 16, 16, dtype=torch.float64)
-    options: dict[str, Any] = {"steps": 8, "restarts": 2, "seed": 3}
-    options |= {"population": 12, "num_pixels": 2} if attack is one_pixel else {"eps": 0.3}
+    options: dict[str, Any] = {"restarts": 2, "seed": 3}
+    pixels = {"generations": 8, "population": 12, "num_pixels": 2}
+    options |= pixels if attack is one_pixel else {"steps": 8, "eps": 0.3}
     whole = attack(TwoAFCObjective(metric, *images), images[0], index=list(range(100, 106)), **options)
     part = attack(TwoAFCObjective(metric, *images[:, 4:]), images[0, 4:], index=torch.tensor([104, 105]), **options)
     torch.testing.assert_close(whole[4:], part, rtol=0, atol=1e-12)
@@ -231,13 +232,13 @@ def test_one_pixel_finds_the_best_pixel() -> None:
     objective, x = _linear(5, size=10)
     gains = torch.where(objective.w > 0, (1 - x) * objective.w, -x * objective.w).sum(1).flatten(1)
     for count, share in ((1, 0.99), (2, 0.75)):
-        x_adv = one_pixel(objective, x, num_pixels=count, steps=60, population=200)
+        x_adv = one_pixel(objective, x, num_pixels=count, generations=60, population=200)
         assert sample_norm(x_adv - x, 0).max() <= count
         best = gains.topk(count).values.sum(1)
         found = objective(x_adv) - objective(x)
         assert (found > share * best).all() and (found <= best + 1e-9).all()
     within_reach = Linear(objective.w, (x * objective.w).flatten(1).sum(1) + 0.5 * gains.max(1).values)
-    assert (within_reach(one_pixel(within_reach, x, steps=30, population=100)) > 0).all()
+    assert (within_reach(one_pixel(within_reach, x, generations=30, population=100)) > 0).all()
     for bad in ({"num_pixels": 0}, {"box": None}, {"population": 3}):
         with pytest.raises(ValueError, match="expected"):
             one_pixel(objective, x, **bad)
@@ -279,7 +280,7 @@ def test_a_distance_without_gradients_is_refused_by_name() -> None:
     steps = DistanceObjective(lambda a, b: (a - b).abs().gt(0.1).flatten(1).sum(1).float(), x)
     with pytest.raises(ValueError, match="no gradient; attack it with square or one_pixel"):
         apgd(steps, x, eps=1.0)
-    assert (one_pixel(steps, x, steps=2, population=8) != x).any()
+    assert (one_pixel(steps, x, generations=2, population=8) != x).any()
 
 
 def test_projection_to_pixels_is_the_nearest_point() -> None:
@@ -327,3 +328,14 @@ def test_square_starts_from_five_by_five_tiles() -> None:
     turned = torch.isclose((tiles * bump.T).sum((-2, -1)).abs(), torch.tensor(1.0, dtype=torch.float64))
     # One direction in all channels, and signs for each.
     assert (upright ^ turned).all() and (upright == upright[:, :1]).all() and upright.any() and turned.any()
+
+
+@pytest.mark.parametrize("attack", GRADIENT)
+def test_gradients_too_small_to_square_are_followed(attack: Attack) -> None:
+    """The square of 1e-30 is 0 in float32; the direction is as good as any other."""
+    x = 0.3 + 0.4 * torch.rand(3, 3, 8, 8)
+    w = torch.randn_like(x)
+    objective = Linear(1e-30 * w, torch.full((3,), 1e-28))
+    moved = attack(objective, x, eps=0.1, steps=20) - x
+    along = (moved * w).flatten(1).sum(1) / w.flatten(1).norm(dim=1)
+    assert (along > 0.095).all()

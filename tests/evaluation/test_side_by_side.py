@@ -20,7 +20,7 @@ from lipsim.results import read_results
 from lipsim.results.tables import percent
 from lipsim.students import OrthogonalProjection
 
-SETTINGS = Settings(eps=(0.05, 0.5), one=0.5, steps=8, queries=10, batch_size=5)
+SETTINGS = Settings(eps=(0.05, 0.5), eps_alone=0.5, steps=8, queries=10, batch_size=5)
 
 
 @pytest.fixture
