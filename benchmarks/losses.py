@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tasks import embed, scores
 
 from lipsim import certificates
-from lipsim.cli import cache_teacher
 from lipsim.data import BuiltinTriplets, SharedTriplet, Triplet, collate_triplets
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder, EmbeddedImages
@@ -46,6 +45,7 @@ from lipsim.students import OrthogonalShiftNetwork
 from lipsim.training import RMSE, Cosine, Distillation, FineTuning, RadiusHinge, Relational, ScaleFree, WarmupCosine
 from lipsim.training.base import MetricModule
 from lipsim.training.losses import DistillationLoss
+from lipsim.training.teacher_cache import cache_teacher
 
 SIZE, FEATURES = 64, 128
 LOSSES: dict[str, Callable[[], DistillationLoss] | None] = {
@@ -185,10 +185,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--teacher", str(options.teacher), "--images", str(options.images), "--output", folder]
-        cache_teacher.main(
-            [*where, "--resize", str(SIZE), "--dtype", "float32", "--num-workers", "0", "--accelerator", "cpu"]
-        )
+        where = options.teacher, options.images, folder
+        cache_teacher(*where, resize=SIZE, dtype="float32", num_workers=0, accelerator="cpu")
         photographs = Photographs(options.images, EmbeddingCache(folder))
     builtin = [collate_triplets(list(BuiltinTriplets(*part, seed=1))) for part in (("train", 6000), ("test", 1500))]
     found: dict[str, list[Rows]] = {name: [] for name in options.losses}

@@ -1,6 +1,8 @@
 """Convert a published LipSim checkpoint: ``convert_checkpoint.py PUBLISHED.pth OUTPUT.safetensors``."""
 
-from lipsim.cli.convert import main
+import sys
+
+from lipsim.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["convert", *sys.argv[1:]])

@@ -17,8 +17,10 @@ from lipsim.attacks.objectives import IMAGES, Distance, Target
 from lipsim.attacks.projections import Norm, check_norm, sample_norm
 from lipsim.attacks.watch import WatchedObjective
 from lipsim.metric import PerceptualMetric
+from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
+from lipsim.utils.terminal import text_table
 
 Goal = Literal["different", "alike"]
 GOALS: tuple[Goal, ...] = ("different", "alike")
@@ -107,6 +109,36 @@ class AttackedImages:
             "passes": self.passes,
         }
 
+    @property
+    def outcome(self) -> str:
+        """What came of the attack, in one sentence."""
+        is_triplet = len(self.before) == 2
+        if self.tie:
+            return (
+                "a tie: both candidates are at one distance, there is no answer to turn around, and nothing was "
+                "attacked"
+            )
+        if math.isinf(self.eps):
+            if self.no_gradient:
+                return "no gradient to attack with: only the attacks without gradients have tried, and found nothing"
+            return "the answer holds within every budget that was tried"
+        if not is_triplet and self.no_gradient:
+            return "no gradient to attack with: the distance after the attack says nothing about what one can reach"
+        within = f"within ε = {eps_label(self.eps)} in ℓ{'∞' if self.norm == 'inf' else self.norm}"
+        if self.length == 0:
+            return f"nothing better than the images as they are was found {within}"
+        sentence = f"{'turned around' if is_triplet else 'changed'} {within}; ‖δ‖₂ = {self.length:.5g}"
+        if is_triplet and _left_is_nearer(self.rounded) == _left_is_nearer(self.before):
+            sentence += "; rounding to 8 bits undoes it, as images.safetensors does not"
+        return sentence
+
+    def __str__(self) -> str:
+        rows = [
+            (f"d({pair})", *(f"{distances[pair]:.5g}" for distances in (self.before, self.after, self.rounded)))
+            for pair in self.before
+        ]
+        return text_table(("distance", "before", "after", "in 8 bits"), rows) + f"\n{self.outcome}"
+
 
 def attack_triplet(
     metric: PerceptualMetric | Distance,
@@ -154,7 +186,7 @@ def attack_triplet(
             raise LipsimError("the metric gives these images distances that are not numbers (NaN); nothing to attack")
         if margin == 0:
             return _outcome(metric, clean, clean, pairs, math.inf, norm, watched, tie=True)
-        found = auto(
+        attack = auto(
             watched,
             objective.images,
             norm=norm,
@@ -167,8 +199,8 @@ def attack_triplet(
             progress=progress,
         )
     moving = IMAGES if target == "all" else (target,)
-    moved: dict[str, Tensor] = dict(zip(moving, found.x_adv[0].chunk(objective.parts), strict=True))
-    return _outcome(metric, clean, {**clean, **moved}, pairs, float(found.broken_at), norm, watched)
+    moved: dict[str, Tensor] = dict(zip(moving, attack.x_adv[0].chunk(objective.parts), strict=True))
+    return _outcome(metric, clean, {**clean, **moved}, pairs, float(attack.broken_at), norm, watched)
 
 
 def attack_pair(
@@ -210,6 +242,10 @@ def attack_pair(
     clean = {"image": image, "other": other}
     moved = {"image": x_adv[0], "other": other}
     return _outcome(metric, clean, moved, [("image", "other")], largest, norm, watched)
+
+
+def _left_is_nearer(distances: dict[str, float]) -> bool:
+    return distances["reference, left"] < distances["reference, right"]
 
 
 @torch.no_grad()

@@ -8,5 +8,15 @@ from lipsim.audit.bounds import (
     linear_bound,
     lipschitz_bound,
 )
+from lipsim.audit.verdict import AuditVerdict, check
 
-__all__ = ["LayerBound", "LipschitzReport", "UnboundedModuleError", "conv2d_bound", "linear_bound", "lipschitz_bound"]
+__all__ = [
+    "AuditVerdict",
+    "LayerBound",
+    "LipschitzReport",
+    "UnboundedModuleError",
+    "check",
+    "conv2d_bound",
+    "linear_bound",
+    "lipschitz_bound",
+]

@@ -7,14 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lipsim.cli.parser import budget
+from lipsim.cli.parser import budget, named_file, positive_int
 from lipsim.data import registry
-from lipsim.evaluation.side_by_side import Metric, Settings, measure, tables
-from lipsim.metric import PerceptualMetric, load
-from lipsim.metric.deep_distances import DISTS, LPIPS
-from lipsim.metric.distances import BASELINES
-from lipsim.results import update_results
-from lipsim.results.tables import latex_table, markdown_table, print_table
+from lipsim.evaluation.side_by_side import Settings, attack_tables, load_metrics
+from lipsim.results.tables import print_table
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -29,16 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "given. A metric costs some hundreds of forward and backward passes over the triplets: minutes for "
         "the bundled one on two cores, far more for a ViT."
     )
-    parser.add_argument("metrics", nargs="+", metavar="NAME=FILE", help="exported metrics of one image size")
+    parser.add_argument(
+        "metrics", nargs="+", type=named_file, metavar="NAME=FILE", help="exported metrics of one image size"
+    )
     parser.add_argument("--data", choices=registry.DATA, default="builtin", help="triplets (%(default)s)")
     parser.add_argument("--root", type=user_path, help="folder of the data")
-    parser.add_argument("--samples", type=int, default=200, help="how many triplets (%(default)s)")
+    parser.add_argument("--samples", type=positive_int, default=200, help="how many triplets (%(default)s)")
     parser.add_argument("--eps", nargs="+", type=budget, default=list(Settings.eps), help="ℓ2 budgets of the suite")
-    parser.add_argument("--one", type=budget, default=Settings.eps_alone, help="ℓ2 budget of the rest (%(default)s)")
+    parser.add_argument(
+        "--alone-eps",
+        type=budget,
+        default=Settings.alone_eps,
+        help="ℓ2 budget of each attack alone, of distances and of transfer (%(default)s)",
+    )
     parser.add_argument("--linf", type=budget, default=Settings.linf, help="ℓ∞ budget of the suite (4/255)")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="of attacks with gradients (%(default)s)")
-    parser.add_argument("--queries", type=int, default=Settings.queries, help="of Square (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="triplets at a time (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=Settings.steps, help="of gradient attacks (%(default)s)")
+    parser.add_argument("--queries", type=positive_int, default=Settings.queries, help="of Square (%(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=Settings.batch_size, help="triplets at a time (64)")
     parser.add_argument("--lpips", type=user_path, metavar="FILE", help="torchvision's AlexNet weights; adds LPIPS")
     parser.add_argument("--dists", type=user_path, metavar="FILE", help="torchvision's VGG-16 weights; adds DISTS")
     parser.add_argument("--seed", type=int, default=1, help="of triplets and attacks (%(default)s)")
@@ -47,42 +50,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    for name in ("samples", "steps", "queries", "batch_size"):
-        if getattr(options, name) < 1:
-            raise LipsimError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
-    metrics: dict[str, Metric] = {}
-    for given in options.metrics:
-        name, _, file = given.rpartition("=")
-        metrics[name or Path(file).stem] = load(file)
-    sizes = {metric.image_size for metric in metrics.values() if isinstance(metric, PerceptualMetric)}
-    if len(sizes) > 1 or len(metrics) < len(options.metrics):
-        raise LipsimError(f"expected metrics of different names and one image size, got {list(metrics)} at {sizes}")
-    metrics |= BASELINES
-    if options.lpips:
-        metrics["LPIPS (AlexNet)"] = LPIPS("alex", options.lpips)
-    if options.dists:
-        metrics["DISTS"] = DISTS(options.dists)
-    triplets = registry.sample_triplets(options.data, options.samples, sizes.pop(), options.root, options.seed)
+    files = dict(options.metrics)
+    if len(files) < len(options.metrics):
+        raise LipsimError(f"expected metrics of different names, got {', '.join(name for name, _ in options.metrics)}")
     settings = Settings(
         eps=tuple(sorted(options.eps)),
-        eps_alone=options.one,
+        alone_eps=options.alone_eps,
         linf=options.linf,
         steps=options.steps,
         queries=options.queries,
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    console = Console()
     with Progress("attacking") as progress:
-        found = measure(metrics, triplets, settings, progress)
-    update_results(options.output / "results.json", "attack_tables", {"data": options.data, **found})
-    shown = tables(found, options.data)
-    for title, rows in shown.items():
+        progress("loading the metrics")
+        metrics = load_metrics(files, lpips=options.lpips, dists=options.dists)
+        tables = attack_tables(
+            metrics,
+            options.output,
+            data=options.data,
+            root=options.root,
+            samples=options.samples,
+            settings=settings,
+            progress=progress,
+        )
+    console = Console()
+    for title, rows in tables.items():
         print_table(console, rows, title)
-    text = [part for title, rows in shown.items() for part in (f"{title}:", markdown_table(rows))]
-    (options.output / "tables.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    title, rows = next(iter(shown.items()))
-    latex = latex_table(rows, title, list(rows[0])[2:], "Score under attack")
-    (options.output / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n", encoding="utf-8")
     console.print(f"tables.md, tables.tex and results.json are in {options.output}/")
     return 0

@@ -20,6 +20,8 @@ COMMANDS = {
     "report": "tables, curves and one HTML page from the results of several runs",
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
     "export-teacher": "write a DreamSim model as a metric that distillation takes",
+    "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
+    "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import one_line, speak_any_encoding
 
 if TYPE_CHECKING:
@@ -22,6 +24,42 @@ def budget(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    return _int_of_at_least(1, text)
+
+
+def natural_int(text: str) -> int:
+    """An integer of at least 0."""
+    return _int_of_at_least(0, text)
+
+
+def _int_of_at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+    return number
+
+
+def metric_file(text: str) -> Path:
+    """A file to write a metric to."""
+    path = user_path(text)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected an output file ending in .safetensors, got {text!r}")
+    return path
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """``NAME=FILE``, or a file, or the name of a bundled metric: then the name is that of the file."""
+    name, equals, file = text.partition("=")
+    if not equals or user_path(text).is_file():  # whose name may have the sign, as those of checkpoints do
+        return Path(text).stem, text
+    return name, file
 
 
 def device(name: str) -> torch.device:

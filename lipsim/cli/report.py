@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim report` takes."""
     parser.description = (
         "Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
-        "and PNG, and report.html with the pictures of each run inside it."
+        "and PNG, and report.html with the pictures of each run inside it. Takes seconds, most of them for drawing."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
     parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
-
-from lipsim.cli.parser import device
+from lipsim.cli.parser import device, positive_int
 from lipsim.data.registry import DATA, sample_triplets
 from lipsim.evaluation.verify import verify
 from lipsim.metric import load
-from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -28,11 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
     parser.add_argument("--data", choices=DATA, default="builtin", help="triplets (%(default)s)")
     parser.add_argument("--root", type=user_path, help="folder of the data")
-    parser.add_argument("--samples", type=int, default=4, help="how many triplets (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the attack from each start (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images attacked at a time (%(default)s)")
+    parser.add_argument("--samples", type=positive_int, default=4, help="how many triplets (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=20, help="of the attack from each start (%(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images attacked at a time (%(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of the processor; more pay off on large networks only (%(default)s)"
+        "--threads",
+        type=positive_int,
+        default=1,
+        help="of the processor; more pay off on large networks only (%(default)s)",
     )
     parser.add_argument("--device", type=device, default="cpu", help="cpu, or a GPU with float64 (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of triplets, starts and controls (%(default)s)")
@@ -41,31 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    for name in ("samples", "steps", "batch_size", "threads"):
-        if getattr(options, name) < 1:
-            raise LipsimError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(options, name)}")
-    metric = load(options.checkpoint)
-    metric.to(options.device)
-    triplets = sample_triplets(
-        options.data, options.samples, metric.image_size, options.root, options.seed, metric.preprocess.resize
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with Progress("verifying") as progress:
-            result = verify(
-                metric,
-                triplets,
-                steps=options.steps,
-                seed=options.seed,
-                batch_size=options.batch_size,
-                progress=progress,
-            )
-    finally:
-        torch.set_num_threads(threads)
+    with Progress("verifying") as progress:
+        progress("loading the metric and the triplets")
+        metric = load(options.checkpoint).to(options.device)
+        triplets = sample_triplets(
+            options.data, options.samples, metric.image_size, options.root, options.seed, metric.preprocess.resize
+        )
+        verification = verify(
+            metric,
+            triplets,
+            steps=options.steps,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            threads=options.threads,
+            progress=progress,
+        )
     if options.json:
-        print(json.dumps(result.facts(), indent=1))
+        print(json.dumps(verification.facts(), indent=1))
     else:
-        print(result)
-        print("\n".join(f"FAILED: {line}" for line in result.failures) or "sound: every certificate held")
-    return int(bool(result.failures))
+        print(verification)
+        print("\n".join(f"FAILED: {line}" for line in verification.failures) or "sound: every certificate held")
+    return int(not verification.sound)

@@ -1,10 +1,15 @@
-"""Many metrics under the same attacks on the same triplets, as LipSim's tables have it."""
+"""Many metrics under the same attacks on the same triplets, as LipSim's tables have it.
+
+:func:`attack_tables` is the whole of it: triplets of a data set in, files and tables out. :func:`measure` takes
+triplets that are there already.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +20,15 @@ from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
 from lipsim.attacks.objectives import Distance, Objective
 from lipsim.attacks.projections import Norm
 from lipsim.attacks.registry import ATTACKS, attacks_in
-from lipsim.data import Triplet
+from lipsim.data import Triplet, registry
 from lipsim.evaluation.scores import agrees
-from lipsim.metric import PerceptualMetric
-from lipsim.results import eps_label
-from lipsim.results.tables import NO_GRADIENT, Row, percent
+from lipsim.metric import PerceptualMetric, load
+from lipsim.metric.deep_distances import DISTS, LPIPS
+from lipsim.metric.distances import BASELINES
+from lipsim.results import eps_label, update_results
+from lipsim.results.tables import NO_GRADIENT, Row, latex_table, markdown_table, percent
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 
 Metric = PerceptualMetric | Distance
@@ -33,7 +41,7 @@ class Settings:
 
     Attributes:
         eps: ℓ2 budgets of the scores under the suite.
-        eps_alone: the ℓ2 budget of attacks one by one, of distances and of transfer.
+        alone_eps: the ℓ2 budget of each attack alone, of distances and of transfer.
         linf: the ℓ∞ budget of the suite.
         steps: gradient steps of each attack with gradients.
         queries: forward passes of each attack without.
@@ -42,12 +50,94 @@ class Settings:
     """
 
     eps: tuple[float, ...] = (36 / 255, 72 / 255, 108 / 255, 1.0, 2.0, 3.0)
-    eps_alone: float = 1.0
+    alone_eps: float = 1.0
     linf: float = 4 / 255
     steps: int = 20
     queries: int = 50
     batch_size: int = 64
     seed: int = 0
+
+
+def load_metrics(
+    files: Mapping[str, str | Path], *, lpips: str | Path | None = None, dists: str | Path | None = None
+) -> dict[str, Metric]:
+    """Exported metrics, and beside them the distances that tables compare with.
+
+    Args:
+        files: name → file of a metric, or the name of a bundled one.
+        lpips: torchvision's AlexNet weights; adds LPIPS.
+        dists: torchvision's VGG-16 weights; adds DISTS.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file is no metric, or they take images in different ways.
+    """
+    metrics: dict[str, Metric] = {name: load(file) for name, file in files.items()}
+    _input_of(metrics)
+    metrics |= BASELINES
+    if lpips:
+        metrics["LPIPS (AlexNet)"] = LPIPS("alex", lpips)
+    if dists:
+        metrics["DISTS"] = DISTS(dists)
+    return metrics
+
+
+def _input_of(metrics: Mapping[str, Metric]) -> tuple[int, str]:
+    """Side of the images that metrics take, and how images come to it."""
+    inputs = {
+        name: (metric.image_size, metric.preprocess.resize)
+        for name, metric in metrics.items()
+        if isinstance(metric, PerceptualMetric)
+    }
+    if len(set(inputs.values())) != 1:
+        sizes = ", ".join(f"{name} {size} pixels by {resize!r}" for name, (size, resize) in inputs.items()) or "none"
+        raise LipsimError(
+            f"expected metrics of one image size and one resize, so that all see the same images, got {sizes}"
+        )
+    return next(iter(inputs.values()))
+
+
+def attack_tables(
+    metrics: Mapping[str, Metric],
+    output: str | Path,
+    *,
+    data: str = "builtin",
+    root: str | Path | None = None,
+    samples: int = 200,
+    settings: Settings | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, list[Row]]:
+    """Attack every metric on the same triplets of a data set, and write tables.md, tables.tex and results.json.
+
+    Args:
+        metrics: name → metric, or a callable that returns distances; at least one metric, whose images all see.
+        output: folder to write.
+        data: one of :data:`lipsim.data.registry.DATA`.
+        root: folder of the data, built-in ones have none.
+        samples: how many triplets.
+        settings: budgets, steps and the seed, of the choice of triplets as well.
+        progress: told what runs next.
+
+    Returns:
+        The tables: title → rows.
+
+    Raises:
+        FileNotFoundError: no data at ``root``.
+        ValueError: metrics that see different images, an unknown data set, or no triplets.
+    """
+    settings, folder = settings or Settings(), user_path(output)
+    image_size, resize = _input_of(metrics)
+    place = None if root is None else user_path(root)
+    triplets = registry.sample_triplets(data, samples, image_size, place, settings.seed, resize)
+    measured = measure(metrics, triplets, settings, progress)
+    update_results(folder / "results.json", "attack_tables", {"data": data, **measured})
+    shown = tables(measured, data)
+    text = [part for title, rows in shown.items() for part in (f"{title}:", markdown_table(rows))]
+    (folder / "tables.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    title, rows = next(iter(shown.items()))
+    latex = latex_table(rows, title, list(rows[0])[2:], "Score under attack")
+    (folder / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n", encoding="utf-8")
+    return shown
 
 
 def measure(
@@ -75,39 +165,47 @@ def measure(
     settings = settings or Settings()
     if not len(triplets):
         raise LipsimError("expected at least one triplet, got none")
-    found: dict[str, Any] = {"scores": {}, "distances": {}, "transfer": {name: {} for name in metrics}}
-    found |= {"num_triplets": len(triplets), "one": settings.eps_alone, "linf": settings.linf, "steps": settings.steps}
-    found["queries"] = settings.queries
+    say = progress or (lambda _: None)
+    scores, distances = {}, {}
+    transfer: dict[str, dict[str, float]] = {name: {} for name in metrics}
     with full_precision():
-        agreed = {name: _agreement(metric, triplets, settings) for name, metric in metrics.items()}
+        correct = {name: _correct(metric, triplets, settings) for name, metric in metrics.items()}
         for name, metric in metrics.items():
-            found["scores"][name] = _scores(name, metric, triplets, agreed[name], settings, progress)
-            _say(progress, f"{name}: d(x, x + δ)")
-            found["distances"][name] = _distances(metric, triplets, settings)
-            _say(progress, f"{name}: transfer")
+            scores[name] = _scores(name, metric, triplets, correct[name], settings, say)
+            say(f"{name}: d(x, x + δ)")
+            distances[name] = _distances(metric, triplets, settings)
+            say(f"{name}: transfer")
             attacked = _pushed(metric, triplets, settings)
             for other, target in metrics.items():
-                held = _agreement(target, attacked, settings)
-                share = float((agreed[other] & ~held).sum() / agreed[other].sum().clamp(min=1))
-                found["transfer"][name][other] = share
-    return found
+                turned = correct[other] & ~_correct(target, attacked, settings)
+                transfer[name][other] = float(turned.sum() / correct[other].sum().clamp(min=1))
+    return {
+        "scores": scores,
+        "distances": distances,
+        "transfer": transfer,
+        "num_triplets": len(triplets),
+        "alone_eps": settings.alone_eps,
+        "linf": settings.linf,
+        "steps": settings.steps,
+        "queries": settings.queries,
+    }
 
 
 def _scores(
     name: str,
     metric: Metric,
     triplets: Triplet,
-    agreed: Tensor,
+    correct: Tensor,
     settings: Settings,
-    progress: Callable[[str], None] | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     untied = (triplets.right_vote != 0.5).sum()
-    chosen = agreed.nonzero().flatten()
+    attackable = correct.nonzero().flatten()
 
     def attack(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> tuple[list[float], int]:
-        """Scores that are left at each budget, and the number of triplets without a gradient."""
+        """Scores that remain at each budget, and the number of triplets without a gradient."""
         broken_at, no_gradient = [], 0
-        for rows in chosen.split(settings.batch_size):
+        for rows in attackable.split(settings.batch_size):
             part = triplets.select(rows)
             objective = TwoAFCObjective(metric, part.reference, part.left, part.right)
             result = auto(
@@ -126,34 +224,28 @@ def _scores(
         broken = torch.cat(broken_at) if broken_at else torch.empty(0)
         return [float((broken > e).sum() / untied) for e in eps], no_gradient
 
-    scores: dict[str, Any] = {"natural": float(agreed.sum() / untied)}
-    _say(progress, f"{name}: suite in ℓ2")
-    at, scores["no_gradient"] = attack(2, settings.eps, None)
-    scores["l2"] = dict(zip(map(eps_label, settings.eps), at, strict=True))
-    _say(progress, f"{name}: suite in ℓ∞")
+    scores: dict[str, Any] = {"natural": float(correct.sum() / untied)}
+    say(f"{name}: suite in ℓ2")
+    suite, scores["no_gradient"] = attack(2, settings.eps, None)
+    scores["l2"] = dict(zip(map(eps_label, settings.eps), suite, strict=True))
+    say(f"{name}: suite in ℓ∞")
     scores["linf"] = attack("inf", [settings.linf], None)[0][0]
     scores["alone"] = {}
-    for one in attacks_in(2):
-        _say(progress, f"{name}: {one} alone")
-        scores["alone"][one] = attack(2, [settings.eps_alone], [one])[0][0]
-    _say(progress, f"{name}: one pixel")
+    for alone in attacks_in(2):
+        say(f"{name}: {alone} alone")
+        scores["alone"][alone] = attack(2, [settings.alone_eps], [alone])[0][0]
+    say(f"{name}: one pixel")
     scores["alone"]["one_pixel"] = attack(0, [1], ["one_pixel"])[0][0]
     return scores
 
 
 def _distances(metric: Metric, triplets: Triplet, settings: Settings) -> dict[str, Any]:
-    """Quantiles of the largest ``d(x, x + δ)`` that APGD finds at the one budget."""
+    """Quantiles of the largest ``d(x, x + δ)`` that APGD finds at ``alone_eps``."""
     reached, natural = [], []
     for part in _batches(triplets, settings.batch_size):
         objective = DistanceObjective(metric, part.reference)
-        x_adv = apgd(
-            objective,
-            part.reference,
-            eps=settings.eps_alone,
-            steps=settings.steps,
-            seed=settings.seed,
-            index=part.index,
-        )
+        options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "index": part.index}
+        x_adv = apgd(objective, part.reference, eps=settings.alone_eps, **options)
         with torch.no_grad():
             reached.append(metric(part.reference, x_adv).double())
             natural += [metric(part.reference, images).double() for images in (part.left, part.right)]
@@ -187,12 +279,12 @@ def _pushed(metric: Metric, triplets: Triplet, settings: Settings) -> Triplet:
     for part in _batches(triplets, settings.batch_size):
         objective = _Beyond(TwoAFCObjective(metric, part.reference, part.left, part.right))
         options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "index": part.index}
-        moved.append(apgd(objective, part.reference, eps=settings.eps_alone, **options))
+        moved.append(apgd(objective, part.reference, eps=settings.alone_eps, **options))
     return Triplet(torch.cat(moved), triplets.left, triplets.right, triplets.right_vote, triplets.index)
 
 
 @torch.no_grad()
-def _agreement(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
+def _correct(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
     """``(N,)`` bool: the metric agrees with the majority of votes."""
     margins = []
     for part in _batches(triplets, settings.batch_size):
@@ -207,39 +299,34 @@ def _batches(triplets: Triplet, size: int) -> list[Triplet]:
     return [triplets.select(rows) for rows in torch.arange(len(triplets)).split(size)]
 
 
-def _say(progress: Callable[[str], None] | None, text: str) -> None:
-    if progress is not None:
-        progress(text)
-
-
-def tables(found: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
-    """Title → rows, cells in %, from what :func:`measure` found."""
-    count, one = found["num_triplets"], eps_label(found["one"])
+def tables(measured: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
+    """Title → rows, cells in %, from what :func:`measure` returns."""
+    count, eps = measured["num_triplets"], eps_label(measured["alone_eps"])
     suite: list[Row] = []
     alone: list[Row] = []
     distances: list[Row] = []
     transfer: list[Row] = []
-    flat = any(scores["no_gradient"] for scores in found["scores"].values())
-    for name, scores in found["scores"].items():
+    flat = any(scores["no_gradient"] for scores in measured["scores"].values())
+    for name, scores in measured["scores"].items():
         at = {label: percent(score) for label, score in scores["l2"].items()}
-        linf = {f"ℓ∞ {eps_label(found['linf'])}": percent(scores["linf"])}
+        linf = {f"ℓ∞ {eps_label(measured['linf'])}": percent(scores["linf"])}
         suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
         cells = {ATTACKS[attack].title: percent(score) for attack, score in scores["alone"].items()}
         # Beside what does without gradients, Square and one pixel.
         cells |= {"no gradient": str(scores["no_gradient"])} if flat else {}
         alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
-        moved = found["distances"][name]
+        moved = measured["distances"][name]
         cells = {label: f"{value:.3g}" for label, value in moved["reached"].items()}
-        distances.append({"metric": name, **cells, "median, of natural": f"{percent(moved['shares']['50 %'])} %"})
-        cells = {other: percent(share) for other, share in found["transfer"][name].items()}
+        distances.append({"metric": name, **cells, "of natural": f"{percent(moved['shares']['50 %'])} %"})
+        cells = {other: percent(share) for other, share in measured["transfer"][name].items()}
         transfer.append({"made on": name, **cells})
     note = f"; {NO_GRADIENT}" if flat else ""
     return {
         f"{data}: 2AFC score in %, natural and under the suite on the reference, {count} triplets, ℓ2 budgets": suite,
-        f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {one}, and with one pixel of any colour"
+        f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {eps}, and with one pixel of any colour"
         f"{note}": alone,
-        f"{data}: d(x, x + δ) that APGD reaches in ℓ2, ε = {one}: quantiles, and the median as a share of the median "
+        f"{data}: d(x, x + δ) that APGD reaches in ℓ2, ε = {eps}: quantiles, and the median as a share of the median "
         "distance between reference and candidates": distances,
-        f"{data}: transfer, share in % of right answers that turn around on references attacked in ℓ2, ε = {one}, "
+        f"{data}: transfer, share in % of right answers that turn around on references attacked in ℓ2, ε = {eps}, "
         "on another metric": transfer,
     }

@@ -1,6 +1,7 @@
 """The perceptual metric: distances with certificates, and the files that hold it."""
 
 from lipsim.metric.files import load, save
+from lipsim.metric.image_files import FileCertificate, certify_files, original_radii
 from lipsim.metric.perceptual_metric import PerceptualMetric
 
-__all__ = ["PerceptualMetric", "load", "save"]
+__all__ = ["FileCertificate", "PerceptualMetric", "certify_files", "load", "original_radii", "save"]

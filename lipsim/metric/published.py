@@ -12,7 +12,6 @@ the block is 1-Lipschitz as for every ``q``; the linear blocks use theirs in bot
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,8 @@ from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.students import SLLNetwork
 from lipsim.students.sll_network import PRESETS
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import file_sha256
+from lipsim.utils.paths import user_path
 from lipsim.utils.weights import load_weights
 
 # DataParallel, the published metric around its network, the wrapper that normalises the input, and torch.compile.
@@ -127,7 +128,7 @@ def convert(
         ValueError: the file is damaged, needs more than tensors and plain containers, or holds another network; or an
             option does not fit the weights.
     """
-    path = Path(source)
+    path = user_path(source)
     if image_size is not None and image_size < 16:
         raise LipsimError(f"expected an image size of at least 16, got {image_size}")
     if out_features < 1:
@@ -136,8 +137,7 @@ def convert(
         raise LipsimError(f"expected a finite anchor ≥ 0, got {anchor}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(path)
     raw, beside = _read(path)
     state, ignored = _account(raw, path)
     zeroed = tuple(name for name in state if _UNUSED.fullmatch(name))
@@ -238,10 +238,10 @@ def _account(raw: dict[Any, Any], path: Path) -> tuple[dict[str, Tensor], tuple[
     return {name: raw[keys[0]] for name, keys in aliases.items()}, tuple(sorted(ignored))
 
 
-def _expected(found: Iterable[str]) -> list[str]:
+def _expected(names: Iterable[str]) -> list[str]:
     """The names of a network as deep as the highest layer found, of one layer of each kind at least."""
     highest = {"convs": 0, "linear": 1}
-    for name in found:
+    for name in names:
         kind, number, _ = name.split(".")
         highest[kind] = max(highest[kind], int(number))
     convs = [f"convs.{i}.{tensor}" for i in range(highest["convs"] + 1) for tensor in ("kernel", "bias", "q")]

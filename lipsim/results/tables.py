@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
@@ -62,23 +63,31 @@ def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     first, *others = rows[0]
     widths = {name: max(cell_len(text) for text in (name, *(row[name] for row in rows))) for name in rows[0]}
     word = max((cell_len(word) for row in rows for word in (*first.split(), *row[first].split())), default=1)
-    # A column takes its text, a blank on each side and a line; the table one more line.
-    room = console.width - 4
+    # Between two columns are two blanks, a padding and what stands where other tables have a line.
+    room = console.width
     narrow = min(widths[first], max(word, room // 4), room // 2)
     groups: list[list[str]] = [[]]
     for name in others:
-        if groups[-1] and narrow + sum(widths[n] + 3 for n in (*groups[-1], name)) > room:
+        if groups[-1] and narrow + sum(widths[n] + 2 for n in (*groups[-1], name)) > room:
             groups.append([])
         groups[-1].append(name)
     for number, names in enumerate(groups):
-        table = Table(title=escape(title) if number == 0 else "(continued)")
-        wide = max(narrow, min(widths[first], room - sum(widths[n] + 3 for n in names)))
+        table = Table(
+            title=escape(title) if number == 0 else "(continued)",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        wide = max(narrow, min(widths[first], room - sum(widths[n] + 2 for n in names)))
         table.add_column(first, width=wide, overflow="fold")
         for name in names:
             table.add_column(name, justify="right", overflow="fold")
         for row in rows:
             table.add_row(*(escape(row[name]) for name in (first, *names)))
         console.print(table)
+        console.print()
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

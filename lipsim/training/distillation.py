@@ -33,7 +33,7 @@ class Distillation(MetricModule):
     2AFC scores, validation logs the mean cosine similarity of both embeddings and the correlation of all distances
     within a batch.
 
-    The teacher's embeddings may come from a cache (``scripts/cache_teacher.py``) of the images of a folder: the teacher
+    The teacher's embeddings may come from a cache (``lipsim cache-teacher``) of the images of a folder: the teacher
     is not run then, and triplets are scored but not compared with it.
 
     Args:

@@ -1,14 +1,18 @@
-"""A teacher's embeddings of a folder of images, computed once, on any number of processes."""
+"""A teacher's embeddings of a folder of images, computed once, on any number of processes.
+
+:func:`cache_teacher` writes a cache or what is missing of it, :func:`check_cache` compares one with its teacher and its
+images. Progress, and what is passed over, are told on stderr.
+"""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lipsim.certificates.numbers import check_count
 from lipsim.data.embeddings.cache import (
     CacheDescription,
     EmbeddingCache,
@@ -30,6 +35,7 @@ from lipsim.data.sets.folder import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.metric import PerceptualMetric, load
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
 from lipsim.utils.slurm import check_slurm
@@ -41,6 +47,76 @@ TOLERANCE = {"float16": 1e-3, "float32": 1e-4}
 BFLOAT16_TOLERANCE = 5e-2
 
 Chunk = tuple[int, list[int]]  # number of a shard, and the positions of its images
+
+
+class ProcessFailed(LipsimError):
+    """One of several processes could not do its share; it has said why on stderr."""
+
+
+@dataclass(frozen=True)
+class WrittenCache:
+    """What :func:`cache_teacher` did.
+
+    Attributes:
+        folder: of the cache.
+        description: what its embeddings have in common.
+        images: how many images of the folder are in it now.
+        embedded: how many of them were embedded by this call, on all processes.
+        size: of the embeddings on disk, in bytes.
+        seconds: that it took.
+        processes: how many did it.
+        rank: which of them this is; the others return the same, but for the time.
+    """
+
+    folder: Path
+    description: CacheDescription
+    images: int
+    embedded: int
+    size: int
+    seconds: float
+    processes: int
+    rank: int
+
+    def __str__(self) -> str:
+        description = self.description
+        return (
+            f"{self.folder} has {self.images} images × {len(description.views)} views × {description.features} "
+            f"features in {description.dtype}, {self.size / 1e6:.1f} MB; {self.embedded} images embedded now in "
+            f"{self.seconds:.1f} s on {self.processes} processes"
+        )
+
+
+@dataclass(frozen=True)
+class CacheVerdict:
+    """What :func:`check_cache` found.
+
+    Attributes:
+        files: how many image files were hashed, all that the cache has a row for.
+        shards: how many the cache has.
+        recomputed: how many rows were embedded again.
+        seed: that they were drawn by.
+        largest_error: the largest ``‖stored − recomputed‖/‖recomputed‖`` among them.
+        failures: one line for each kind of fault; empty where the cache is sound.
+    """
+
+    files: int
+    shards: int
+    recomputed: int
+    seed: int
+    largest_error: float
+    failures: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the cache is complete and the teacher's."""
+        return not self.failures
+
+    def __str__(self) -> str:
+        return (
+            f"checked the hashes of the teacher and of {self.files} image files, the checksums of {self.files} rows in "
+            f"{self.shards} shards; computed {self.recomputed} of them again (drawn by seed {self.seed}), which differ "
+            f"by at most {self.largest_error:.1e} of their norm"
+        )
 
 
 class HashedImages(Dataset[tuple[Tensor, Tensor]]):
@@ -66,8 +142,18 @@ class HashedImages(Dataset[tuple[Tensor, Tensor]]):
         return torch.empty(0) if self.transform is None else load_image(file, self.transform, content), digest
 
 
-def describe(metric: PerceptualMetric, options: argparse.Namespace) -> CacheDescription:
-    """The description of the cache that the options ask for."""
+def describe(
+    metric: PerceptualMetric,
+    views: Sequence[str] = ("plain", "flip"),
+    resize: int | None = None,
+    dtype: str = "float16",
+    precision: str = "float32",
+) -> CacheDescription:
+    """The description of a teacher's cache; arguments as of :func:`cache_teacher`.
+
+    Raises:
+        ValueError: one of them is of another kind.
+    """
     with torch.inference_mode():
         side = metric.image_size
         features = metric.embed(torch.zeros(1, 3, side, side)).shape[1]
@@ -76,10 +162,10 @@ def describe(metric: PerceptualMetric, options: argparse.Namespace) -> CacheDesc
         encoder=type(metric.encoder).__name__,
         features=features,
         image_size=side,
-        resize=options.resize,
-        views=tuple(options.views),
-        dtype=options.dtype,
-        precision=options.precision,
+        resize=resize,
+        views=tuple(views),
+        dtype=dtype,
+        precision=precision,
     )
 
 
@@ -109,155 +195,223 @@ def plan(folder: Path, names: np.ndarray, shard_size: int) -> list[Chunk]:
 
 
 def write_shards(
-    options: argparse.Namespace,
+    folder: Path,
     description: CacheDescription,
     metric: PerceptualMetric,
+    images: Path,
     names: np.ndarray,
     chunks: list[Chunk],
+    batch_size: int,
+    num_workers: int,
 ) -> Iterator[int]:
     """Embed and write shards one after the other; yields how many images each has.
+
+    Args:
+        folder: of the cache.
+        description: of the cache.
+        metric: the teacher, on the device that it is to run on.
+        images: folder of the images.
+        names: ``(N,)`` bytes, relative to it.
+        chunks: the shards to write.
+        batch_size: images embedded at a time.
+        num_workers: processes that read and decode.
 
     Raises:
         ValueError: an image cannot be read, or an embedding is not finite in the dtype of the cache.
     """
     # Batches stay within a shard: the last digits of an embedding depend on its batch, which must not depend on what
     # else was left to do.
-    size = options.batch_size
-    batches = [rows[i : i + size] for _, rows in chunks for i in range(0, len(rows), size)]
-    images = HashedImages(options.images, names, description.transform)
+    batches = [rows[i : i + batch_size] for _, rows in chunks for i in range(0, len(rows), batch_size)]
     loader = iter(
         DataLoader(
-            images,
+            HashedImages(images, names, description.transform),
             batch_sampler=batches,
-            num_workers=options.num_workers,
+            num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
     )
     for number, rows in chunks:
-        embeddings, digests = [], []
-        for _ in range(0, len(rows), size):
+        parts, digests = [], []
+        for _ in range(0, len(rows), batch_size):
             batch, digest = next(loader)
-            embeddings.append(embed(metric, batch, description))
+            parts.append(embed(metric, batch, description))
             digests.append(digest.numpy())
-        found = np.concatenate(embeddings)
+        embeddings = np.concatenate(parts)
         with np.errstate(over="ignore"):  # an overflow is reported by name
-            stored = found.astype(description.dtype)
+            stored = embeddings.astype(description.dtype)
         bad = np.flatnonzero(~np.isfinite(stored).all((1, 2)))
         if len(bad):
             raise LipsimError(
                 f"the embedding of {os.fsdecode(bytes(names[rows[bad[0]]]))} is not finite in {description.dtype} (the "
-                f"teacher's values reach {np.abs(found).max():.3g}); choose --dtype float32, or another teacher"
+                f"teacher's values reach {np.abs(embeddings).max():.3g}); choose --dtype float32, or another teacher"
             )
-        write_shard(options.output, number, [bytes(names[row]) for row in rows], np.concatenate(digests), stored)
+        write_shard(folder, number, [bytes(names[row]) for row in rows], np.concatenate(digests), stored)
         yield len(rows)
 
 
-def build(options: argparse.Namespace) -> None:
-    """Write the cache that the options ask for, or what is missing of it.
+def cache_teacher(
+    teacher: str | Path,
+    images: str | Path,
+    output: str | Path,
+    *,
+    views: Sequence[str] = ("plain", "flip"),
+    resize: int | None = None,
+    dtype: str = "float16",
+    precision: str = "float32",
+    batch_size: int = 64,
+    num_workers: int = 8,
+    shard_size: int = 2048,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+) -> WrittenCache:
+    """Run a teacher once over a folder of images and keep its embeddings, or add what is missing of them.
+
+    With ``devices`` or ``num_nodes`` above 1 every process calls this: they are started here by the command line that
+    runs, or by ``torchrun`` or ``srun``, and each writes shards of its own. Killed, the same call continues.
+
+    Args:
+        teacher: an exported metric, a file or the name of a bundled one.
+        images: folder of the images, at any depth.
+        output: folder of the cache.
+        views: of :data:`lipsim.data.sets.folder.VIEWS`, an embedding for each.
+        resize: what the short side is resized to before the central crop; None: nothing.
+        dtype: of what is stored, "float16" or "float32".
+        precision: that the teacher runs in, "float32" or "bfloat16" (autocast).
+        batch_size: images embedded at a time by each process.
+        num_workers: loading processes of each process.
+        shard_size: images in a shard; a kill costs one.
+        accelerator: "auto", "cpu", "cuda", …, as Lightning names them.
+        devices: processes on each machine.
+        num_nodes: machines.
 
     Raises:
         FileNotFoundError: no such teacher, or no images.
         ValueError: the folder has another cache, or something is wrong with an image or its embedding.
+        ProcessFailed: something was wrong in one of several processes.
     """
-    fabric = _fabric(options)
-    metric = load(options.teacher)
-    description = describe(metric, options)
-    if (options.output / "cache.json").is_file():
+    images, output = user_path(images), user_path(output)
+    for name, number in {"batch_size": batch_size, "shard_size": shard_size}.items():
+        check_count(name, number)
+    fabric = _fabric(accelerator, devices, num_nodes)
+    metric = load(teacher)
+    description = describe(metric, views, resize, dtype, precision)
+    if (output / "cache.json").is_file():
         # Before other processes are started, which would wait for one that fails.
-        CacheDescription.read(options.output).check_equal(description, options.output)
+        CacheDescription.read(output).check_equal(description, output)
     fabric.launch()
     start = time.perf_counter()
     work: tuple[np.ndarray, list[Chunk]] | Exception | None = None
     if fabric.is_global_zero:
         # By one process, since the others may find shards that were written meanwhile.
         try:
-            listed = list_images(options.images)
-            names = listed.names
-            description.write(options.output)
+            listed = list_images(images)
+            description.write(output)
             if listed.skipped:
-                print(f"passed over in {options.images}: {listed.skipped}", file=sys.stderr)
-            work = names, plan(options.output, names, options.shard_size)
+                print(f"passed over in {images}: {listed.skipped}", file=sys.stderr)
+            work = listed.names, plan(output, listed.names, shard_size)
         except (OSError, ValueError) as error:
             work = error
     work = fabric.broadcast(work)
     if isinstance(work, Exception):
-        raise work if fabric.is_global_zero else SystemExit(1)
+        raise work if fabric.is_global_zero else ProcessFailed("the first process could not plan the work")
     assert work is not None
     names, chunks = work
     own = chunks[fabric.global_rank :: fabric.world_size]
     metric.to(fabric.device)
-    failed = False
+    failure: OSError | ValueError | None = None
     try:
         with Progress("embedding", enabled=fabric.is_global_zero) as progress:
             advance = progress.counter(sum(len(rows) for _, rows in own), "images")
-            for count in write_shards(options, description, metric, names, own):
+            for count in write_shards(output, description, metric, images, names, own, batch_size, num_workers):
                 advance(count)
     except (OSError, ValueError) as error:
         if fabric.world_size == 1:
             raise
         print(f"error: {one_line(str(error))} (the other processes finish their shards)", file=sys.stderr, flush=True)
-        failed = True
-    failures = fabric.all_reduce(torch.tensor(float(failed)), reduce_op="sum")  # waits for the slowest
+        failure = error
+    failures = fabric.all_reduce(torch.tensor(float(failure is not None)), reduce_op="sum")  # waits for the slowest
+    assert isinstance(failures, Tensor)
     if failures:
-        raise SystemExit(1)
-    if fabric.is_global_zero:
-        new, size = sum(len(rows) for _, rows in chunks), sum(f.stat().st_size for f in options.output.glob("*.npy"))
-        print(
-            f"{options.output} has {len(names)} images × {len(description.views)} views × {description.features} "
-            f"features in {description.dtype}, {size / 1e6:.1f} MB; {new} images embedded now in "
-            f"{time.perf_counter() - start:.1f} s on {fabric.world_size} processes"
-        )
+        raise ProcessFailed(f"{int(failures)} of {fabric.world_size} processes could not finish") from failure
+    return WrittenCache(
+        folder=output,
+        description=description,
+        images=len(names),
+        embedded=sum(len(rows) for _, rows in chunks),
+        size=sum(file.stat().st_size for file in output.glob("*.npy")),
+        seconds=time.perf_counter() - start,
+        processes=fabric.world_size,
+        rank=fabric.global_rank,
+    )
 
 
-def verify(options: argparse.Namespace) -> list[str]:
-    """Check a cache against its teacher and its images; prints what was checked and what is wrong.
+def check_cache(
+    teacher: str | Path,
+    images: str | Path,
+    output: str | Path,
+    *,
+    sample: int = 64,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 8,
+    accelerator: str = "auto",
+) -> CacheVerdict:
+    """Check a cache against its teacher and its images.
 
     Every image must have a row, every file its hash, every row its checksum; some rows are computed again.
 
-    Returns:
-        What is wrong, one line each.
+    Args:
+        teacher: the metric that the cache is of.
+        images: folder of the images.
+        output: folder of the cache.
+        sample: how many rows to compute again.
+        seed: of their choice.
+        batch_size: images embedded at a time.
+        num_workers: loading processes.
+        accelerator: where the teacher runs, as of :func:`cache_teacher`.
 
     Raises:
         FileNotFoundError: no cache, teacher or images.
         ValueError: the cache is of another teacher, or cannot be understood.
     """
+    images, output = user_path(images), user_path(output)
     with Progress("checking the cache") as progress:
-        return _verify(options, progress)
+        cache = EmbeddingCache(output)
+        metric = load(teacher).to(_fabric(accelerator).device)
+        cache.check_teacher(metric.encoder, teacher)
+        listed = list_images(images).names
+        rows = cache.find(listed)
+        faults = _fault("images are not in the cache", listed[rows < 0])
+        names, rows = listed[rows >= 0], rows[rows >= 0]
+        files = DataLoader(HashedImages(images, names, None), batch_size=256, num_workers=num_workers)
+        digests, advance = [cache.sha256[:0]], progress.counter(len(names), "files")
+        for _, digest in files:
+            digests.append(digest.numpy())
+            advance(len(digest))
+        changed = (np.concatenate(digests) != cache.sha256[rows]).any(1)
+        faults += _fault("image files have other content than what was embedded", names[changed])
+        progress("checksums of rows")
+        damage = [_damage(cache, int(row)) for row in rows]
+        faults += [f"rows are damaged: {message}" for message in dict.fromkeys(filter(None, damage))]
+        usable = np.flatnonzero(~changed & np.array([message is None for message in damage], dtype=bool))
+        chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:sample])
+        progress("embedding a sample again")
+        again = DataLoader(
+            HashedImages(images, names[chosen], cache.description.transform),
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+        errors = _errors(cache, metric, again, rows[chosen])
+        tolerance = _tolerance(cache.description)
+        faults += _fault(
+            f"embeddings are not the teacher's, to {tolerance:g} of their norm", names[chosen][~(errors <= tolerance)]
+        )
+    return CacheVerdict(len(names), len(cache.shards), len(chosen), seed, float(errors.max(initial=0)), tuple(faults))
 
 
-def _verify(options: argparse.Namespace, progress: Progress) -> list[str]:
-    cache = EmbeddingCache(options.output)
-    metric = load(options.teacher).to(_fabric(options).device)
-    cache.check_teacher(metric.encoder, options.teacher)
-    listed = list_images(options.images).names
-    rows = cache.find(listed)
-    faults = _fault("images are not in the cache", listed[rows < 0])
-    names, rows = listed[rows >= 0], rows[rows >= 0]
-    files = DataLoader(HashedImages(options.images, names, None), batch_size=256, num_workers=options.num_workers)
-    digests, advance = [cache.sha256[:0]], progress.counter(len(names), "files")
-    for _, digest in files:
-        digests.append(digest.numpy())
-        advance(len(digest))
-    changed = (np.concatenate(digests) != cache.sha256[rows]).any(1)
-    faults += _fault("image files have other content than what was embedded", names[changed])
-    progress("checksums of rows")
-    damage = [_damage(cache, int(row)) for row in rows]
-    faults += [f"rows are damaged: {message}" for message in dict.fromkeys(filter(None, damage))]
-    usable = np.flatnonzero(~changed & np.array([message is None for message in damage], dtype=bool))
-    sample = np.sort(np.random.default_rng(options.seed).permutation(usable)[: options.sample])
-    progress("embedding a sample again")
-    errors = _errors(options, cache, metric, names[sample], rows[sample])
-    tolerance = BFLOAT16_TOLERANCE if cache.description.precision == "bfloat16" else TOLERANCE[cache.description.dtype]
-    faults += _fault(
-        f"embeddings are not the teacher's, to {tolerance:g} of their norm", names[sample][~(errors <= tolerance)]
-    )
-    print(
-        f"checked the hashes of the teacher and of {len(names)} image files, the checksums of {len(rows)} rows in "
-        f"{len(cache.shards)} shards; computed {len(sample)} of them again (drawn by seed {options.seed}), which "
-        f"differ by at most {errors.max(initial=0):.1e} of their norm"
-    )
-    print("\n".join(f"FAILED: {line}" for line in faults) or "sound: the cache is complete and the teacher's")
-    return faults
+def _tolerance(description: CacheDescription) -> float:
+    return BFLOAT16_TOLERANCE if description.precision == "bfloat16" else TOLERANCE[description.dtype]
 
 
 def _damage(cache: EmbeddingCache, row: int) -> str | None:
@@ -269,15 +423,13 @@ def _damage(cache: EmbeddingCache, row: int) -> str | None:
 
 
 def _errors(
-    options: argparse.Namespace, cache: EmbeddingCache, metric: PerceptualMetric, names: np.ndarray, rows: np.ndarray
+    cache: EmbeddingCache, metric: PerceptualMetric, batches: DataLoader[tuple[Tensor, Tensor]], rows: np.ndarray
 ) -> np.ndarray:
     """Largest ``‖stored − recomputed‖/‖recomputed‖`` over the views of each image, ``(N,)``."""
-    images = HashedImages(options.images, names, cache.description.transform)
-    batches = DataLoader(images, batch_size=options.batch_size, num_workers=options.num_workers)
-    found = [embed(metric, batch, cache.description) for batch, _ in batches]
-    if not found:
+    parts = [embed(metric, batch, cache.description) for batch, _ in batches]
+    if not parts:
         return np.zeros(0)
-    again = np.concatenate(found)
+    again = np.concatenate(parts)
     stored = np.stack([cache.embeddings(int(row)) for row in rows]).astype(np.float32)
     norm = np.maximum(np.linalg.norm(again, axis=2), np.finfo(np.float32).tiny)
     errors: np.ndarray = np.linalg.norm(stored - again, axis=2) / norm
@@ -289,13 +441,13 @@ def _fault(what: str, names: np.ndarray) -> list[str]:
     return [f"{len(names)} {what} (first: {os.fsdecode(bytes(names[0]))})"] if len(names) else []
 
 
-def _fabric(options: argparse.Namespace) -> Fabric:
+def _fabric(accelerator: str, devices: int = 1, num_nodes: int = 1) -> Fabric:
     """One process, or several that this command or a launcher starts; the slowest may take a week longer."""
     check_slurm()
-    alone = options.devices * options.num_nodes == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = devices * num_nodes == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
     return Fabric(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
         strategy="auto" if alone else DDPStrategy(timeout=timedelta(days=7)),
     )

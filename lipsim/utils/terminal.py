@@ -7,6 +7,7 @@ import io
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 # What jsonargparse wraps around the reason when it has tried every type that an option may have.
 _WRAPPING = re.compile(
@@ -59,3 +60,21 @@ def one_line(message: str) -> str:
     reasons = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines]
     reasons = [reason for reason in reasons if reason and not _WRAPPING.match(reason)]
     return ": ".join([".".join(dict.fromkeys(keys)), "; ".join(dict.fromkeys(reasons))]).removeprefix(": ")
+
+
+def text_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns of text, two blanks apart and nothing else: the same in a terminal, a pipe and a file."""
+    from rich.console import Console  # not needed by what only fails in one line
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for heading in headings:
+        table.add_column(Text(heading), no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    # Wide enough for anything: a line that a terminal breaks is still one line of a file.
+    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
+    with console.capture() as printed:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in printed.get().splitlines())

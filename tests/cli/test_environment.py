@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lipsim import PerceptualMetric
-from lipsim.cli import cache_teacher, convert, evaluate, main, train
+from lipsim.cli import evaluate, main, train
 from lipsim.cli.parser import one_line_errors
 from lipsim.metric import save
 from lipsim.results import update_results
@@ -63,7 +63,7 @@ def test_certify_and_report_in_any_terminal(environment: dict[str, str], tmp_pat
         assert "ünlü" in (tmp_path / "report" / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("main", [main.main, train.main, evaluate.main, convert.main, cache_teacher.main])
+@pytest.mark.parametrize("main", [main.main, train.main, evaluate.main])
 def test_every_command_speaks_ascii(main: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stream)

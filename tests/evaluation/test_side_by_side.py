@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from lipsim import PerceptualMetric
 from lipsim.attacks import TwoAFCObjective, apgd
+from lipsim.attacks.auto import ATTACKS
 from lipsim.cli.main import main
 from lipsim.data import Triplet
 from lipsim.evaluation.scores import agrees
-from lipsim.evaluation.side_by_side import Settings, measure, tables
+from lipsim.evaluation.side_by_side import Settings, attack_tables, load_metrics, measure, tables
 from lipsim.metric import save
 from lipsim.metric.distances import BASELINES, pixel_l2
-from lipsim.results import read_results
-from lipsim.results.tables import percent
+from lipsim.results import eps_label, read_results
+from lipsim.results.tables import percent, print_table
 from lipsim.students import OrthogonalProjection
 
-SETTINGS = Settings(eps=(0.05, 0.5), eps_alone=0.5, steps=8, queries=10, batch_size=5)
+SETTINGS = Settings(eps=(0.05, 0.5), alone_eps=0.5, steps=8, queries=10, batch_size=5)
 
 
 @pytest.fixture
@@ -70,6 +72,59 @@ def test_distances_and_transfer(metric: PerceptualMetric, triplets: Triplet) -> 
     assert last[0]["made on"] == "one" and last[0]["same"] == percent(transfer["one"]["same"])
 
 
+def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: PerceptualMetric) -> None:
+    """Pixels resized in another way are other pixels, at the same size too."""
+    metrics = {
+        "float": metric,
+        "pil": PerceptualMetric(metric.encoder, 16, lipschitz=1.0, resize="pil"),
+        "large": PerceptualMetric(OrthogonalProjection(24, 8), 24, lipschitz=1.0),
+    }
+    for names in (["float", "pil"], ["float", "large"], []):
+        chosen = {"pixels": pixel_l2, **{name: metrics[name] for name in names}}
+        with pytest.raises(ValueError, match="one image size and one resize"):
+            attack_tables(chosen, tmp_path / "out")
+    files = {name: save(metrics[name], tmp_path / f"{name}.safetensors") for name in ("float", "pil")}
+    with pytest.raises(ValueError, match="float 16 pixels by 'float', pil 16 pixels by 'pil'"):
+        load_metrics(files)
+    assert list(load_metrics({"pil": files["pil"]})) == ["pil", *BASELINES]
+    assert not (tmp_path / "out").exists()
+
+
+def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+
+    def sample(data: str, count: int, size: int, root: Path, seed: int, resize: str) -> Triplet:
+        seen.update(data=data, count=count, size=size, root=root, seed=seed, resize=resize)
+        images = [torch.rand(2, 3, 16, 16) for _ in range(3)]
+        return Triplet(*images, torch.tensor([0.0, 1.0]), torch.arange(2))
+
+    monkeypatch.setattr("lipsim.data.registry.sample_triplets", sample)
+    metric = PerceptualMetric(OrthogonalProjection(16, 8), 16, lipschitz=1.0, resize="pil").requires_grad_(False)
+    settings = Settings(eps=(0.1,), steps=1, queries=1, seed=5)
+    shown = attack_tables({"m": metric}, tmp_path, data="nights", root="x", samples=2, settings=settings)
+    assert seen == {"data": "nights", "count": 2, "size": 16, "root": Path("x"), "seed": 5, "resize": "pil"}
+    assert len(shown) == 4 and all(rows[0].get("metric", rows[0].get("made on")) == "m" for rows in shown.values())
+    measured = read_results(tmp_path / "results.json")["attack_tables"]
+    assert measured["data"] == "nights" and measured["alone_eps"] == 1.0
+    assert {"tables.md", "tables.tex"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_headings_fit_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    """The suite at the default budgets, each attack alone, and distances, as long as the name of a metric is short."""
+    budgets = [eps_label(eps) for eps in Settings().eps]
+    scores = {"natural": 1.0, "l2": dict.fromkeys(budgets, 1.0), "linf": 1.0, "no_gradient": 0}
+    scores["alone"] = dict.fromkeys([*ATTACKS[2], "one_pixel"], 1.0)
+    levels = dict.fromkeys(["5 %", "25 %", "50 %", "75 %", "95 %"], 1.23e-5)
+    measured = {"scores": {"quickstart": scores}, "num_triplets": 200, "alone_eps": 1.0, "linf": 4 / 255}
+    measured["distances"] = {"quickstart": {"reached": levels, "shares": levels}}
+    measured["transfer"] = {"quickstart": dict.fromkeys(["quickstart", *BASELINES], 1.0)}
+    for title, rows in tables(measured, "builtin").items():
+        print_table(Console(width=80), rows, title)
+    output = capsys.readouterr().out
+    assert "(continued)" not in output and "…" not in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
 def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(PerceptualMetric(OrthogonalProjection(16, 8), 16), "m.safetensors")
@@ -95,7 +150,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["a=m.safetensors", "a=m.safetensors"], "different names"),
         (["nothing.safetensors"], "no metric file"),
         (["m.safetensors", "--lpips", "nothing.pth"], "nothing is downloaded"),
-        (["m.safetensors", "--samples", "0"], "--samples of at least 1"),
+        (["m.safetensors", "--samples", "0"], "--samples: expected an integer of at least 1"),
         (["m.safetensors", "--data", "material"], "--root"),
     ):
         with pytest.raises(SystemExit) as stop:

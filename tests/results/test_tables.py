@@ -22,10 +22,9 @@ def test_no_heading_and_no_cell_is_cut(width: int) -> None:
     print_table(Console(file=stream, width=width), rows, "Majority score in %, natural and certified")
     text = stream.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= width
-    cells = {cell.strip() for cell in re.split("[│┃\n]", text)}
+    cells = {cell.strip() for cell in re.split(" {2,}|\n", text)}
     assert cells >= {*COLUMNS, "metric", "known_images", *(row[c] for row in rows for c in COLUMNS)}
-    words = set(text.replace("│", " ").split())
-    assert words >= set(NAMES[0].split())
+    assert set(text.split()) >= set(NAMES[0].split())
     assert text.count("known_images") == 1 + text.count("(continued)")
     if width == 200:
         assert "(continued)" not in text and NAMES[0] in text

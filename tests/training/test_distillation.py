@@ -18,7 +18,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lipsim import PerceptualMetric
 from lipsim.callbacks import CertifyRadii
-from lipsim.cli import cache_teacher
 from lipsim.cli.stage import train
 from lipsim.data import SharedTriplet
 from lipsim.data.embeddings.cache import EmbeddingCache
@@ -29,6 +28,7 @@ from lipsim.students import OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
 from lipsim.training import Distillation, ScaleFree
 from lipsim.training.distillation import unrepeated
+from lipsim.training.teacher_cache import cache_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,9 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     _cache("cache")
 
 
-def _cache(output: str, *more: str) -> None:
-    given = ["--teacher", "teacher.safetensors", "--images", "images", "--output", output]
-    cache_teacher.main([*given, "--accelerator", "cpu", "--num-workers", "0", "--dtype", "float32", *more])
+def _cache(output: str, **options: Any) -> None:
+    given = {"accelerator": "cpu", "num_workers": 0, "dtype": "float32", **options}
+    cache_teacher("teacher.safetensors", "images", output, **given)
 
 
 def _data(**options: Any) -> ImageFolderData:
@@ -179,10 +179,10 @@ def test_shared_triplets_are_compared_image_by_image(triplets: Any) -> None:
         ),
         ({"image_size": 8}, None, "of images under CentralCrop.image_size=16, resize=None., the data has .*_size=8"),
         ({"resize": 16}, None, "set image_size and resize of the data alike, or make another cache"),
-        ({"cache": "plain"}, lambda: _cache("plain", "--views", "plain"), "plain and lacks flip; leave them out"),
+        ({"cache": "plain"}, lambda: _cache("plain", views=["plain"]), "plain and lacks flip; leave them out"),
         ({}, lambda: _paint("images/train/class0/4.png"), "class0/4.png is not the image whose embedding is in"),
         ({}, lambda: _paint("images/val/class1/x.png"), "1 of 7 images in images/val are not in .*val/class1/x.png"),
-        ({}, lambda: shutil.rmtree("cache"), "no embedding cache at cache; scripts/cache_teacher.py makes one"),
+        ({}, lambda: shutil.rmtree("cache"), "no embedding cache at cache; lipsim cache-teacher makes one"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(

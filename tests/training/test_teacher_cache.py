@@ -1,4 +1,4 @@
-"""scripts/cache_teacher.py as its users run it: killed and continued, on several processes, verified, on bad input."""
+"""`lipsim cache-teacher` as its users run it: killed and continued, on several processes, verified, on bad input."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from lipsim import PerceptualMetric
-from lipsim.cli.cache_teacher import main
+from lipsim.cli import main as command
 from lipsim.data.embeddings.cache import EmbeddingCache, shard_numbers
 from lipsim.data.sets.folder import list_images
 from lipsim.metric import load, save
 from lipsim.teachers import SmallViT
+from lipsim.training.teacher_cache import cache_teacher, check_cache
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts/cache_teacher.py")
 ENVIRONMENT = os.environ | {
@@ -53,6 +54,15 @@ def _export(name: str) -> None:
 def _args(output: str, *more: str) -> list[str]:
     given = ["--teacher", "teacher.safetensors", "--images", "images", "--output", output, "--accelerator", "cpu"]
     return [*given, "--num-workers", "0", "--batch-size", "2", "--shard-size", "3", *more]
+
+
+def main(args: list[str]) -> None:
+    """The command; an exit status of 0 is none."""
+    try:
+        command.main(["cache-teacher", *args])
+    except SystemExit as stop:
+        if stop.code:
+            raise
 
 
 def _assert_same_files(one: str, other: str) -> None:
@@ -194,6 +204,28 @@ def test_verify(damage: Callable[[], None], message: str, capsys: pytest.Capture
     assert stop.value.code == 1 and len(failures) == 1 and message in failures[0]
 
 
+def test_in_python_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed functions that print nothing on stdout and return what the command says."""
+    main(_args("command"))
+    capsys.readouterr()
+    options = {"num_workers": 0, "batch_size": 2, "accelerator": "cpu"}
+    cache = cache_teacher("teacher.safetensors", "images", "cache", shard_size=3, **options)
+    _assert_same_files("command", "cache")
+    assert (cache.images, cache.embedded, cache.processes, cache.rank) == (COUNT, COUNT, 1, 0)
+    assert cache.description.views == ("plain", "flip") and cache.description.features == 12
+    assert cache.size == sum(file.stat().st_size for file in Path("cache").glob("*.npy"))
+    assert cache_teacher("teacher.safetensors", "images", "cache", shard_size=3, **options).embedded == 0
+    verdict = check_cache("teacher.safetensors", "images", "cache", sample=7, seed=3, **options)
+    assert verdict.sound and (verdict.files, verdict.shards, verdict.recomputed) == (COUNT, COUNT // 3, 7)
+    assert 0 < verdict.largest_error < 1e-3  # rounded to float16
+    Image.new("RGB", (9, 9)).save("images/new.png")
+    verdict = check_cache("teacher.safetensors", "images", "cache", **options)
+    assert not verdict.sound and verdict.failures == ("1 images are not in the cache (first: new.png)",)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="batch_size ≥ 1, got 0"):
+        cache_teacher("teacher.safetensors", "images", "new", batch_size=0)
+
+
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(_args("cache"))
     _export("other.safetensors")
@@ -213,8 +245,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             _args("new", "--views", "plain", "mirror"),
             "expected some of the views plain, flip, each once, got plain, mirror",
         ),
-        (_args("new", "--batch-size", "0"), "expected --batch-size of at least 1, got 0"),
-        (_args("new", "--resize", "0"), "a resize of at least 1"),
+        (_args("new", "--batch-size", "0"), "--batch-size: expected an integer of at least 1, got '0'"),
+        (_args("new", "--resize", "0"), "--resize: expected an integer of at least 1"),
         (_args("new", "--dtype", "float64"), "invalid choice: 'float64'"),
         (_args("new", "--verify"), "no embedding cache at new"),
     ):

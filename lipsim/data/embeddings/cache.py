@@ -39,7 +39,7 @@ VERSION = 1
 DTYPES = ("float16", "float32")  # of what is stored
 PRECISIONS = ("float32", "bfloat16")  # in which the teacher runs
 _OPEN_SHARDS = 256  # a memory map keeps a file open, and a process may open some 1,000
-COMMAND = "scripts/cache_teacher.py"  # named by errors, as what mends them
+COMMAND = "lipsim cache-teacher"  # named by errors, as what mends them
 
 
 @dataclass(frozen=True)

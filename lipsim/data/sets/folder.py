@@ -118,6 +118,26 @@ def list_images(folder: Path) -> ListedImages:
     return ListedImages(np.array(names), skipped)
 
 
+def load_first_images(folder: Path, count: int, preprocess: Callable[..., Tensor]) -> tuple[Tensor, str]:
+    """The first images of a folder, in the order of their names, and what was passed over there.
+
+    Args:
+        folder: where :func:`list_images` looks.
+        count: how many at most.
+        preprocess: from a decoded image to a tensor, as ``metric.preprocess``.
+
+    Returns:
+        ``(N, 3, S, S)``, and what was passed over, in words; empty where nothing was.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+        ValueError: an image cannot be read, or ``preprocess`` refuses it.
+    """
+    listed = list_images(folder)
+    files = [folder / os.fsdecode(bytes(name)) for name in listed.names[:count]]
+    return torch.stack([load_image(file, preprocess) for file in files]), listed.skipped
+
+
 def _walk(folder: str, above: tuple[tuple[int, int], ...], skip: Callable[[str, str], None]) -> Iterator[str]:
     """Paths of the images under a folder that is inside the folders ``above`` (device and inode)."""
     above = (*above, _identity(folder))

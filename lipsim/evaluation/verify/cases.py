@@ -73,15 +73,15 @@ class Case:
 
     def faults(self) -> list[str]:
         """What is wrong, one phrase each."""
-        found = []
+        faults = []
         # Negated, so that NaN fails.
         if not (self.excess <= self.tolerance).all():
-            found.append(f"{self.kind} claims {float(self.excess.max()):.2g} too much")
+            faults.append(f"{self.kind} claims {float(self.excess.max()):.2g} too much")
         if not (self.excess >= -self.slack).all():
-            found.append(f"{self.kind} claims {-float(self.excess.min()):.2g} too little")
+            faults.append(f"{self.kind} claims {-float(self.excess.min()):.2g} too little")
         if self.broken is not None and not self.broken.all():
-            found.append(f"{self.kind} holds beyond the truth")
-        return found
+            faults.append(f"{self.kind} holds beyond the truth")
+        return faults
 
 
 def random_features(draw: torch.Generator, rows: int) -> Tensor:
@@ -135,9 +135,9 @@ def at_angle(z: Tensor, angle: Tensor, norm: Tensor, anchor: float, axis: int) -
     """Features of a given anchored norm and angle to those of ``z``, which lie on the first axis."""
     own = (z.square().sum(1) + anchor**2).sqrt()
     along = (own * norm * torch.cos(angle) - anchor**2) / z[:, 0]
-    found = torch.zeros_like(z)
-    found[:, 0], found[:, axis] = along, (norm.square() - anchor**2 - along.square()).sqrt()
-    return found
+    features = torch.zeros_like(z)
+    features[:, 0], features[:, axis] = along, (norm.square() - anchor**2 - along.square()).sqrt()
+    return features
 
 
 def in_plane(norm: Tensor, turn: float) -> Tensor:

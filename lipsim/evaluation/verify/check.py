@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from lipsim.layers import exact_copy
 from lipsim.metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
+from lipsim.utils.terminal import text_table
 
 _BOXES: tuple[Box, ...] = (None, (0.0, 1.0))
 _MUTANT_SAMPLES = 2
@@ -57,6 +59,11 @@ class Verification:
     failures: tuple[str, ...]
 
     @property
+    def sound(self) -> bool:
+        """Whether every certificate held and every planted fault was caught."""
+        return not self.failures
+
+    @property
     def violations(self) -> int:
         """How many certificates were broken."""
         return sum(int(outcome.violations.sum()) for outcome in self.outcomes)
@@ -65,9 +72,9 @@ class Verification:
         """Everything but the images, for JSON; infinite where nothing broke is None."""
         rows = []
         for outcome in self.outcomes:
-            found = [value if math.isfinite(value) else None for value in outcome.found.tolist()]
+            changes = [value if math.isfinite(value) else None for value in outcome.found.tolist()]
             facts = {"kind": outcome.kind, "box": outcome.box, "violations": int(outcome.violations.sum())}
-            rows.append({**facts, **_summary(outcome), "radius": outcome.radius.tolist(), "found": found})
+            rows.append({**facts, **_summary(outcome), "radius": outcome.radius.tolist(), "found": changes})
         return {
             "violations": self.violations,
             "lipschitz": self.lipschitz,
@@ -80,22 +87,27 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        rows = [f"{'certificate':<28}{'box':<5}{'violations':<12}{'broken':<9}‖δ‖/R min     median  max"]
+        rows = []
         for outcome in self.outcomes:
             facts, count = _summary(outcome), len(outcome.radius)
-            # Seven digits, rounded down: 0.99999999 must not read as 1.
-            ratios = "" if facts["min"] is None else f"{math.floor(facts['min'] * 1e7) / 1e7:<14.7f}"
-            ratios += "" if facts["min"] is None else f"{facts['median']:<8.3g}{facts['max']:.3g}"
-            box, violations = "yes" if outcome.box else "no", f"{int(outcome.violations.sum())} of {count}"
-            rows.append(f"{outcome.kind:<28}{box:<5}{violations:<12}{facts['broken']:<9}{ratios}")
+            ratios = ("", "", "")
+            if facts["min"] is not None:
+                # Seven digits, rounded down: 0.99999999 must not read as 1.
+                smallest = math.floor(facts["min"] * 1e7) / 1e7
+                ratios = f"{smallest:.7f}", f"{facts['median']:.3g}", f"{facts['max']:.3g}"
+            violations = f"{int(outcome.violations.sum())} of {count}"
+            rows.append((outcome.kind, "yes" if outcome.box else "no", violations, str(facts["broken"]), *ratios))
+        headings = ("certificate", "box", "violations", "broken", "‖δ‖/R min", "median", "max")
         audited = "by declaration alone" if self.audited is None else f"audited {self.audited:.9g}"
-        rows.append(f"Lipschitz constant: {self.reached:.9g} reached, {self.lipschitz:.9g} claimed, {audited}")
-        rows += [
-            f"{'caught' if control.caught else 'MISSED':<8}{control.name}: {control.evidence}"
-            for control in self.controls
-        ]
-        rows.append(f"violations: {self.violations}")
-        return "\n".join(rows)
+        controls = [("caught" if control.caught else "MISSED", control) for control in self.controls]
+        return "\n".join(
+            [
+                text_table(headings, rows),
+                f"Lipschitz constant: {self.reached:.9g} reached, {self.lipschitz:.9g} claimed, {audited}",
+                *(f"{verdict:<8}{control.name}: {control.evidence}" for verdict, control in controls),
+                f"violations: {self.violations}",
+            ]
+        )
 
 
 def verify(
@@ -106,6 +118,7 @@ def verify(
     polish: int = 40,
     seed: int = 0,
     batch_size: int = 8,
+    threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Attack every certificate of a metric on some triplets, in float64, and plant faults that must be caught.
@@ -121,6 +134,8 @@ def verify(
         polish: steps of its polish, half of them within the box.
         seed: of starts and controls.
         batch_size: images attacked at a time, most of them at ten places; less for networks that need much memory.
+        threads: of the processor, for the time of the check; more than one pay off on large networks only. None: as
+            many as torch uses anyway.
         progress: called with the name of what comes next.
 
     Raises:
@@ -137,7 +152,7 @@ def verify(
     reference, left, right = images
     options = {"steps": steps, "polish": polish, "seed": seed, "batch_size": batch_size}
     outcomes: list[Outcome] = []
-    with full_precision():
+    with full_precision(), _processor_threads(threads):
         claims = [
             *decision_claims(exact, reference, left, right),
             *distance_claims(exact, reference, left),
@@ -182,6 +197,16 @@ def verify(
     )
 
 
+@contextmanager
+def _processor_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _in_batches(attack: Callable[..., Outcome], images: tuple[Tensor, ...], size: int) -> Outcome:
     parts = [attack(*rows) for rows in zip(*(t.split(size) for t in images), strict=True)]
     radius, found, points = (torch.cat([getattr(p, name) for p in parts]) for name in ("radius", "found", "points"))
@@ -195,8 +220,8 @@ def _audit(metric: PerceptualMetric, batches: Sequence[Tensor]) -> tuple[float |
     except audit.UnboundedModuleError:
         return None, []
     names = [layer.name for layer in report.layers]
-    found = [lower_bounds.layer_norms(metric.encoder, points, names) for points in batches]
-    reached = {name: float(torch.tensor([norms[name] for norms in found], dtype=torch.float64).max()) for name in names}
+    norms = [lower_bounds.layer_norms(metric.encoder, points, names) for points in batches]
+    reached = {name: float(torch.tensor([batch[name] for batch in norms], dtype=torch.float64).max()) for name in names}
     return report.total, [(f"{row.kind} at '{row.name}'", row.bound, reached[row.name]) for row in report.layers]
 
 

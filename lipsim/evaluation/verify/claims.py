@@ -183,17 +183,17 @@ def distance_claims(
     def below(m: Features, other: Tensor, bound: Tensor) -> Tensor:
         return bound - answers.distance(m[0], other)
 
-    found = []
+    claims = []
     for share in shares:
         eps = reach * torch.minimum(sine, torch.full_like(sine, share))
         lower, upper = certificates.distance_interval(z, zy, eps, **metric.certificate_options)
-        found.append(Claim(f"distance ≤, ε {share:g}", x, eps, above, (fixed, upper), away))
-        found.append(Claim(f"distance ≥, ε {share:g}", x, eps, below, (fixed, lower), y))
+        claims.append(Claim(f"distance ≤, ε {share:g}", x, eps, above, (fixed, upper), away))
+        claims.append(Claim(f"distance ≥, ε {share:g}", x, eps, below, (fixed, lower), y))
     eps = reach.minimum(geometry.anchored_norm(zy, metric.anchor) / metric.lipschitz)
     eps = eps * torch.minimum(sine / 2, torch.full_like(sine, shares[-1]))
     lower, upper = certificates.distance_interval(z, zy, eps, eps_other=eps, **metric.certificate_options)
     pair = torch.cat([x, y], 1)
-    found += [
+    claims += [
         Claim(
             "distance ≤, both move",
             pair,
@@ -224,8 +224,8 @@ def distance_claims(
                 for i, t in enumerate(thresholds)
             ]
         )
-        found.append(Claim(name, x, radius, value, (fixed, thresholds), toward))
-    return found
+        claims.append(Claim(name, x, radius, value, (fixed, thresholds), toward))
+    return claims
 
 
 @torch.no_grad()
@@ -242,7 +242,7 @@ def retrieval_claims(
     distance = geometry.cosine_distance(z[:, None], zg[None], metric.anchor)
     order = distance.argsort(dim=1, stable=True)
     p, s = geometry.project(zg, metric.anchor)
-    found = []
+    claims = []
     for k in (1, 3):
         if k >= len(gallery):
             continue
@@ -253,7 +253,7 @@ def retrieval_claims(
         swaps = (gap / width.clamp(min=1e-30)).argsort(dim=1)[:, :_SWAPS]
         group = swaps.shape[1]
         inner, outer = (items.gather(1, swaps).flatten() for items in (inside, outside))
-        found.append(
+        claims.append(
             Claim(
                 f"retrieval, top {k}",
                 query.repeat_interleave(group, dim=0),
@@ -264,7 +264,7 @@ def retrieval_claims(
                 group=group,
             )
         )
-    return found
+    return claims
 
 
 def attack(

@@ -33,14 +33,14 @@ def rounding_excess(draw: torch.Generator, *, anchor: float, lipschitz: float) -
     Returns:
         For each kind and dtype the largest relative excess.
     """
-    found: dict[str, float] = {}
+    excesses: dict[str, float] = {}
     with localcontext(Context(prec=80)):
         for dtype, digits in _DTYPES:
             for kind, excess in _excesses(draw, dtype, digits, anchor, lipschitz):
                 name = f"{kind}, {str(dtype).removeprefix('torch.')}"
                 # Not max(), which can lose NaN.
-                found[name] = excess if not excess <= found.get(name, -math.inf) else found[name]
-    return found
+                excesses[name] = excess if not excess <= excesses.get(name, -math.inf) else excesses[name]
+    return excesses
 
 
 def _excesses(

@@ -132,9 +132,9 @@ def all_turn(setting: Setting, draw: torch.Generator) -> list[Case]:
     length = (on_line(setting, step) - reference).norm(dim=1) * (1 + 1e-5)
     along = length[:, None] * direction
     moved = [distance(reference + along, other - along, setting.anchor) for other in (near, far)]
-    found = [setting.metric.certify_features(no_images(near), reference, *pair) for pair in ((near, far), (far, near))]
+    both = [setting.metric.certify_features(no_images(near), reference, *pair) for pair in ((near, far), (far, near))]
     cases = [
-        Case("joint", c.joint_radius, length / setting.lipschitz, slack=3e-5, broken=moved[0] > moved[1]) for c in found
+        Case("joint", c.joint_radius, length / setting.lipschitz, slack=3e-5, broken=moved[0] > moved[1]) for c in both
     ]
     eps = length / setting.lipschitz
     for sign, name in ((1.0, "≤"), (-1.0, "≥")):
@@ -170,17 +170,17 @@ def from_angles(setting: Setting, draw: torch.Generator) -> list[Case]:
         ):
             right = at_angle(reference, angle + gap, norms[2], anchor, 2)
             if kind == "joint":
-                found = [
+                radii = [
                     certificates.joint_radius(reference, left, right, **options),
                     certificates.joint_radius(reference, right, left, **options),
                 ]
             else:
                 index = 0 if kind == "chosen" else 1
-                found = [
+                radii = [
                     certificates.candidate_radii(reference, left, right, **options)[index],
                     certificates.candidate_radii(reference, right, left, **options)[1 - index],
                 ]
-            cases += [Case(kind + name, claimed, radius, slack) for claimed in found]
+            cases += [Case(kind + name, claimed, radius, slack) for claimed in radii]
         pivot = at_angle(reference, angle, norms[1], anchor, 1)
         for kind, boundary in (("same", angle + moved[0] + turn[1]), ("different", angle - moved[0] - turn[1])):
             inside = (boundary > 0).nonzero().flatten()
@@ -309,15 +309,15 @@ def nothing_is_certain(setting: Setting, draw: torch.Generator) -> list[Case]:
         options = {"anchor": anchor, "lipschitz": bound}
         metric = PerceptualMetric(nn.Identity(), 1, anchor, lipschitz=bound)
         for first, second in ((left, right), (right, left)):
-            found = metric.certify_features(no_images(z), reference, first, second)
+            certificate = metric.certify_features(no_images(z), reference, first, second)
             radii = {
-                "reference": found.radius,
-                "left": found.left_radius,
-                "right": found.right_radius,
-                "joint": found.joint_radius,
-                "pixels": found.pixels,
-                "ℓ∞": certificates.linf_radius(found.radius, 192),
-                "ℓ1": certificates.l1_radius(found.radius),
+                "reference": certificate.radius,
+                "left": certificate.left_radius,
+                "right": certificate.right_radius,
+                "joint": certificate.joint_radius,
+                "pixels": certificate.pixels,
+                "ℓ∞": certificates.linf_radius(certificate.radius, 192),
+                "ℓ1": certificates.l1_radius(certificate.radius),
             }
             cases += [Case(f"{kind}, {name}", claimed, zero, slack=0.0) for kind, claimed in radii.items()]
         gallery = torch.cat([left[:1], right[:1]])
@@ -391,19 +391,19 @@ def what_users_call(setting: Setting, draw: torch.Generator) -> list[Case]:
     metric = PerceptualMetric(nn.Flatten(), 2, setting.anchor, lipschitz=setting.lipschitz)
     x, x0, x1 = torch.rand(3, _SAMPLES, 3, 2, 2, dtype=torch.float64, generator=draw)
     z, z0, z1 = (images.flatten(1) for images in (x, x0, x1))
-    found = metric.certify(x, x0, x1)
+    certificate = metric.certify(x, x0, x1)
     left, right = certificates.candidate_radii(z, z0, z1, **setting.options)
     radius = certificates.reference_radius(z, z0, z1, **setting.options)
     eps = 0.3 / setting.lipschitz
     lower, upper = metric.distance_bounds(x, x0, eps)
     least, most = certificates.distance_interval(z, z0, eps, **setting.options)
     return [
-        Case("certify, reference", found.radius, radius),
+        Case("certify, reference", certificate.radius, radius),
         Case("reference_radius", metric.reference_radius(z, z0, z1), radius),
-        Case("certify, left", found.left_radius, left),
-        Case("certify, right", found.right_radius, right),
-        Case("certify, joint", found.joint_radius, certificates.joint_radius(z, z0, z1, **setting.options)),
-        Case("certify, pixels", found.pixels.double(), certificates.certified_pixels(x, radius).double()),
+        Case("certify, left", certificate.left_radius, left),
+        Case("certify, right", certificate.right_radius, right),
+        Case("certify, joint", certificate.joint_radius, certificates.joint_radius(z, z0, z1, **setting.options)),
+        Case("certify, pixels", certificate.pixels.double(), certificates.certified_pixels(x, radius).double()),
         Case("distance_bounds, lower", lower, least),
         Case("distance_bounds, upper", upper, most, upper=True),
     ]
@@ -454,11 +454,11 @@ def rounding(setting: Setting, draw: torch.Generator) -> list[Case]:
 
     Candidates that differ by 1e-12 leave a radius in float64 four digits; it must be below the true one all the same.
     """
-    found = rounding_excess(draw, anchor=setting.anchor, lipschitz=1.1 * setting.lipschitz)
+    excesses = rounding_excess(draw, anchor=setting.anchor, lipschitz=1.1 * setting.lipschitz)
     zero = torch.zeros(1, dtype=torch.float64)
     return [
         Case(f"{kind} rounded", torch.tensor([excess], dtype=torch.float64), zero, slack=math.inf, tolerance=0.0)
-        for kind, excess in found.items()
+        for kind, excess in excesses.items()
     ]
 
 

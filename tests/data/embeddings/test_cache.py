@@ -63,7 +63,7 @@ def test_every_image_is_found_by_its_path(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no embedding cache at"):
         EmbeddingCache(root / "nowhere")
     DESCRIPTION.write(root / "empty")
-    with pytest.raises(FileNotFoundError, match=r"is empty; run scripts/cache_teacher\.py again"):
+    with pytest.raises(FileNotFoundError, match=r"is empty; run lipsim cache-teacher again"):
         EmbeddingCache(root / "empty")
 
 

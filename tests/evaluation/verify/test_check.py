@@ -264,8 +264,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for args, message in (
         (["nothing.safetensors"], "no metric file"),
         ([tmp_path / "teacher.safetensors"], "no Lipschitz bound"),
-        (["quickstart", "--samples", "0"], "--samples of at least 1"),
-        (["quickstart", "--steps", "0"], "--steps of at least 1"),
+        (["quickstart", "--samples", "0"], "--samples: expected an integer of at least 1"),
+        (["quickstart", "--steps", "0"], "--steps: expected an integer of at least 1"),
         (["quickstart", "--data", "material"], "--root"),
         (["quickstart", "--data", "material", "--root", tmp_path], "no Material data"),
     ):

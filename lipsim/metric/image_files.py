@@ -1,0 +1,158 @@
+"""Certificates of image files: radii in the pixels that a metric sees and in those of each file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from lipsim import certificates
+from lipsim.data.bit_depth import DeepImage
+from lipsim.data.transforms import load_image, read_image
+from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.paths import user_path
+from lipsim.utils.terminal import text_table
+
+Picture = Image.Image | DeepImage
+# Modes of gray pixels, each of which becomes three equal channels: lengths grow by √3.
+_GRAY = ("1", "L", "I", "I;16")
+
+
+@dataclass(frozen=True)
+class FileCertificate:
+    """The answer to one triplet of image files, and how far it cannot change. Radii are for values in [0, 1].
+
+    Attributes:
+        answer: the image that is more like the reference; "tie": neither, and every radius is 0.
+        margin: ``h = d(x, x1) − d(x, x0)``, positive where left is nearer.
+        radius: ℓ2, in the pixels that the metric sees: of "reference", "left" or "right", where only that one changes,
+            and "joint", where all three do, each by less.
+        original_radius: the same in the pixels of each file, see :func:`original_radii`; None where there are none.
+        linf_radius: ℓ∞, of the reference that the metric sees.
+        pixels: how many pixels of that reference may take any colour.
+        image_size: side of what the metric sees.
+        lipschitz: the bound that the radii divide by.
+        feature_error: the error of an embedding that the radii cover.
+    """
+
+    answer: Literal["left", "right", "tie"]
+    margin: float
+    radius: dict[str, float]
+    original_radius: dict[str, float] | None
+    linf_radius: float
+    pixels: int
+    image_size: int
+    lipschitz: float
+    feature_error: float
+
+    def facts(self) -> dict[str, Any]:
+        """Every field, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        size, original = self.image_size, self.original_radius
+        headings = ["perturbed image", f"R at {size}×{size}", *([] if original is None else ["R in the file's pixels"])]
+        rows = [
+            ["all three, each" if name == "joint" else name, f"{radius:.6g}"]
+            + ([] if original is None else [f"{original[name]:.6g}"])
+            for name, radius in self.radius.items()
+        ]
+        lines = [
+            f"answer: {self.answer} (margin {self.margin:.6g}, positive for left)",
+            text_table(headings, rows),
+            f"ℓ∞ radius of the reference {self.linf_radius:.6g} = {255 * self.linf_radius:.4g}/255",
+            f"pixels of the reference that may take any colour: {self.pixels} of {size * size}",
+        ]
+        if original is None:
+            lines.append("none in the file's own pixels: resized in 8 bits, or not plain RGB or gray")
+        return "\n".join(lines)
+
+
+def certify_files(
+    metric: PerceptualMetric, reference: str | Path, left: str | Path, right: str | Path
+) -> FileCertificate:
+    """Answer one triplet of image files and certify the answer, in the metric's pixels and in those of the files.
+
+    Args:
+        metric: a metric with a bound.
+        reference: an image file of any size.
+        left: another.
+        right: another.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file cannot be read in full, or the metric has no bound or weights in half precision.
+    """
+    if not metric.has_bound:
+        raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
+    files = {"reference": user_path(reference), "left": user_path(left), "right": user_path(right)}
+    contents = {name: _content(file) for name, file in files.items()}
+    pictures = {name: read_image(file, contents[name]) for name, file in files.items()}
+    weight = next(metric.parameters(), torch.empty(0))
+    images = {
+        name: load_image(file, metric.preprocess, contents[name]).to(weight).unsqueeze(0)
+        for name, file in files.items()
+    }
+    certificate = metric.certify(images["reference"], images["left"], images["right"])
+    margin = float(certificate.margin)
+    radii = {
+        "reference": float(certificate.radius),
+        "left": float(certificate.left_radius),
+        "right": float(certificate.right_radius),
+        "joint": float(certificate.joint_radius),
+    }
+    return FileCertificate(
+        answer="tie" if margin == 0 else "left" if margin > 0 else "right",
+        margin=margin,
+        radius=radii,
+        original_radius=original_radii(metric, pictures, radii),
+        linf_radius=float(certificates.linf_radius(certificate.radius, images["reference"].numel())),
+        pixels=int(certificate.pixels),
+        image_size=metric.image_size,
+        lipschitz=metric.lipschitz,
+        feature_error=metric.feature_error,
+    )
+
+
+def original_radii(
+    metric: PerceptualMetric, pictures: Mapping[str, Picture], radii: Mapping[str, float]
+) -> dict[str, float] | None:
+    """Radii in the pixels of files, from those in the pixels that a metric sees.
+
+    A gray pixel becomes three equal channels, which is a factor of √3. There is no norm of the way from the file where
+    it is resized in 8 bits, which rounds, nor for palettes, transparency and other colour spaces.
+
+    Args:
+        metric: whose ``preprocess`` resizes the pictures.
+        pictures: name → image as it was decoded (:func:`lipsim.data.transforms.read_image`).
+        radii: name → radius at ``metric.image_size``. What is not named in ``pictures``, such as "joint", is about all
+            of them: the smallest.
+
+    Returns:
+        The names of ``radii`` → ℓ2 radius for values in [0, 1]; None where one of the pictures has none.
+    """
+    plain = all(p.mode in ("RGB", *_GRAY) and not p.has_transparency_data for p in pictures.values())
+    if metric.preprocess.resize != "float" or not plain:
+        return None
+
+    def original(radius: float, picture: Picture) -> float:
+        # Its height and width in whichever order: the norm is symmetric in them.
+        own = certificates.original_radius(radius, (picture.height, picture.width), metric.image_size)
+        return own / ((3**0.5 if picture.mode in _GRAY else 1.0) * (1 + 1e-12))
+
+    return {
+        name: original(radius, pictures[name])
+        if name in pictures
+        else min(original(radius, picture) for picture in pictures.values())
+        for name, radius in radii.items()
+    }
+
+
+def _content(file: Path) -> bytes | None:
+    """The bytes of a file, read once, a pipe too; None where there are none, which its reader explains."""
+    return file.read_bytes() if file.exists() and not file.is_dir() else None
