@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from lipsim import certificates
 from lipsim.audit.arithmetic import largest_feature_error
 from lipsim.callbacks import CertifyRadii
-from lipsim.cli.stage import quiet_warnings
+from lipsim.callbacks.run_options import quiet_warnings
 from lipsim.data import Triplet
 from lipsim.datamodules.base import TripletData
 from lipsim.evaluation.exported import ExportedMetric
@@ -78,7 +78,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    quiet_warnings()
     module = ExportedMetric(options.checkpoint)
     metric = module.metric
     data = DistinctData(options.triplets, metric.image_size, options.batch)
@@ -94,7 +93,8 @@ def main() -> None:
             quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
             certify = CertifyRadii(error_sample=0, directory=Path(folder))
             trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[certify], default_root_dir=folder, **quiet)
-            trainer.test(module, datamodule=data, verbose=False)
+            with quiet_warnings():
+                trainer.test(module, datamodule=data, verbose=False)
 
     def sample() -> None:
         images = data.test_sets["distinct"].images[:11].flatten(0, 1) / 255

@@ -9,10 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lipsim import attacks, audit, certificates, data, layers, students, teachers
+    from lipsim import (
+        attacks,
+        audit,
+        callbacks,
+        certificates,
+        data,
+        datamodules,
+        evaluation,
+        layers,
+        metric,
+        results,
+        students,
+        teachers,
+        training,
+    )
+    from lipsim.callbacks.run_evaluation import evaluate
     from lipsim.certificates import TwoAFCCertificate
     from lipsim.certificates.errors import LipsimError
     from lipsim.metric import PerceptualMetric, load
+    from lipsim.training.run import train
 
 __version__ = "0.1.0"
 
@@ -23,19 +39,29 @@ __all__ = [
     "__version__",
     "attacks",
     "audit",
+    "callbacks",
     "certificates",
     "data",
+    "datamodules",
+    "evaluate",
+    "evaluation",
     "layers",
     "load",
+    "metric",
+    "results",
     "students",
     "teachers",
+    "train",
+    "training",
 ]
 
 _HOMES = {
     "LipsimError": "lipsim.certificates.errors",
     "PerceptualMetric": "lipsim.metric",
     "TwoAFCCertificate": "lipsim.certificates",
+    "evaluate": "lipsim.callbacks.run_evaluation",
     "load": "lipsim.metric",
+    "train": "lipsim.training.run",
 }
 
 

@@ -7,7 +7,7 @@ from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.progress_lines import ProgressLines
-from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException
 from lipsim.callbacks.triplet_gallery import TripletGallery
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ProgressLines",
     "RunCheckpoint",
     "RunFolder",
+    "SaveOnException",
     "TripletCallback",
     "TripletGallery",
 ]

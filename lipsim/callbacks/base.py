@@ -41,6 +41,7 @@ class TripletCallback(RowCallback):
         tables: by the name of an evaluation set, what :meth:`see` found out about its triplets. A test that continues
             an interrupted one starts with the rows of the batches that are finished.
         latest: set, positions, sample indices and columns of the last batch.
+        sections: of results.json that tests have written.
     """
 
     files: tuple[str, ...] = ()  # patterns of what a test writes into its directory besides results.json
@@ -52,6 +53,7 @@ class TripletCallback(RowCallback):
         self.validate = validate
         self.tables: dict[str, SampleTable] = {}
         self.latest = None
+        self.sections: set[str] = set()
 
     def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         """Before the first batch."""
@@ -137,6 +139,7 @@ class TripletCallback(RowCallback):
             weights = state_fingerprint(module.metric.encoder.state_dict())
             content = {"weights_sha256": weights, "data_sha256": data, **content}
             update_results(self.output_directory(trainer) / "results.json", section, content)
+            self.sections.add(section)
 
     def _works(self, trainer: L.Trainer) -> bool:
         return trainer.testing or (self.validate and not trainer.sanity_checking)

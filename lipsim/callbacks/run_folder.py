@@ -11,17 +11,18 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lipsim.callbacks.export_metric import ExportMetric
+from lipsim.evaluation.module import weights_are_finite
 
 PREVIOUS = "previous"
 CHECKPOINT_NAMES = ("best", "last", "hpc", "registry")  # which Lightning finds for itself, in the folder
 # What runs of this package write, besides the exported metric. Anything else in the folder is left alone, the folders
 # of other stages among it.
 FILES = (
-    *("checkpoints", "config*.yaml", "environment*.json", "metrics-*.csv", "not_finite*.safetensors"),
-    *("results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial", "report.md"),
+    *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics-*.csv"),
+    *("not_finite*.safetensors", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial", "report.md"),
 )
 
 
@@ -81,6 +82,32 @@ def set_aside(root: Path, exports: Iterable[Path] = ()) -> Path | None:
     for path in found:
         os.rename(path, folder / path.name)
     return folder
+
+
+@rank_zero_only
+def keep_log(directory: Path) -> None:
+    """Move the metrics.csv of an earlier run aside, which a CSVLogger would delete."""
+    log = directory / "metrics.csv"
+    if log.is_file():
+        number = 1
+        while (directory / f"metrics-{number}.csv").exists():
+            number += 1
+        log.rename(directory / f"metrics-{number}.csv")
+
+
+class SaveOnException(Callback):
+    """Saves ``checkpoints/on_exception.ckpt`` when training breaks off, so that nothing is lost.
+
+    Unless weights are not finite: the periodic checkpoints have the last that were. With several processes only some of
+    them may have failed, and saving would wait for the others: there the periodic checkpoints have to do.
+    """
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        alone = trainer.world_size == 1 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
+            path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"saved {path}; resume with --ckpt_path {path}")
 
 
 class RunCheckpoint(ModelCheckpoint):

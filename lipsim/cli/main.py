@@ -23,18 +23,26 @@ COMMANDS = {
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
+# These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.
+STAGES = {
+    "train": "train a stage from a config; without options, the quickstart",
+    "evaluate": "certify and attack a metric on the test sets of a data module",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lipsim``."""
     args = sys.argv[1:] if args is None else args
+    if args and args[0] in STAGES:
+        importlib.import_module(f"lipsim.cli.{args[0]}").main(args[1:], f"lipsim {args[0]}")
+        return
     parser = OneLineParser(prog="lipsim", description=__doc__)
     parser.add_argument("--version", action="version", version=f"lipsim {importlib.metadata.version('lipsim')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chosen = next((argument for argument in args if not argument.startswith("-")), None)
-    for name, purpose in COMMANDS.items():
+    for name, purpose in {**STAGES, **COMMANDS}.items():
         command = commands.add_parser(name, help=purpose)
-        if name == chosen:
+        if name == chosen and name in COMMANDS:
             importlib.import_module(f"lipsim.cli.{name.replace('-', '_')}").add_arguments(command)
     with one_line_errors():
         options = parser.parse_args(args)

@@ -10,11 +10,11 @@ from lipsim.cli.quickstart import quickstart
 from lipsim.cli.stage import train
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of scripts/train.py: the quickstart without arguments, one stage with them."""
+def main(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    """Entry point of scripts/train.py and of `lipsim train`: the quickstart without arguments, one stage with them."""
     args = sys.argv[1:] if args is None else args
     with one_line_errors():
         if args:
-            train(args)
+            train(args, prog)
         else:
             quickstart()

@@ -1,4 +1,4 @@
-"""An exported metric in a test."""
+"""A metric in a test: one in memory, or one from a file."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ from lipsim.data import Triplet
 from lipsim.data.check import check_votes
 from lipsim.data.loading import Finished
 from lipsim.evaluation.module import Evaluation, EvaluationModule
-from lipsim.metric import load
+from lipsim.metric import PerceptualMetric, load
+from lipsim.metric.files import resolve
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import file_sha256
 from lipsim.utils.precision import full_precision
 
 
-class ExportedMetric(EvaluationModule):
-    """An exported metric behind the hooks that the callbacks of a test work with; it trains nothing.
+class EvaluatedMetric(EvaluationModule):
+    """A metric behind the hooks that the callbacks of a test work with; it trains nothing and has no optimizer.
 
     Args:
-        checkpoint: a ``.safetensors`` file, a ``.ckpt`` of a stage, or the name of a bundled metric.
+        metric: the metric; a test measures the error of its features, so hand over a copy of one that is in use.
+
+    Attributes:
+        checkpoint: where the metric is from, as it was given; None: from memory.
+        checkpoint_sha256: of that file.
     """
 
-    def __init__(self, checkpoint: str) -> None:
-        super().__init__(load(checkpoint))
-        self.checkpoint = checkpoint
+    def __init__(self, metric: PerceptualMetric) -> None:
+        super().__init__(metric)
+        self.checkpoint: str | None = None
+        self.checkpoint_sha256: str | None = None
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if not isinstance(batch, Finished):
@@ -40,3 +47,16 @@ class ExportedMetric(EvaluationModule):
         check_votes(batch)
         with full_precision():
             return {"features": batch.embed(self.metric.embed)}
+
+
+class ExportedMetric(EvaluatedMetric):
+    """The metric of a file in a test.
+
+    Args:
+        checkpoint: a ``.safetensors`` file, a ``.ckpt`` of a stage, or the name of a bundled metric.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(load(checkpoint))
+        self.checkpoint = checkpoint
+        self.checkpoint_sha256 = file_sha256(resolve(checkpoint))

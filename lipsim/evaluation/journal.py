@@ -52,16 +52,12 @@ class KeepBatches(Callback):
     Args:
         directory: of the files.
         settings: what, besides the data, the rows depend on (JSON).
-
-    Attributes:
-        continues: whether :meth:`open` found rows of a run that was cut short.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.directory, self.settings = directory, settings
         self.kept: dict[str, list[Kept]] = {}
-        self.continues = False
         self._file: IO[str] | None = None
 
     def open(self, trainer: L.Trainer, data: Mapping[str, str]) -> dict[str, set[int]]:
@@ -78,7 +74,6 @@ class KeepBatches(Callback):
             ValueError: the rows belong to another checkpoint, other data or other settings.
         """
         self._check({**self.settings, "data": dict(data)})
-        self.continues = self._anything()
         trainer.strategy.barrier()  # every process has checked before any of them writes
         self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not self._anything():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -17,9 +16,7 @@ from torch.utils.data import DataLoader
 from lipsim.data.loading import Plan, data_fingerprint, plan, remaining
 from lipsim.evaluation.journal import KeepBatches
 from lipsim.evaluation.module import EvaluationModule, evaluation_names
-from lipsim.results import read_results
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import remove_files
 
 
 class RemainingData(L.LightningDataModule):
@@ -28,28 +25,28 @@ class RemainingData(L.LightningDataModule):
     Args:
         data: the data module.
         keep: knows what is finished.
-        files: patterns of what callbacks write, which another evaluation may have left.
         max_triplets: of each set, drawn with ``sample_seed``; None: all.
         sample_seed: of the draw.
 
     Attributes:
         test_names: names of the test sets, in the order of their loaders.
         triplets: by set, how many are evaluated, and how many there are.
+        fingerprints: by set, of its triplets (:func:`lipsim.data.loading.data_fingerprint`).
     """
 
     def __init__(
         self,
         data: L.LightningDataModule,
         keep: KeepBatches,
-        files: Sequence[str] = (),
         max_triplets: int | None = None,
         sample_seed: int = 0,
     ) -> None:
         super().__init__()
-        self.data, self.keep, self.files = data, keep, files
+        self.data, self.keep = data, keep
         self.max_triplets, self.sample_seed = max_triplets, sample_seed
         self.test_names: list[str] = []
         self.triplets: dict[str, dict[str, int]] = {}
+        self.fingerprints: dict[str, str] = {}
 
     @property
     def test_groups(self) -> dict[str, dict[str, Tensor]]:
@@ -95,11 +92,8 @@ class RemainingData(L.LightningDataModule):
         if not trainer.strategy.reduce_boolean_decision(own, all=True):
             raise LipsimError("the processes see other triplets each; seed what chooses them in the data module")
         self._check_resize()
+        self.fingerprints = fingerprints
         finished = self.keep.open(trainer, fingerprints)
-        trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and not self.keep.continues and not trial:
-            directory, sha256 = Path(trainer.default_root_dir), self.keep.settings["checkpoint_sha256"]
-            remove_other_results(directory, sha256, fingerprints, self.files)
         return [
             remaining(loader, finished.get(name, set()), plans[name], trainer.global_rank, trainer.world_size)
             for name, loader in loaders.items()
@@ -125,21 +119,18 @@ class RemainingData(L.LightningDataModule):
             raise LipsimError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
 
 
-def remove_other_results(
-    directory: Path, checkpoint_sha256: str, data: Mapping[str, str], files: Sequence[str]
-) -> None:
-    """Remove what an evaluation of another checkpoint or other data has left in a run directory.
+def is_of(results: Mapping[str, Any], metric_sha256: str, weights_sha256: str, data: Mapping[str, str]) -> bool:
+    """Whether every section of a results file is of this metric and these data, as far as sections say.
 
-    Its tables and pictures would stand beside the new ones as if they belonged to them.
+    Args:
+        results: contents of the file.
+        metric_sha256: :func:`lipsim.evaluation.identity.metric_fingerprint`.
+        weights_sha256: fingerprint of the encoder's weights alone.
+        data: name of each set → its fingerprint.
     """
-    path = directory / "results.json"
-    if path.is_file():
-        results = read_results(path)
-        sections = [section for section in results.values() if isinstance(section, dict)]
-        checkpoints = {section.get("checkpoint_sha256", checkpoint_sha256) for section in sections}
-        sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
-        if checkpoints == {checkpoint_sha256} and all(found.get(name) == data[name] for found in sets for name in data):
-            return
-        rank_zero_info(f"removing the results of another evaluation from {directory}")
-    # Without results.json nothing says what the files are of.
-    remove_files(directory, ["results.json", *files])
+    own = {"metric_sha256": metric_sha256, "weights_sha256": weights_sha256}
+    sections = [section for section in results.values() if isinstance(section, dict)]
+    if any(section.get(key, sha256) != sha256 for section in sections for key, sha256 in own.items()):
+        return False
+    sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
+    return all(found.get(name) == sha256 for found in sets for name, sha256 in data.items())

@@ -9,7 +9,7 @@ no other sample has. Indices of several sets collide; ``(N, K)`` rows of numbers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lipsim.attacks.objectives import Distance
+from lipsim.data import Triplet
 from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
 
@@ -179,3 +181,22 @@ def triplet_metrics(eps: Sequence[float], prefix: str | None = None, **kwargs: A
 def agrees(margin: Tensor, right_vote: Tensor) -> Tensor:
     """``(N,)`` bool: the metric is not tied, nor the vote, and both are on the same side."""
     return ((margin > 0) & (right_vote < 0.5)) | ((margin < 0) & (right_vote > 0.5))
+
+
+def score_distance(distance: Distance, loader: Iterable[Triplet]) -> dict[str, float]:
+    """Natural scores, "majority" and "vote", of a plain distance on batches of triplets.
+
+    Args:
+        distance: of two batches of images, ``(N,)``.
+        loader: every triplet once.
+    """
+    scores = {kind: TwoAFCScore(kind, sync_on_compute=False) for kind in ("majority", "vote")}
+    seen = 0
+    for batch in loader:
+        position = torch.arange(seen, seen + len(batch))
+        seen += len(batch)
+        with torch.no_grad():
+            margin = distance(batch.reference, batch.right) - distance(batch.reference, batch.left)
+        for score in scores.values():
+            score.update(margin, batch.right_vote, position)
+    return {kind: float(score.compute()) for kind, score in scores.items()}

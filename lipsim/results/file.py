@@ -7,8 +7,9 @@ are null; labels of ε are those of :func:`eps_label`. Fields may be added witho
     1.
 ``versions``
     Python and packages → version.
-``evaluation`` (scripts/evaluate.py)
-    ``checkpoint`` as given, ``checkpoint_sha256`` of the file, ``image_size``, ``resize`` (see
+``evaluation`` (scripts/evaluate.py, :func:`lipsim.evaluate`)
+    ``checkpoint`` as given, ``checkpoint_sha256`` of the file (both null for a metric in memory), ``metric_sha256``
+    over weights, encoder, anchor, bound and resizing, ``image_size``, ``resize`` (see
     :class:`lipsim.data.transforms.Preprocess`); ``triplets`` name of a test set → how many were ``evaluated`` and are
     ``in_set``; ``sample_seed`` of the draw where that was a sample.
 ``certified`` (:class:`lipsim.callbacks.CertifyRadii`)
@@ -46,7 +47,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None
             results = {k: v for k, v in results.items() if not isinstance(v, dict) or v.get(key, own) == own}
     results[section] = _finite(content)
     results["versions"] = versions()
+    _replace(path, results)
+
+
+def keep_sections(path: Path, sections: Collection[str]) -> None:
+    """Remove all other sections from a results file; the file is replaced atomically."""
+    results = read_results(path)
+    _replace(path, {name: results[name] for name in results if name in {"schema", "versions", *sections}})
+
+
+def _replace(path: Path, results: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -18,12 +18,14 @@ from PIL import Image
 import lipsim
 from lipsim import PerceptualMetric, students, teachers
 from lipsim.cli.evaluate import evaluate
+from lipsim.cli.main import main as lipsim_main
 from lipsim.cli.quickstart import quickstart
-from lipsim.cli.stage import check_checkpoint, train
+from lipsim.cli.stage import train
 from lipsim.cli.train import main
 from lipsim.data.sets.material import IMAGES, NUM_IMAGES
 from lipsim.metric import save
 from lipsim.results import read_results
+from lipsim.training.checkpoints import check_checkpoint
 from lipsim.utils.terminal import one_line
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,30 @@ def test_the_resolved_config_can_be_run_again(capsys: pytest.CaptureFixture[str]
     assert "Majority score in %" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_scripts_are_subcommands_too(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        lipsim_main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and f"lipsim {command} --config configs/" in shown and ".py" not in shown
+    with pytest.raises(SystemExit) as stop:
+        lipsim_main(["--help"])
+    assert stop.value.code == 0 and f"\n    {command} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        lipsim_main([command, "--config", "nowhere.yaml"])
+    assert stop.value.code == 2 and "nowhere.yaml" in capsys.readouterr().err
+    if command == "train":
+        lipsim_main(["train", "--config", str(LINEAR), "--trainer.fast_dev_run=true", *SMALL, *QUIET])
+
+
+def test_training_without_options_is_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("lipsim.cli.train.quickstart", lambda: called.append("quickstart"))
+    lipsim_main(["train"])
+    main([])
+    assert called == ["quickstart", "quickstart"]
+
+
 def test_print_config_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         train(["--config", str(LINEAR), "--print_config"])
@@ -237,7 +263,7 @@ def test_unknown_keys_in_a_config_are_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: object) -> None:
+    def broken(*_: object) -> None:
         raise AssertionError("a bug")
 
     monkeypatch.setattr("lipsim.cli.train.train", broken)
@@ -303,11 +329,15 @@ def test_two_processes_give_the_results_of_one() -> None:
     sizes = ["--data.num_train=16", "--data.num_val=15", "--data.num_test=15", "--data.batch_size=4"]
     found = []
     for devices in (1, 2):
-        strategy = ["--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
-        command = [sys.executable, str(ROOT / "scripts/train.py"), "test", "--config", config, *sizes, *strategy]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run([*command, *QUIET], capture_output=True, text=True, env=environment, timeout=400)
-        assert run.returncode == 0, run.stderr[-3000:]
+        strategy = ["--trainer.devices", str(devices), *(["--trainer.strategy", "ddp"] if devices > 1 else [])]
+        given = ["test", "--config", config, *sizes, *QUIET, *strategy, "--trainer.accelerator=cpu"]
+        if devices == 1:
+            train(given)
+        else:
+            command = [sys.executable, str(ROOT / "scripts/train.py"), *given]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+            assert run.returncode == 0, run.stderr[-3000:]
         folder = Path("runs/quickstart")
         tables = []
         for name in ("radii.csv", "attacks.csv"):

@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lipsim.callbacks import RunCheckpoint
+from lipsim.callbacks import RunCheckpoint, SaveOnException
 from lipsim.callbacks.export_metric import ExportMetric
-from lipsim.cli.stage import SaveOnException
 from lipsim.cli.train import main
 from lipsim.data import BuiltinTriplets
 from lipsim.data.triplet import collate_triplets

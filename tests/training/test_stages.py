@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lipsim import PerceptualMetric, certificates
-from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletGallery
+from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, SaveOnException, TripletGallery
 from lipsim.callbacks.sample_table import SampleTable
-from lipsim.cli.stage import SaveOnException
 from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import augmented
 from lipsim.data.check import check_images

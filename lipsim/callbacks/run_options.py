@@ -1,0 +1,151 @@
+"""What every run of this package has, whether the command line or Python starts it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypedDict
+
+import lightning as L
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+from rich.console import Console
+
+from lipsim.callbacks.certify_radii import CertifyRadii
+from lipsim.callbacks.progress_lines import ProgressLines
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
+from lipsim.results.tables import certified_rows, print_table
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.slurm import check_slurm
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """Options of the trainer in :func:`lipsim.evaluate`; see :class:`lightning.Trainer`."""
+
+    accelerator: str | Accelerator
+    devices: int | str | list[int]
+    num_nodes: int
+    strategy: str | Strategy
+    precision: int | str
+    deterministic: bool | str
+    benchmark: bool
+    limit_test_batches: int | float
+    enable_progress_bar: bool
+    enable_model_summary: bool
+    logger: bool | Logger
+    profiler: str | Profiler
+
+
+class TrainingOptions(EvaluationOptions, total=False):
+    """Options of the trainer in :func:`lipsim.train`; see :class:`lightning.Trainer`."""
+
+    max_epochs: int | None
+    min_epochs: int | None
+    max_steps: int
+    min_steps: int | None
+    max_time: str | timedelta | dict[str, int] | None
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    overfit_batches: int | float
+    check_val_every_n_epoch: int | None
+    val_check_interval: int | float
+    num_sanity_val_steps: int
+    accumulate_grad_batches: int
+    gradient_clip_val: int | float
+    gradient_clip_algorithm: str
+    log_every_n_steps: int
+    enable_checkpointing: bool
+    fast_dev_run: bool | int
+    sync_batchnorm: bool
+    detect_anomaly: bool
+    reload_dataloaders_every_n_epochs: int
+
+
+def check_options(options: Mapping[str, Any], known: type) -> None:
+    """Refuse options that a function does not hand on to its trainer.
+
+    Args:
+        options: by name.
+        known: the TypedDict that names them.
+
+    Raises:
+        ValueError: there are some.
+    """
+    names = sorted(known.__annotations__)
+    if unknown := sorted(options.keys() - set(names)):
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"those of the trainer are {', '.join(names)}"
+        raise LipsimError(f"there is no option {unknown[0]}; {hint}")
+
+
+def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = None) -> dict[str, Any]:
+    """Options of a trainer that a user gave, with what every run has besides.
+
+    A CSV log, a progress bar or lines, checkpoints, also on failure, and a folder that holds one run, unless the
+    options have their own. What a run writes goes into ``default_root_dir``.
+
+    Args:
+        options: of :class:`lightning.Trainer`, ``default_root_dir`` among them.
+        checkpoint: what training resumes from; see :class:`RunFolder`.
+
+    Raises:
+        ValueError: a SLURM environment in which Lightning could not tell which process this is.
+    """
+    check_slurm()
+    options = dict(options)
+    directory, trial = Path(options["default_root_dir"]), bool(options.get("fast_dev_run"))
+    callbacks = options.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks.append(RichProgressBar() if sys.stdout.isatty() else ProgressLines())
+    if trial:  # Lightning 2.6 would write a last.ckpt of its one batch
+        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+        options["enable_checkpointing"] = False
+    elif options.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+        callbacks.append(RunCheckpoint(directory / "checkpoints"))
+    # First: it makes room for what the others write.
+    options["callbacks"] = [RunFolder(None if checkpoint is None else str(checkpoint)), *callbacks, SaveOnException()]
+    # Advertisements among the messages of a run.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    if not trial and (options.get("logger") is None or options.get("logger") is True):
+        keep_log(directory)
+        options["logger"] = CSVLogger(options["default_root_dir"], name="", version="")
+    if options.get("accelerator", "auto") == "auto" and not torch.cuda.is_available():
+        options["accelerator"] = "cpu"  # scores are computed in float64, which Apple's GPUs lack
+    return options
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+@contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """Silence what is said too often, or is not so.
+
+    Lightning 2.6 calls what torch 2.14 deprecates; and it warns that the log of an earlier run will be deleted, which
+    has been moved by then.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        yield
+
+
+def print_certified(trainer: L.Trainer) -> None:
+    """The last certification of each set as a table in the terminal."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, CertifyRadii) or not callback.results or not trainer.is_global_zero:
+            continue
+        if rows := certified_rows(callback.results):  # none where no set has triplets
+            print_table(Console(), rows, "Majority score in %, natural and certified at ℓ2 budgets ε")

@@ -1,0 +1,102 @@
+"""The quickstart's report: what its results.json says, as tables, sentences and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lipsim.results.file import read_results
+from lipsim.results.plots import plot_scores
+from lipsim.results.tables import NO_GRADIENT, Row, certified_curve, markdown_table, read_columns, score_rows
+
+
+def write_report(root: Path) -> tuple[dict[str, list[Row]], list[str]]:
+    """Write ``report.md`` and the plots of a quickstart in ``root``.
+
+    Returns:
+        Title → rows of each table, and the sentences below them.
+
+    Raises:
+        FileNotFoundError: the quickstart has not finished there.
+    """
+    results = read_results(root / "results.json")
+    linear = read_results(root / "linear" / "results.json")
+    (name,) = results["certified"]["sets"]
+    tables = quickstart_tables(results, linear, name)
+    lines = [*null_space_lines(results, name), _violations(results, name)]
+    _plot(root, results, name)
+    text = [part for title, rows in tables.items() for part in (f"{title}:", markdown_table(rows))]
+    (root / "report.md").write_text("\n\n".join(["# Quickstart", *text, *lines]) + "\n", encoding="utf-8")
+    return tables, lines
+
+
+def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], name: str) -> dict[str, list[Row]]:
+    """Title → rows: what is certified, and what is left under attack, for every metric."""
+    certified, attacked = results["certified"]["sets"][name], results["attacked"]["sets"][name]
+    own_linear = linear["certified"]["sets"][name]
+    rows = {
+        "student, exact radius": (certified["majority"], certified["certified"]),
+        "student, published radius": (certified["majority"], certified["published"]),
+        "linear map, exact radius": (own_linear["majority"], own_linear["certified"]),
+    }
+    names = {"metric": "student", "linear": "linear map", "teacher": "teacher (ViT, no certificate)"}
+    under_attack = {title: (attacked[key]["natural"], attacked[key]["attacked"]) for key, title in names.items()}
+    plain: dict[str, tuple[float, dict[str, float]]] = {
+        title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name].items()
+    }
+    count = certified["num_triplets"]
+    suite = f"2AFC score in % under attack (APGD, minimal norm, Square) on the reference, {count} test triplets"
+    left = score_rows({**under_attack, **plain})
+    flat = {title: attacked[key]["no_gradient"] for key, title in names.items()}
+    if any(flat.values()):
+        suite += f"; {NO_GRADIENT}"
+        left = [{**row, "no gradient": str(flat.get(row["metric"], ""))} for row in left]
+    return {
+        f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": score_rows(rows),
+        suite: left,
+    }
+
+
+def null_space_lines(results: Mapping[str, Any], name: str) -> list[str]:
+    """What the null-space search found, one sentence a metric."""
+    lines = []
+    for metric, found in results["null_space"]["sets"][name].items():
+        title = {"metric": "student", "linear": "linear map"}.get(metric, metric)
+        if found["kernel"]:
+            lines.append(
+                f"Null space of the {title}'s first operator ({found['layer']}): references moved by "
+                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of "
+                f"its norm (median; at most {found['largest_change']:.0e}); "
+                f"{100 * found['exact']:.0f} % are exact collisions."
+            )
+        else:
+            lines.append(f"Null space of the {title}'s first operator: none, {found['reason']}.")
+    return lines
+
+
+def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
+    attacked, budgets = results["attacked"]["sets"][name], [0.0, *results["attacked"]["eps"]]
+    eps = np.linspace(0, 1.5 * budgets[-1], 200)
+    student, linear = read_columns(root / "radii.csv"), read_columns(root / "linear" / "radii.csv")
+    certified = {
+        "student": {
+            "exact radius": (eps, certified_curve(student, "radius", eps)),
+            "published radius": (eps, certified_curve(student, "published_radius", eps)),
+        },
+        "linear map": {"exact radius": (eps, certified_curve(linear, "radius", eps))},
+    }
+    names = {"metric": "student", "linear": "linear map", "teacher": "teacher"}
+    under_attack = {
+        names[key]: (budgets, [attacked[key]["natural"], *attacked[key]["attacked"].values()]) for key in names
+    }
+    plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under attack")
+    pair = {key: under_attack[key] for key in ("teacher", "student")}
+    plot_scores(root / "plots" / "teacher-and-student.png", {}, pair, "Teacher and student under the same attacks")
+
+
+def _violations(results: Mapping[str, Any], name: str) -> str:
+    count = results["attacked"]["sets"][name]["violations"]
+    return f"Answers flipped inside their certified radius: {count}."

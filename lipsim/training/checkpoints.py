@@ -1,0 +1,76 @@
+"""Checkpoints of stages: what is read of them, and what is refused before anything has been computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.weights import load_weights, read_checkpoint
+
+# What Lightning restores from a checkpoint besides the weights, and moments that have the shape of their parameter.
+_PARTS: dict[str, type] = {
+    **{"state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list},
+    "pytorch-lightning_version": str,
+}
+_LOOPS = ("fit_loop", "validate_loop", "test_loop")
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
+
+
+def check_checkpoint(path: Path, module: torch.nn.Module) -> None:
+    """Refuse a checkpoint that does not fit, before anything has been computed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, no checkpoint, or of another architecture.
+    """
+    load_weights(module, read_stage(path)["state_dict"], str(path))
+
+
+def read_stage(path: Path, resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of a stage, without running code of the file.
+
+    Args:
+        path: of the file.
+        resume: whether to insist on what continuing the training needs besides the weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, no checkpoint of a stage, or has weights alone.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    checkpoint = read_checkpoint(path)
+    needed = ("state_dict", "pytorch-lightning_version", "epoch", "global_step")
+    if missing := [key for key in needed if key not in checkpoint]:
+        raise LipsimError(f"{path} is no checkpoint of a stage, it has no {missing[0]}; train.py writes such files")
+    if resume and not all(key in checkpoint for key in ("optimizer_states", "lr_schedulers", "loops")):
+        raise LipsimError(
+            f"{path} has weights alone, and training cannot be continued from it; take another, or last.ckpt"
+        )
+    for key, kind in _PARTS.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise LipsimError(f"{path} is damaged, its {key} is a {type(checkpoint[key]).__name__}; take another")
+    loops = checkpoint.get("loops")
+    if loops is not None and (missing := [name for name in _LOOPS if name not in loops]):
+        raise LipsimError(f"{path} is damaged, it does not say where its {missing[0]} was; take another")
+    return checkpoint
+
+
+def check_moments(path: Path, module: torch.nn.Module) -> None:
+    """Refuse a checkpoint whose optimizer has moments of other parameters than those in training.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    shapes = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
+    for optimizer in read_checkpoint(path).get("optimizer_states", []):
+        for number, state in optimizer.get("state", {}).items():
+            for name in _MOMENTS & state.keys():
+                if not isinstance(number, int) or number >= len(shapes) or state[name].shape != shapes[number]:
+                    raise LipsimError(
+                        f"{path} cannot be continued: {name} of parameter {number} has shape "
+                        f"{tuple(state[name].shape)}, as of another module or other trainable parameters"
+                    )

@@ -1,0 +1,146 @@
+"""``lipsim.evaluate``: as the command line, with objects in place of options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from evaluations import COUNT, args, config, cut_short, prepare, spy_on_embedding, write_config
+
+import lipsim
+from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletCallback, TripletGallery
+from lipsim.datamodules import BuiltinData
+from lipsim.evaluation.identity import callback_settings
+from lipsim.metric import load
+from lipsim.results import read_results
+from lipsim.utils.files import file_sha256
+
+QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path, monkeypatch)
+
+
+def _data(**options: int) -> BuiltinData:
+    return BuiltinData(**{"num_test": COUNT, "image_size": 16, "batch_size": 2, **options})
+
+
+def _callbacks() -> list[TripletCallback]:
+    """Those of the config."""
+    attack = AttackRobustness(steps=5, queries=40)
+    return [CertifyRadii(error_sample=4), attack, NullSpaceRobustness(), TripletGallery(num_triplets=1, steps=5)]
+
+
+def test_python_continues_what_the_command_line_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(config(steps=5))
+    given = {"directory": "run", "callbacks": _callbacks(), **QUIET, "devices": 1, "enable_model_summary": False}
+    whole = lipsim.evaluate("metric.safetensors", _data(), **{**given, "directory": "whole"})
+    assert len(cut_short(monkeypatch, 5, args("run"))) == 5
+    seen = spy_on_embedding(monkeypatch)
+    assert lipsim.evaluate("metric.safetensors", _data(), **given) == whole == read_results(Path("run/results.json"))
+    assert seen == list(range(10, COUNT))
+    for name in ("radii.csv", "attacks.csv", "plots/gallery.png"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+    assert whole["evaluation"]["checkpoint_sha256"] == file_sha256(Path("metric.safetensors"))
+    assert yaml.safe_load(Path("whole/arguments.yaml").read_text())["callbacks"][1]["init_args"]["steps"] == 5
+    assert Path("whole/environment.json").is_file() and not Path("whole/checkpoints").exists()
+
+
+def test_a_metric_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    metric = load("metric.safetensors")
+    before = metric.declared_feature_error, metric.feature_error_kind
+    found = lipsim.evaluate(metric, _data(), eps=[0.1, 0.5], directory="memory", **QUIET)
+    assert (metric.declared_feature_error, metric.feature_error_kind) == before and not metric.training
+    assert found["certified"]["eps"] == [0.1, 0.5] and set(found) == {"schema", "versions", "certified", "evaluation"}
+    assert "Majority score in %" in capsys.readouterr().out
+    file = lipsim.evaluate("metric.safetensors", _data(), eps=[0.1, 0.5], directory="file", **QUIET)
+    assert found["certified"] == file["certified"]
+    own, other = found["evaluation"], file["evaluation"]
+    assert own["metric_sha256"] == other["metric_sha256"] and own["checkpoint"] is None
+    # An encoder that no file can hold is evaluated, too, and known again by its weights.
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    plain = lipsim.PerceptualMetric(encoder, 16, lipschitz=50.0)
+    hashes = set()
+    for weight in (0.01, 0.02):
+        torch.nn.init.constant_(encoder[1].weight, weight)
+        found = lipsim.evaluate(plain, _data(num_test=4), directory="plain", **QUIET)
+        hashes.add(found["evaluation"]["metric_sha256"])
+        assert encoder[1].weight.requires_grad  # a copy is evaluated
+    assert len(hashes) == 2
+
+
+def test_nothing_of_another_evaluation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, results = load("metric.safetensors"), Path("run/results.json")
+    attack, gallery = AttackRobustness(steps=1, queries=1), TripletGallery(num_triplets=1, steps=1)
+
+    def evaluate(seed: int = 0, callbacks: list[TripletCallback] | None = None) -> dict[str, Any]:
+        return lipsim.evaluate(
+            metric, _data(num_test=4, seed=seed), eps=[0.1], callbacks=callbacks or [], directory="run", **QUIET
+        )
+
+    evaluate(callbacks=[attack, gallery])
+    files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.suffix in (".csv", ".png")}
+    assert len(files) > 3
+    assert "attacked" in evaluate() and all(path.is_file() for path in files)  # the same metric and data
+    # What fails costs nothing that is there.
+    before = results.read_bytes()
+    with pytest.raises(ValueError, match="expected images of shape"):
+        lipsim.evaluate(metric, _data(image_size=24, num_test=4), eps=[0.1], directory="run", **QUIET)
+    assert results.read_bytes() == before and {path: path.read_bytes() for path in files} == files
+    assert "attacked" not in evaluate(seed=5)  # other data
+    assert sorted(path.name for path in Path("run").glob("*.csv")) == ["radii.csv"]
+    assert not list(Path("run/plots").glob("*.png")) and not list(Path("run/adversarial").rglob("*"))
+    # The same weights with another anchor are another metric.
+    evaluate(seed=5, callbacks=[attack])
+    metric.anchor = 2.0
+    assert "attacked" not in evaluate(seed=5) and not Path("run/attacks.csv").exists()
+
+
+class _Forgetful(TripletCallback):
+    def __init__(self, strength: int) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"eps": [0.1], "callbacks": [CertifyRadii()]}, "either as eps or in a CertifyRadii"),
+        ({"eps": [0.5, 0.1]}, "eps in ascending order"),
+        ({"max_triplets": 0}, "max_triplets"),
+        ({"max_epochs": 3}, "there is no option max_epochs; those of the trainer are accelerator, "),
+        ({"precison": 3}, "there is no option precison; did you mean precision?"),
+        ({"callbacks": [_Forgetful(3)]}, "_Forgetful does not keep its argument strength"),
+        ({"devices": 2, "strategy": "ddp_spawn"}, "processes that are forked or spawned"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(lipsim.LipsimError) as error:
+        lipsim.evaluate("metric.safetensors", _data(), **{**QUIET, **given})
+    assert message in str(error.value)
+    assert not Path("runs").exists()
+
+
+def test_the_settings_of_the_config_are_those_of_the_objects() -> None:
+    assert [c["class_path"].rpartition(".")[2] for c in config()["trainer"]["callbacks"]] == [
+        callback_settings(c)["class_path"].rpartition(".")[2] for c in _callbacks()
+    ]
+    settings = callback_settings(
+        AttackRobustness(steps=80, others={"x": Path("metric.safetensors")}, directory=Path("a"))
+    )
+    assert settings["init_args"]["queries"] == 400 and "directory" not in settings["init_args"]
+    assert len(settings["init_args"]["others"]["x"]) == 64
+
+
+def test_a_subclass_that_hands_its_arguments_on() -> None:
+    class Mine(CertifyRadii):
+        def __init__(self, colour: str, **options: Any) -> None:
+            super().__init__(**options)
+            self.colour = colour
+
+    options = callback_settings(Mine("red", eps=[0.2], directory=Path("a")))["init_args"]
+    assert options["colour"] == "red" and options["eps"] == [0.2] and "directory" not in options

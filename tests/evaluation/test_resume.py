@@ -1,0 +1,162 @@
+"""An evaluation that was cut short, by a signal or an error, continues; on one process or several."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import evaluations
+import pytest
+import torch
+from evaluations import (
+    BATCH,
+    COUNT,
+    args,
+    command_line_of,
+    config,
+    cut_short,
+    kill_after,
+    prepare,
+    run_command,
+    write_config,
+)
+
+from lipsim import PerceptualMetric, students
+from lipsim.cli.evaluate import evaluate, main
+from lipsim.data import collate_triplets
+from lipsim.data.loading import Finished, read_batch, remaining
+from lipsim.datamodules import BuiltinData
+from lipsim.metric import save
+from lipsim.results import read_results
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return evaluations.spy_on_embedding(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of an evaluation that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(folder, patch)
+        computed = evaluations.spy_on_embedding(patch)
+        evaluate(args("whole"))
+    assert computed == list(range(COUNT)) and not (folder / "whole/unfinished").exists()
+    return folder / "whole"
+
+
+def test_a_killed_run_continues(computed: list[int], whole: Path) -> None:
+    lines = kill_after(2, args("killed"))
+    assert 2 <= len(lines) < 8
+    part = Path("killed/unfinished/part-0-of-1.jsonl")
+    part.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][: len(lines[-1]) // 2])  # killed over the last line
+    evaluate(args("killed"))
+    assert computed == list(range(BATCH * (len(lines) - 1), COUNT))
+    for name in ("results.json", "radii.csv", "attacks.csv", "plots/gallery.png"):
+        assert Path("killed", name).read_bytes() == (whole / name).read_bytes(), name
+    assert not Path("killed/unfinished").exists()
+
+
+def test_two_processes_give_the_results_of_one(computed: list[int], whole: Path) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    run_command(args("two", *two))
+    lines = kill_after(3, args("mixed", *two))
+    computed.clear()
+    evaluate(args("mixed"))  # what two processes began, one finishes
+    done = {i for line in lines for i in json.loads(line)["index"]}
+    assert done and set(range(COUNT)) - done <= set(computed) and len(computed) < COUNT
+    one = read_results(whole / "results.json")
+    for other in ("two", "mixed"):
+        found = read_results(Path(other, "results.json"))
+        scores, others = one["certified"]["sets"]["builtin"], found["certified"]["sets"]["builtin"]
+        for key in ("majority", "vote", "certified", "published", "joint", "num_triplets"):
+            assert scores[key] == others[key]
+        assert one["attacked"]["sets"] == found["attacked"]["sets"]
+        assert one["certified"]["data_sha256"] == found["certified"]["data_sha256"]
+        tables = []
+        for folder in (whole, Path(other)):
+            with open(folder / "radii.csv", newline="") as file:
+                tables.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
+        assert len(tables[1]) == COUNT
+        for a, b in zip(*tables, strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+def test_rows_of_something_else_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_short(monkeypatch, 1, args("run"))
+    save(PerceptualMetric(students.OrthogonalProjection(16, 4), 16), "metric.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        main(args("run", "--data.seed=3"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "differs in metric_sha256, data;" in error and error.count("error:") == 1
+    assert Path("run/unfinished/part-0-of-1.jsonl").is_file()
+
+
+class TwoSets(BuiltinData):
+    """Two test sets of one module, the second with fewer batches."""
+
+    def __init__(self) -> None:
+        super().__init__(num_test=9, image_size=16, batch_size=2)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        other = BuiltinData(num_test=5, image_size=16, seed=3)
+        other.setup(stage)
+        self.test_sets = {**self.test_sets, "other": other.test_sets["builtin"]}
+
+
+def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command_line_of(TwoSets, tmp_path, monkeypatch)
+    write_config(config(steps=60) | {"data": {"class_path": "lipsim.datamodules.TwoSets"}})
+    evaluate(args("whole"))
+    two = args("resumed", "--trainer.devices=2", "--trainer.strategy=ddp")
+    first = cut_short(monkeypatch, 2, args("resumed"))
+    second = kill_after(len(first) + 2, two)
+    assert 2 <= len(first) < len(second) < 8
+    run_command(two)
+    whole, resumed = (read_results(Path(folder, "results.json")) for folder in ("whole", "resumed"))
+    assert list(resumed["certified"]["sets"]) == ["builtin", "other"]
+    for name, scores in whole["certified"]["sets"].items():
+        for key in ("num_triplets", "majority", "vote", "certified", "published", "joint"):
+            assert resumed["certified"]["sets"][name][key] == scores[key]
+    assert resumed["attacked"]["sets"] == whole["attacked"]["sets"]
+    assert resumed["certified"]["feature_error"] == whole["certified"]["feature_error"]
+
+
+def test_what_is_left_is_continued_with_the_same_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_short(monkeypatch, 1, args("run"))
+    path = Path("run/unfinished/fingerprint.json")
+    settings = json.loads(path.read_text())
+    measured = settings["feature_error"]
+    assert measured > 0
+    for error, message in ((measured / 2, "whose features were off by at most"), (None, "no fingerprint.json")):
+        path.unlink() if error is None else path.write_text(json.dumps({**settings, "feature_error": error}))
+        with pytest.raises(SystemExit):
+            main(args("run"))
+        assert message in capsys.readouterr().err
+    path.write_text(json.dumps({**settings, "feature_error": 2 * measured}))
+    evaluate(args("run"))
+    assert read_results(Path("run/results.json"))["certified"]["feature_error"] == 2 * measured
+
+
+def test_batches_keep_their_composition() -> None:
+    data = BuiltinData(num_test=5, image_size=16, batch_size=2)
+    data.setup("test")
+    loader = remaining(data.test_dataloader()[0], {0, 1, 2})
+    batches = list(loader)
+    assert isinstance(batches[0], Finished)
+    assert [batch.index.tolist() for batch in batches[1:]] == [[2, 3], [4]]
+    whole = collate_triplets([data.test_sets["builtin"][0]])
+    assert torch.equal(read_batch(loader, [0]).reference, whole.reference)
