@@ -5,8 +5,11 @@
 The baseline, 1.00, is what has to be done anyway: every distinct image read from the same loader and embedded once, in
 full precision with folded weights. Against it, in turns: a whole test by the trainer with CertifyRadii (data loading,
 audit, every radius, pixels, tables, results.json and radii.csv) without the search for the float32 error; that search
-alone, whose cost does not grow with the data; and the geometry alone, from features that are there. Elapsed and
-processor time, as ratios to the baseline of the same round; medians of the rounds. Elapsed time wants a quiet machine.
+alone, whose cost does not grow with the data; and the geometry alone, from features that are there. The last three
+rows are what the radii of CertifyRadii and AttackRobustness cost together: where each callback certifies for itself and
+each radius projects its own features, where one certificate of a batch is for both, and for AttackRobustness alone,
+which needs one radius. Elapsed and processor time, as ratios to the baseline of the same round; medians of the rounds.
+Elapsed time wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -30,6 +33,7 @@ from lipsim.callbacks.run_options import quiet_warnings
 from lipsim.data import Triplet
 from lipsim.datamodules.base import TripletData
 from lipsim.evaluation.exported import ExportedMetric
+from lipsim.evaluation.module import EvaluatedBatch
 from lipsim.metric import load
 from lipsim.utils.precision import full_precision
 
@@ -104,12 +108,37 @@ def main() -> None:
         for z, z0, z1 in features:
             certificates.joint_radius(z, z0, z1, **metric.certificate_options)
 
+    images = data.test_sets["distinct"].images[:, 0].float() / 255
+    references = images.split(options.batch)
+
     def geometry() -> None:
-        start = 0
-        for z, z0, z1 in features:
-            reference = data.test_sets["distinct"].images[start : start + len(z), 0].float() / 255
+        for reference, (z, z0, z1) in zip(references, features, strict=True):
             metric.certify_features(reference, z, z0, z1)
-            start += len(z)
+
+    def apart() -> None:
+        for reference, triplet in zip(references, features, strict=True):
+            z, z0, z1 = (t.double() for t in triplet)
+            for _ in ("CertifyRadii", "AttackRobustness"):
+                constants = metric.certificate_options
+                certificates.margin(z, z0, z1, anchor=metric.anchor)
+                radius = certificates.reference_radius(z, z0, z1, **constants)
+                certificates.candidate_radii(z, z0, z1, **constants)
+                certificates.joint_radius(z, z0, z1, **constants)
+                certificates.certified_pixels(reference, radius)
+            certificates.published_radius(z, z0, z1, anchor=metric.anchor, lipschitz=metric.lipschitz)
+
+    def evaluated() -> Iterator[EvaluatedBatch]:
+        for reference, triplet in zip(references, features, strict=True):
+            nothing = torch.zeros(len(reference))
+            yield EvaluatedBatch.of(metric, Triplet(reference, reference, reference, nothing, nothing.long()), triplet)
+
+    def shared() -> None:
+        for batch in evaluated():
+            batch.certificate, batch.published_radius, batch.radius("reference")  # computed when read
+
+    def one_radius() -> None:
+        for batch in evaluated():
+            batch.radius("reference")
 
     parts: dict[str, Callable[[], None]] = {
         "forward passes (baseline)": forward,
@@ -117,6 +146,9 @@ def main() -> None:
         f"search for the float32 error, {ERROR_SAMPLE} images of the data among others": sample,
         "every radius and pixels from features": geometry,
         "joint radius from features": joint,
+        "two callbacks, each certifying for itself": apart,
+        "two callbacks, one certificate": shared,
+        "the one radius of AttackRobustness": one_radius,
     }
     forward()  # warm
     clocks = {"elapsed": time.perf_counter, "processor": time.process_time}

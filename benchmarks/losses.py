@@ -43,7 +43,7 @@ from lipsim.data.sets.folder import FolderImages
 from lipsim.metric import save
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.training import RMSE, Cosine, Distillation, FineTuning, RadiusHinge, Relational, ScaleFree, WarmupCosine
-from lipsim.training.base import MetricModule
+from lipsim.training.base import Stage
 from lipsim.training.losses import DistillationLoss
 from lipsim.training.teacher_cache import cache_teacher
 
@@ -118,7 +118,7 @@ def labelled(ids: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return ids, ((unit[:, 0] * (unit[:, 1] - unit[:, 2])).sum(-1) < 0).float()
 
 
-def train(module: MetricModule, make: Callable[[], EmbeddedImages | Triplet], steps: int) -> None:
+def train(module: Stage, make: Callable[[], EmbeddedImages | Triplet], steps: int) -> None:
     """Run a stage for some steps."""
     quiet = {
         "logger": False,

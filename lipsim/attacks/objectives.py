@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lipsim.certificates.geometry import cosine_distance, project
+from lipsim.certificates.geometry import along, cosine_distance, project
 from lipsim.metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 
@@ -194,5 +194,4 @@ def _embed(metric: PerceptualMetric, x: Tensor) -> Tensor:
 
 def _feature_margin(z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
     """``⟨p(z), p(z0) − p(z1)⟩``, equal to ``d(z, z1) − d(z, z0)`` and exactly 0 for equal candidates."""
-    (p, s), (p0, s0), (p1, s1) = project(z, anchor), project(z0, anchor), project(z1, anchor)
-    return (p * (p0 - p1)).sum(-1) + s * (s0 - s1)
+    return along(project(z, anchor), project(z0, anchor), project(z1, anchor))

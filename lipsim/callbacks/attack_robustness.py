@@ -23,7 +23,7 @@ from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.data import Triplet
-from lipsim.evaluation.module import EvaluationModule, Features
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
 from lipsim.evaluation.scores import agrees
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
@@ -32,12 +32,6 @@ from lipsim.results.plots import plot_grid
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files
 
-_RADII: dict[Target, str] = {
-    "reference": "radius",
-    "left": "left_radius",
-    "right": "right_radius",
-    "all": "joint_radius",
-}
 _IMAGES = "adversarial/*/[0-9]*-*.png"
 
 
@@ -110,17 +104,13 @@ class AttackRobustness(TripletCallback):
         self.attacked = {"metric": own, **self.others}
 
     def see(
-        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         # The radius is 0 where the metric has no bound.
-        certificate = module.metric.certify_features(batch.reference, *features)
-        columns: dict[str, Tensor] = {
-            "right_vote": batch.right_vote,
-            "radius": getattr(certificate, _RADII[self.target]),
-        }
+        columns: dict[str, Tensor] = {"right_vote": batch.right_vote, "radius": evaluated.radius(self.target)}
         found: dict[str, SuiteResult] = {}
         for key, metric in self.attacked.items():
-            margin = metric.margin(*(features if key == "metric" else batch.embed(metric.embed)))
+            margin = evaluated.margin if key == "metric" else metric.margin(*batch.embed(metric.embed))
             found[key] = self.attack(metric, batch, margin, _progress(trainer, key))
             columns |= {f"{key}/{column}": values for column, values in self._columns(found[key], batch).items()}
             columns[f"{key}/margin"] = margin

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,14 +18,13 @@ from lipsim.data import Triplet
 from lipsim.data.check import images_of
 from lipsim.data.loading import check_count, data_fingerprint, num_samples, read_batch
 from lipsim.evaluation.journal import RowCallback
-from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders, outside_inference_mode
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric, load
 from lipsim.results import update_results
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, state_fingerprint
 from lipsim.utils.paths import user_path
-from lipsim.utils.precision import full_precision
 
 
 class TripletCallback(RowCallback):
@@ -59,9 +56,16 @@ class TripletCallback(RowCallback):
         """Before the first batch."""
 
     def see(
-        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
-        """One batch of the evaluation set ``name`` with its full-precision features ``(z, z0, z1)``.
+        """One batch of the evaluation set ``name``, with its features and certificate as all callbacks get them.
+
+        Args:
+            trainer: of the evaluation.
+            module: with the metric.
+            evaluated: full-precision features, margin and certificate, each computed once; not to be changed in place.
+            batch: the triplets; ordinary tensors where this callback :attr:`differentiates`.
+            name: of the set.
 
         Returns:
             Columns ``(N,)`` for :attr:`tables`: all that :meth:`finish` needs to know of these triplets.
@@ -199,12 +203,11 @@ class TripletCallback(RowCallback):
         # Batches without triplets (a folder of images in distillation) have nothing to certify or attack.
         if self._works(trainer) and isinstance(batch, Triplet):
             with outside_inference_mode():
-                z, z0, z1 = (features.clone() for features in evaluation["features"])
                 name = module.set_name(dataloader_idx)
                 position = module.positions(batch, batch_idx, dataloader_idx)
                 # Copying every image costs a tenth of embedding them.
                 images = batch.clone() if self.differentiates else batch
-                columns = self.see(trainer, module, (z, z0, z1), images, name)
+                columns = self.see(trainer, module, evaluation["evaluated"], images, name)
             if columns:
                 self.tables.setdefault(name, SampleTable()).append(batch.index, columns, position)
                 self.latest = name, position, batch.index, columns
@@ -237,16 +240,6 @@ def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric
     if "metric" in (others or {}):
         raise LipsimError("expected another name than 'metric' among others; the trained metric has it")
     return {name: load(path) for name, path in (others or {}).items()}
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Ordinary tensors without gradients, in full precision.
-
-    Lightning evaluates in inference mode, whose tensors no attack can differentiate through, and under autocast.
-    """
-    with torch.inference_mode(False), torch.no_grad(), full_precision():
-        yield
 
 
 def first_images(loader: DataLoader[Any], count: int) -> Tensor:

@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lipsim import certificates
 from lipsim.audit import LipschitzReport
 from lipsim.audit.arithmetic import ERROR_FACTOR, largest_feature_error
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
@@ -17,7 +16,7 @@ from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.data.check import check_images
 from lipsim.data.loading import num_samples
-from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders
 from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label
@@ -101,12 +100,9 @@ class CertifyRadii(TripletCallback):
             metric.feature_error_kind = "searched"
 
     def see(
-        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
-        metric = module.metric
-        z, z0, z1 = (f.double() for f in features)
-        certificate = metric.certify_features(batch.reference, z, z0, z1)
-        published = certificates.published_radius(z, z0, z1, anchor=metric.anchor, lipschitz=metric.lipschitz)
+        certificate = evaluated.certificate
         return {
             "right_vote": batch.right_vote,
             "prefers_left": certificate.prefers_left.long(),
@@ -116,8 +112,8 @@ class CertifyRadii(TripletCallback):
             "right_radius": certificate.right_radius,
             "joint_radius": certificate.joint_radius,
             "pixels": certificate.pixels,
-            "published_radius": published,
-            "feature_norm": torch.linalg.vector_norm(z, dim=-1),
+            "published_radius": evaluated.published_radius,
+            "feature_norm": torch.linalg.vector_norm(evaluated.features[0].double(), dim=-1),
         }
 
     def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
@@ -165,12 +161,10 @@ class CertifyRadii(TripletCallback):
         grid = torch.linspace(0, 1.5 * (self.eps[-1] or 1.0), CURVE_POINTS, dtype=torch.float64).tolist()
         curve: dict[str, list[float]] = {"eps": grid}
         for section, column in (("certified", "radius"), ("published", "published_radius"), ("joint", "joint_radius")):
-            at_eps, over_grid = (
-                CertifiedScore(self.eps, sync_on_compute=False),
-                CertifiedCurve(grid, sync_on_compute=False),
-            )
-            for metric in (at_eps, over_grid):
-                metric.update(margin, rows[column], votes, index)
+            at_eps = CertifiedScore(self.eps, sync_on_compute=False)
+            over_grid = CertifiedCurve(grid, sync_on_compute=False)
+            for score_at in (at_eps, over_grid):
+                score_at.update(margin, rows[column], votes, index)
             scores[section] = dict(zip(labels, map(float, at_eps.compute().values()), strict=True))
             curve[section] = over_grid.compute()[1].tolist()
         scores["curve"] = curve

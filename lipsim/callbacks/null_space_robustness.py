@@ -14,7 +14,7 @@ from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import sample_norm
 from lipsim.callbacks.base import TripletCallback, load_others
 from lipsim.data import Triplet
-from lipsim.evaluation.module import EvaluationModule, Features
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
 from lipsim.metric import PerceptualMetric
 from lipsim.utils.sampling import sample_normal
 
@@ -56,7 +56,7 @@ class NullSpaceRobustness(TripletCallback):
             self.searched[name] = exact, first_operator(exact.encoder, exact.image_size)
 
     def see(
-        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
         batch = batch.to(torch.float64)
         noise = sample_normal(batch.reference, seed=self.seed, index=batch.index)

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lipsim.attacks import TwoAFCObjective, pgd
-from lipsim.callbacks.base import TripletCallback, outside_inference_mode
+from lipsim.callbacks.base import TripletCallback
 from lipsim.data import Triplet
 from lipsim.data.loading import read_batch
-from lipsim.evaluation.module import EvaluationModule, Features, evaluation_loaders
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders, outside_inference_mode
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.results.plots import plot_gallery
@@ -44,11 +44,10 @@ class TripletGallery(TripletCallback):
         self.num_triplets, self.steps = num_triplets, steps
 
     def see(
-        self, trainer: L.Trainer, module: EvaluationModule, features: Features, batch: Triplet, name: str
+        self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str
     ) -> dict[str, Tensor]:
-        metric = module.metric
-        margin, radius = metric.margin(*features), metric.reference_radius(*features)
-        return {"right_vote": batch.right_vote, "margin": margin, "radius": radius}
+        radius = evaluated.radius("reference")
+        return {"right_vote": batch.right_vote, "margin": evaluated.margin, "radius": radius}
 
     def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         found = self.gather(trainer, module)

@@ -23,17 +23,20 @@ from lipsim.certificates.decisions import (
     candidate_radii,
     joint_radius,
     linear_margin,
+    margin,
     published_radius,
     reference_radius,
     signed_joint_radius,
     signed_reference_radius,
 )
 from lipsim.certificates.distances import distance_interval, threshold_radius
+from lipsim.certificates.geometry import Anchored
 from lipsim.certificates.pixels import certified_pixels, l1_radius, linf_radius, original_radius, resize_norm
 from lipsim.certificates.retrieval import retrieval_radius
 from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
 
 __all__ = [
+    "Anchored",
     "TwoAFCCertificate",
     "candidate_radii",
     "certified_pixels",
@@ -43,6 +46,7 @@ __all__ = [
     "l1_radius",
     "linear_margin",
     "linf_radius",
+    "margin",
     "original_radius",
     "published_radius",
     "reference_radius",

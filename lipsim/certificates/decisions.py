@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lipsim.certificates import geometry
-from lipsim.certificates.geometry import anchored_norm, angle, binary_scale, project, rotation
+from lipsim.certificates.geometry import Anchored, along, anchored_norm, angle, project, rotation, unit_angle
 from lipsim.certificates.numbers import check_constants
-from lipsim.certificates.rounding import bounded_norm, doubles, over_bound, round_down, rounding_error
+from lipsim.certificates.rounding import (
+    Features,
+    anchored,
+    bounded_norm,
+    over_bound,
+    round_down,
+    rounding_error,
+)
 
+Parts = tuple[Tensor, Tensor]  # of features and of the anchor
 _TURNS = (2, 1, 1)  # the reference turns against both candidates
 
 
@@ -22,9 +30,20 @@ def linear_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> 
     ``d(x, x1) − d(x, x0)``, so the decision is a half-space of ``z``.
     """
     check_constants(anchor)
-    (p0, s0), (p1, s1) = project(z0, anchor), project(z1, anchor)
-    w, v = p0 - p1, s0 - s1
-    return (z * w).sum(-1) + anchor * v, anchored_norm(w, 0.0)
+    left, right = project(z0, anchor), project(z1, anchor)
+    return along((z, anchor), left, right), anchored_norm(left[0] - right[0], 0.0)
+
+
+def margin(z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, least_norm: float = 0.0) -> Tensor:
+    """Margin ``h = d(x, x1) − d(x, x0)``, ``(N,)``, in the dtype of the features: positive where left is nearer.
+
+    ``h = g/‖e‖``: no cancellation between two distances, and exactly 0 for equal candidates. NaN for a reference of
+    zero features without an anchor, or 0 with a ``least_norm`` above 0 in the place of its ``‖e‖``.
+    """
+    if isinstance(z, Tensor) and isinstance(z0, Tensor) and isinstance(z1, Tensor):
+        return linear_margin(z, z0, z1, anchor=anchor)[0] / anchored_norm(z, anchor).clamp(min=least_norm)
+    _, (e, e0, e1) = anchored(anchor, z, z0, z1)
+    return along((e.z, anchor), e0.unit, e1.unit) / e.norm.clamp(min=least_norm)
 
 
 def signed_reference_radius(
@@ -40,7 +59,7 @@ def signed_reference_radius(
 
 
 def reference_radius(
-    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+    z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
 ) -> Tensor:
     """Exact radius ``|g|/(L‖w‖)`` within which a perturbed *reference* keeps its answer, ``(N,)``, at least 0.
 
@@ -48,36 +67,34 @@ def reference_radius(
     never below :func:`published_radius` for ``anchor ≥ 1``.
     """
     check_constants(anchor, lipschitz, feature_error)
-    dtype, (z, z0, z1) = z.dtype, doubles(z, z0, z1)
-    (p0, s0), (p1, s1) = project(z0, anchor), project(z1, anchor)
-    w, v = p0 - p1, s0 - s1
-    slope = anchored_norm(w, 0.0)
+    dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
+    plain = e.plain and e0.plain and e1.plain
+    slope = _length(e0.unit[0] - e1.unit[0], plain)
     # In units of the reference's own size, of which the radius is a multiple, so that no product leaves the range.
-    scale = binary_scale(z, anchor)
-    z, constant = geometry.scaled(z, anchor, scale)
-    error = torch.full_like(scale, feature_error) / scale
-    norm = anchored_norm(torch.cat([z, constant.unsqueeze(-1)], -1), 0.0)
-    norm0, norm1 = (anchored_norm(t, anchor) - feature_error for t in (z0, z1))
+    error = torch.full_like(e.scale, feature_error) / e.scale
+    features, constant = e.scaled
+    norm = _length(torch.cat([features, constant.unsqueeze(-1)], -1), plain)
+    norm0, norm1 = e0.norm - feature_error, e1.norm - feature_error
     # A unit vector turns by at most η/‖e‖ when e moves by η; ‖e‖ itself is known to η only, hence the subtraction.
-    beta = feature_error / norm0 + feature_error / norm1 + rounding_error(z)
+    beta = feature_error / norm0 + feature_error / norm1 + rounding_error(e.z)
     slack = error * slope + (norm + error) * beta
     known = (norm > error) & (norm0 > 0) & (norm1 > 0)
-    g = torch.where(known, ((z * w).sum(-1) + constant * v).abs() - slack, 0.0).clamp(min=0)
-    return round_down(over_bound(_ratio(g, slope + beta) * scale, lipschitz), dtype)
+    g = torch.where(known, along(e.scaled, e0.unit, e1.unit).abs() - slack, 0.0).clamp(min=0)
+    return round_down(over_bound(_ratio(g, slope + beta) * e.scale, lipschitz), dtype)
 
 
 def candidate_radii(
-    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+    z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Radii within which a perturbed *left* or a perturbed *right* image keeps the answer, ``(N,)`` each.
 
     ``‖e_i‖·sin(min(|θ_1 − θ_0|, π/2))/L``: exact for ``anchor = 0``, a lower bound above.
     """
     check_constants(anchor, lipschitz, feature_error)
-    dtype, (z, z0, z1) = z.dtype, doubles(z, z0, z1)
-    rounding = rounding_error(z)
-    norm, norm0, norm1 = (bounded_norm(t, anchor) for t in (z, z0, z1))
-    gap = _gap(z, z0, z1, anchor) - rounding
+    dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
+    rounding = rounding_error(e.z)
+    norm, norm0, norm1 = (bounded_norm(t, anchor) for t in (e, e0, e1))
+    gap = _gap(e.unit, e0.unit, e1.unit) - rounding
     turn, turn0, turn1 = (rotation(n, feature_error * (1 + rounding)) for n in (norm, norm0, norm1))
     radii = []
     for moving, still in ((norm0, turn1), (norm1, turn0)):
@@ -88,7 +105,7 @@ def candidate_radii(
 
 
 def joint_radius(
-    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
+    z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
 ) -> Tensor:
     """Radius of a common budget: all three images may move by less than it, each, and the answer stays, ``(N,)``.
 
@@ -96,8 +113,10 @@ def joint_radius(
     that of the equation (implicit differentiation).
     """
     check_constants(anchor, lipschitz, feature_error)
-    dtype, (z, z0, z1) = z.dtype, doubles(z, z0, z1)
-    radius = _joint((z, z0, z1), anchor, rounding_error(z))
+    dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
+    rounding = rounding_error(e.z)
+    norms = [bounded_norm(t, anchor) for t in (e, e0, e1)]
+    radius = _joint(norms, _gap(e.unit, e0.unit, e1.unit) - rounding, rounding)
     return round_down(over_bound((radius - feature_error).clamp(min=0), lipschitz), dtype)
 
 
@@ -105,56 +124,73 @@ def signed_joint_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.
     """:func:`joint_radius` with the sign of the margin, ``(N,)``: positive prefers left. What a loss can push."""
     check_constants(anchor, lipschitz)
     g, _ = linear_margin(z, z0, z1, anchor=anchor)
-    return torch.sign(g.detach()) * over_bound(_joint((z, z0, z1), anchor), lipschitz)
+    norms = [bounded_norm(t, anchor) for t in (z, z0, z1)]
+    gap = (angle(z, z1, anchor) - angle(z, z0, anchor)).abs()
+    return torch.sign(g.detach()) * over_bound(_joint(norms, gap), lipschitz)
 
 
-def published_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
+def published_radius(z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
     """Radius as published with LipSim, ``|⟨p, p0 − p1⟩|/(L‖p0 − p1‖)``, ``(N,)``: for comparison only.
 
     Not sound for ``anchor = 0`` where ``‖z‖ < 1``: it overclaims there by ``1/‖z‖`` (Ghazanfari et al. 2024, §3).
     """
     check_constants(anchor, lipschitz)
-    (p, s), (p0, s0), (p1, s1) = project(z, anchor), project(z0, anchor), project(z1, anchor)
-    h = (p * (p0 - p1)).sum(-1) + s * (s0 - s1)
-    slope = torch.hypot(anchored_norm(p0 - p1, 0.0), s0 - s1)
-    return _ratio(h.abs(), lipschitz * slope)
+    unit, left, right = (t.unit if isinstance(t, Anchored) else project(t, anchor) for t in (z, z0, z1))
+    slope = torch.hypot(anchored_norm(left[0] - right[0], 0.0), left[1] - right[1])
+    return _ratio(along(unit, left, right).abs(), lipschitz * slope)
 
 
-def _gap(z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+def _length(vector: Tensor, plain: bool) -> Tensor:
+    """Norm ``(N,)``; of vectors of any size that float64 can hold, if they are not said to be plain."""
+    return torch.linalg.vector_norm(vector, dim=-1) if plain else anchored_norm(vector, 0.0)
+
+
+def _gap(unit: Parts, left: Parts, right: Parts) -> Tensor:
     """How much nearer, as an angle, one candidate is than the other, ``(N,)``."""
-    return (angle(z, z1, anchor) - angle(z, z0, anchor)).abs()
+    return (unit_angle(unit, right) - unit_angle(unit, left)).abs()
 
 
-def _joint(features: tuple[Tensor, Tensor, Tensor], anchor: float, rounding: float = 0.0) -> Tensor:
-    """Joint radius in feature space, in the dtype of the features, rounded down as far as ``rounding`` says."""
-    norms = tuple(bounded_norm(t, anchor) for t in features)
-    gap = _gap(*features, anchor) - rounding
+def _joint(norms: Sequence[Tensor], gap: Tensor, rounding: float = 0.0) -> Tensor:
+    """Joint radius in feature space, in the dtype of the features, rounded down as far as ``rounding`` says.
+
+    Args:
+        norms: of reference, left and right.
+        gap: how much nearer, as an angle, one candidate is than the other.
+        rounding: relative error of the budget in the equation.
+    """
+    norm = torch.stack([n.expand_as(gap) for n in norms])
     with torch.no_grad():
-        low, high = torch.zeros_like(gap), torch.minimum(norms[0], torch.minimum(norms[1], norms[2])).expand_as(gap)
+        low, high = torch.zeros_like(gap), norm.amin(0)
         for _ in range(60 if gap.dtype == torch.float64 else 30):
             middle = (low + high) / 2
-            holds = _turned(norms, middle * (1 + rounding)) < gap
+            holds = _turned(norm, middle * (1 + rounding)) < gap
             low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-    return low + _implicit(norms, gap, low) if gap.requires_grad else low
+    return low + _implicit(norm, gap, low) if gap.requires_grad else low
 
 
-def _turned(norms: tuple[Tensor, ...], radius: Tensor) -> Tensor:
-    """How far the difference of two angles can turn when reference, left and right move by at most ``radius``."""
-    reference, left, right = (c * rotation(norm, radius) for c, norm in zip(_TURNS, norms, strict=True))
-    return reference + left + right
+def _turned(norm: Tensor, radius: Tensor) -> Tensor:
+    """How far the difference of two angles can turn when reference, left and right move by at most ``radius``.
+
+    Args:
+        norm: ``(3, N)``, of the three.
+        radius: ``(N,)``.
+    """
+    # One kernel for the three, not three: this runs sixty times on few numbers.
+    reference, left, right = rotation(norm, radius).unbind(0)
+    return _TURNS[0] * reference + _TURNS[1] * left + _TURNS[2] * right
 
 
-def _implicit(norms: tuple[Tensor, ...], gap: Tensor, radius: Tensor) -> Tensor:
-    """Zeros with the gradient of the ``radius`` that solves ``_turned(norms, radius) = gap``."""
+def _implicit(norm: Tensor, gap: Tensor, radius: Tensor) -> Tensor:
+    """Zeros with the gradient of the ``radius`` that solves ``_turned(norm, radius) = gap``."""
     with torch.no_grad():
         # At the smallest norm the arcsine is vertical; vectors without a length have no gradient.
-        radius = torch.minimum(radius, (1 - 1e-6) * torch.stack([n.expand_as(gap) for n in norms]).amin(0))
+        radius = torch.minimum(radius, (1 - 1e-6) * norm.amin(0))
         known = radius > 0
         radius = torch.where(known, radius, 0.0)
-    norms = tuple(torch.where(known, norm, 1.0) for norm in norms)
-    slopes = [c / ((n - radius).sqrt() * (n + radius).sqrt()) for c, n in zip(_TURNS, norms, strict=True)]
+    norm = torch.where(known, norm, 1.0)
+    slopes = [c / ((n - radius).sqrt() * (n + radius).sqrt()) for c, n in zip(_TURNS, norm.unbind(0), strict=True)]
     slope = (slopes[0] + slopes[1] + slopes[2]).detach()
-    excess = torch.where(known, _turned(norms, radius) - gap, 0.0)
+    excess = torch.where(known, _turned(norm, radius) - gap, 0.0)
     return (excess.detach() - excess) / slope
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.errors import LipsimError
-from lipsim.certificates.geometry import angle, rotation
+from lipsim.certificates.geometry import rotation, unit_angle
 from lipsim.certificates.numbers import check_constants, check_number
-from lipsim.certificates.rounding import bounded_norm, doubles, over_bound, round_down, round_up, rounding_error
+from lipsim.certificates.rounding import anchored, bounded_norm, over_bound, round_down, round_up, rounding_error
 
 
 def distance_interval(
@@ -31,11 +31,11 @@ def distance_interval(
         ValueError: a budget is negative.
     """
     check_constants(anchor, lipschitz, feature_error)
-    dtype, (z, y) = z.dtype, doubles(z, y)
+    dtype, (e, other) = anchored(anchor, z, y)
     rounding = rounding_error(z)
-    theta = angle(z, y, anchor)
+    theta = unit_angle(e.unit, other.unit)
     turn = torch.full_like(theta, rounding)
-    for features, budget in ((z, eps), (y, eps_other)):
+    for features, budget in ((e, eps), (other, eps_other)):
         budget = torch.as_tensor(budget, dtype=theta.dtype, device=theta.device)
         if (budget < 0).any():
             raise LipsimError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
@@ -60,13 +60,13 @@ def threshold_radius(
     """
     threshold = check_number("threshold in [0, 2], the range of the distance,", threshold, 0, 2)
     check_constants(anchor, lipschitz, feature_error)
-    dtype, (z, y) = z.dtype, doubles(z, y)
+    dtype, (e, other) = anchored(anchor, z, y)
     rounding = rounding_error(z)
     # Keeps the digits of thresholds near 0 and near 2.
     boundary = 2 * math.atan2(math.sqrt(threshold), math.sqrt(2 - threshold))
-    turn = rotation(bounded_norm(y, anchor), feature_error * (1 + rounding)) + rounding
-    free = ((angle(z, y, anchor) - boundary).abs() - turn).clamp(min=0, max=math.pi / 2)
-    reach = bounded_norm(z, anchor) * torch.sin(free) * (1 - rounding) - feature_error
+    turn = rotation(bounded_norm(other, anchor), feature_error * (1 + rounding)) + rounding
+    free = ((unit_angle(e.unit, other.unit) - boundary).abs() - turn).clamp(min=0, max=math.pi / 2)
+    reach = bounded_norm(e, anchor) * torch.sin(free) * (1 - rounding) - feature_error
     return round_down(over_bound(reach.clamp(min=0), lipschitz), dtype)
 
 

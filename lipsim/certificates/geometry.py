@@ -10,6 +10,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Beside numbers that float32 holds, the square of an anchor in this range is one that float64 has all digits of.
+_PLAIN_ANCHORS = 2.0**-300, 2.0**300
+
+
+class Anchored:
+    """Features in float64 with their anchor, ``e = (z, κ)``, projected once for all radii that are computed from them.
+
+    Squares of what float32 holds stay in the range of float64, so features in float32 are not scaled. Those in float64
+    are (:func:`binary_scale`), which changes no digit where it is not needed.
+
+    Args:
+        z: features ``(N, D)``.
+        anchor: ``κ``.
+
+    Attributes:
+        z: features ``(N, D)``, float64.
+        anchor: ``κ``.
+        plain: whether no power or product of the features can leave the range of float64.
+        scale: power of two ``(N,)`` that features and anchor are divided by; 1 where they are plain.
+        scaled: both parts of ``e`` over the scale, ``(N, D)`` and ``(N,)``.
+        unit: both parts of ``p = e/‖e‖``, 0 for zero features without an anchor.
+        norm: ``‖e‖``, ``(N,)``.
+    """
+
+    def __init__(self, z: Tensor, anchor: float = 1.0) -> None:
+        least, most = _PLAIN_ANCHORS
+        self.plain = z.dtype != torch.float64 and (anchor == 0 or least <= anchor <= most)
+        self.z, self.anchor = z.double(), anchor
+        if self.plain:
+            self.scale = self.z.new_ones(self.z.shape[:-1])
+            self.scaled = self.z, torch.full_like(self.scale, anchor)
+        else:
+            self.scale = binary_scale(self.z, anchor)
+            self.scaled = scaled(self.z, anchor, self.scale)
+        norm, self.unit = _norm_and_unit(*self.scaled, anchored=anchor > 0)
+        self.norm = self.scale * norm
+
 
 def anchored_norm(z: Tensor, anchor: float = 1.0) -> Tensor:
     """Norm ``‖(z, κ)‖`` of the anchored features, ``(N,)``."""
@@ -25,9 +62,23 @@ def project(z: Tensor, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
     """
     scale = binary_scale(z, anchor)
     z, constant = scaled(z, anchor, scale)
-    norm = _scaled_norm(z, constant if anchor else None)
+    return _norm_and_unit(z, constant, anchored=anchor > 0)[1]
+
+
+def _norm_and_unit(z: Tensor, constant: Tensor, anchored: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    norm = _scaled_norm(z, constant if anchored else None)
     inverse = torch.where(norm > 0, norm, torch.ones_like(norm)).reciprocal()
-    return z * inverse.unsqueeze(-1), constant * inverse
+    return norm, (z * inverse.unsqueeze(-1), constant * inverse)
+
+
+def along(e: tuple[Tensor, Tensor | float], left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+    """``⟨e, p0 − p1⟩`` of vectors in two parts, ``(N,)``: positive where ``e`` points to the left candidate.
+
+    The one formula of every margin: with ``e = (z, κ)`` it is the linear margin ``g``, with the unit vector ``p`` of
+    the reference the margin ``h = d(x, x1) − d(x, x0)``. Exactly 0 for equal candidates.
+    """
+    (z, constant), (p0, s0), (p1, s1) = e, left, right
+    return (z * (p0 - p1)).sum(-1) + constant * (s0 - s1)
 
 
 @torch.no_grad()
@@ -73,7 +124,12 @@ def angle(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:
 
     arccos of the cosine would lose all digits at small angles (Kahan 2006).
     """
-    (p, p_anchor), (q, q_anchor) = project(z, anchor), project(y, anchor)
+    return unit_angle(project(z, anchor), project(y, anchor))
+
+
+def unit_angle(unit: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """:func:`angle` of two unit vectors in two parts, as :func:`project` gives them."""
+    (p, p_anchor), (q, q_anchor) = unit, other
     difference = (p - q).square().sum(-1) + (p_anchor - q_anchor).square()
     total = (p + q).square().sum(-1) + (p_anchor + q_anchor).square()
     return 2 * torch.atan2(_root(difference), _root(total))

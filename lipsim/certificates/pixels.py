@@ -45,11 +45,12 @@ def certified_pixels(x: Tensor, radius: Tensor) -> Tensor:
         raise LipsimError(f"expected floating-point images in [0, 1], got {x.dtype}; divide 8-bit images by 255")
     # Rounded up; no pixel costs less than a quarter a channel, so few are ever certified and only those are sorted.
     # ½ + |x − ½| = max(x, 1 − x), where torch.maximum is an order of magnitude slower.
-    cost = (x - 0.5).abs_().add_(0.5).square_().sum(1).flatten(1) * (1 + 8 * torch.finfo(x.dtype).eps)
+    cost = (x - 0.5).abs_().add_(0.5).square_().sum(1).flatten(1)
     square = radius.double().nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0).square()
     most = float(square.max()) / (x.shape[1] / 4) if len(square) else 0.0
     count = int(min(cost.shape[1], most + 2))
-    total = cost.topk(count, dim=-1).values.double().cumsum(-1) * (1 + count * EPS)
+    largest = cost.topk(count, dim=-1).values * (1 + 8 * torch.finfo(x.dtype).eps)
+    total = largest.double().cumsum(-1) * (1 + count * EPS)
     return (total < square.unsqueeze(-1)).sum(-1)
 
 

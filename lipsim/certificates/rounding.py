@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from lipsim.certificates.geometry import anchored_norm
+from lipsim.certificates.errors import LipsimError
+from lipsim.certificates.geometry import Anchored, anchored_norm
+
+Features = Tensor | Anchored  # before the projection, or after it
 
 EPS = torch.finfo(torch.float64).eps
 _TINY = torch.finfo(torch.float64).tiny  # the smallest number with all digits
@@ -21,15 +24,25 @@ def over_bound(radius: Tensor, lipschitz: float) -> Tensor:
     return (radius / lipschitz).clamp(max=torch.finfo(radius.dtype).max)
 
 
-def bounded_norm(z: Tensor, anchor: float) -> Tensor:
+def bounded_norm(z: Features, anchor: float) -> Tensor:
     """Anchored norm, rounded down to the largest finite number, and to 0 where it has not all its digits."""
-    norm = anchored_norm(z, anchor).clamp(max=torch.finfo(z.dtype).max)
-    return torch.where(norm < _TINY, norm * 0, norm) if z.dtype == torch.float64 else norm
+    norm = z.norm if isinstance(z, Anchored) else anchored_norm(z, anchor)
+    norm = norm.clamp(max=torch.finfo(norm.dtype).max)
+    return torch.where(norm < _TINY, norm * 0, norm) if norm.dtype == torch.float64 else norm
 
 
-def doubles(*features: Tensor) -> tuple[Tensor, ...]:
-    """The same in float64."""
-    return tuple(t.double() for t in features)
+def anchored(anchor: float, *features: Features) -> tuple[torch.dtype, tuple[Anchored, ...]]:
+    """Features projected in float64, those that are not yet, and the dtype of what is computed from them.
+
+    Raises:
+        ValueError: some were projected with another anchor.
+    """
+    for e in features:
+        if isinstance(e, Anchored) and e.anchor != anchor:
+            raise LipsimError(f"expected features projected with the anchor {anchor}, got {e.anchor}")
+    first = features[0]
+    dtype = torch.float64 if isinstance(first, Anchored) else first.dtype
+    return dtype, tuple(e if isinstance(e, Anchored) else Anchored(e, anchor) for e in features)
 
 
 def rounding_error(z: Tensor) -> float:

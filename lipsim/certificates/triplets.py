@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lipsim.certificates.decisions import candidate_radii, joint_radius, reference_radius
+from lipsim.certificates.decisions import candidate_radii, joint_radius, margin, reference_radius
 from lipsim.certificates.pixels import certified_pixels
+from lipsim.certificates.rounding import Features, anchored
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,19 @@ class TwoAFCCertificate:
 
 def certify_triplets(
     reference: Tensor,
-    margin: Tensor,
-    z: Tensor,
-    z0: Tensor,
-    z1: Tensor,
+    z: Features,
+    z0: Features,
+    z1: Features,
     *,
     anchor: float = 1.0,
     lipschitz: float = 1.0,
     feature_error: float = 0.0,
 ) -> TwoAFCCertificate:
-    """The certificate of N answers.
+    """The certificate of N answers, in float64 from one projection of each feature set.
 
     Args:
         reference: images ``(N, 3, H, W)`` in [0, 1].
-        margin: ``(N,)``, positive where left is nearer.
-        z: features ``(N, D)`` of the references.
+        z: features ``(N, D)`` of the references, or :class:`lipsim.certificates.geometry.Anchored` ones.
         z0: of the left images.
         z1: of the right images.
         anchor: constant coordinate beside the features.
@@ -62,14 +61,16 @@ def certify_triplets(
         feature_error: that the radii cover.
     """
     options = {"anchor": anchor, "lipschitz": lipschitz, "feature_error": feature_error}
-    radius = reference_radius(z, z0, z1, **options)
-    left_radius, right_radius = candidate_radii(z, z0, z1, **options)
+    _, (e, e0, e1) = anchored(anchor, z, z0, z1)
+    found = margin(e, e0, e1, anchor=anchor)
+    radius = reference_radius(e, e0, e1, **options)
+    left_radius, right_radius = candidate_radii(e, e0, e1, **options)
     return TwoAFCCertificate(
-        prefers_left=margin > 0,
-        margin=margin,
+        prefers_left=found > 0,
+        margin=found,
         radius=radius,
         left_radius=left_radius,
         right_radius=right_radius,
-        joint_radius=joint_radius(z, z0, z1, **options),
+        joint_radius=joint_radius(e, e0, e1, **options),
         pixels=certified_pixels(reference, radius),
     )

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
 from lipsim.callbacks.run_options import print_certified, quiet_warnings, with_defaults
 from lipsim.callbacks.run_record import write_environment
-from lipsim.training.base import MetricModule
+from lipsim.training.base import Stage
 from lipsim.training.checkpoints import check_checkpoint, read_stage
 from lipsim.training.run import fit
 from lipsim.utils.errors import LipsimError
@@ -70,7 +70,7 @@ class StageCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], **options: Any) -> None:
         defaults: dict[str, Any] = {
-            "model_class": MetricModule,
+            "model_class": Stage,
             "datamodule_class": L.LightningDataModule,
             "subclass_mode_model": True,
             "subclass_mode_data": True,
@@ -112,24 +112,24 @@ class StageCLI(LightningCLI):
         given = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return super().instantiate_trainer(**with_defaults(given, self._get(self.config_init, "ckpt_path")))
 
-    def fit(self, model: MetricModule, datamodule: Any = None, ckpt_path: str | None = None, **_: Any) -> None:
+    def fit(self, model: Stage, datamodule: Any = None, ckpt_path: str | None = None, **_: Any) -> None:
         """What the subcommand does."""
         fit(self.trainer, model, datamodule, ckpt_path)
 
     def validate(
-        self, model: MetricModule, datamodule: Any = None, ckpt_path: str | None = None, verbose: bool = True, **_: Any
+        self, model: Stage, datamodule: Any = None, ckpt_path: str | None = None, verbose: bool = True, **_: Any
     ) -> None:
         """What the subcommand does."""
         self._evaluate(self.trainer.validate, model, datamodule, ckpt_path, verbose)
 
     def test(
-        self, model: MetricModule, datamodule: Any = None, ckpt_path: str | None = None, verbose: bool = True, **_: Any
+        self, model: Stage, datamodule: Any = None, ckpt_path: str | None = None, verbose: bool = True, **_: Any
     ) -> None:
         """What the subcommand does."""
         self._evaluate(self.trainer.test, model, datamodule, ckpt_path, verbose)
 
     def _evaluate(
-        self, run: Callable[..., Any], model: MetricModule, data: Any, checkpoint: str | None, verbose: bool
+        self, run: Callable[..., Any], model: Stage, data: Any, checkpoint: str | None, verbose: bool
     ) -> None:
         if checkpoint is not None and checkpoint not in CHECKPOINT_NAMES:
             check_checkpoint(Path(checkpoint), model)

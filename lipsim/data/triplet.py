@@ -41,7 +41,11 @@ class Triplet:
 
     def embed(self, encoder: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Features of reference, left and right, ``(N, D)`` each, from one call of the encoder."""
-        z, z0, z1 = encoder(torch.cat([self.reference, self.left, self.right])).chunk(3)
+        return self.arrange(encoder(torch.cat([self.reference, self.left, self.right])))
+
+    def arrange(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of reference, left and right, ``(N, D)`` each, from those of all :meth:`images` in their order."""
+        z, z0, z1 = features.chunk(3)
         return z, z0, z1
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -98,8 +102,10 @@ class SharedTriplet(Triplet):
         return (self.distinct,)
 
     def embed(self, encoder: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        z = encoder(self.distinct)
-        return z[self.ids[:, 0]], z[self.ids[:, 1]], z[self.ids[:, 2]]
+        return self.arrange(encoder(self.distinct))
+
+    def arrange(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return features[self.ids[:, 0]], features[self.ids[:, 1]], features[self.ids[:, 2]]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(*map(function, (self.distinct, self.ids, self.right_vote, self.index)))

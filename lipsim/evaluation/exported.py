@@ -7,7 +7,7 @@ from typing import Any
 from lipsim.data import Triplet
 from lipsim.data.check import check_votes
 from lipsim.data.loading import Finished
-from lipsim.evaluation.module import Evaluation, EvaluationModule
+from lipsim.evaluation.module import EvaluatedBatch, Evaluation, EvaluationModule
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.files import resolve
 from lipsim.utils.errors import LipsimError
@@ -36,7 +36,7 @@ class EvaluatedMetric(EvaluationModule):
             super().on_test_batch_start(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
-        """Features ``{"features": (z, z0, z1)}`` of a batch; None for one that is finished."""
+        """A batch with its features, ``{"evaluated": …}``; None for one that is finished."""
         if isinstance(batch, Finished):
             return None
         if not isinstance(batch, Triplet):
@@ -46,7 +46,8 @@ class EvaluatedMetric(EvaluationModule):
             )
         check_votes(batch)
         with full_precision():
-            return {"features": batch.embed(self.metric.embed)}
+            features = batch.embed(self.embed_checked)
+        return {"evaluated": EvaluatedBatch.of(self.metric, batch, features)}
 
 
 class ExportedMetric(EvaluatedMetric):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
+from lipsim import certificates
+from lipsim.attacks.objectives import Target
+from lipsim.certificates import Anchored, TwoAFCCertificate
 from lipsim.data import Triplet
 from lipsim.data.check import check_images, check_votes
 from lipsim.data.loading import PlannedBatches, check_count, num_samples, served_batches
@@ -25,13 +31,107 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 Features = tuple[Tensor, Tensor, Tensor]
-Evaluation = dict[str, Features]
+_RADII: dict[Target, str] = {
+    "reference": "radius",
+    "left": "left_radius",
+    "right": "right_radius",
+    "all": "joint_radius",
+}
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Ordinary tensors without gradients, in full precision.
+
+    Lightning evaluates in inference mode, whose tensors no attack can differentiate through, and under autocast.
+    """
+    with torch.inference_mode(False), torch.no_grad(), full_precision():
+        yield
+
+
+@dataclass(eq=False)
+class EvaluatedBatch:
+    """A batch of triplets as every callback of an evaluation gets it: embedded once, and certified at most once.
+
+    What is certified is so when the first callback asks, with the bound and the error of the features that the metric
+    has by then. The tensors are for all callbacks: none may change them in place.
+
+    Attributes:
+        metric: the metric.
+        triplets: the batch.
+        features: ``(z, z0, z1)`` in full precision, ``(N, D)`` each, before anchor and projection.
+    """
+
+    metric: PerceptualMetric
+    triplets: Triplet
+    features: Features
+
+    @classmethod
+    def of(cls, metric: PerceptualMetric, triplets: Triplet, features: Features) -> EvaluatedBatch:
+        """With features that have left inference mode."""
+        with outside_inference_mode():
+            z, z0, z1 = (f.clone() for f in features)
+        return cls(metric, triplets, (z, z0, z1))
+
+    @cached_property
+    @outside_inference_mode()
+    def projected(self) -> tuple[Anchored, Anchored, Anchored]:
+        """The features in float64, anchored and projected: what :mod:`lipsim.certificates` takes for features too."""
+        e, e0, e1 = (Anchored(f, self.metric.anchor) for f in self.features)
+        return e, e0, e1
+
+    @cached_property
+    @outside_inference_mode()
+    def margin(self) -> Tensor:
+        """``(N,)``, float64: positive where left is nearer."""
+        return certificates.margin(*self.projected, anchor=self.metric.anchor)
+
+    @cached_property
+    @outside_inference_mode()
+    def options(self) -> dict[str, float]:
+        """Of the certificates of this batch: anchor, bound and error of the features.
+
+        Raises:
+            ValueError: weights or features in half precision, which nothing is certified for.
+        """
+        self.metric.check_precision(*self.features)
+        return self.metric.certificate_options
+
+    @cached_property
+    @outside_inference_mode()
+    def certificate(self) -> TwoAFCCertificate:
+        """Every radius; 0 where the metric has no bound."""
+        e, e0, e1 = self.projected
+        return certificates.certify_triplets(self.triplets.reference, e, e0, e1, **self.options)
+
+    @cached_property
+    @outside_inference_mode()
+    def published_radius(self) -> Tensor:
+        """LipSim's own formula, ``(N,)``: for comparison only."""
+        anchor, lipschitz = self.options["anchor"], self.options["lipschitz"]
+        return certificates.published_radius(*self.projected, anchor=anchor, lipschitz=lipschitz)
+
+    @outside_inference_mode()
+    def radius(self, target: Target) -> Tensor:
+        """The radius within which the answers stay when the images named move, ``(N,)``, and no other one."""
+        if "certificate" in vars(self):  # computed already, for another callback
+            found: Tensor = getattr(self.certificate, _RADII[target])
+            return found
+        e, e0, e1 = self.projected
+        if target == "reference":
+            return certificates.reference_radius(e, e0, e1, **self.options)
+        if target == "all":
+            return certificates.joint_radius(e, e0, e1, **self.options)
+        return certificates.candidate_radii(e, e0, e1, **self.options)[0 if target == "left" else 1]
+
+
+Evaluation = dict[str, EvaluatedBatch]  # what Lightning hands from a step to the callbacks has to be a mapping
 
 
 class EvaluationModule(L.LightningModule):
     """A metric that is scored on triplets; nothing here trains it.
 
-    Validation and test embed each triplet in full precision and hand the features ``(z, z0, z1)`` on; the callbacks
+    Validation and test embed each triplet in full precision and hand an :class:`EvaluatedBatch` on; the callbacks
     certify and attack from there.
 
     Args:
@@ -76,13 +176,17 @@ class EvaluationModule(L.LightningModule):
     def on_test_start(self) -> None:
         self._start_evaluation()
 
+    def embed_checked(self, x: Tensor) -> Tensor:
+        """Features ``(N, D)`` of images that were checked with their batch."""
+        return self.metric.embed(x, check_range=False)
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
-        """Score a batch of triplets, ``{"features": (z, z0, z1)}``."""
-        return self._evaluate(batch, batch_idx, dataloader_idx)
+        """Score a batch of triplets, ``{"evaluated": …}``; None for other batches."""
+        return self._embed_and_evaluate(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
-        """Score a batch of triplets, ``{"features": (z, z0, z1)}``."""
-        return self._evaluate(batch, batch_idx, dataloader_idx)
+        """Score a batch of triplets, ``{"evaluated": …}``; None for other batches."""
+        return self._embed_and_evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_end(self) -> None:
         unfreeze(self.metric)
@@ -202,15 +306,23 @@ class EvaluationModule(L.LightningModule):
                         f"served from, got {tuple(mask.shape)} {mask.dtype}"
                     )
 
-    def _evaluate(
-        self, batch: Any, batch_idx: int, dataloader_idx: int, embed: Callable[[Tensor], Tensor] | None = None
-    ) -> Evaluation | None:
+    def _embed_and_evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Evaluation | None:
         if not isinstance(batch, Triplet):  # a folder of images, in distillation
             return None
         check_votes(batch)
         with full_precision():
-            z, z0, z1 = batch.embed(embed or self.metric.embed)
-        margin = self.metric.margin(z, z0, z1)
+            features = batch.embed(self.embed_checked)
+        return self._evaluate(batch, features, batch_idx, dataloader_idx)
+
+    def _evaluate(self, batch: Triplet, features: Features, batch_idx: int, dataloader_idx: int) -> Evaluation:
+        """Score a batch of triplets by its features ``(z, z0, z1)``.
+
+        Raises:
+            ValueError: votes that are NaN or outside [0, 1].
+        """
+        check_votes(batch)
+        evaluated = EvaluatedBatch.of(self.metric, batch, features)
+        margin = evaluated.margin
         name, positions = self.set_name(dataloader_idx), self.positions(batch, batch_idx, dataloader_idx)
         self._seen.setdefault(dataloader_idx, []).extend(positions.tolist())
         self._score(name, margin, batch.right_vote, positions)
@@ -218,7 +330,7 @@ class EvaluationModule(L.LightningModule):
             # Also without a row: processes must not disagree on which scores there are.
             rows = mask[positions.cpu()].to(margin.device)
             self._score(group, margin[rows], batch.right_vote[rows], positions[rows])
-        return {"features": (z, z0, z1)}
+        return {"evaluated": evaluated}
 
     def _score(self, name: str, margin: Tensor, right_vote: Tensor, positions: Tensor) -> None:
         if name not in self.scores:

@@ -208,8 +208,7 @@ class PerceptualMetric(nn.Module):
             ValueError: weights or features in half precision.
         """
         self.check_precision(z, z0, z1)
-        z, z0, z1 = z.double(), z0.double(), z1.double()
-        return certify_triplets(reference, self.margin(z, z0, z1), z, z0, z1, **self.certificate_options)
+        return certify_triplets(reference, z, z0, z1, **self.certificate_options)
 
     def reference_radius(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
         """Certified radius ``(N,)`` of the reference from features ``(N, D)``, in float64; 0 without a bound."""
@@ -220,8 +219,7 @@ class PerceptualMetric(nn.Module):
 
         ``h = g/‖e‖``: no cancellation between two distances, and exactly 0 for equal candidates.
         """
-        z, z0, z1 = z.double(), z0.double(), z1.double()
-        return certificates.linear_margin(z, z0, z1, anchor=self.anchor)[0] / geometry.anchored_norm(z, self.anchor)
+        return certificates.margin(z.double(), z0.double(), z1.double(), anchor=self.anchor)
 
     @torch.no_grad()
     def distance_bounds(self, x: Tensor, y: Tensor, eps: float, *, check_range: bool = True) -> tuple[Tensor, Tensor]:

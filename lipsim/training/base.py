@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-class MetricModule(EvaluationModule):
+class Stage(EvaluationModule):
     """A stage that trains the encoder of a metric and scores it on triplets.
 
     Args:
@@ -53,16 +54,12 @@ class MetricModule(EvaluationModule):
         self._configured: list[dict[str, Any]] = []
         self._batch: Any = None  # the one in training, for a message about it
         self.acceleration = acceleration or Acceleration()
-        # By the identity of the encoder that it runs: a copy of this module must not train the original's.
-        self._run_encoder: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._run_encoder = _EncoderRunner(self.acceleration)
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``(N, D)`` of images in a training step, computed as the acceleration says."""
         self.metric.check_images(x, check_range=False)  # checked with the batch
-        encoder = self.metric.encoder
-        if id(encoder) not in self._run_encoder:
-            self._run_encoder = {id(encoder): self.acceleration.wrap(encoder)}
-        return self._run_encoder[id(encoder)](x)
+        return self._run_encoder(self.metric.encoder, x)
 
     @property
     def progress(self) -> float:
@@ -175,6 +172,26 @@ class MetricModule(EvaluationModule):
     def _everywhere(self, holds: bool) -> bool:
         """Whether something holds on every process; each has to ask."""
         return holds if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(holds)
+
+
+class _EncoderRunner:
+    """Runs an encoder as an acceleration says, wrapped at its first use.
+
+    A copy wraps anew: that of a stage must not train the encoder of the original.
+    """
+
+    def __init__(self, acceleration: Acceleration) -> None:
+        self._acceleration = acceleration
+        self._encoder: nn.Module | None = None
+        self._run: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        if self._run is None or self._encoder is not encoder:
+            self._encoder, self._run = encoder, self._acceleration.wrap(encoder)
+        return self._run(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _EncoderRunner:
+        return _EncoderRunner(copy.deepcopy(self._acceleration, memo))
 
 
 def save_batch(batch: Any, path: Path) -> Path:

@@ -19,14 +19,14 @@ from lipsim.data.loading import num_samples, tells_positions
 from lipsim.evaluation.module import Evaluation, evaluation_loaders
 from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
+from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 
-class Distillation(MetricModule):
+class Distillation(Stage):
     """Teach a student the teacher's embedding of the clean image, from the clean and from a colour-jittered view.
 
     Learns from any images: batches of triplets (all their images), of an image folder, or plain tensors. Besides the
@@ -77,11 +77,13 @@ class Distillation(MetricModule):
             raise LipsimError(
                 "expected a teacher, a cache of its embeddings, or both; name model.teacher or model.cache"
             )
-        # In a list, so that neither checkpoints nor the optimizer see the teacher's weights.
-        self._teacher = [] if teacher is None else [load(teacher)]
+        loaded = None if teacher is None else load(teacher)
         self.cache = None if cache is None else EmbeddingCache(cache)
-        if self.cache is not None and teacher is not None:
-            self.cache.check_teacher(self._teacher.pop().encoder, teacher)
+        if self.cache is not None and loaded is not None and teacher is not None:
+            self.cache.check_teacher(loaded.encoder, teacher)
+            loaded = None  # the cache has its embeddings
+        # In a tuple, so that neither checkpoints nor the optimizer see the teacher's weights.
+        self._teacher = () if loaded is None else (loaded,)
         self.loss = loss or ScaleFree()
         self.view = ColorJitter() if jitter else None
 
@@ -129,7 +131,7 @@ class Distillation(MetricModule):
         """Compare student and teacher; score the student where the batch has triplets."""
         images = images_of(batch)
         with full_precision():
-            student, target = self.metric.embed(images), self.target(batch)
+            student, target = self.embed_checked(images), self.target(batch)
         name = f"val/{self.set_name(dataloader_idx)}"
         values: dict[str, tuple[Tensor, int]] = {}
         if target is not None and len(images) > 2:  # the last images of a folder may make one pair, or none
@@ -144,8 +146,9 @@ class Distillation(MetricModule):
             values["cosine_similarity"] = cosines.sum() / new.sum().clamp(min=1).to(student), int(new.sum())
         for key, (value, count) in values.items():
             self.log(f"{name}/{key}", value, sync_dist=True, batch_size=count, add_dataloader_idx=False)
-        # The triplets of a batch have its images in this order: they are embedded once.
-        return self._evaluate(batch, batch_idx, dataloader_idx, embed=lambda _: student)
+        if not isinstance(batch, Triplet):
+            return None
+        return self._evaluate(batch, batch.arrange(student), batch_idx, dataloader_idx)
 
 
 def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, world_size: int) -> Tensor:

@@ -11,12 +11,12 @@ from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
+from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
 from lipsim.training.losses import RadiusHinge, TripletLoss
 from lipsim.training.schedules import Schedule, Triangular
 
 
-class FineTuning(MetricModule):
+class FineTuning(Stage):
     """Train a student on triplets with a hinge on its certified radius, or on the paper's margin.
 
     Args:
@@ -54,7 +54,6 @@ class FineTuning(MetricModule):
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Loss of a batch; each distinct image is embedded once."""
         z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
-        self.loss.progress = self.progress
-        loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
+        loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipsim.certificates import linear_margin, signed_joint_radius, signed_reference_radius
-from lipsim.certificates.geometry import anchored_norm, project
+from lipsim.certificates import margin, signed_joint_radius, signed_reference_radius
+from lipsim.certificates.geometry import project
 from lipsim.utils.errors import LipsimError
 
 
@@ -18,16 +18,22 @@ class TripletLoss(ABC):
 
     Features that are not finite give a loss that is NaN, so that a diverged training is seen. Where features are equal
     the gradients are finite.
-
-    Attributes:
-        progress: share of the training that is done, in [0, 1]; the stage sets it before each step.
     """
 
-    progress: float = 1.0
-
     @abstractmethod
-    def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
-        """Scalar loss of features ``(N, D)`` and votes ``(N,)``; triplets with a tied vote count 0."""
+    def __call__(
+        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        """Scalar loss of features ``(N, D)`` and votes ``(N,)``; triplets with a tied vote count 0.
+
+        Args:
+            z: features of the references.
+            z0: of the left candidates.
+            z1: of the right candidates.
+            right_vote: votes in [0, 1].
+            anchor: constant coordinate of the metric.
+            progress: share of the training that is done, in [0, 1].
+        """
 
 
 class RadiusHinge(TripletLoss):
@@ -49,8 +55,10 @@ class RadiusHinge(TripletLoss):
             raise LipsimError(f"expected a target > 0 and a ramp in [0, 1], got {target} and {ramp}")
         self.target, self.weight_by_agreement, self.ramp = target, weight_by_agreement, ramp
 
-    def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
-        target = self.target * min(1.0, self.progress / self.ramp) if self.ramp else self.target
+    def __call__(
+        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        target = self.target * min(1.0, progress / self.ramp) if self.ramp else self.target
         # Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie.
         known = torch.isfinite(z).all(-1) & torch.isfinite(z0).all(-1) & torch.isfinite(z1).all(-1)
         radius = torch.where(known, self.radius(z, z0, z1, anchor), torch.nan)
@@ -82,8 +90,10 @@ class MarginHinge(TripletLoss):
     def __init__(self, margin: float = 0.05, weight_by_agreement: bool = False) -> None:
         self.margin, self.weight_by_agreement = margin, weight_by_agreement
 
-    def __call__(self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float) -> Tensor:
-        h = linear_margin(z, z0, z1, anchor=anchor)[0] / anchored_norm(z, anchor).clamp(min=1e-12)
+    def __call__(
+        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        h = margin(z, z0, z1, anchor=anchor, least_norm=1e-12)
         return _hinge(h, self.margin, right_vote, self.weight_by_agreement)
 
 

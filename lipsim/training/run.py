@@ -25,14 +25,14 @@ from lipsim.layers import freeze, unfreeze
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.files import describe
 from lipsim.teachers.lora_tuning import merged
-from lipsim.training.base import MetricModule
+from lipsim.training.base import Stage
 from lipsim.training.checkpoints import check_checkpoint, check_moments, read_stage
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
 def train(
-    stage: MetricModule,
+    stage: Stage,
     data: L.LightningDataModule,
     *,
     directory: str | Path = "runs/train",
@@ -68,7 +68,7 @@ def train(
             unknown.
     """
     check_options(options, TrainingOptions)
-    if not isinstance(stage, MetricModule):
+    if not isinstance(stage, Stage):
         raise LipsimError(f"expected a stage of lipsim.training, got a {type(stage).__name__}")
     if seed is not None:
         L.seed_everything(seed, workers=True)
@@ -109,7 +109,7 @@ def train(
 
 
 def fit(
-    trainer: L.Trainer, stage: MetricModule, data: L.LightningDataModule | None, checkpoint: str | Path | None = None
+    trainer: L.Trainer, stage: Stage, data: L.LightningDataModule | None, checkpoint: str | Path | None = None
 ) -> None:
     """:func:`train` with a trainer that has the callbacks."""
     if checkpoint is not None and str(checkpoint) not in CHECKPOINT_NAMES:

@@ -15,13 +15,13 @@ from lipsim.data.augment import augmented
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import MetricModule, OptimizerFactory, encoder_from, image_size_of
+from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
 from lipsim.training.losses import MarginHinge, TripletLoss
 from lipsim.training.schedules import Schedule, WarmupCosine
 from lipsim.utils.errors import LipsimError
 
 
-class TeacherTuning(MetricModule):
+class TeacherTuning(Stage):
     """Train an encoder without a Lipschitz bound on triplets, with a hinge on the cosine margin.
 
     What is exported has the tuned weights in plain layers, for :class:`lipsim.training.Distillation` to take.
@@ -83,8 +83,7 @@ class TeacherTuning(MetricModule):
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Hinge over a batch, and the contrastive term."""
         z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
-        self.loss.progress = self.progress
-        loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor)
+        loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
         if self.contrast:
             preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)
             loss = loss + self.contrast * info_nce(z, preferred, self.temperature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipsim.certificates.geometry import anchored_norm, angle, cosine_distance, project, rotation
+from lipsim import certificates as C
+from lipsim.certificates.geometry import (
+    Anchored,
+    along,
+    anchored_norm,
+    angle,
+    cosine_distance,
+    project,
+    rotation,
+    unit_angle,
+)
 
 FINITE = st.floats(-100, 100, allow_subnormal=False)
 VECTORS = st.lists(st.tuples(FINITE, FINITE, FINITE), min_size=2, max_size=2)
@@ -94,3 +105,58 @@ def test_features_of_any_size_have_their_norm_and_angles(size: float) -> None:
     for anchor in (0.0, 1.0):
         assert torch.equal(angle(size * z, size * y, size * anchor), angle(z, y, anchor))
         assert torch.equal(cosine_distance(size * z, size * y, size * anchor), cosine_distance(z, y, anchor))
+
+
+# What float32 holds, its smallest and largest numbers among it.
+FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([2.0**-149, 3.4028234e38, 0.0])
+
+
+@given(
+    st.lists(st.lists(FLOAT32, min_size=4, max_size=4), min_size=3, max_size=3),
+    st.sampled_from([0.0, 2.0**-300, 1e-3, 1.0, 1e18]),
+    st.sampled_from([0.0, 1e-6, 3.0]),
+)
+def test_float32_features_need_no_scale_to_the_last_bit(
+    vectors: list[list[float]], anchor: float, error: float
+) -> None:
+    """The same features given in float32 and in float64, where they are scaled for the range."""
+    single = torch.tensor(vectors).unsqueeze(1)
+    plain, scaled = ([Anchored(z, anchor) for z in features] for features in (single, single.double()))
+    assert all(e.plain for e in plain) and not any(e.plain for e in scaled)
+    for e, other in zip(plain, scaled, strict=True):
+        assert torch.equal(e.norm, other.norm)
+        assert all(torch.equal(a, b) for a, b in zip(e.unit, other.unit, strict=True))
+    options = {"anchor": anchor, "lipschitz": 1.25, "feature_error": error}
+    images = torch.zeros(1, 3, 2, 2)
+    found, expected = (C.certify_triplets(images, *e, **options) for e in (plain, scaled))
+    for field in fields(found):
+        torch.testing.assert_close(
+            getattr(found, field.name), getattr(expected, field.name), rtol=0, atol=0, equal_nan=True
+        )
+    assert torch.equal(C.published_radius(*plain, anchor=anchor), C.published_radius(*scaled, anchor=anchor))
+    z, y = plain[:2]
+    assert torch.equal(unit_angle(z.unit, y.unit), angle(z.z, y.z, anchor))
+
+
+def test_anchors_at_the_ends_of_the_range_are_scaled() -> None:
+    z = torch.zeros(1, 3)
+    assert Anchored(z, 1e-200).norm.item() == 1e-200 and Anchored(z, 1e200).norm.item() == 1e200
+    with pytest.raises(ValueError, match=r"expected features projected with the anchor 0\.0, got 1\.0"):
+        C.reference_radius(*[Anchored(z, 1.0)] * 3, anchor=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_the_margin_is_the_difference_of_distances(dtype: torch.dtype, anchor: float) -> None:
+    z, z0, z1 = features = torch.randn(3, 20, 6, dtype=dtype).requires_grad_()
+    margin = C.margin(z, z0, z1, anchor=anchor)
+    assert margin.dtype == dtype and margin.requires_grad
+    projected = C.margin(*(Anchored(t.detach(), anchor) for t in features), anchor=anchor)
+    direction = along(*(project(t, anchor) for t in features))
+    exact = cosine_distance(z.double(), z1.double(), anchor) - cosine_distance(z.double(), z0.double(), anchor)
+    for found in (margin, projected, direction):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    assert (C.margin(z, z0, z0, anchor=anchor) == 0).all()
+    nothing = torch.zeros(1, 6, dtype=dtype)
+    assert C.margin(nothing, z0[:1], z1[:1], anchor=0.0).isnan().all()
+    assert (C.margin(nothing, z0[:1], z1[:1], anchor=0.0, least_norm=1e-12) == 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -26,7 +27,7 @@ from lipsim.data import BuiltinTriplets
 from lipsim.data.triplet import collate_triplets
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
-from lipsim.training import Constant, FineTuning, MarginHinge, RadiusHinge, TeacherTuning, Triangular, WarmupCosine
+from lipsim.training import Constant, FineTuning, RadiusHinge, TeacherTuning, Triangular, WarmupCosine
 
 ROOT = Path(__file__).parents[2]
 LINEAR = ROOT / "configs" / "quickstart" / "linear.yaml"
@@ -175,6 +176,21 @@ def test_time_stands_in_for_steps_that_have_no_end(schedule: Any, monkeypatch: p
     assert factors[3:] == pytest.approx(expected[3:], abs=0.02) and all(0 <= factor <= 1 for factor in factors)
 
 
+class Watching(RadiusHinge):
+    """Notes how far it is told that the training is, and the target that it has there."""
+
+    def __init__(self, target: float, ramp: float) -> None:
+        super().__init__(target, ramp=ramp)
+        self.seen: list[float] = []
+        self.losses: list[float] = []
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.seen.append(arguments[-1])
+        loss = super().__call__(*arguments)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
 def test_training_without_any_end() -> None:
     endless = DataLoader(Endless(), 8, collate_fn=collate_triplets)
     for epochs, data in ((-1, _loader()), (2, endless)):
@@ -182,10 +198,11 @@ def test_training_without_any_end() -> None:
             stage = FineTuning(OrthogonalProjection(16, 4), schedule=schedule)
             with pytest.raises(ValueError, match=r"this one has no end; give --trainer.max_time, .* Constant"):
                 _trainer(max_epochs=epochs).fit(stage, data)
-    stage = FineTuning(OrthogonalProjection(16, 4), schedule=Constant(), loss=RadiusHinge(1.0, ramp=0.5))
+    loss = Watching(1.0, ramp=0.5)
+    stage = FineTuning(OrthogonalProjection(16, 4), schedule=Constant(), loss=loss)
     trainer = _trainer(max_epochs=2)
     trainer.fit(stage, endless)
-    assert trainer.global_step == 6 and stage.loss.progress == 1
+    assert trainer.global_step == 6 and loss.seen == [1.0] * 6
     limited = _trainer(max_epochs=2, limit_train_batches=2)
     limited.fit(FineTuning(OrthogonalProjection(16, 4)), endless)
     assert limited.global_step == 4
@@ -201,13 +218,9 @@ def test_an_unbounded_run_through_the_command_line(capsys: pytest.CaptureFixture
 
 
 def test_tuning_a_teacher_tells_the_loss_how_far_it_is() -> None:
-    seen = []
-
-    class Watching(MarginHinge):
-        def __call__(self, *arguments: Any) -> Tensor:
-            seen.append(self.progress)
-            return super().__call__(*arguments)
-
-    vit = SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
-    _trainer(max_epochs=2).fit(TeacherTuning(vit, loss=Watching()), _loader())
-    assert seen == pytest.approx([step / 8 for step in range(8)])
+    """A ramp raises the target over the steps: without a step of the optimizer the loss grows with it."""
+    vit, loss = SmallViT(16, patch_size=8, width=12, depth=1, heads=2), Watching(1e6, ramp=1.0)
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    _trainer(max_epochs=2).fit(TeacherTuning(vit, loss=loss, optimizer=still), _loader())
+    assert loss.seen == pytest.approx([step / 8 for step in range(8)])
+    assert loss.losses == pytest.approx([1e6 * step / 8 for step in range(8)], abs=10)

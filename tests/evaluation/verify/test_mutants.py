@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lipsim import PerceptualMetric, certificates
-from lipsim.certificates.geometry import project
+from lipsim.certificates.geometry import Anchored, project
+from lipsim.certificates.rounding import Features
 from lipsim.data.registry import sample_triplets
 from lipsim.evaluation.verify import verify
 from lipsim.evaluation.verify.tight import TIGHT, tight_controls
@@ -75,7 +76,8 @@ def _with(names: tuple[str, ...], **changes: Callable[[float], float]) -> Mutant
     def of(name: str) -> Function:
         def changed(*args: Any, **options: Any) -> Any:
             defaults = {"anchor": 1.0, "lipschitz": 1.0, "feature_error": 0.0, **options}
-            return ORIGINAL[name](*args, **{**defaults, **{key: f(defaults[key]) for key, f in changes.items()}})
+            wrong = {key: change(defaults[key]) for key, change in changes.items()}
+            return ORIGINAL[name](*_unprojected(*args), **{**defaults, **wrong})
 
         return changed
 
@@ -120,15 +122,21 @@ def _swapped(*args: Any, **options: Any) -> Any:
     return ORIGINAL["candidate_radii"](*args, **options)[::-1]
 
 
-def _signed(z: Tensor, z0: Tensor, z1: Tensor, *, feature_error: float = 0.0, **options: float) -> Tensor:
-    return certificates.signed_reference_radius(z, z0, z1, **options)
+def _unprojected(*features: Any) -> Iterator[Any]:
+    """Features as they were before a certificate projected them with the anchor that it has."""
+    return (t.z if isinstance(t, Anchored) else t for t in features)
+
+
+def _signed(z: Features, z0: Features, z1: Features, *, feature_error: float = 0.0, **options: float) -> Tensor:
+    return certificates.signed_reference_radius(*_unprojected(z, z0, z1), **options)
 
 
 def _no_anchor_part(
-    z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float, lipschitz: float, feature_error: float = 0.0
+    z: Features, z0: Features, z1: Features, *, anchor: float, lipschitz: float, feature_error: float = 0.0
 ) -> Tensor:
-    w = project(z0, anchor)[0] - project(z1, anchor)[0]
-    return (z * w).sum(-1).abs() / (lipschitz * w.norm(dim=-1))
+    reference, left, right = _unprojected(z, z0, z1)
+    w = project(left, anchor)[0] - project(right, anchor)[0]
+    return (reference * w).sum(-1).abs() / (lipschitz * w.norm(dim=-1))
 
 
 def _always_top_1(*args: Any, k: int = 1, **options: Any) -> Any:
@@ -270,7 +278,7 @@ def test_a_method_that_claims_more_than_its_function_fails(monkeypatch: pytest.M
 
 
 def test_an_answer_turned_around_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    margin = PerceptualMetric.margin
-    monkeypatch.setattr(PerceptualMetric, "margin", lambda *args: -margin(*args))
+    margin = certificates.margin
+    _plant(monkeypatch, {"margin": lambda *args, **options: -margin(*args, **options)})
     missed = [control.evidence for control in tight_controls() if not control.caught]
     assert any("answer" in evidence for evidence in missed)
