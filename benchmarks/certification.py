@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipsim import certificates
-from lipsim.audit.arithmetic import largest_feature_error
 from lipsim.callbacks import CertifyRadii
 from lipsim.callbacks.run_options import quiet_warnings
 from lipsim.data import Triplet
@@ -102,7 +101,7 @@ def main() -> None:
 
     def sample() -> None:
         images = data.test_sets["distinct"].images[:11].flatten(0, 1) / 255
-        largest_feature_error(load(options.checkpoint).encoder, metric.image_size, images)
+        load(options.checkpoint).measure_feature_error(images)
 
     def joint() -> None:
         for z, z0, z1 in features:

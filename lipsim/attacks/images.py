@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
-from lipsim.attacks.objectives import IMAGES, Distance, Target
+from lipsim.attacks.objectives import IMAGES, Target
 from lipsim.attacks.projections import Norm, check_norm, sample_norm
 from lipsim.attacks.watch import WatchedObjective
-from lipsim.metric import PerceptualMetric
+from lipsim.metric import Distance
 from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
@@ -141,7 +141,7 @@ class AttackedImages:
 
 
 def attack_triplet(
-    metric: PerceptualMetric | Distance,
+    metric: Distance,
     reference: Tensor,
     left: Tensor,
     right: Tensor,
@@ -204,7 +204,7 @@ def attack_triplet(
 
 
 def attack_pair(
-    metric: PerceptualMetric | Distance,
+    metric: Distance,
     image: Tensor,
     other: Tensor,
     *,
@@ -250,7 +250,7 @@ def _left_is_nearer(distances: dict[str, float]) -> bool:
 
 @torch.no_grad()
 def _outcome(
-    metric: PerceptualMetric | Distance,
+    metric: Distance,
     clean: dict[str, Tensor],
     attacked: dict[str, Tensor],
     pairs: Sequence[tuple[str, str]],

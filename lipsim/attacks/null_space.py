@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.attacks.projections import Box, expand, sample_norm
+from lipsim.layers.encoder import first_weight
 from lipsim.utils.errors import LipsimError
 
 _SATURATED = 0.02  # of the box
@@ -42,8 +43,9 @@ def first_operator(encoder: nn.Module, image_size: int) -> FirstOperator | None:
     of its own. The operator is everything up to that layer's pre-activation, checked to be affine; None if it is not
     (a layer that is nonlinear inside, such as an SLL block, which hands all of its input on).
     """
-    parameter = next(encoder.parameters())
-    probe = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    weight = first_weight(encoder)
+    probe = torch.zeros(1, 3, image_size, image_size)
+    probe = probe if weight is None else probe.to(weight)
     found: list[tuple[str, nn.Module]] = []
 
     def record(name: str, layer: nn.Module) -> Callable[..., None]:

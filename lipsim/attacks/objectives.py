@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lipsim.certificates.geometry import along, cosine_distance, project
-from lipsim.metric import PerceptualMetric
+from lipsim.metric.distance import Distance, has_features
+from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 
-Distance = Callable[[Tensor, Tensor], Tensor]
 Target = Literal["reference", "left", "right", "all"]
 IMAGES: tuple[Target, ...] = ("reference", "left", "right")
 TARGETS: tuple[Target, ...] = (*IMAGES, "all")
@@ -76,7 +75,7 @@ class TwoAFCObjective:
 
     def __init__(
         self,
-        metric: PerceptualMetric | Distance,
+        metric: Distance,
         reference: Tensor,
         left: Tensor,
         right: Tensor,
@@ -94,7 +93,7 @@ class TwoAFCObjective:
         # Tensors with a row a triplet: features or images that stay, and a distance between two of them.
         self.still: dict[str, Tensor] = {name: clean[name] for name in IMAGES if name not in moving}
         with torch.no_grad():
-            if isinstance(metric, PerceptualMetric):
+            if has_features(metric):
                 for images in clean.values():
                     metric.check_images(images, check_range=check_range)
                 if self.still:
@@ -119,7 +118,7 @@ class TwoAFCObjective:
 
     def _margin(self, x: Tensor) -> Tensor:
         """``h = d(reference, right) − d(reference, left)`` with ``x`` in the place of what moves."""
-        if isinstance(self.metric, PerceptualMetric):
+        if has_features(self.metric):
             if self.target == "all":
                 z, z0, z1 = _embed(self.metric, torch.cat(x.chunk(3, 1))).chunk(3)
             else:
@@ -154,7 +153,7 @@ class DistanceObjective:
 
     def __init__(
         self,
-        metric: PerceptualMetric | Distance,
+        metric: Distance,
         other: Tensor,
         threshold: float | Tensor | None = None,
         increase: bool = True,
@@ -165,12 +164,12 @@ class DistanceObjective:
         if threshold is not None:
             self.threshold = torch.as_tensor(threshold, dtype=other.dtype, device=other.device).expand(len(other))
         self.other = other
-        if isinstance(metric, PerceptualMetric):
+        if has_features(metric):
             with torch.no_grad():
                 self.other = metric.embed(other, check_range=check_range)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.metric, PerceptualMetric):
+        if has_features(self.metric):
             distance = cosine_distance(_embed(self.metric, x), self.other, self.metric.anchor)
         else:
             distance = self.metric(x, self.other)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.layers.base import evaluation_mode, exact_copy
+from lipsim.layers.encoder import first_weight
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
@@ -53,7 +54,8 @@ def largest_feature_error(
     Raises:
         ValueError: features that are not finite.
     """
-    weight = next((p for p in encoder.parameters() if p.is_floating_point()), torch.zeros(()))
+    weight = first_weight(encoder)
+    weight = torch.zeros(()) if weight is None else weight
     generator = torch.Generator().manual_seed(0)
     with full_precision(), evaluation_mode(encoder):
         exact = exact_copy(encoder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +98,7 @@ class AttackRobustness(TripletCallback):
         for metric in self.others.values():
             freeze(metric.to(module.device))
         # A copy without gradients to the weights: attacks differentiate through hundreds of forward passes.
-        own = copy.deepcopy(module.metric).requires_grad_(False)
-        freeze(own)
-        self.attacked = {"metric": own, **self.others}
+        self.attacked = {"metric": module.metric.frozen_copy(), **self.others}
 
     def see(
         self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lipsim.audit import LipschitzReport
-from lipsim.audit.arithmetic import ERROR_FACTOR, largest_feature_error
+from lipsim.audit.arithmetic import ERROR_FACTOR
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
@@ -18,7 +18,6 @@ from lipsim.data.check import check_images
 from lipsim.data.loading import num_samples
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders
 from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
-from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
@@ -90,12 +89,12 @@ class CertifyRadii(TripletCallback):
             check_images(images)
         found = 0.0
         if samples:
-            found = largest_feature_error(
-                metric.encoder, metric.image_size, torch.cat(samples), thorough=bool(trainer.testing)
+            found = metric.measure_feature_error(
+                torch.cat(samples), thorough=bool(trainer.testing), factor=self.error_factor
             )
         largest = torch.tensor(found, dtype=torch.float64, device=module.device)
         # The same on every process, whatever hardware it runs on.
-        metric.feature_error = self.error_factor * float(trainer.strategy.reduce(largest, reduce_op="max"))
+        metric.feature_error = float(trainer.strategy.reduce(largest, reduce_op="max"))
         if samples:
             metric.feature_error_kind = "searched"
 
@@ -127,7 +126,7 @@ class CertifyRadii(TripletCallback):
             for name, rows in gathered.items()
         }
         self.remove_others(trainer, self.write_rows(trainer, "radii", with_membership))
-        metric = module.metric
+        metric, dtype = module.metric, str(module.metric.dtype).removeprefix("torch.")
         content: dict[str, Any] = {
             "lipschitz": metric.lipschitz,
             "layers": {layer.name: layer.bound for layer in self.report.layers},
@@ -137,7 +136,7 @@ class CertifyRadii(TripletCallback):
             "feature_error_sample": self.error_sample,
             "feature_error_factor": self.error_factor,
             "resize": metric.preprocess.resize,
-            "precision": f"features {_dtype(metric)} with TF32 and autocast off, geometry float64",
+            "precision": f"features {dtype} with TF32 and autocast off, geometry float64",
             "eps": self.eps,
             "sets": sets,
         }
@@ -173,7 +172,3 @@ class CertifyRadii(TripletCallback):
         scores["radius"] = {key.removeprefix("radius_"): float(value) for key, value in radius.compute().items()}
         scores["one_pixel_immune"] = float((rows["pixels"] >= 1).double().mean())
         return scores
-
-
-def _dtype(metric: PerceptualMetric) -> str:
-    return str(next(metric.parameters()).dtype).removeprefix("torch.")

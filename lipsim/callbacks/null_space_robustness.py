@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class NullSpaceRobustness(TripletCallback):
         self.searched = {}
         for name, metric in {"metric": module.metric, **self.others}.items():
             # In float64, so that an exact collision shows as exact.
-            exact = copy.deepcopy(metric).double().to(module.device).eval().requires_grad_(False)
+            exact = metric.frozen_copy(torch.float64, module.device)
             self.searched[name] = exact, first_operator(exact.encoder, exact.image_size)
 
     def see(

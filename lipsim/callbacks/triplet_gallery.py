@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from lipsim.callbacks.base import TripletCallback
 from lipsim.data import Triplet
 from lipsim.data.loading import read_batch
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders, outside_inference_mode
-from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.results.plots import plot_gallery
 from lipsim.utils.errors import LipsimError
@@ -63,8 +61,7 @@ class TripletGallery(TripletCallback):
     def _draw(self, module: EvaluationModule, loader: DataLoader[Any], path: Path, rows: dict[str, Tensor]) -> None:
         batch = read_batch(loader, rows.pop("position").tolist()).to(module.device)
         # No gradients to the weights, as in AttackRobustness.
-        metric = copy.deepcopy(module.metric).requires_grad_(False)
-        freeze(metric)
+        metric = module.metric.frozen_copy()
         attacked = attack_at_radius(metric, batch, rows, self.steps) if self.steps else None
         images = torch.stack([batch.reference, batch.left, batch.right], dim=1)
         plot_gallery(path, images, attacked=attacked, **rows)

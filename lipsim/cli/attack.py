@@ -58,8 +58,7 @@ def _run(options: argparse.Namespace) -> int:
     with Progress("attacking") as progress:
         progress("loading the metric")
         metric = load(options.checkpoint)
-        dtype = next(metric.parameters()).dtype
-        images = [load_image(path, metric.preprocess).to(dtype) for path in options.images]
+        images = [load_image(path, metric.preprocess).to(metric.dtype) for path in options.images]
         if is_pair:
             progress(f"apgd, {options.goal}")
             attacked = attack_pair(metric, *images, goal=options.goal, eps=eps[0] if eps else None, **common)

@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
             images, skipped = load_first_images(options.images, options.samples, metric.preprocess)
             if skipped:
                 print(f"passed over in {options.images}: {skipped}", file=sys.stderr)
-        images = images.to(next(metric.parameters()).dtype)
+        images = images.to(metric.dtype)
         verdict = check(metric.encoder, images, steps=options.steps, require=options.require, progress=progress)
     if options.json:
         print(json.dumps(verdict.facts(), indent=1))

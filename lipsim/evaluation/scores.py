@@ -17,8 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat
 
-from lipsim.attacks.objectives import Distance
 from lipsim.data import Triplet
+from lipsim.metric.distance import Distance
 from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
-from lipsim.attacks.objectives import Distance, Objective
+from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Norm
 from lipsim.attacks.registry import ATTACKS, attacks_in
 from lipsim.data import Triplet, registry
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.deep_distances import DISTS, LPIPS
+from lipsim.metric.distance import Distance, has_features
 from lipsim.metric.distances import BASELINES
 from lipsim.results import eps_label, update_results
 from lipsim.results.tables import NO_GRADIENT, Row, latex_table, markdown_table, percent
@@ -31,7 +32,6 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 
-Metric = PerceptualMetric | Distance
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -60,7 +60,7 @@ class Settings:
 
 def load_metrics(
     files: Mapping[str, str | Path], *, lpips: str | Path | None = None, dists: str | Path | None = None
-) -> dict[str, Metric]:
+) -> dict[str, Distance]:
     """Exported metrics, and beside them the distances that tables compare with.
 
     Args:
@@ -72,7 +72,7 @@ def load_metrics(
         FileNotFoundError: no such file.
         ValueError: a file is no metric, or they take images in different ways.
     """
-    metrics: dict[str, Metric] = {name: load(file) for name, file in files.items()}
+    metrics: dict[str, Distance] = {name: load(file) for name, file in files.items()}
     _input_of(metrics)
     metrics |= BASELINES
     if lpips:
@@ -82,7 +82,7 @@ def load_metrics(
     return metrics
 
 
-def _input_of(metrics: Mapping[str, Metric]) -> tuple[int, str]:
+def _input_of(metrics: Mapping[str, Distance]) -> tuple[int, str]:
     """Side of the images that metrics take, and how images come to it."""
     inputs = {
         name: (metric.image_size, metric.preprocess.resize)
@@ -98,7 +98,7 @@ def _input_of(metrics: Mapping[str, Metric]) -> tuple[int, str]:
 
 
 def attack_tables(
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, Distance],
     output: str | Path,
     *,
     data: str = "builtin",
@@ -141,7 +141,7 @@ def attack_tables(
 
 
 def measure(
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, Distance],
     triplets: Triplet,
     settings: Settings | None = None,
     progress: Callable[[str], None] | None = None,
@@ -193,7 +193,7 @@ def measure(
 
 def _scores(
     name: str,
-    metric: Metric,
+    metric: Distance,
     triplets: Triplet,
     correct: Tensor,
     settings: Settings,
@@ -239,7 +239,7 @@ def _scores(
     return scores
 
 
-def _distances(metric: Metric, triplets: Triplet, settings: Settings) -> dict[str, Any]:
+def _distances(metric: Distance, triplets: Triplet, settings: Settings) -> dict[str, Any]:
     """Quantiles of the largest ``d(x, x + δ)`` that APGD finds at ``alone_eps``."""
     reached, natural = [], []
     for part in _batches(triplets, settings.batch_size):
@@ -273,7 +273,7 @@ class _Beyond:
         return _Beyond(self.objective.select(rows))
 
 
-def _pushed(metric: Metric, triplets: Triplet, settings: Settings) -> Triplet:
+def _pushed(metric: Distance, triplets: Triplet, settings: Settings) -> Triplet:
     """The triplets with references that APGD moves as far over to the other candidate as the budget allows."""
     moved = []
     for part in _batches(triplets, settings.batch_size):
@@ -284,11 +284,11 @@ def _pushed(metric: Metric, triplets: Triplet, settings: Settings) -> Triplet:
 
 
 @torch.no_grad()
-def _correct(metric: Metric, triplets: Triplet, settings: Settings) -> Tensor:
+def _correct(metric: Distance, triplets: Triplet, settings: Settings) -> Tensor:
     """``(N,)`` bool: the metric agrees with the majority of votes."""
     margins = []
     for part in _batches(triplets, settings.batch_size):
-        if isinstance(metric, PerceptualMetric):
+        if has_features(metric):
             margins.append(metric.margin(*part.embed(metric.embed)))
         else:
             margins.append(metric(part.reference, part.right) - metric(part.reference, part.left))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lipsim.layers.base import _LOCK, FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, gram_iteration_bound, matrix_norm_bound
+from lipsim.layers.padding import check_padding, check_sides, repeats_rows
 from lipsim.utils.errors import LipsimError
 
 
@@ -90,10 +91,7 @@ class ExplicitConv2d(_ExplicitWeight):
         else:
             before = after = [0, 0] if isinstance(source.padding, str) else list(source.padding)
         self.pads = (before[1], after[1], before[0], after[0])
-        if source.padding_mode not in ("zeros", "circular"):
-            raise LipsimError(f"expected padding_mode zeros or circular, got {source.padding_mode!r}")
-        if source.padding_mode == "circular" and any(a + b > r for a, b, r in zip(before, after, reach, strict=True)):
-            raise LipsimError(f"expected circular padding of at most {reach} in all, got {self.pads}")
+        check_padding(source.padding_mode, [a + b for a, b in zip(before, after, strict=True)], reach)
         self.circular = source.padding_mode == "circular"
         self.options: dict[str, Any] = {
             "stride": source.stride,
@@ -102,10 +100,8 @@ class ExplicitConv2d(_ExplicitWeight):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.circular and any(size % s for size, s in zip(x.shape[2:], self.options["stride"], strict=True)):
-            raise LipsimError(
-                f"expected sides that are multiples of {self.options['stride']}, got {tuple(x.shape[2:])}"
-            )
+        if self.circular:
+            check_sides(x, self.options["stride"])
         x = F.pad(x, self.pads, mode="circular" if self.circular else "constant") if any(self.pads) else x
         weight, *bias = self.weights()
         return F.conv2d(x, weight, bias[0] if bias else None, **self.options)
@@ -114,7 +110,7 @@ class ExplicitConv2d(_ExplicitWeight):
         weight = self.weights()[0]
         steps, (left, right, top, bottom) = self.options["dilation"], self.pads
         reach = [(taps - 1) * step for taps, step in zip(weight.shape[2:], steps, strict=True)]
-        if self.circular and (top + bottom > reach[0] or left + right > reach[1]):
+        if repeats_rows("circular" if self.circular else "zeros", [top + bottom, left + right], reach):
             return math.inf  # edited since: rows of the operator repeat
         return conv_norm_bound(weight, **self.options)
 

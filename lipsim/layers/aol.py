@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound, polyphase
-from lipsim.layers.orthogonal import init_orthogonal_
-from lipsim.utils.errors import LipsimError
+from lipsim.layers.orthogonal import init_delta_orthogonal_, init_orthogonal_
+from lipsim.layers.padding import check_padding, check_sides, repeats_rows
+from lipsim.layers.reciprocal import reciprocal_root
 
 
 class AOLLinear(FoldedLayer):
@@ -37,7 +38,7 @@ class AOLLinear(FoldedLayer):
         """The rescaled matrix ``P D``."""
         with torch.autocast(self.weight.device.type, enabled=False):
             weight = _unscaled(self.weight)
-            return (weight * _scale((weight.mT @ weight).abs().sum(1)),)
+            return (weight * reciprocal_root((weight.mT @ weight).abs().sum(1)),)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weights()[0], self.bias)
@@ -82,17 +83,11 @@ class AOLConv2d(FoldedLayer):
     ) -> None:
         super().__init__()
         padding = (kernel_size - (padding_mode == "circular")) // 2 if padding is None else padding
-        if padding_mode not in ("zeros", "circular"):
-            raise LipsimError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
-        if padding_mode == "circular" and 2 * padding > kernel_size - 1:
-            raise LipsimError(f"expected circular padding of at most {(kernel_size - 1) // 2}, got {padding}")
+        check_padding(padding_mode, [2 * padding] * 2, [kernel_size - 1] * 2)
         self.kernel = nn.Parameter(torch.zeros(out_channels, in_channels, kernel_size, kernel_size))
+        init_delta_orthogonal_(self.kernel)  # where the rescaling changes nothing
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.stride, self.padding, self.padding_mode = stride, padding, padding_mode
-        with torch.no_grad():  # delta-orthogonal, where the rescaling changes nothing
-            centre = kernel_size // 2
-            nn.init.normal_(self.kernel, std=1e-3 / (in_channels * kernel_size**2) ** 0.5)
-            self.kernel[:, :, centre, centre] += nn.init.orthogonal_(torch.empty(out_channels, in_channels))
 
     def derive(self) -> tuple[Tensor]:
         """The rescaled kernel, ``(out, in, k, k)``."""
@@ -102,21 +97,20 @@ class AOLConv2d(FoldedLayer):
             reach = [size - 1 for size in columns.shape[2:]]
             gram = F.conv2d(columns, columns, padding=reach).abs().sum((1, 2, 3))
             # One factor per input channel and phase, at the taps of this phase.
-            scale = _scale(gram).view(self.kernel.shape[1], self.stride, self.stride)
+            scale = reciprocal_root(gram).view(self.kernel.shape[1], self.stride, self.stride)
             taps = torch.arange(self.kernel.shape[-1], device=scale.device) % self.stride
             return (kernel * scale[:, taps][:, :, taps],)
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel,) = self.weights()
         if self.padding_mode == "circular":
-            if any(size % self.stride for size in x.shape[2:]):
-                raise LipsimError(f"expected sides that are multiples of {self.stride}, got {tuple(x.shape[2:])}")
+            check_sides(x, [self.stride] * 2)
             return F.conv2d(F.pad(x, (self.padding,) * 4, mode="circular"), kernel, self.bias, self.stride)
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding)
 
     def lipschitz_bound(self) -> float:
         (kernel,) = self.weights()
-        if self.padding_mode == "circular" and 2 * self.padding > kernel.shape[-1] - 1:
+        if repeats_rows(self.padding_mode, [2 * self.padding] * 2, [kernel.shape[-1] - 1] * 2):
             return math.inf  # edited since: rows of the operator repeat
         return conv_norm_bound(kernel, (self.stride, self.stride))
 
@@ -131,10 +125,3 @@ class AOLConv2d(FoldedLayer):
 def _unscaled(weight: Tensor) -> Tensor:
     """The weight divided by its largest entry, on which the rescaled one does not depend: squares must not vanish."""
     return weight / weight.detach().abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
-
-
-def _scale(rows: Tensor) -> Tensor:
-    """``rows^(−1/2)``, rounded down; 0 where a column vanishes, which then stays 0 and is not NaN."""
-    finfo = torch.finfo(rows.dtype)
-    positive = rows > 16 * finfo.tiny**0.5
-    return torch.where(positive, torch.where(positive, rows * (1 + 16 * finfo.eps), 1.0) ** -0.5, 0.0)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from lipsim.layers.norms import conv_norm_bound, gram_iteration_bound, matrix_norm_bound
+from lipsim.layers.reciprocal import reciprocal
 from lipsim.layers.residual import ResidualConv2d, ResidualLinear
 
 
@@ -54,13 +54,9 @@ class CPLConv2d(ResidualConv2d):
 
 
 def _scale(kernel: Tensor, stride: int = 1) -> Tensor:
-    """The same ``1/‖W‖₂²`` for every row; 0 where ``W`` vanishes, so that the block is the identity and not NaN."""
-    square = gram_iteration_bound(kernel, stride) ** 2
-    finfo = torch.finfo(square.dtype)
-    positive = square > 16 * finfo.tiny**0.5
+    """The same ``1/‖W‖₂²`` for every row; 0 where ``W`` vanishes, so that the block is the identity."""
     # The FFT in float32 is good to a few ulp of the largest response.
-    scale = torch.where(positive, 1 / torch.where(positive, square * (1 + 32 * finfo.eps), 1.0), 0.0)
-    return scale.expand(kernel.shape[0])
+    return reciprocal(gram_iteration_bound(kernel, stride) ** 2, ulps=32).expand(kernel.shape[0])
 
 
 def _gain(scale: Tensor, norm: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,6 +92,19 @@ def init_orthogonal_(weight: Tensor) -> Tensor:
         return nn.init.orthogonal_(weight)
     with torch.no_grad():
         return weight.copy_(orthonormal(torch.randn_like(weight, dtype=torch.float64)))
+
+
+def init_delta_orthogonal_(kernel: Tensor) -> Tensor:
+    """Fill ``(out, in, k, k)`` with a random orthonormal matrix at the centre (Xiao et al. 2018, "delta-orthogonal").
+
+    Beside it is noise that only breaks the symmetry between the other taps; more of it would loosen the rescaling of
+    the layers here at once, which is exact for orthonormal rows.
+    """
+    out_channels, in_channels, size, _ = kernel.shape
+    with torch.no_grad():
+        nn.init.normal_(kernel, std=1e-3 / math.sqrt(in_channels * size**2))
+        kernel[:, :, size // 2, size // 2] += nn.init.orthogonal_(torch.empty(out_channels, in_channels))
+    return kernel
 
 
 def orthonormal(weight: Tensor, passes: int = 1) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.norms import conv_norm_bound, matrix_norm_bound, row_norms
-from lipsim.layers.orthogonal import init_orthogonal_
+from lipsim.layers.orthogonal import init_delta_orthogonal_, init_orthogonal_
+from lipsim.layers.padding import check_padding
 from lipsim.utils.errors import LipsimError
 
 _ROUND_UP = 1 + 1e-11  # above the rounding of float64 sums of ten thousand terms
@@ -98,22 +99,16 @@ class ResidualConv2d(FoldedLayer):
         padding = kernel_size // 2 if padding is None else padding
         if not 0 <= padding < kernel_size:
             raise LipsimError(f"expected a padding in [0, kernel_size), got {padding} with kernel_size {kernel_size}")
-        if padding_mode not in ("zeros", "circular"):
-            raise LipsimError(f"expected padding_mode zeros or circular, got {padding_mode!r}")
-        if padding_mode == "circular" and (stride != 1 or 2 * padding != kernel_size - 1):
+        if padding_mode == "circular" and not _is_adjoint_circular(kernel_size, stride, padding):
             raise LipsimError(
                 "expected stride 1 and an odd kernel with half of it as padding where padding is circular, got "
                 f"kernel_size {kernel_size}, stride {stride}, padding {padding}"
             )
+        check_padding(padding_mode, [2 * padding] * 2, [kernel_size - 1] * 2)
         self.kernel = nn.Parameter(torch.zeros(inner_channels, channels, kernel_size, kernel_size))
+        init_delta_orthogonal_(self.kernel)  # T is exact at the start, as in ResidualLinear
         self.bias = nn.Parameter(torch.zeros(1, inner_channels, 1, 1))
         self.stride, self.padding, self.padding_mode = stride, padding, padding_mode
-        # Delta-orthogonal (Xiao et al. 2018): T is exact at the start, as in ResidualLinear. The noise only breaks the
-        # symmetry between the other taps; more of it would loosen T at once.
-        centre = kernel_size // 2
-        with torch.no_grad():
-            nn.init.normal_(self.kernel, std=1e-3 / math.sqrt(channels * kernel_size**2))
-            self.kernel[:, :, centre, centre] += nn.init.orthogonal_(torch.empty(inner_channels, channels))
 
     @abstractmethod
     def scale(self) -> Tensor:
@@ -146,7 +141,8 @@ class ResidualConv2d(FoldedLayer):
         return F.conv2d(inner, output, padding=paddings[1]).add_(x)
 
     def lipschitz_bound(self) -> float:
-        if self.padding_mode == "circular" and (self.stride != 1 or 2 * self.padding != self.kernel.shape[-1] - 1):
+        kernel_size = self.kernel.shape[-1]
+        if self.padding_mode == "circular" and not _is_adjoint_circular(kernel_size, self.stride, self.padding):
             return math.inf  # edited since, and no exact adjoint any more
         kernel, output = (t.detach().double() for t in self.weights())
         output = output if self.stride > 1 else _flipped(output)
@@ -168,6 +164,11 @@ class ResidualConv2d(FoldedLayer):
 
     def _wrap(self, x: Tensor) -> Tensor:
         return F.pad(x, (self.padding,) * 4, mode="circular") if self.padding else x
+
+
+def _is_adjoint_circular(kernel_size: int, stride: int, padding: int) -> bool:
+    """Whether a circular convolution keeps the size of the image, so that the flipped kernel is its adjoint."""
+    return stride == 1 and 2 * padding == kernel_size - 1
 
 
 def residual_bound(weight: Tensor, output: Tensor, gain: Any, norm: float, taps: int = 1) -> float:

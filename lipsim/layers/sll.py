@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim.layers.reciprocal import reciprocal
 from lipsim.layers.residual import ResidualConv2d, ResidualLinear
 
 
@@ -34,7 +35,7 @@ class SLLLinear(ResidualLinear):
             # Good to three digits, which training under autocast has anyway; evaluation always has all of them, and so
             # has float16, which overflows.
             dtype = torch.bfloat16
-        return _scale(_Gram.apply(self.weight, dtype), self.q)
+        return reciprocal(_row_sums(_Gram.apply(self.weight, dtype), self.q))
 
     def gain(self, weight: Tensor, scale: Tensor) -> float:
         return _gain(weight @ weight.mT, self.q, scale)
@@ -73,7 +74,7 @@ class SLLConv2d(ResidualConv2d):
         self.q = nn.Parameter(torch.zeros(inner_channels))
 
     def scale(self) -> Tensor:
-        return _scale(self._absolute_gram(self.kernel), self.q)
+        return reciprocal(_row_sums(self._absolute_gram(self.kernel), self.q))
 
     def gain(self, kernel: Tensor, scale: Tensor) -> float:
         return _gain(self._absolute_gram(kernel), self.q, scale)
@@ -118,17 +119,10 @@ class _Gram(torch.autograd.Function):
         return half + half.mT
 
 
-def _scale(gram: Tensor, q: Tensor) -> Tensor:
-    """Diagonal of ``T``; 0 where a row of ``W`` vanishes, so that the block is the identity there and not NaN."""
-    rows = (gram.abs() * torch.exp(q.unsqueeze(0) - q.unsqueeze(1))).sum(1)
-    # Below the square root of the smallest number the gradient of 1/rows would overflow.
-    positive = rows > 16 * torch.finfo(rows.dtype).tiny ** 0.5
-    # Rounded down, so that float32 sums do not push the bound of the block above 1.
-    margin = 1 + 16 * torch.finfo(rows.dtype).eps
-    return torch.where(positive, 1 / torch.where(positive, rows * margin, 1.0), 0.0)
+def _row_sums(gram: Tensor, q: Tensor) -> Tensor:
+    """``Σ_j |W Wᵀ|_ij q_j/q_i``, ``(inner,)``, whose reciprocals are the diagonal of ``T``; ``q`` is its logarithm."""
+    return (gram.abs() * torch.exp(q.unsqueeze(0) - q.unsqueeze(1))).sum(1)
 
 
 def _gain(gram: Tensor, q: Tensor, scale: Tensor) -> float:
-    q = q.detach().double()
-    rows = (gram.abs() * torch.exp(q.unsqueeze(0) - q.unsqueeze(1))).sum(1)
-    return float(torch.where(scale > 0, scale * rows, 0.0).max())
+    return float(torch.where(scale > 0, scale * _row_sums(gram, q.detach().double()), 0.0).max())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before what imports matplotlib
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     structural_similarity_index_measure,
 )
+
+from lipsim.metric.distance import Distance
 
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, the finest scale first
 _WINDOW = 11
@@ -43,4 +43,4 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     return (1 - similarity).to(x.dtype)  # torchmetrics raises to powers in torch's default dtype
 
 
-BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel l2": pixel_l2, "SSIM": ssim, "MS-SSIM": ms_ssim}
+BASELINES: dict[str, Distance] = {"pixel l2": pixel_l2, "SSIM": ssim, "MS-SSIM": ms_ssim}

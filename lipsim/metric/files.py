@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -10,46 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.layers import freeze
+from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.rebuild import build_encoder
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
-from lipsim.utils.weights import check_is_binary, load_weights, read_checkpoint
+from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
 FORMAT = "lipsim-metric"
 VERSION = 1
 AUDITED = "audited"
 BUNDLED = Path(__file__).parents[2] / "checkpoints"
 
-# The classes that a header may name, each with its room: a file chooses among these and never imports anything else.
-ENCODERS = {
-    "OrthogonalProjection": "lipsim.students",
-    "OrthogonalShiftNetwork": "lipsim.students",
-    "SLLNetwork": "lipsim.students",
-    "TorchlipNetwork": "lipsim.students",
-    "DreamSim": "lipsim.teachers",
-    "Ensemble": "lipsim.teachers",
-    "SmallViT": "lipsim.teachers",
-}
-
-
-def encoder_class(name: str) -> type[nn.Module]:
-    """The class of :data:`ENCODERS` with this name, whose room is loaded where it is not yet."""
-    cls: type[nn.Module] = getattr(importlib.import_module(ENCODERS[name]), name)
-    return cls
-
 
 def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
-    """Write a metric whose encoder is one of :data:`ENCODERS`, so that :func:`load` gives it back.
+    """Write a metric so that :func:`load` gives it back.
 
     Args:
-        metric: the metric; its Lipschitz bound is stored as it stands. LoRA layers are written merged.
+        metric: the metric, whose encoder is of this package or of a class that
+            :func:`lipsim.metric.register_encoder` has registered. Its Lipschitz bound is stored as it stands, LoRA
+            layers are written merged.
         path: ``….safetensors``; parent folders are made.
         notes: anything else to keep in the header (JSON).
 
@@ -87,9 +73,12 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the encoder is of a class that no header can name, or has LoRA layers.
     """
-    kind = type(encoder).__name__
-    if kind not in ENCODERS or encoder_class(kind) is not type(encoder):
-        raise LipsimError(f"cannot export an encoder of class {kind}; known are {', '.join(ENCODERS)}")
+    kind = encoder_name(encoder)
+    if kind is None:
+        raise LipsimError(
+            f"cannot export an encoder of class {type(encoder).__name__}; known are {', '.join(registered_names())}, "
+            "and others that lipsim.metric.register_encoder has registered"
+        )
     if has_adapter(encoder):
         raise LipsimError(f"this {kind} has LoRA layers beside its weights; lipsim.metric.save merges them")
     return {
@@ -118,14 +107,15 @@ def load(path: str | Path) -> PerceptualMetric:
     file = resolve(path)
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
     try:
-        if not isinstance(header["encoder"], str) or header["encoder"] not in ENCODERS:
+        if header["encoder"] not in registered_names():
             raise LipsimError(
-                f"it names the encoder {header['encoder']}, which this version does not have; update lipsim"
+                f"it names the encoder {header['encoder']}, which this version does not have; update lipsim, or import "
+                "the module that registers it first"
             )
         check_count("image_size", header["image_size"])
         declared = header["lipschitz"]
         floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
-        encoder = encoder_class(header["encoder"])(**header["config"])
+        encoder = build_encoder(header["encoder"], header["config"], state)
         metric = PerceptualMetric(
             encoder,
             header["image_size"],
@@ -163,15 +153,7 @@ def holds(path: Path, metric: PerceptualMetric) -> bool:
 
 def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and encoder weights of a ``.safetensors`` file."""
-    check_is_binary(file)
-    try:
-        with safe_open(file, framework="pt") as archive:
-            metadata = archive.metadata() or {}
-            state = {name: archive.get_tensor(name) for name in archive.keys()}
-    except (SafetensorError, OSError) as error:
-        raise LipsimError(
-            f"cannot read {file} ({error}); it is truncated or no safetensors file: export it again"
-        ) from error
+    state, metadata = read_safetensors(file)
     if metadata.get("format") != FORMAT:
         raise LipsimError(
             f"{file} is no exported metric (format {metadata.get('format')!r}); lipsim.metric.save writes them"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
+from copy import deepcopy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from lipsim.audit.arithmetic import ERROR_FACTOR, largest_feature_error
 from lipsim.certificates import TwoAFCCertificate, certify_triplets, geometry
 from lipsim.certificates.numbers import LARGEST_ANCHOR, check_count, check_number
 from lipsim.data.transforms import Preprocess
-from lipsim.layers.base import evaluation_mode
-from lipsim.layers.fingerprint import Fingerprint, fingerprint
+from lipsim.layers.base import evaluation_mode, freeze
+from lipsim.layers.encoder import declared_image_size, dtype_of, first_weight
+from lipsim.metric.bounds import EncoderBounds
 from lipsim.utils.checks import check_images
 from lipsim.utils.checks import check_range as _check_range
 from lipsim.utils.errors import LipsimError
@@ -58,43 +61,27 @@ class PerceptualMetric(nn.Module):
     ) -> None:
         super().__init__()
         check_count("image_size", image_size)
-        if isinstance(own := getattr(encoder, "image_size", None), int | float) and own != image_size:
+        if (own := declared_image_size(encoder)) is not None and own != image_size:
             raise LipsimError(f"expected the encoder's image_size {own}, got {image_size}")
         self.encoder = encoder
         self.image_size = image_size
-        self._found_error: tuple[tuple[torch.dtype, torch.device], float] | None = None
         self.anchor = anchor
-        self.feature_error = feature_error
+        self._bounds = EncoderBounds(lipschitz, feature_error)
+        self.feature_error_kind = "declared" if feature_error else "none"
         self.preprocess = Preprocess(image_size, resize)
-        self._lipschitz = None if lipschitz is None else _check_bound(lipschitz)
-        self._floor = 0.0
-        self._audited: Fingerprint | None = (
-            None  # what the encoder was when it was audited; None: the bound is declared
-        )
         if lipschitz is None:
             self.audit()
 
     @property
-    def has_bound(self) -> bool:
-        """Whether a bound is known, without computing it again."""
-        return self._lipschitz != math.inf
+    def dtype(self) -> torch.dtype:
+        """Dtype of the encoder's weights, which images have to have; torch's default where it has none."""
+        return dtype_of(self.encoder)
 
     @property
-    def lipschitz(self) -> float:
-        """The bound that every radius divides by. Set it to declare another.
-
-        An audited one follows the encoder: it is computed again after any change of its weights, layers, attributes,
-        hooks or of :attr:`image_size`, however that was made, and at every use while a part of the encoder is in
-        training mode. Telling costs a pass over the weights.
-        """
-        if self._lipschitz is None or (self._audited is not None and not self._audit_holds()):
-            self.audit()
-        assert self._lipschitz is not None
-        return max(self._lipschitz, self._floor)
-
-    @lipschitz.setter
-    def lipschitz(self, bound: float) -> None:
-        self._lipschitz, self._audited, self._floor = _check_bound(bound), None, 0.0
+    def device(self) -> torch.device:
+        """Where the encoder's first parameter or buffer is; the CPU where it has none."""
+        tensors = itertools.chain(self.encoder.parameters(), self.encoder.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     def anchor(self) -> float:
@@ -106,45 +93,103 @@ class PerceptualMetric(nn.Module):
         self._anchor = check_number("anchor", anchor, most=LARGEST_ANCHOR)
 
     @property
+    def has_bound(self) -> bool:
+        """Whether a bound is known, without computing it again."""
+        return self._bounds.has_lipschitz
+
+    @property
+    def lipschitz(self) -> float:
+        """The bound that every radius divides by. Set it to declare another.
+
+        An audited one follows the encoder: it is computed again after any change of its weights, layers, attributes,
+        hooks or of :attr:`image_size`, however that was made, and at every use while a part of the encoder is in
+        training mode. Telling costs a pass over the weights.
+        """
+        return self._bounds.lipschitz(self.encoder, self.image_size)
+
+    @lipschitz.setter
+    def lipschitz(self, bound: float) -> None:
+        self._bounds.declare_lipschitz(bound)
+
+    @property
     def feature_error(self) -> float:
         """The error of one embedding that every certificate covers. Set it to declare another.
 
         That of a metric from a file is at least what a search finds here, with these weights in their dtype on their
         device (:meth:`require_feature_error`).
         """
-        if not self._searches or not self.has_bound:
-            return self._feature_error
-        self.lipschitz  # noqa: B018  (an audit, where the weights have changed, forgets what was found for others)
-        weight = next(self.encoder.parameters(), torch.zeros(()))
-        if self._found_error is None or self._found_error[0] != (weight.dtype, weight.device):
-            found = ERROR_FACTOR * largest_feature_error(self.encoder, self.image_size, thorough=False)
-            self._found_error = (weight.dtype, weight.device), found
-        return max(self._feature_error, self._found_error[1])
+        return self._bounds.feature_error(self.encoder, self.image_size)
 
     @feature_error.setter
     def feature_error(self, error: float) -> None:
-        self._feature_error = check_number("feature_error", error)
-        self._searches, self._found_error = False, None
+        self._bounds.declare_feature_error(error)
         self.feature_error_kind = "declared" if error else "none"
 
     @property
     def declared_feature_error(self) -> float:
         """:attr:`feature_error` as it was given, without a search."""
-        return self._feature_error
+        return self._bounds.declared_feature_error
+
+    @property
+    def certificate_options(self) -> dict[str, float]:
+        """Keyword arguments of the functions in :mod:`lipsim.certificates`.
+
+        The error of an embedding counts twice: at the clean image and at the perturbed one.
+        """
+        lipschitz, feature_error = self._bounds.both(self.encoder, self.image_size)
+        return {"anchor": self.anchor, "lipschitz": lipschitz, "feature_error": 2 * feature_error}
+
+    def audit(self) -> audit.LipschitzReport:
+        """Bound the encoder with its present weights, and use this bound from now on.
+
+        Raises:
+            lipsim.audit.UnboundedModuleError: there is none.
+        """
+        return self._bounds.audit(self.encoder, self.image_size)
 
     def require_lipschitz(self, floor: float) -> None:
         """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
-        check_number("Lipschitz bound", floor)
-        self.audit()
-        self._floor = floor
+        self._bounds.require_lipschitz(floor, self.encoder, self.image_size)
 
     def require_feature_error(self, floor: float) -> None:
         """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.
 
         What the file of a metric says about it cannot be less than what is found here.
         """
-        self.feature_error = floor
-        self._searches, self.feature_error_kind = True, "searched"
+        self._bounds.require_feature_error(floor)
+        self.feature_error_kind = "searched"
+
+    def measure_feature_error(
+        self, images: Tensor | None = None, *, thorough: bool = True, factor: float = ERROR_FACTOR
+    ) -> float:
+        """Search for the largest error of an embedding on images in [0, 1], and enlarge it; it proves nothing.
+
+        What it returns can be declared as :attr:`feature_error`; nothing is declared here.
+
+        Args:
+            images: ``(N, 3, image_size, image_size)``, looked at besides those of the search.
+            thorough: see :func:`lipsim.audit.arithmetic.largest_feature_error`.
+            factor: by which the largest error found is enlarged; 1 for what was found.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        return factor * largest_feature_error(self.encoder, self.image_size, images, thorough=thorough)
+
+    def frozen_copy(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+        """A copy in evaluation mode with folded weights and no gradient to them: for attacks, which take many passes.
+
+        Args:
+            dtype: of its weights; None: as here. Derived weights are derived again in this dtype.
+            device: where it is; None: as here.
+        """
+        copy = deepcopy(self).requires_grad_(False)
+        if dtype is not None:
+            copy.to(dtype)
+        if device is not None:
+            copy.to(device)
+        freeze(copy)
+        return copy
 
     def embed(self, x: Tensor, *, check_range: bool = True) -> Tensor:
         """Features ``f(x)``, ``(N, D)``, before anchor and projection.
@@ -235,33 +280,6 @@ class PerceptualMetric(nn.Module):
             z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
 
-    @property
-    def certificate_options(self) -> dict[str, float]:
-        """Keyword arguments of the functions in :mod:`lipsim.certificates`.
-
-        The error of an embedding counts twice: at the clean image and at the perturbed one.
-        """
-        return {"anchor": self.anchor, "lipschitz": self.lipschitz, "feature_error": 2 * self.feature_error}
-
-    def audit(self) -> audit.LipschitzReport:
-        """Bound the encoder with its present weights, and use this bound from now on.
-
-        Raises:
-            lipsim.audit.UnboundedModuleError: there is none.
-        """
-        content = self._content()  # before: a change during the audit must not be taken for what was audited
-        report = audit.lipschitz_bound(self.encoder, self.image_size)
-        self._lipschitz, self._audited = report.total, content
-        self._found_error = None  # of other weights
-        return report
-
-    def _audit_holds(self) -> bool:
-        in_training = any(module.training for module in self.encoder.modules())
-        return not in_training and self._audited == self._content()
-
-    def _content(self) -> Fingerprint:
-        return fingerprint(self.encoder, self.image_size)
-
     def check_precision(self, *inputs: Tensor) -> None:
         """Refuse weights that nothing can be certified with, and images or features that an encoder without any passes.
 
@@ -281,9 +299,10 @@ class PerceptualMetric(nn.Module):
     def _check_certifiable(self, *images: Tensor, check_range: bool) -> None:
         """Refuse images that no certificate of this metric is about."""
         self.check_precision(*images)
+        in_range = check_range or self.feature_error > 0
         for x in images:
             try:
-                self.check_images(x, check_range=check_range or self.feature_error > 0)
+                self.check_images(x, check_range=in_range)
             except ValueError as error:
                 if check_range:
                     raise
@@ -299,16 +318,14 @@ class PerceptualMetric(nn.Module):
             ValueError: ``x`` is not ``(N, 3, image_size, image_size)`` of floating-point numbers in [0, 1].
         """
         check_images(x, self.image_size)
-        weight = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), x.dtype)
-        if x.dtype != weight and not torch.is_autocast_enabled(x.device.type):
-            raise LipsimError(f"expected images in {weight}, as the weights are, got {x.dtype}: x.to({weight})")
+        weight = first_weight(self.encoder)
+        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise LipsimError(
+                f"expected images in {weight.dtype}, as the weights are, got {x.dtype}: x.to({weight.dtype})"
+            )
         if check_range:
             _check_range(x)
 
 
 def _is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
-
-
-def _check_bound(bound: float) -> float:
-    return check_number("Lipschitz bound", bound, above=True, finite=False)

@@ -28,7 +28,7 @@ from lipsim.students.sll_network import PRESETS
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import file_sha256
 from lipsim.utils.paths import user_path
-from lipsim.utils.weights import load_weights
+from lipsim.utils.weights import load_weights, read_checkpoint
 
 # DataParallel, the published metric around its network, the wrapper that normalises the input, and torch.compile.
 _PREFIXES = re.compile(r"((module|backbone|model|_orig_mod)\.)*")
@@ -158,25 +158,7 @@ def convert(
 
 def _read(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
     """The state dict, and what lies beside it in the file."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles and archives raise nearly anything, OSError too
-        foreign = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
-        if foreign:
-            raise LipsimError(
-                f"{path} needs {foreign[1]} besides tensors and plain containers, and reading that could run code; in "
-                "the environment that made the file, save the weights alone: "
-                "torch.save(checkpoint['model_state_dict'], 'weights.pth')"
-            ) from error
-        # torch explains at length; the reason of its restricted reader comes last, of the others first.
-        reasons = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        reason = next((line for line in reasons if line.startswith("WeightsUnpickler error")), reasons[0])
-        raise LipsimError(
-            f"cannot read {path} ({type(error).__name__}: {reason}); it is truncated or no torch checkpoint, or holds "
-            "more than tensors and plain containers: fetch it again, or save the weights alone where it was made"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise LipsimError(f"expected a dict of weights in {path}, got {type(checkpoint).__name__}")
+    checkpoint = read_checkpoint(path, namespaces=False)
     if "model_state_dict" not in checkpoint:
         return checkpoint, {}
     state = checkpoint["model_state_dict"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipsim.layers import Centering, ChannelShift, MaxMin, OrthogonalLinear, OrthogonalPatches, SLLLinear
+from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
 
+@records_arguments()
 class OrthogonalShiftNetwork(nn.Sequential):
     """1-Lipschitz network that preserves norm, ``(N, 3, S, S) → (N, out_features)``, for any image size.
 
@@ -37,6 +40,8 @@ class OrthogonalShiftNetwork(nn.Sequential):
     Raises:
         ValueError: lists of different lengths or none, an odd width, or more features than the last stage holds.
     """
+
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -78,15 +83,6 @@ class OrthogonalShiftNetwork(nn.Sequential):
         super().__init__(*layers)
         self.image_size = image_size
         self.out_features = out_features
-        self.config = {
-            "image_size": image_size,
-            "out_features": out_features,
-            "grid": grid,
-            "widths": list(widths),
-            "depths": list(depths),
-            "linear_depth": linear_depth,
-            "linear_width": linear_width,
-        }
 
 
 def _patches(channels: int, width: int, side: int, first: bool) -> OrthogonalPatches:

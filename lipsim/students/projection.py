@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lipsim.layers import Centering, OrthogonalLinear
+from lipsim.utils.arguments import records_arguments
 
 
+@records_arguments()
 class OrthogonalProjection(nn.Sequential):
     """Affine map with orthonormal rows, ``(N, 3, S, S) → (N, out_features)``, 1-Lipschitz and no network at all.
 
@@ -15,8 +19,9 @@ class OrthogonalProjection(nn.Sequential):
         out_features: features, at most ``3·S²``.
     """
 
+    config: dict[str, Any]
+
     def __init__(self, image_size: int = 64, out_features: int = 256) -> None:
         super().__init__(Centering(), nn.Flatten(), OrthogonalLinear(3 * image_size**2, out_features))
         self.image_size = image_size
         self.out_features = out_features
-        self.config = {"image_size": image_size, "out_features": out_features}

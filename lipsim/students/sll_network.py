@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
 
 from lipsim.layers import ChannelPadding, ScaledAvgPool2d, SLLConv2d, SLLLinear, Truncation
+from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
 # (depth, channels, linear depth, linear inner width); the inner width of every convolution is 5.
@@ -18,6 +19,7 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 }
 
 
+@records_arguments()
 class SLLNetwork(nn.Sequential):
     """SLL network of LipSim (Ghazanfari et al. 2024, App. A): ``(N, 3, S, S)`` to ``(N, out_features)``, 1-Lipschitz.
 
@@ -39,6 +41,8 @@ class SLLNetwork(nn.Sequential):
     Raises:
         ValueError: the image is too small to leave ``out_features`` features.
     """
+
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -67,15 +71,6 @@ class SLLNetwork(nn.Sequential):
         )
         self.image_size = image_size
         self.out_features = out_features
-        self.config = {
-            "image_size": image_size,
-            "out_features": out_features,
-            "channels": channels,
-            "depth": depth,
-            "linear_depth": linear_depth,
-            "linear_width": linear_width,
-            "conv_width": conv_width,
-        }
 
     @classmethod
     def from_preset(cls, name: str, image_size: int = 224, out_features: int = 1792) -> Self:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from lipsim.layers import Centering, MaxMin, SpaceToDepth, SpectralConv2d, SpectralLinear
+from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
 
+@records_arguments()
 class TorchlipNetwork(nn.Sequential):
     """Spectral 1 × 1 convolutions between invertible down-samplings, ``(N, 3, S, S) → (N, out_features)``.
 
@@ -27,6 +30,8 @@ class TorchlipNetwork(nn.Sequential):
     Raises:
         ValueError: lists of different lengths, an odd width, or an image size that the blocks do not divide.
     """
+
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -56,10 +61,3 @@ class TorchlipNetwork(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), SpectralLinear(channels * size**2, out_features))
         self.image_size = image_size
         self.out_features = out_features
-        self.config = {
-            "image_size": image_size,
-            "out_features": out_features,
-            "blocks": list(blocks),
-            "depths": list(depths),
-            "widths": list(widths),
-        }

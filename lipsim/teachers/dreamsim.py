@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,21 @@ from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
 from lipsim.teachers.build import build_branch
 from lipsim.teachers.catalogue import VARIANTS, where_to_get
 from lipsim.teachers.lora import merge_adapter
+from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
 
+def _branch_configs(branches: Sequence[BranchConfig | Mapping[str, Any]]) -> list[BranchConfig]:
+    """As they are given to a constructor; an exported file holds plain mappings."""
+    return [branch if isinstance(branch, BranchConfig) else BranchConfig(**branch) for branch in branches]
+
+
+def _without_files(branches: Sequence[BranchConfig | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As a file keeps them: an exported teacher has its weights, and fills a random one with them."""
+    return [asdict(replace(config, weights=RANDOM)) for config in _branch_configs(branches)]
+
+
+@records_arguments(branches=_without_files)
 class Ensemble(nn.Module):
     """Backbones side by side, with DreamSim's embedding.
 
@@ -38,12 +50,12 @@ class Ensemble(nn.Module):
         ValueError: weights that do not fit, unknown models, or "cls_patch" for some of the branches only.
     """
 
+    config: dict[str, Any]
     resize = "pil"  # in 8 bits, as DreamSim does; see lipsim.data.transforms.Preprocess
 
     def __init__(self, branches: Sequence[BranchConfig], image_size: int = 224, head: int = 0) -> None:
         super().__init__()
-        # An exported file holds them as plain mappings.
-        configs = [branch if isinstance(branch, BranchConfig) else BranchConfig(**branch) for branch in branches]
+        configs = _branch_configs(branches)
         if not configs:
             raise LipsimError("expected at least one branch")
         self.branches = nn.ModuleList(build_branch(config, image_size) for config in configs)
@@ -54,9 +66,6 @@ class Ensemble(nn.Module):
         self.head = ResidualHead(width, head) if head else None
         self.image_size = image_size
         self.out_features = 2 * width if dense == {True} else width
-        # Without the files: an exported teacher has its weights, and fills a random one with them.
-        plain = [asdict(replace(config, weights=RANDOM)) for config in configs]
-        self.config: dict[str, Any] = {"branches": plain, "image_size": image_size, "head": head}
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in [0, 1] to unit-norm embeddings ``(N, D)``.
@@ -94,6 +103,7 @@ class Ensemble(nn.Module):
         return list(self.branches)  # type: ignore[arg-type]
 
 
+@records_arguments(weights=lambda _: RANDOM, options=lambda options: options or {})
 class DreamSim(Ensemble):
     """A published DreamSim model: "ensemble", the single types, and those with patch features.
 
@@ -133,14 +143,6 @@ class DreamSim(Ensemble):
         super().__init__(
             [BranchConfig(name, RANDOM, published.feature, options) for name in published.branches], image_size, head
         )
-        self.config = {
-            "variant": variant,
-            "weights": RANDOM,
-            "image_size": image_size,
-            "adapter": adapter,
-            "head": head,
-            "options": options,
-        }
         if folder is not None:
             for branch in self._branches():
                 branch.load(folder, alone=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim.utils.arguments import records_arguments
 
+
+@records_arguments()
 class SmallViT(nn.Module):
     """A plain ViT on images in [0, 1] with a centred unit-norm embedding, as DreamSim has it.
 
@@ -23,6 +26,8 @@ class SmallViT(nn.Module):
         heads: attention heads.
         pool: "avg", the mean of all patches, which learns faster from scratch, or "token", the class token.
     """
+
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -46,14 +51,6 @@ class SmallViT(nn.Module):
         )
         self.image_size = image_size
         self.out_features = width
-        self.config = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "pool": pool,
-        }
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in [0, 1] to unit-norm embeddings ``(N, width)``."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from lipsim.layers import ExplicitConv2d, ExplicitLinear
+from lipsim.layers.encoder import CheckpointingEncoder
 from lipsim.utils.errors import LipsimError
 
 
@@ -39,10 +40,10 @@ class Acceleration:
             ValueError: activation checkpointing of an encoder that is no sequence of layers, or has layers of other
                 packages, whose weights iterate a step further each time they are derived.
         """
-        own = getattr(encoder, "set_grad_checkpointing", None)
-        if own is not None:
-            own(self.checkpoint)
-        in_segments = self.checkpoint and own is None
+        keeps_its_own = isinstance(encoder, CheckpointingEncoder)
+        if isinstance(encoder, CheckpointingEncoder):
+            encoder.set_grad_checkpointing(self.checkpoint)
+        in_segments = self.checkpoint and not keeps_its_own
         layers = list(_leaves(encoder))
         if in_segments and len(layers) == 1:
             raise LipsimError(f"expected a sequence of layers to checkpoint, got one {type(layers[0]).__name__}")

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lipsim.data import Triplet
 from lipsim.data.check import check_images
 from lipsim.evaluation.module import EvaluationModule, weights_are_finite
+from lipsim.layers.encoder import declared_image_size
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.files import FORMAT, describe
 from lipsim.training.acceleration import Acceleration
@@ -231,7 +232,7 @@ def image_size_of(encoder: nn.Module) -> int:
     Raises:
         ValueError: it has none.
     """
-    size = getattr(encoder, "image_size", None)
+    size = declared_image_size(encoder)
     if not isinstance(size, int):
         raise LipsimError(f"{type(encoder).__name__} needs an attribute image_size, the side of the images it takes")
     return size

@@ -172,7 +172,7 @@ def describe(
 @torch.inference_mode()
 def embed(metric: PerceptualMetric, images: Tensor, description: CacheDescription) -> np.ndarray:
     """Embeddings ``(N, views, D)`` float32 of images ``(N, 3, S, S)`` in the views and the precision of a cache."""
-    device = next(metric.parameters()).device
+    device = metric.device
     images = images.to(device, non_blocking=True)
     precision: AbstractContextManager[object] = full_precision()
     if description.precision == "bfloat16":

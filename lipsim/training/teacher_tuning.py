@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
+from lipsim.layers.encoder import ResizingEncoder, head_of
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
@@ -62,8 +63,8 @@ class TeacherTuning(Stage):
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
         elif tune == "head":
-            head = getattr(encoder, "head", None)
-            if not isinstance(head, nn.Module):
+            head = head_of(encoder)
+            if head is None:
                 raise LipsimError(f"this {type(encoder).__name__} has no head to tune; give it one, such as head: 512")
             encoder.requires_grad_(False)
             head.requires_grad_(True)
@@ -73,7 +74,7 @@ class TeacherTuning(Stage):
             image_size_of(encoder),
             anchor=0.0,
             lipschitz=math.inf,
-            resize=getattr(encoder, "resize", "float"),
+            resize=encoder.resize if isinstance(encoder, ResizingEncoder) else "float",
         )
         super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration)
         self.loss = loss or MarginHinge(0.05)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lipsim.utils.errors import LipsimError
@@ -37,6 +36,15 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str, remed
     Raises:
         ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
     """
+    check_fit(module, state, source, remedy)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str = _OTHER) -> None:
+    """Refuse a state whose names or shapes are others than those of a module, which may be on the meta device.
+
+    Arguments and errors as of :func:`load_weights`.
+    """
     own = module.state_dict()
     misshapen = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     faults = {
@@ -47,7 +55,6 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str, remed
     found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
     if found:
         raise LipsimError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; {remedy}")
-    module.load_state_dict(state)
 
 
 def plain_names(state: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -79,8 +86,13 @@ def renamed(state: Mapping[str, Any], names: Mapping[str, str], source: Path) ->
     return {name: state[key] for name, key in found.items()}
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, namespaces: bool = True) -> dict[str, Any]:
     """Read a ``.safetensors`` file, or what ``torch.save`` wrote, without running code of the file.
+
+    Args:
+        path: the file.
+        namespaces: whether ``argparse.Namespace`` is taken too: training checkpoints keep their arguments beside the
+            weights. It holds values, no code.
 
     Returns:
         The mapping that the file holds, on the CPU: tensors by name, or containers of such.
@@ -93,20 +105,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no weight file {path}")
     check_is_binary(path)
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise LipsimError(
-                f"cannot read {path} ({_reason(error)}); it is truncated or no safetensors file: get it again"
-            ) from error
+        return read_safetensors(path)[0]
     if _is_torchscript(path):
         raise LipsimError(
             f"{path} is a TorchScript archive, whose weights cannot be read without its code; take the safetensors "
             "file of the same model instead (on Hugging Face, timm/ repositories have those of OpenAI's CLIP)"
         )
     try:
-        # argparse.Namespace: training checkpoints keep their arguments beside the weights. It holds values, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        allowed: list[Any] = [argparse.Namespace] if namespaces else []
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on formats of old torch versions
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the pickled bytes lead it to
@@ -116,6 +123,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise LipsimError(f"expected a mapping of names to tensors in {path}, got {type(checkpoint).__name__}")
     return checkpoint
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a ``.safetensors`` file, on the CPU, and the texts in its header.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is truncated, or of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {path}")
+    check_is_binary(path)
+    try:
+        with safe_open(path, framework="pt") as archive:
+            return {name: archive.get_tensor(name) for name in archive.keys()}, archive.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise LipsimError(
+            f"cannot read {path} ({_reason(error)}); it is truncated or no safetensors file: get it again"
+        ) from error
 
 
 def check_is_binary(path: Path) -> None:
@@ -156,11 +182,15 @@ def _fault(error: Exception) -> str:
     stranger = re.search(r"(?:Unsupported class|GLOBAL) (\S+)", str(error))
     if stranger is not None:
         return (
-            f"it needs more than tensors and plain containers ({stranger[1].strip('.`')}), which is never unpickled; "
-            "get a file of weights"
+            f"it needs more than tensors and plain containers ({stranger[1].strip('.`')}), which is never unpickled, "
+            "since that could run code; get a file of weights, or save the weights alone where it was made: "
+            "torch.save(model.state_dict(), 'weights.pth')"
         )
     if "WeightsUnpickler" in str(error):
-        return "it is damaged, or needs more than tensors and plain containers, which is never unpickled; get another"
+        return (
+            "it is damaged, or needs more than tensors and plain containers, which is never unpickled; get another, or "
+            "save the weights alone where it was made"
+        )
     return "it is truncated or no checkpoint; get it again"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from lipsim import PerceptualMetric, audit
 from lipsim.audit import UnboundedModuleError
 from lipsim.layers import OrthogonalPatches, SLLConv2d, freeze
+from lipsim.metric import bounds
 
 
 def _encoder() -> nn.Sequential:
@@ -34,10 +35,11 @@ def _metric() -> PerceptualMetric:
 
 def _assert_fresh(metric: PerceptualMetric, changed: bool = True) -> None:
     """The bound is that of an audit of a copy, which has no memory; ``changed``: and not that of before."""
-    before, bound = metric._lipschitz, metric.lipschitz  # first: a copy would take addresses that are free now
+    before, bound = metric._bounds._audited, metric.lipschitz  # first: a copy would take addresses that are free now
     fresh = audit.lipschitz_bound(deepcopy(metric.encoder), metric.image_size).total
     assert bound == fresh
-    assert not changed or before != fresh
+    assert before is not None
+    assert not changed or before.value != fresh
 
 
 def _linear(metric: PerceptualMetric) -> nn.Linear:
@@ -143,9 +145,9 @@ def test_two_parameters_that_change_places() -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.LeakyReLU(2.0), nn.Linear(192, 192))
     metric = PerceptualMetric(encoder, 8)
     first, second = metric.encoder[1], metric.encoder[3]  # type: ignore[index]
-    content = metric._content()
+    content = bounds.fingerprint(metric.encoder, metric.image_size)
     first.weight, second.weight = second.weight, first.weight
-    assert metric._content() != content
+    assert bounds.fingerprint(metric.encoder, metric.image_size) != content
 
 
 def test_attributes_of_layers() -> None:
@@ -160,9 +162,9 @@ def test_attributes_of_layers() -> None:
 def test_the_order_of_layers() -> None:
     first, second = nn.LeakyReLU(0.5), nn.LeakyReLU(3.0)
     metric = PerceptualMetric(nn.Sequential(nn.Flatten(), first, second), 8)
-    content = metric._content()
+    content = bounds.fingerprint(metric.encoder, metric.image_size)
     metric.encoder[1], metric.encoder[2] = second, first  # type: ignore[index]
-    assert metric._content() != content
+    assert bounds.fingerprint(metric.encoder, metric.image_size) != content
 
 
 def test_a_hook_is_refused() -> None:
@@ -189,11 +191,11 @@ def test_a_forward_of_an_instance_is_refused() -> None:
 
 def test_the_functions_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = _metric()
-    content = metric._content()
+    content = bounds.fingerprint(metric.encoder, metric.image_size)
     monkeypatch.setattr(nn.LeakyReLU, "forward", lambda self, x: 9 * x)
-    assert metric._content() != content
+    assert bounds.fingerprint(metric.encoder, metric.image_size) != content
     monkeypatch.undo()
-    assert metric._content() == content
+    assert bounds.fingerprint(metric.encoder, metric.image_size) == content
 
 
 def test_another_image_size() -> None:
@@ -251,3 +253,46 @@ def test_the_bound_inside_transforms_and_inference() -> None:
     torch.func.grad(scaled)(x)
     torch.func.vmap(torch.func.grad(scaled))(x.unsqueeze(0))
     assert found == [bound] * 2
+
+
+def test_the_encoder_is_read_once_for_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = _metric()
+    metric.require_feature_error(0.0)
+    images = torch.rand(3, 2, 3, 8, 8)
+    metric.certify(*images)  # audits and searches
+    read: list[int] = []
+    fingerprint = bounds.fingerprint
+    monkeypatch.setattr(bounds, "fingerprint", lambda *content: read.append(0) or fingerprint(*content))
+    metric.certify(*images)
+    assert len(read) == 1
+    assert metric.certificate_options["feature_error"] == 2 * metric.feature_error > 0
+
+
+def test_nothing_is_read_where_all_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = PerceptualMetric(_encoder(), 8, lipschitz=2.0, feature_error=1e-6).eval()
+    monkeypatch.setattr(bounds, "fingerprint", lambda *_: pytest.fail("the encoder was read"))
+    assert metric.certificate_options == {"anchor": 1.0, "lipschitz": 2.0, "feature_error": 2e-6}
+
+
+def test_an_error_that_was_found_is_that_of_the_weights_under_a_declared_bound() -> None:
+    metric = _metric()
+    metric.require_feature_error(0.0)
+    metric.lipschitz = 1e6
+    before = metric.feature_error
+    with torch.no_grad():
+        _linear(metric).weight.mul_(1000.0)
+    assert metric.feature_error > 100 * before > 0
+    assert metric.feature_error == metric.measure_feature_error(thorough=False)
+    metric.double()
+    assert metric.feature_error == 0
+
+
+def test_an_error_is_searched_for_again_in_training_mode() -> None:
+    metric = _metric()
+    metric.require_feature_error(0.0)
+    before = metric.feature_error
+    metric.train()
+    with torch.no_grad():
+        _linear(metric).weight.mul_(2.0)
+    assert metric.feature_error > before
+    assert metric.certificate_options["feature_error"] == 2 * metric.feature_error

@@ -15,7 +15,7 @@ from torch import nn
 import lipsim
 from lipsim import PerceptualMetric, certificates
 from lipsim.audit import UnboundedModuleError
-from lipsim.audit.arithmetic import feature_error
+from lipsim.audit.arithmetic import ERROR_FACTOR, feature_error, largest_feature_error
 from lipsim.certificates.geometry import cosine_distance
 from lipsim.metric import save
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
@@ -438,3 +438,36 @@ def test_points_outside_the_range_are_certified_without_a_float32_error_only(met
         metric.certify(2 * x, y, z, check_range=False)
     with pytest.raises(ValueError, match="only where feature_error is 0"):
         metric.distance_bounds(2 * x, y, 0.1, check_range=False)
+
+
+def test_dtype_and_device_are_those_of_the_encoder(metric: PerceptualMetric) -> None:
+    assert (metric.dtype, metric.device) == (torch.float32, torch.device("cpu"))
+    assert metric.double().dtype == torch.float64
+    assert PerceptualMetric(nn.Flatten(), 4).dtype == torch.float32  # no weights
+    normalised = nn.BatchNorm2d(3, affine=False, device="meta")
+    assert PerceptualMetric(normalised, 4, lipschitz=math.inf).device == torch.device("meta")  # buffers alone
+
+
+def test_a_frozen_copy_answers_alike_and_leaves_the_metric_alone(metric: PerceptualMetric) -> None:
+    metric.train()
+    x, y = torch.rand(2, 2, 3, metric.image_size, metric.image_size)
+    copy, exact = metric.frozen_copy(), metric.frozen_copy(torch.float64)
+    assert metric.training and all(p.requires_grad for p in metric.parameters())
+    for frozen in (copy, exact):
+        assert not any(module.training for module in frozen.modules())
+        assert not any(p.requires_grad for p in frozen.parameters())
+    assert exact.dtype == torch.float64 and metric.dtype == torch.float32
+    metric.eval()
+    torch.testing.assert_close(copy(x, y), metric(x, y))
+    torch.testing.assert_close(exact(x.double(), y.double()).float(), metric(x, y), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        next(copy.parameters()).zero_()
+    assert next(metric.parameters()).any()
+
+
+def test_the_error_of_features_is_measured_and_enlarged(metric: PerceptualMetric) -> None:
+    declared = metric.declared_feature_error
+    found = metric.measure_feature_error(thorough=False, factor=1)
+    assert found == largest_feature_error(metric.encoder, metric.image_size, thorough=False) > 0
+    assert metric.measure_feature_error(thorough=False) == ERROR_FACTOR * found
+    assert metric.declared_feature_error == declared

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lipsim.data.sets.folder import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
+from lipsim.layers.encoder import Encoder
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import state_fingerprint
 from lipsim.utils.paths import user_path
@@ -263,7 +264,7 @@ class EmbeddingCache:
 
 def teacher_fingerprint(encoder: nn.Module) -> str:
     """SHA-256 over class, configuration and weights of a teacher: equal weights may serve another architecture."""
-    config = json.dumps(getattr(encoder, "config", None), sort_keys=True, default=str)
+    config = json.dumps(encoder.config if isinstance(encoder, Encoder) else None, sort_keys=True, default=str)
     return hashlib.sha256(
         f"{type(encoder).__name__}{config}{state_fingerprint(encoder.state_dict())}".encode()
     ).hexdigest()

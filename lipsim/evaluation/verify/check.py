@@ -147,8 +147,7 @@ def verify(
         raise LipsimError("this metric has no Lipschitz bound, so it certifies nothing and there is nothing to verify")
     encoder = exact_copy(metric.encoder)
     exact = PerceptualMetric(encoder, metric.image_size, metric.anchor, lipschitz=metric.lipschitz)
-    device = next((p.device for p in metric.parameters()), torch.device("cpu"))
-    images = tuple(t.to(device, torch.float64) for t in (triplets.reference, triplets.left, triplets.right))
+    images = tuple(t.to(metric.device, torch.float64) for t in (triplets.reference, triplets.left, triplets.right))
     reference, left, right = images
     options = {"steps": steps, "polish": polish, "seed": seed, "batch_size": batch_size}
     outcomes: list[Outcome] = []
