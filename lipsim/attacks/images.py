@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
@@ -19,6 +19,7 @@ from lipsim.attacks.watch import WatchedObjective
 from lipsim.metric import Distance
 from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_file, write_safetensors
 from lipsim.utils.precision import full_precision
 from lipsim.utils.terminal import text_table
 
@@ -72,11 +73,10 @@ class AttackedImages:
 
         from lipsim.results.plots import plot_grid  # matplotlib, which the command line loads only where it draws
 
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {**self.clean, **{f"{name}-attacked": self.attacked[name] for name in self._moved}}
         for name, image in tensors.items():
-            save_image(image, folder / f"{name}.png")
-        save_file({name: image.cpu().contiguous() for name, image in tensors.items()}, folder / "images.safetensors")
+            write_file(folder / f"{name}.png", partial(save_image, image))
+        write_safetensors(folder / "images.safetensors", tensors)
         clean = torch.stack(list(self.clean.values()))
         attacked = torch.stack([self.attacked[name] for name in self.clean])
         change = attacked - clean

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -18,7 +17,7 @@ from lipsim.attacks import Passes, SuiteResult, TwoAFCObjective, auto
 from lipsim.attacks.objectives import IMAGES, TARGETS, Target
 from lipsim.attacks.projections import Ball, Norm, sample_norm
 from lipsim.attacks.registry import check_attacks, suite
-from lipsim.callbacks.base import TripletCallback, check_budgets, load_others
+from lipsim.callbacks.base import TripletCallback, check_budgets, load_others, log_score
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.data import Triplet
@@ -28,8 +27,9 @@ from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label
 from lipsim.results.plots import plot_grid
+from lipsim.results.schema import AttackedMetric, AttackedSection, AttackedSet, Scores, Source
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import remove_files
+from lipsim.utils.files import remove_files, write_file, write_safetensors
 
 _IMAGES = "adversarial/*/[0-9]*-*.png"
 
@@ -185,14 +185,12 @@ class AttackRobustness(TripletCallback):
         title = f"ℓ{norm} attacks up to ε = {eps_label(self.eps[-1])} on {self.target}"
         plot_grid(picture, list(columns.values()), labels, title=title)
         remove_files(folder, [Path(_IMAGES).name])  # of an earlier test
-        folder.mkdir(parents=True, exist_ok=True)
-        exact = {column: images.detach().cpu().contiguous() for column, images in columns.items()}
-        save_file({"index": batch.index[:count].cpu(), **exact}, tensors)
+        write_safetensors(tensors, {"index": batch.index[:count], **columns})
         # Triplets of concatenated sets may have one index.
         stems = [f"{i:06d}" if index.count(i) == 1 else f"{i:06d}-{k}" for k, i in enumerate(index)]
-        for column, images in exact.items():
-            for stem, image in zip(stems, images, strict=True):
-                save_image(image, folder / f"{stem}-{column.replace('/', '-')}.png")
+        for column, images in columns.items():
+            for stem, image in zip(stems, images.detach().cpu(), strict=True):
+                write_file(folder / f"{stem}-{column.replace('/', '-')}.png", partial(save_image, image))
 
     def _examples(self, trainer: L.Trainer, name: str) -> list[Path]:
         """Where the attacked images of a set go, if any: a picture, exact ones, a folder of 8-bit ones."""
@@ -207,12 +205,16 @@ class AttackRobustness(TripletCallback):
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
-            for label, score in summary["metric"]["attacked"].items():
-                module.log(f"{stage}/{name}/attacked_{label}", score, sync_dist=True)
+            for label, score in summary["metrics"]["metric"]["attacked"].items():
+                log_score(module, f"{stage}/{name}/attacked_{label}", score)
         written = self.write_rows(trainer, "attacks", gathered)
         self.remove_others(trainer, [*written, *(path for name in gathered for path in self._examples(trainer, name))])
-        settings = {
-            "attack": "auto" if self.attacks == suite(self.norm) else "+".join(self.attacks),
+        self.write_section(trainer, lambda source: {"attacked": self._section(source, sets)})
+
+    def _section(self, source: Source, sets: dict[str, AttackedSet]) -> AttackedSection:
+        return {
+            **source,
+            "suite": self.attacks == suite(self.norm),
             "attacks": list(self.attacks),
             "norm": self.norm,
             "target": self.target,
@@ -221,17 +223,17 @@ class AttackRobustness(TripletCallback):
             "queries": self.queries,
             "seed": self.seed,
             "eps": self.eps,
+            "sets": sets,
         }
-        self.write_section(trainer, "attacked", {**settings, "sets": sets})
 
-    def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+    def _summarise(self, rows: dict[str, Tensor]) -> AttackedSet:
         untied = rows["right_vote"] != 0.5
-        summary: dict[str, Any] = {"num_triplets": len(untied), "num_tied_votes": int((~untied).sum())}
+        metrics: dict[str, AttackedMetric] = {}
         for name in self.attacked:
             broken_at = rows[f"{name}/broken_at"][untied]
             # What the attacks up to this one, in their order, have left.
             by = torch.stack([rows[f"{name}/{attack}"][untied] for attack in self.attacks]).cummin(0).values
-            summary[name] = {
+            metrics[name] = {
                 "natural": float((broken_at > 0).double().mean()),
                 "no_gradient": int(rows[f"{name}/no_gradient"][untied].sum()),
                 "attacked": self._scores(broken_at),
@@ -239,10 +241,14 @@ class AttackRobustness(TripletCallback):
             }
         # A certificate R promises the answer for every ‖δ‖₂ < R.
         violated = (rows["metric/broken_at"] > 0) & (rows["metric/length"] < rows["radius"])
-        summary["violations"] = int(violated.sum())
-        return summary
+        return {
+            "num_triplets": len(untied),
+            "num_tied_votes": int((~untied).sum()),
+            "violations": int(violated.sum()),
+            "metrics": metrics,
+        }
 
-    def _scores(self, broken_at: Tensor) -> dict[str, float]:
+    def _scores(self, broken_at: Tensor) -> Scores:
         return {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
 
 

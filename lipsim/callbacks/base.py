@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluatio
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric, load
 from lipsim.results import update_results
+from lipsim.results.schema import Sections, Source
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, state_fingerprint
 from lipsim.utils.paths import user_path
@@ -132,8 +133,8 @@ class TripletCallback(RowCallback):
             remove_files(self.output_directory(trainer), self.files, keep=written)
 
     @rank_zero_only
-    def write_section(self, trainer: L.Trainer, section: str, content: dict[str, Any]) -> None:
-        """Write a section of results.json."""
+    def write_section(self, trainer: L.Trainer, section: Callable[[Source], Sections]) -> None:
+        """Write a section of results.json, made from the hashes of the weights and the data that it is of."""
         if self.writes(trainer):
             module = cast(EvaluationModule, trainer.lightning_module)
             data: dict[str, str] = {}
@@ -141,9 +142,9 @@ class TripletCallback(RowCallback):
                 name = module.set_name(i)
                 data |= dict.fromkeys([name, *module.groups(name)], data_fingerprint(loader))
             weights = state_fingerprint(module.metric.encoder.state_dict())
-            content = {"weights_sha256": weights, "data_sha256": data, **content}
-            update_results(self.output_directory(trainer) / "results.json", section, content)
-            self.sections.add(section)
+            found = section({"weights_sha256": weights, "data_sha256": data})
+            update_results(self.output_directory(trainer) / "results.json", found)
+            self.sections.update(found)
 
     def _works(self, trainer: L.Trainer) -> bool:
         return trainer.testing or (self.validate and not trainer.sanity_checking)
@@ -215,6 +216,12 @@ class TripletCallback(RowCallback):
     def _end(self, trainer: L.Trainer, module: Any) -> None:
         if self._works(trainer):
             self.finish(trainer, module)
+
+
+def log_score(module: EvaluationModule, name: str, score: float | None) -> None:
+    """Log a score, if there is one."""
+    if score is not None:
+        module.log(name, score, sync_dist=True)
 
 
 def check_budgets(eps: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import lightning as L
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipsim.audit import LipschitzReport
 from lipsim.audit.arithmetic import ERROR_FACTOR
-from lipsim.callbacks.base import TripletCallback, check_budgets, first_images
+from lipsim.callbacks.base import TripletCallback, check_budgets, first_images, log_score
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.data.check import check_images
@@ -19,6 +19,7 @@ from lipsim.data.loading import num_samples
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders
 from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.results import eps_label
+from lipsim.results.schema import Certification, CertifiedSet, Scores
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
 CURVE_POINTS = 121  # from 0 to 1.5 times the largest ε
@@ -43,7 +44,7 @@ class CertifyRadii(TripletCallback):
         validate: as in :class:`TripletCallback`.
 
     Attributes:
-        results: what the last run wrote, or would have: the section "certified" of results.json.
+        results: what the last run wrote, or would have, as the section "certified" of results.json; None before one.
 
     Raises:
         lipsim.audit.UnboundedModuleError: the encoder has no Lipschitz bound (when validation or test starts).
@@ -66,7 +67,7 @@ class CertifyRadii(TripletCallback):
         self.error_sample = check_count("error_sample", error_sample, least=0)
         self.error_factor = error_factor
         self.report: LipschitzReport | None = None
-        self.results: dict[str, Any] = {}
+        self.results: Certification | None = None
 
     @property
     def error_factor(self) -> float:
@@ -127,7 +128,7 @@ class CertifyRadii(TripletCallback):
         }
         self.remove_others(trainer, self.write_rows(trainer, "radii", with_membership))
         metric, dtype = module.metric, str(module.metric.dtype).removeprefix("torch.")
-        content: dict[str, Any] = {
+        content: Certification = {
             "lipschitz": metric.lipschitz,
             "layers": {layer.name: layer.bound for layer in self.report.layers},
             "anchor": metric.anchor,
@@ -141,34 +142,51 @@ class CertifyRadii(TripletCallback):
             "sets": sets,
         }
         self.results = content
-        self.write_section(trainer, "certified", content)
+        self.write_section(trainer, lambda source: {"certified": {**source, **content}})
 
-    def _log(self, trainer: L.Trainer, module: EvaluationModule, name: str, scores: dict[str, Any]) -> None:
+    def _log(self, trainer: L.Trainer, module: EvaluationModule, name: str, scores: CertifiedSet) -> None:
         stage = "test" if trainer.testing else "val"
         for label, score in scores["certified"].items():
-            module.log(f"{stage}/{name}/certified_{label}", score, sync_dist=True)
-        module.log(f"{stage}/{name}/median_radius", scores["radius"]["median"], sync_dist=True)
+            log_score(module, f"{stage}/{name}/certified_{label}", score)
+        log_score(module, f"{stage}/{name}/median_radius", scores["radius"]["median"])
 
-    def _summarise(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+    def _summarise(self, rows: dict[str, Tensor]) -> CertifiedSet:
         margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["position"]
-        scores: dict[str, Any] = {"num_triplets": len(index), "num_tied_votes": int((votes == 0.5).sum())}
-        for kind in ("majority", "vote"):
-            score = TwoAFCScore(kind, sync_on_compute=False)
-            score.update(margin, votes, index)
-            scores[kind] = float(score.compute())
         labels = [eps_label(eps) for eps in self.eps]
         grid = torch.linspace(0, 1.5 * (self.eps[-1] or 1.0), CURVE_POINTS, dtype=torch.float64).tolist()
-        curve: dict[str, list[float]] = {"eps": grid}
-        for section, column in (("certified", "radius"), ("published", "published_radius"), ("joint", "joint_radius")):
-            at_eps = CertifiedScore(self.eps, sync_on_compute=False)
-            over_grid = CertifiedCurve(grid, sync_on_compute=False)
-            for score_at in (at_eps, over_grid):
-                score_at.update(margin, rows[column], votes, index)
-            scores[section] = dict(zip(labels, map(float, at_eps.compute().values()), strict=True))
-            curve[section] = over_grid.compute()[1].tolist()
-        scores["curve"] = curve
+
+        def natural(kind: Literal["majority", "vote"]) -> float:
+            score = TwoAFCScore(kind, sync_on_compute=False)
+            score.update(margin, votes, index)
+            return float(score.compute())
+
+        def at_budgets(column: str) -> Scores:
+            scores = CertifiedScore(self.eps, sync_on_compute=False)
+            scores.update(margin, rows[column], votes, index)
+            return dict(zip(labels, map(float, scores.compute().values()), strict=True))
+
+        def over_grid(column: str) -> list[float | None]:
+            scores = CertifiedCurve(grid, sync_on_compute=False)
+            scores.update(margin, rows[column], votes, index)
+            return list(scores.compute()[1].tolist())
+
         radius = RadiusStatistics(sync_on_compute=False)
         radius.update(rows["radius"], index)
-        scores["radius"] = {key.removeprefix("radius_"): float(value) for key, value in radius.compute().items()}
-        scores["one_pixel_immune"] = float((rows["pixels"] >= 1).double().mean())
-        return scores
+        radii = {key.removeprefix("radius_"): float(value) for key, value in radius.compute().items()}
+        return {
+            "num_triplets": len(index),
+            "num_tied_votes": int((votes == 0.5).sum()),
+            "majority": natural("majority"),
+            "vote": natural("vote"),
+            "certified": at_budgets("radius"),
+            "published": at_budgets("published_radius"),
+            "joint": at_budgets("joint_radius"),
+            "curve": {
+                "eps": grid,
+                "certified": over_grid("radius"),
+                "published": over_grid("published_radius"),
+                "joint": over_grid("joint_radius"),
+            },
+            "radius": {"mean": radii["mean"], "median": radii["median"], "min": radii["min"], "max": radii["max"]},
+            "one_pixel_immune": float((rows["pixels"] >= 1).double().mean()),
+        }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import sample_norm
-from lipsim.callbacks.base import TripletCallback, load_others
+from lipsim.callbacks.base import TripletCallback, load_others, log_score
 from lipsim.data import Triplet
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
 from lipsim.metric import PerceptualMetric
+from lipsim.results.schema import NullSpaceMetric, NullSpaceMoves, NullSpaceSet
 from lipsim.utils.sampling import sample_normal
 
 EXACT = 1e-6  # relative change of an embedding below which a collision counts as exact
@@ -67,26 +67,26 @@ class NullSpaceRobustness(TripletCallback):
         return columns
 
     def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
-        sets = {}
+        sets: dict[str, NullSpaceSet] = {}
         gathered = self.gather(trainer, module)
         for name, rows in self.with_parts(module, gathered).items():
-            sets[name] = {key: self._summarise(key, rows) for key in self.searched}
-            own = sets[name]["metric"]
+            metrics = {key: self._summarise(key, rows) for key in self.searched}
+            sets[name] = {"num_triplets": len(rows["right_vote"]), "metrics": metrics}
+            own = metrics["metric"]["moves"]
             stage = "test" if trainer.testing else "val"
-            module.log(f"{stage}/{name}/null_space_length", own.get("mean_length", 0.0), sync_dist=True)
-            module.log(f"{stage}/{name}/null_space_flipped", own.get("flipped", 0.0), sync_dist=True)
-        self.write_section(trainer, "null_space", {"seed": self.seed, "sets": sets})
+            log_score(module, f"{stage}/{name}/null_space_length", own["mean_length"] if own else 0.0)
+            log_score(module, f"{stage}/{name}/null_space_flipped", own["flipped"] if own else 0.0)
+        self.write_section(trainer, lambda source: {"null_space": {**source, "seed": self.seed, "sets": sets}})
 
-    def _summarise(self, key: str, rows: dict[str, Tensor]) -> dict[str, Any]:
+    def _summarise(self, key: str, rows: dict[str, Tensor]) -> NullSpaceMetric:
         operator = self.searched[key][1]
         if operator is None:
-            return {"kernel": False, "reason": "the first layer is not linear: it passes all of its input on"}
+            reason = "the first layer is not linear: it passes all of its input on"
+            return {"layer": None, "reason": reason, "moves": None}
         layer = f"{operator.kind} {operator.name}"
         if not (rows[f"{key}/length"] > 0).any():
-            return {"kernel": False, "layer": layer, "reason": f"the first operator ({layer}) has a trivial kernel"}
-        return {
-            "kernel": True,
-            "layer": layer,
+            return {"layer": layer, "reason": f"the first operator ({layer}) has a trivial kernel", "moves": None}
+        moves: NullSpaceMoves = {
             "mean_length": float(rows[f"{key}/length"].mean()),
             "median_change": float(rows[f"{key}/change"].median()),
             "largest_change": float(rows[f"{key}/change"].max()),
@@ -94,6 +94,7 @@ class NullSpaceRobustness(TripletCallback):
             "largest_distance": float(rows[f"{key}/distance"].max()),
             "flipped": float(rows[f"{key}/flipped"].double().mean()),
         }
+        return {"layer": layer, "reason": None, "moves": moves}
 
 
 def _search(metric: PerceptualMetric, operator: FirstOperator, batch: Triplet, noise: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import lightning as L
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -30,7 +30,8 @@ from lipsim.evaluation.identity import callback_settings, metric_fingerprint
 from lipsim.evaluation.journal import KeepBatches, RowCallback
 from lipsim.evaluation.resume import RemainingData, is_of
 from lipsim.metric import PerceptualMetric
-from lipsim.results import commit, keep_sections, read_results, update_results, versions
+from lipsim.results import SCHEMA, commit, keep_sections, read_results, update_results, versions
+from lipsim.results.schema import EvaluationSection, Results
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, state_fingerprint
 from lipsim.utils.paths import user_path
@@ -49,7 +50,7 @@ def evaluate(
     sample_seed: int = 0,
     seed: int | None = 0,
     **options: Unpack[EvaluationOptions],
-) -> dict[str, Any]:
+) -> Results:
     """Certify a metric on the test sets of a data module, and attack it where callbacks do.
 
     Certifying costs about a tenth more than embedding each image once; :class:`lipsim.callbacks.AttackRobustness` costs
@@ -72,7 +73,7 @@ def evaluate(
         options: of :class:`lightning.Trainer`: ``accelerator``, ``devices``, ``strategy``, …
 
     Returns:
-        The contents of results.json (:mod:`lipsim.results.file`).
+        The contents of results.json (:mod:`lipsim.results.schema`).
 
     Raises:
         FileNotFoundError: no such metric or data.
@@ -122,13 +123,13 @@ def run_evaluation(
     *,
     max_triplets: int | None = None,
     sample_seed: int = 0,
-) -> dict[str, Any]:
+) -> Results:
     """:func:`evaluate` with a trainer that has the callbacks, and ``use_distributed_sampler=False``.
 
     (The loaders have been shared among processes when Lightning sees them; its sampler would repeat triplets.)
 
     Returns:
-        The contents of results.json; of a trial (``fast_dev_run``), nothing.
+        The contents of results.json; of a trial (``fast_dev_run``), no section.
     """
     if trainer.limit_test_batches == 0:
         raise LipsimError("nothing to evaluate: limit_test_batches is 0; leave it out, or give --max_triplets")
@@ -161,9 +162,9 @@ def run_evaluation(
     trainer.callbacks.append(keep)  # type: ignore[attr-defined]
     remaining = RemainingData(data, keep, max_triplets, sample_seed)
     trainer.test(module, datamodule=remaining, verbose=False)
+    results: Results = {"schema": SCHEMA, "versions": versions()}
     if trial:
-        return {}
-    results: dict[str, Any] = {}
+        return results
     if trainer.is_global_zero:
         weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
         if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
@@ -171,7 +172,7 @@ def run_evaluation(
                 rank_zero_info(f"removing the results of another evaluation from {directory}")
             # Without results.json nothing said what the files were of.
             _remove_others(trainer, directory, callbacks)
-        content = {
+        content: EvaluationSection = {
             "weights_sha256": weights_sha256,
             "metric_sha256": metric_sha256,
             "checkpoint": module.checkpoint,
@@ -181,12 +182,12 @@ def run_evaluation(
             "triplets": remaining.triplets,
             "sample_seed": sample_seed,
         }
-        update_results(path, "evaluation", content)
+        update_results(path, {"evaluation": content})
         print_certified(trainer)
         results = read_results(path)
     # Not from the file, which is on the disk of another node perhaps.
-    results = trainer.strategy.broadcast(results)
-    return results
+    shared: Results = trainer.strategy.broadcast(results)
+    return shared
 
 
 def _remove_others(trainer: L.Trainer, directory: Path, callbacks: Sequence[TripletCallback]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import platform
 import sys
@@ -20,6 +19,8 @@ from lightning.pytorch import Callback
 from lipsim.evaluation.module import EvaluationModule
 from lipsim.metric import PerceptualMetric
 from lipsim.results import commit, versions
+from lipsim.results.schema import Environment
+from lipsim.utils.files import write_json, write_text
 
 _HEADER = "# The arguments of lipsim.{0}, as far as the objects tell; the command line writes config.yaml instead.\n"
 
@@ -39,15 +40,14 @@ class RunRecord(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             directory = Path(trainer.default_root_dir)
-            directory.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(describe(self.arguments), sort_keys=False, allow_unicode=True)
-            (directory / "arguments.yaml").write_text(_HEADER.format(self.function) + text, encoding="utf-8")
+            write_text(directory / "arguments.yaml", _HEADER.format(self.function) + text)
             write_environment(trainer, directory / "environment.json")
 
 
 def write_environment(trainer: L.Trainer, file: Path) -> None:
     """Write what a run is computed by: command, versions, commit, hardware, processes and precision."""
-    content = {
+    content: Environment = {
         "command": sys.argv,
         "versions": versions(),
         "commit": commit(),
@@ -58,8 +58,7 @@ def write_environment(trainer: L.Trainer, file: Path) -> None:
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(file, content)
 
 
 def describe(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lipsim.evaluation.scores import unique_first
+from lipsim.utils import files
 
 
 class SampleTable:
@@ -74,10 +73,4 @@ def csv_columns(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
     """Write columns of equal length with a header; floats keep the digits that bring them back. Replaces as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-    os.replace(temporary, path)
+    files.write_csv(path, columns, zip(*(column.tolist() for column in columns.values()), strict=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -17,6 +16,7 @@ from lipsim.evaluation.scores import score_distance
 from lipsim.metric.distances import BASELINES
 from lipsim.results import read_results, update_results
 from lipsim.results.quickstart import write_report
+from lipsim.results.schema import BaselinesSection, Results
 from lipsim.results.tables import print_table
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -29,7 +29,7 @@ STAGES = {
 }
 
 
-def quickstart(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def quickstart(overrides: Sequence[str] = ()) -> Results:
     """Tune, distil, fine-tune, certify, attack and report, into ``runs/quickstart`` of the current folder.
 
     About five minutes on two cores; says what it is doing.
@@ -48,8 +48,8 @@ def quickstart(overrides: Sequence[str] = ()) -> dict[str, Any]:
     console = Console()
     seconds: dict[str, float] = {}
     cli: StageCLI | None = None
-    for number, (stage, title) in enumerate(STAGES.items(), start=1):
-        console.rule(f"[bold]{number}/{len(STAGES) + 1}  {title}")
+    for count, (stage, title) in enumerate(STAGES.items(), start=1):
+        console.rule(f"[bold]{count}/{len(STAGES) + 1}  {title}")
         start = time.perf_counter()
         cli = train(["fit", "--config", str(CONFIGS / f"{stage}.yaml"), *overrides])
         if stage == "linear":
@@ -64,8 +64,10 @@ def quickstart(overrides: Sequence[str] = ()) -> dict[str, Any]:
     scores = {title: score_distance(distance, test_loader) for title, distance in BASELINES.items()}
     seconds["test"] = time.perf_counter() - start
     results = ROOT / "results.json"
-    update_results(results, "baselines", {"sets": {name: scores}})
-    update_results(results, "seconds", {stage: round(value, 1) for stage, value in seconds.items()})
+    source = read_results(results)["certified"]["data_sha256"]
+    durations = {stage: round(value, 1) for stage, value in seconds.items()}
+    baselines: BaselinesSection = {"data_sha256": source, "sets": {name: {"metrics": scores}}}
+    update_results(results, {"baselines": baselines, "durations": {"seconds": durations}})
     tables, lines = write_report(ROOT)
     for title, rows in tables.items():
         print_table(console, rows, title)

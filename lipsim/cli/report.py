@@ -31,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lipsim.results import report  # matplotlib, which no other command needs
+    from lipsim.results.comparison import print_tables
+    from lipsim.results.report import write_report  # matplotlib, which no other command needs
+    from lipsim.results.runs import load_runs, warnings
 
     with Progress("writing the report"):
-        runs = report.load_runs(options.runs)
-        tables = report.write_report(runs, options.output, options.radius)
-    report.print_tables(tables, Console())
-    for line in report.warnings(runs):
+        runs = load_runs(options.runs)
+        tables = write_report(runs, options.output, options.radius)
+    print_tables(tables, Console())
+    for line in warnings(runs):
         print(f"warning: {line}", file=sys.stderr)
     print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
     return 0

@@ -6,7 +6,6 @@ says, which in a ``Subset`` or a ``ConcatDataset`` is no position and may occur 
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -30,6 +28,7 @@ from torch.utils.data import (
 
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import Digest, sha256
 
 FINGERPRINT_SAMPLES = 32
 _fingerprints: WeakKeyDictionary[DataLoader[Any], str] = WeakKeyDictionary()
@@ -96,7 +95,7 @@ class Plan:
         chosen = sorted(self.positions)
         if chosen == list(range(self.num_samples)):
             return data
-        return hashlib.sha256(f"{data} {chosen}".encode()).hexdigest()
+        return sha256(f"{data} {chosen}")
 
 
 def plan(loader: DataLoader[Any], name: str = "the loader") -> Plan:
@@ -293,15 +292,15 @@ def data_fingerprint(loader: DataLoader[Any]) -> str:
     """
     if loader not in _fingerprints:
         count = num_samples(loader)
-        digest = hashlib.sha256(str(count).encode())
+        digest = Digest()
+        digest.add(str(count))
         for line in _manifest(loader.dataset):
-            digest.update(f"{line}\n".encode())
+            digest.add(f"{line}\n")
         for i in torch.linspace(0, max(count - 1, 0), min(count, FINGERPRINT_SAMPLES)).long().tolist():
             batch = read_batch(loader, [i])
             if isinstance(batch, Triplet):
                 for tensor in (batch.reference, batch.left, batch.right, batch.right_vote, batch.index):
-                    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-                    digest.update(_bytes(tensor))
+                    digest.add_tensor(tensor)
         _fingerprints[loader] = digest.hexdigest()
     return _fingerprints[loader]
 
@@ -382,10 +381,6 @@ def _read(dataset: Dataset[Any], collate: Any, positions: list[int]) -> Any:
 
 def _chunks(positions: list[int], size: int) -> list[list[int]]:
     return [positions[i : i + size] for i in range(0, len(positions), size)]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _as_it_is(batch: Any) -> Any:

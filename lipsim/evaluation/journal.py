@@ -20,6 +20,7 @@ from torch import Tensor
 from lipsim.certificates.numbers import check_number
 from lipsim.evaluation.module import EvaluationModule
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_json
 
 Kept = dict[str, dict[str, Tensor]]  # callback → column → (N,)
 _ERROR = "feature_error"
@@ -44,7 +45,8 @@ class KeepBatches(Callback):
 
     A line is written whole or, where the process is killed over it, dropped. ``fingerprint.json`` says what the rows
     belong to; rows of anything else are refused. When the test has ended the directory is removed: results.json and the
-    CSV files hold everything then.
+    CSV files hold everything then. A file of its own, to which it only appends, is what each process can rely on where
+    many write to a network disk; SQLite's locks do not hold there.
 
     Processes continue with the files of their own rank. Where the number of processes has changed, they share the rows
     that the others left.
@@ -77,7 +79,7 @@ class KeepBatches(Callback):
         trainer.strategy.barrier()  # every process has checked before any of them writes
         self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not self._anything():
-            _replace(self.directory / "fingerprint.json", {**self.settings, "data": dict(data)})
+            write_json(self.directory / "fingerprint.json", {**self.settings, "data": dict(data)})
         rank, world = trainer.global_rank, trainer.world_size
         own = self.directory / f"part-{rank}-of-{world}.jsonl"
         records = list(_read(own, repair=True))
@@ -152,7 +154,7 @@ class KeepBatches(Callback):
             module.metric.feature_error = found
             module.metric.feature_error_kind = kind
         elif trainer.is_global_zero:
-            _replace(path, {**settings, _ERROR: measured})
+            write_json(path, {**settings, _ERROR: measured})
         trainer.strategy.barrier()  # no row before that
 
     def _close(self) -> None:
@@ -177,13 +179,6 @@ class KeepBatches(Callback):
                 f"{self.directory} holds an unfinished evaluation that differs in {', '.join(differ)}; finish that "
                 "one, remove the folder, or choose another --trainer.default_root_dir"
             )
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in one step: a file cut short would refuse every further run."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _callbacks(trainer: L.Trainer) -> dict[str, RowCallback]:

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from lipsim.data.loading import Plan, data_fingerprint, plan, remaining
 from lipsim.evaluation.journal import KeepBatches
 from lipsim.evaluation.module import EvaluationModule, evaluation_names
+from lipsim.results.file import contents, data_hashes
+from lipsim.results.schema import Results, TripletCount
 from lipsim.utils.errors import LipsimError
 
 
@@ -45,7 +47,7 @@ class RemainingData(L.LightningDataModule):
         self.data, self.keep = data, keep
         self.max_triplets, self.sample_seed = max_triplets, sample_seed
         self.test_names: list[str] = []
-        self.triplets: dict[str, dict[str, int]] = {}
+        self.triplets: dict[str, TripletCount] = {}
         self.fingerprints: dict[str, str] = {}
 
     @property
@@ -119,7 +121,7 @@ class RemainingData(L.LightningDataModule):
             raise LipsimError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
 
 
-def is_of(results: Mapping[str, Any], metric_sha256: str, weights_sha256: str, data: Mapping[str, str]) -> bool:
+def is_of(results: Results, metric_sha256: str, weights_sha256: str, data: Mapping[str, str]) -> bool:
     """Whether every section of a results file is of this metric and these data, as far as sections say.
 
     Args:
@@ -129,8 +131,7 @@ def is_of(results: Mapping[str, Any], metric_sha256: str, weights_sha256: str, d
         data: name of each set → its fingerprint.
     """
     own = {"metric_sha256": metric_sha256, "weights_sha256": weights_sha256}
-    sections = [section for section in results.values() if isinstance(section, dict)]
+    sections = contents(results).values()
     if any(section.get(key, sha256) != sha256 for section in sections for key, sha256 in own.items()):
         return False
-    sets = [section["data_sha256"] for section in sections if "data_sha256" in section]
-    return all(found.get(name) == sha256 for found in sets for name, sha256 in data.items())
+    return all(found.get(name) == sha256 for found in data_hashes(results) for name, sha256 in data.items())

@@ -20,6 +20,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from lipsim.data import Triplet
 from lipsim.metric.distance import Distance
 from lipsim.results import eps_label
+from lipsim.results.schema import NaturalScores
 from lipsim.utils.errors import LipsimError
 
 
@@ -183,20 +184,20 @@ def agrees(margin: Tensor, right_vote: Tensor) -> Tensor:
     return ((margin > 0) & (right_vote < 0.5)) | ((margin < 0) & (right_vote > 0.5))
 
 
-def score_distance(distance: Distance, loader: Iterable[Triplet]) -> dict[str, float]:
+def score_distance(distance: Distance, loader: Iterable[Triplet]) -> NaturalScores:
     """Natural scores, "majority" and "vote", of a plain distance on batches of triplets.
 
     Args:
         distance: of two batches of images, ``(N,)``.
         loader: every triplet once.
     """
-    scores = {kind: TwoAFCScore(kind, sync_on_compute=False) for kind in ("majority", "vote")}
+    majority, vote = TwoAFCScore("majority", sync_on_compute=False), TwoAFCScore("vote", sync_on_compute=False)
     seen = 0
     for batch in loader:
         position = torch.arange(seen, seen + len(batch))
         seen += len(batch)
         with torch.no_grad():
             margin = distance(batch.reference, batch.right) - distance(batch.reference, batch.left)
-        for score in scores.values():
+        for score in (majority, vote):
             score.update(margin, batch.right_vote, position)
-    return {kind: float(score.compute()) for kind, score in scores.items()}
+    return {"majority": float(majority.compute()), "vote": float(vote.compute())}

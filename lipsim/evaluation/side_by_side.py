@@ -27,8 +27,11 @@ from lipsim.metric.deep_distances import DISTS, LPIPS
 from lipsim.metric.distance import Distance, has_features
 from lipsim.metric.distances import BASELINES
 from lipsim.results import eps_label, update_results
-from lipsim.results.tables import NO_GRADIENT, Row, latex_table, markdown_table, percent
+from lipsim.results.formats import latex_table, markdown_table
+from lipsim.results.schema import ComparedMetric, Comparison, ReachedDistances, Scores
+from lipsim.results.tables import NO_GRADIENT, Row, number, percent
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_text
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 
@@ -130,13 +133,13 @@ def attack_tables(
     place = None if root is None else user_path(root)
     triplets = registry.sample_triplets(data, samples, image_size, place, settings.seed, resize)
     measured = measure(metrics, triplets, settings, progress)
-    update_results(folder / "results.json", "attack_tables", {"data": data, **measured})
+    update_results(folder / "results.json", {"attack_tables": {"data": data, **measured}})
     shown = tables(measured, data)
     text = [part for title, rows in shown.items() for part in (f"{title}:", markdown_table(rows))]
-    (folder / "tables.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_text(folder / "tables.md", "\n\n".join(text) + "\n")
     title, rows = next(iter(shown.items()))
     latex = latex_table(rows, title, list(rows[0])[2:], "Score under attack")
-    (folder / "tables.tex").write_text(f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n", encoding="utf-8")
+    write_text(folder / "tables.tex", f"% \\usepackage{{booktabs,multirow}}\n\n{latex}\n")
     return shown
 
 
@@ -145,7 +148,7 @@ def measure(
     triplets: Triplet,
     settings: Settings | None = None,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Attack every metric on the same triplets.
 
     Args:
@@ -155,50 +158,44 @@ def measure(
         progress: told what runs next.
 
     Returns:
-        ``scores``: metric → natural majority score, ``l2`` budget → score under the suite, ``linf`` the same at one
-        budget, ``alone`` attack → score at one ℓ2 budget, and under "one_pixel" with one pixel of any colour,
-        ``no_gradient`` the number of triplets on which attacks with gradients had none to go by. ``distances``: metric
-        → quantiles of ``d(x, x + δ)`` at that budget, as they are and as shares of the median distance between
-        reference and candidates. ``transfer``: source → target → share of the target's right answers that turn around
-        on references attacked on the source.
+        The section "attack_tables" of results.json, but for the data; docs/results.md describes its fields.
     """
     settings = settings or Settings()
     if not len(triplets):
         raise LipsimError("expected at least one triplet, got none")
     say = progress or (lambda _: None)
-    scores, distances = {}, {}
-    transfer: dict[str, dict[str, float]] = {name: {} for name in metrics}
+    compared: dict[str, ComparedMetric] = {}
     with full_precision():
         correct = {name: _correct(metric, triplets, settings) for name, metric in metrics.items()}
         for name, metric in metrics.items():
-            scores[name] = _scores(name, metric, triplets, correct[name], settings, say)
-            say(f"{name}: d(x, x + δ)")
-            distances[name] = _distances(metric, triplets, settings)
+            compared[name] = _compared(name, metric, triplets, correct[name], settings, say)
             say(f"{name}: transfer")
             attacked = _pushed(metric, triplets, settings)
             for other, target in metrics.items():
                 turned = correct[other] & ~_correct(target, attacked, settings)
-                transfer[name][other] = float(turned.sum() / correct[other].sum().clamp(min=1))
+                share = float(turned.sum() / correct[other].sum().clamp(min=1))
+                compared[name]["transfer"][other] = share
     return {
-        "scores": scores,
-        "distances": distances,
-        "transfer": transfer,
         "num_triplets": len(triplets),
+        "eps": list(settings.eps),
         "alone_eps": settings.alone_eps,
-        "linf": settings.linf,
+        "linf_eps": settings.linf,
         "steps": settings.steps,
         "queries": settings.queries,
+        "seed": settings.seed,
+        "metrics": compared,
     }
 
 
-def _scores(
+def _compared(
     name: str,
     metric: Distance,
     triplets: Triplet,
     correct: Tensor,
     settings: Settings,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> ComparedMetric:
+    """A metric under every attack; what carries over to others is found afterwards."""
     untied = (triplets.right_vote != 0.5).sum()
     attackable = correct.nonzero().flatten()
 
@@ -224,22 +221,30 @@ def _scores(
         broken = torch.cat(broken_at) if broken_at else torch.empty(0)
         return [float((broken > e).sum() / untied) for e in eps], no_gradient
 
-    scores: dict[str, Any] = {"natural": float(correct.sum() / untied)}
     say(f"{name}: suite in ℓ2")
-    suite, scores["no_gradient"] = attack(2, settings.eps, None)
-    scores["l2"] = dict(zip(map(eps_label, settings.eps), suite, strict=True))
+    suite, no_gradient = attack(2, settings.eps, None)
     say(f"{name}: suite in ℓ∞")
-    scores["linf"] = attack("inf", [settings.linf], None)[0][0]
-    scores["alone"] = {}
-    for alone in attacks_in(2):
-        say(f"{name}: {alone} alone")
-        scores["alone"][alone] = attack(2, [settings.alone_eps], [alone])[0][0]
+    linf = attack("inf", [settings.linf], None)[0][0]
+    alone: Scores = {}
+    for single in attacks_in(2):
+        say(f"{name}: {single} alone")
+        alone[single] = attack(2, [settings.alone_eps], [single])[0][0]
     say(f"{name}: one pixel")
-    scores["alone"]["one_pixel"] = attack(0, [1], ["one_pixel"])[0][0]
-    return scores
+    one_pixel = attack(0, [1], ["one_pixel"])[0][0]
+    say(f"{name}: d(x, x + δ)")
+    return {
+        "natural": float(correct.sum() / untied),
+        "no_gradient": no_gradient,
+        "l2": dict(zip(map(eps_label, settings.eps), suite, strict=True)),
+        "linf": linf,
+        "alone": alone,
+        "one_pixel": one_pixel,
+        "distances": _distances(metric, triplets, settings),
+        "transfer": {},
+    }
 
 
-def _distances(metric: Distance, triplets: Triplet, settings: Settings) -> dict[str, Any]:
+def _distances(metric: Distance, triplets: Triplet, settings: Settings) -> ReachedDistances:
     """Quantiles of the largest ``d(x, x + δ)`` that APGD finds at ``alone_eps``."""
     reached, natural = [], []
     for part in _batches(triplets, settings.batch_size):
@@ -299,26 +304,27 @@ def _batches(triplets: Triplet, size: int) -> list[Triplet]:
     return [triplets.select(rows) for rows in torch.arange(len(triplets)).split(size)]
 
 
-def tables(measured: Mapping[str, Any], data: str) -> dict[str, list[Row]]:
+def tables(measured: Comparison, data: str) -> dict[str, list[Row]]:
     """Title → rows, cells in %, from what :func:`measure` returns."""
     count, eps = measured["num_triplets"], eps_label(measured["alone_eps"])
     suite: list[Row] = []
     alone: list[Row] = []
     distances: list[Row] = []
     transfer: list[Row] = []
-    flat = any(scores["no_gradient"] for scores in measured["scores"].values())
-    for name, scores in measured["scores"].items():
+    flat = any(scores["no_gradient"] for scores in measured["metrics"].values())
+    for name, scores in measured["metrics"].items():
         at = {label: percent(score) for label, score in scores["l2"].items()}
-        linf = {f"ℓ∞ {eps_label(measured['linf'])}": percent(scores["linf"])}
+        linf = {f"ℓ∞ {eps_label(measured['linf_eps'])}": percent(scores["linf"])}
         suite.append({"metric": name, "natural": percent(scores["natural"]), **at, **linf})
         cells = {ATTACKS[attack].title: percent(score) for attack, score in scores["alone"].items()}
+        cells[ATTACKS["one_pixel"].title] = percent(scores["one_pixel"])
         # Beside what does without gradients, Square and one pixel.
         cells |= {"no gradient": str(scores["no_gradient"])} if flat else {}
         alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
-        moved = measured["distances"][name]
-        cells = {label: f"{value:.3g}" for label, value in moved["reached"].items()}
+        moved = scores["distances"]
+        cells = {label: number(value) for label, value in moved["reached"].items()}
         distances.append({"metric": name, **cells, "of natural": f"{percent(moved['shares']['50 %'])} %"})
-        cells = {other: percent(share) for other, share in measured["transfer"][name].items()}
+        cells = {other: percent(share) for other, share in scores["transfer"].items()}
         transfer.append({"made on": name, **cells})
     note = f"; {NO_GRADIENT}" if flat else ""
     return {

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lipsim.certificates.numbers import check_count, check_number
@@ -20,6 +17,7 @@ from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_safetensors
 from lipsim.utils.paths import user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
@@ -49,19 +47,8 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in encoder.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced as a whole: a process that dies while writing leaves the old file.
-    temporary = path.with_name(path.name + ".tmp")
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
-    try:
-        save_file(state, temporary, metadata=metadata)
-    except SafetensorError as error:  # no OSError, though a full or read-only disk is its usual cause
-        raise OSError(f"cannot write {temporary} ({error})") from error
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
-    os.replace(temporary, path)
+    write_safetensors(path, encoder.state_dict(), metadata)
     return path
 
 

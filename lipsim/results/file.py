@@ -1,125 +1,96 @@
-"""results.json: what a run measured, one section a callback, readable without this package.
-
-Schema 1. Scores are shares in [0, 1]; ε and radii are ℓ2 lengths in input pixels in [0, 1]; numbers that are not finite
-are null; labels of ε are those of :func:`eps_label`. Fields may be added without a new schema number.
-
-``schema``
-    1.
-``versions``
-    Python and packages → version.
-``evaluation`` (scripts/evaluate.py, :func:`lipsim.evaluate`)
-    ``checkpoint`` as given, ``checkpoint_sha256`` of the file (both null for a metric in memory), ``metric_sha256``
-    over weights, encoder, anchor, bound and resizing, ``image_size``, ``resize`` (see
-    :class:`lipsim.data.transforms.Preprocess`); ``triplets`` name of a test set → how many were ``evaluated`` and are
-    ``in_set``; ``sample_seed`` of the draw where that was a sample.
-``certified`` (:class:`lipsim.callbacks.CertifyRadii`)
-    ``lipschitz`` the audited bound, ``layers`` name → bound; ``anchor``; ``feature_error`` that was subtracted,
-    ``feature_error_kind`` how it was found ("searched" in [0, 1] and enlarged, or "none": exact arithmetic only), with
-    ``feature_error_sample`` images of the data among those searched and ``feature_error_factor``; ``resize``;
-    ``precision``; ``eps`` the budgets, ascending; ``sets`` name of a test set or part → ``num_triplets``,
-    ``num_tied_votes`` among them, ``majority``
-    (without these) and ``vote``, the natural scores,
-    ``certified`` (exact radius), ``published`` (LipSim's), ``joint`` (all images move): label → score, ``radius``
-    (``mean``, ``median``, ``min``, ``max``), ``one_pixel_immune``, ``curve`` (``eps``, and the three scores there).
-``attacked`` (:class:`lipsim.callbacks.AttackRobustness`)
-    ``attack`` ("auto" or names), ``attacks`` in their order, ``norm``, ``target``, ``steps``, ``restarts``,
-    ``queries``, ``seed``, ``eps``; ``sets`` name → ``num_triplets``, ``num_tied_votes`` among them, ``violations`` of
-    certificates (must be 0), and for "metric" and each other one ``natural``, ``attacked`` label → score under the
-    worst attack, ``after`` attack → what it and those before it left, and ``no_gradient``, the number of untied
-    triplets that attacks with gradients could not try, as every gradient was zero or not finite.
-``attack_tables`` (`lipsim attack-tables`)
-    what :func:`lipsim.evaluation.side_by_side.measure` returns, and ``data``.
-``null_space`` (:class:`lipsim.callbacks.NullSpaceRobustness`)
-    ``seed``; ``sets`` name → metric → ``kernel``, and either ``reason`` or what was found.
-``baselines``, ``seconds`` (the quickstart)
-    natural scores of plain distances; duration of each stage.
-
-What belongs to a metric has ``weights_sha256`` (:func:`state_fingerprint` of the encoder), and what was measured on
-data has ``data_sha256``: set or part → :func:`lipsim.data.loading.data_fingerprint`, with the choice of triplets where
-that was not the whole set.
-"""
+"""Reading and writing results.json: what a run measured, one section a callback, readable without this package."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from lipsim.results.environment import versions
+from lipsim.results.schema import SCHEMA, Results, Sections
+from lipsim.results.validate import problem
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_json
 
-SCHEMA = 1
-_PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
+NAMES: tuple[str, ...] = tuple(Sections.__annotations__)
+_REMEDY = "remove it and run the test again"
 
 
-def update_results(path: Path, section: str, content: Mapping[str, Any]) -> None:
-    """Write one section into a results file; the file is replaced atomically.
+def update_results(path: Path, sections: Sections) -> None:
+    """Write sections into a results file; the file is replaced as a whole.
 
     Other sections stay, except those that name other weights (``weights_sha256``) or other data (``data_sha256``).
     Numbers that are not finite become null.
 
     Raises:
-        ValueError: the file is there and is no results file of this schema.
+        ValueError: the file is there and is no results file of this schema, or a section is not as the schema says.
     """
-    results: dict[str, Any] = {"schema": SCHEMA}
-    if path.is_file():
-        results = read_results(path)
-    for key in ("weights_sha256", "data_sha256"):
-        if key in content:
-            own = content[key]
-            results = {k: v for k, v in results.items() if not isinstance(v, dict) or v.get(key, own) == own}
-    results[section] = _finite(content)
-    results["versions"] = versions()
-    _replace(path, results)
+    new = {name: _finite(content) for name, content in sections.items()}
+    wrong = problem(new, Sections, extra=False)
+    if wrong is not None:
+        raise LipsimError(f"cannot write {path}: {wrong}")
+    kept = contents(read_results(path)) if path.is_file() else {}
+    for content in new.values():
+        for key in ("weights_sha256", "data_sha256"):
+            if key in content:
+                own = content[key]
+                kept = {name: old for name, old in kept.items() if old.get(key, own) == own}
+    _write(path, {**kept, **new}, versions())
 
 
-def keep_sections(path: Path, sections: Collection[str]) -> None:
-    """Remove all other sections from a results file; the file is replaced atomically."""
-    results = read_results(path)
-    _replace(path, {name: results[name] for name in results if name in {"schema", "versions", *sections}})
-
-
-def _replace(path: Path, results: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read a results file.
+def keep_sections(path: Path, names: Collection[str]) -> None:
+    """Remove all other sections from a results file; the file is replaced as a whole.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it cannot be parsed, or has another schema.
+        ValueError: it is no results file of this schema.
+    """
+    results = read_results(path)
+    _write(path, {name: content for name, content in contents(results).items() if name in names}, results["versions"])
+
+
+def _write(path: Path, sections: Mapping[str, Mapping[str, Any]], packages: Mapping[str, str]) -> None:
+    ordered = {name: sections[name] for name in NAMES if name in sections}  # the same file, in whatever order they came
+    write_json(path, {"schema": SCHEMA, **ordered, "versions": packages})
+
+
+def read_results(path: Path) -> Results:
+    """Read a results file, and check that it is as the schema says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be parsed, is damaged, or was written by an older or a newer version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no results at {path}; a test run writes them")
     try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise LipsimError(f"{path} is no JSON ({error}); remove it and run the test again") from error
-    if results.get("schema") != SCHEMA:
-        raise LipsimError(
-            f"{path} has schema {results.get('schema')!r}, expected {SCHEMA}; remove it and run the test again"
-        )
-    return results
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise LipsimError(f"{path} is no JSON ({error}); {_REMEDY}") from error
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if type(schema) is not int:
+        raise LipsimError(f"{path} is no results file: it has no schema number; {_REMEDY}")
+    if schema > SCHEMA:
+        raise LipsimError(f"{path} has schema {schema} of a newer lipsim, expected {SCHEMA}; read it with that version")
+    if schema < SCHEMA:
+        raise LipsimError(f"{path} has schema {schema} of an older lipsim, expected {SCHEMA}; {_REMEDY}")
+    wrong = problem(results, Results)
+    if wrong is not None:
+        raise LipsimError(f"{path} is damaged, {wrong}; {_REMEDY}")
+    return cast(Results, results)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("lipsim", *_PACKAGES):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def contents(results: Results) -> dict[str, Mapping[str, Any]]:
+    """The sections that are there, by name."""
+    found = cast(Mapping[str, Mapping[str, Any]], results)
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def data_hashes(results: Results) -> list[Mapping[str, str]]:
+    """Of each section that was measured on data, the fingerprint of each set and part."""
+    return [content["data_sha256"] for name, content in contents(results).items() if "data_sha256" in content]
 
 
 def _finite(value: Any) -> Any:
@@ -134,14 +105,3 @@ def eps_label(eps: float) -> str:
     """How tables write a budget: ``36/255`` where it is a whole number of 255ths below 1, else the number."""
     steps = round(eps * 255)
     return f"{steps}/255" if 0 < steps < 255 and abs(eps * 255 - steps) < 1e-9 else f"{eps:.12g}"
-
-
-def commit() -> str | None:
-    """Commit of the checkout this runs from, with "+changes" where it was edited; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from lipsim.utils.files import write_file
+
 _COLUMN, _AXES = 3.3, 2.3  # inches: the width of a column in two-column papers, the height without a legend
 _LABEL = 24  # letters of a label that half a column has room for
 Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
@@ -121,7 +123,11 @@ def plot_grid(path: Path, columns: Sequence[Tensor], labels: Sequence[Sequence[s
     save(figure, path)
 
 
+def plottable(scores: Sequence[float | None]) -> list[float]:
+    """Scores with NaN, which no curve shows, where there is none."""
+    return [float("nan") if score is None else score for score in scores]
+
+
 def save(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    """Write a figure as a whole, making its folder."""
+    write_file(path, lambda temporary: figure.savefig(temporary, dpi=dpi))

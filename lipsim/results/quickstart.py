@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lipsim.results.file import read_results
-from lipsim.results.plots import plot_scores
-from lipsim.results.tables import NO_GRADIENT, Row, certified_curve, markdown_table, read_columns, score_rows
+from lipsim.results.formats import markdown_table
+from lipsim.results.plots import plot_scores, plottable
+from lipsim.results.schema import Results, Scores
+from lipsim.results.tables import NO_GRADIENT, Row, certified_curve, number, percent, read_columns, score_rows
+from lipsim.utils.files import write_text
 
 
 def write_report(root: Path) -> tuple[dict[str, list[Row]], list[str]]:
@@ -29,13 +30,13 @@ def write_report(root: Path) -> tuple[dict[str, list[Row]], list[str]]:
     lines = [*null_space_lines(results, name), _violations(results, name)]
     _plot(root, results, name)
     text = [part for title, rows in tables.items() for part in (f"{title}:", markdown_table(rows))]
-    (root / "report.md").write_text("\n\n".join(["# Quickstart", *text, *lines]) + "\n", encoding="utf-8")
+    write_text(root / "report.md", "\n\n".join(["# Quickstart", *text, *lines]) + "\n")
     return tables, lines
 
 
-def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], name: str) -> dict[str, list[Row]]:
+def quickstart_tables(results: Results, linear: Results, name: str) -> dict[str, list[Row]]:
     """Title → rows: what is certified, and what is left under attack, for every metric."""
-    certified, attacked = results["certified"]["sets"][name], results["attacked"]["sets"][name]
+    certified, attacked = results["certified"]["sets"][name], results["attacked"]["sets"][name]["metrics"]
     own_linear = linear["certified"]["sets"][name]
     rows = {
         "student, exact radius": (certified["majority"], certified["certified"]),
@@ -44,8 +45,8 @@ def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], nam
     }
     names = {"metric": "student", "linear": "linear map", "teacher": "teacher (ViT, no certificate)"}
     under_attack = {title: (attacked[key]["natural"], attacked[key]["attacked"]) for key, title in names.items()}
-    plain: dict[str, tuple[float, dict[str, float]]] = {
-        title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name].items()
+    plain: dict[str, tuple[float | None, Scores]] = {
+        title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name]["metrics"].items()
     }
     count = certified["num_triplets"]
     suite = f"2AFC score in % under attack (APGD, minimal norm, Square) on the reference, {count} test triplets"
@@ -60,25 +61,26 @@ def quickstart_tables(results: Mapping[str, Any], linear: Mapping[str, Any], nam
     }
 
 
-def null_space_lines(results: Mapping[str, Any], name: str) -> list[str]:
+def null_space_lines(results: Results, name: str) -> list[str]:
     """What the null-space search found, one sentence a metric."""
     lines = []
-    for metric, found in results["null_space"]["sets"][name].items():
+    for metric, found in results["null_space"]["sets"][name]["metrics"].items():
         title = {"metric": "student", "linear": "linear map"}.get(metric, metric)
-        if found["kernel"]:
+        if (moves := found["moves"]) is not None:
             lines.append(
                 f"Null space of the {title}'s first operator ({found['layer']}): references moved by "
-                f"‖δ‖ = {found['mean_length']:.2f} on average change the embedding by {found['median_change']:.0e} of "
-                f"its norm (median; at most {found['largest_change']:.0e}); "
-                f"{100 * found['exact']:.0f} % are exact collisions."
+                f"‖δ‖ = {number(moves['mean_length'], '.2f')} on average change the embedding by "
+                f"{number(moves['median_change'], '.0e')} of its norm (median; at most "
+                f"{number(moves['largest_change'], '.0e')}); "
+                f"{percent(moves['exact'], digits=0)} % are exact collisions."
             )
         else:
             lines.append(f"Null space of the {title}'s first operator: none, {found['reason']}.")
     return lines
 
 
-def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
-    attacked, budgets = results["attacked"]["sets"][name], [0.0, *results["attacked"]["eps"]]
+def _plot(root: Path, results: Results, name: str) -> None:
+    attacked, budgets = results["attacked"]["sets"][name]["metrics"], [0.0, *results["attacked"]["eps"]]
     eps = np.linspace(0, 1.5 * budgets[-1], 200)
     student, linear = read_columns(root / "radii.csv"), read_columns(root / "linear" / "radii.csv")
     certified = {
@@ -90,13 +92,14 @@ def _plot(root: Path, results: Mapping[str, Any], name: str) -> None:
     }
     names = {"metric": "student", "linear": "linear map", "teacher": "teacher"}
     under_attack = {
-        names[key]: (budgets, [attacked[key]["natural"], *attacked[key]["attacked"].values()]) for key in names
+        names[key]: (budgets, plottable([attacked[key]["natural"], *attacked[key]["attacked"].values()]))
+        for key in names
     }
     plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under attack")
     pair = {key: under_attack[key] for key in ("teacher", "student")}
     plot_scores(root / "plots" / "teacher-and-student.png", {}, pair, "Teacher and student under the same attacks")
 
 
-def _violations(results: Mapping[str, Any], name: str) -> str:
+def _violations(results: Results, name: str) -> str:
     count = results["attacked"]["sets"][name]["violations"]
     return f"Answers flipped inside their certified radius: {count}."

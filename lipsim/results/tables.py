@@ -1,13 +1,10 @@
-"""Rows of scores, and how a terminal, Markdown, LaTeX, HTML and CSV show them."""
+"""Rows of scores, and how a terminal shows them; :mod:`lipsim.results.formats` has Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
 import csv
-import html
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -16,25 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lipsim.results.schema import Certification
+
 Row = Mapping[str, str]
 NO_GRADIENT = (
     "no gradient: triplets that attacks with gradients could not try, as every gradient was zero or not finite"
 )
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "ε": r"$\varepsilon$",
-    "ℓ": r"$\ell$",
-    "∞": r"$\infty$",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
 
 
-def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
+def certified_rows(certified: Certification) -> list[Row]:
     """One row an evaluation set from the section "certified" of results.json: natural and certified scores in %.
 
     "triplets" counts those with a majority; "vote share" is there where votes are fractions.
@@ -48,7 +35,7 @@ def certified_rows(certified: Mapping[str, Any]) -> list[Row]:
             "natural": percent(scores["majority"]),
             **({"vote share": percent(scores["vote"])} if fractional else {}),
             **percents(scores["certified"]),
-            "median R": f"{scores['radius']['median']:.3g}",
+            "median R": number(scores["radius"]["median"]),
         }
         for name, scores in certified["sets"].items()
     ]
@@ -65,7 +52,7 @@ def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     word = max((cell_len(word) for row in rows for word in (*first.split(), *row[first].split())), default=1)
     # Between two columns are two blanks, a padding and what stands where other tables have a line.
     room = console.width
-    narrow = min(widths[first], max(word, room // 4), room // 2)
+    narrow = min(widths[first], max(word, room // 5), room // 2)
     groups: list[list[str]] = [[]]
     for name in others:
         if groups[-1] and narrow + sum(widths[n] + 2 for n in (*groups[-1], name)) > room:
@@ -90,60 +77,6 @@ def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
         console.print()
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The same table in Markdown."""
-    header = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in [*header, *(list(row.values()) for row in rows)]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def html_table(rows: Sequence[Row]) -> str:
-    """The same table in HTML."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows]
-    return "\n".join(["<table>", f"<tr>{head}</tr>", *(f"<tr>{cells}</tr>" for cells in body), "</table>"])
-
-
-def latex_table(rows: Sequence[Row], caption: str, eps: Sequence[str], heading: str) -> str:
-    """The layout of LipSim's tables (booktabs, multirow): natural score, then the scores at each ε under one heading.
-
-    Args:
-        rows: the first column names the metric, then "natural" and perhaps "vote share", then one column for each of
-            ``eps``.
-        caption: of the table.
-        eps: labels of the budgets.
-        heading: above them.
-    """
-    first, *natural = (column for column in rows[0] if column not in eps)
-    plain = len(natural) + 1
-    titles = {"natural": "Natural score", "vote share": "Vote share"}
-    lines = [
-        r"\begin{table}[t]",
-        r"  \centering",
-        rf"  \caption{{{escape_latex(caption)}}}",
-        rf"  \begin{{tabular}}{{l{'c' * (len(natural) + len(eps))}}}",
-        r"    \toprule",
-        "    "
-        + " & ".join(rf"\multirow{{2}}{{*}}{{{titles.get(c, c.capitalize())}}}" for c in (first, *natural))
-        + (rf" & \multicolumn{{{len(eps)}}}{{c}}{{{escape_latex(heading)}}} \\" if eps else r" \\"),
-        *([rf"    \cmidrule(lr){{{plain + 1}-{plain + len(eps)}}}"] if eps else []),
-        "    " + " & ".join([""] * plain + [_latex_eps(label) for label in eps]) + r" \\",
-        r"    \midrule",
-    ]
-    for row in rows:
-        cells = [row[column] for column in (first, *natural, *eps)]
-        lines.append("    " + " & ".join(escape_latex(cell) if cell else "--" for cell in cells) + r" \\")
-    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}"])
-
-
-def escape_latex(text: str) -> str:
-    """Text with LaTeX's special characters escaped, in one line."""
-    norms = {"ℓ2": r"$\ell_2$", "ℓ∞": r"$\ell_\infty$"}
-    parts = re.split(f"({'|'.join(norms)})", text)
-    escaped = [norms[part] if part in norms else "".join(_LATEX.get(c, c) for c in part) for part in parts]
-    return " ".join("".join(escaped).split())
-
-
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """Columns of a CSV file of numbers."""
     with open(path, encoding="utf-8", newline="") as file:
@@ -160,27 +93,26 @@ def certified_curve(rows: Mapping[str, np.ndarray], column: str, eps: np.ndarray
     return scores
 
 
-def score_rows(scores: Mapping[str, tuple[float, Mapping[str, float]]]) -> list[Row]:
+def score_rows(scores: Mapping[str, tuple[float | None, Mapping[str, float | None]]]) -> list[Row]:
     """Rows of natural score and scores at each ε; cells that were not measured stay empty."""
     rows = [{"metric": title, "natural": percent(natural), **percents(at)} for title, (natural, at) in scores.items()]
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
-def percents(scores: Mapping[str, float]) -> dict[str, str]:
+def percents(scores: Mapping[str, float | None]) -> dict[str, str]:
     """Scores in %, by the same keys."""
     return {eps: percent(score) for eps, score in scores.items()}
 
 
-def percent(score: float | None) -> str:
+def percent(score: float | None, digits: int = 1) -> str:
     """A score in %; empty where there is none."""
-    return "" if score is None else f"{100 * score:.1f}"
+    return "" if score is None else f"{100 * score:.{digits}f}"
 
 
-def _latex_eps(label: str) -> str:
-    """``36/255`` as a fraction."""
-    numerator, _, denominator = label.partition("/")
-    return rf"$\frac{{{numerator}}}{{{denominator}}}$" if denominator else f"${label}$"
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number in a format; empty where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def _number(cell: str) -> float:

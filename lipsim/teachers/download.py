@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -24,6 +22,7 @@ from lipsim.teachers.catalogue import BACKBONES, VARIANTS
 from lipsim.teachers.locate import REPOSITORY_FILES
 from lipsim.teachers.lora import CONFIG
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import file_sha256, put_in_place, write_text
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -85,7 +84,7 @@ def _receipt(folder: Path, name: str) -> Path:
 def _unpack_once(archive: Path, folder: Path, name: str, sha256: str = "") -> list[Path]:
     checksum = check_sha256(archive, sha256)
     members = unpack(archive, folder)
-    _receipt(folder, name).write_text(f"{checksum}  {name}\n", encoding="utf-8")
+    write_text(_receipt(folder, name), f"{checksum}  {name}\n")
     return members
 
 
@@ -116,7 +115,7 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
     except ValueError:
         partial.unlink()
         raise
-    os.replace(partial, target)
+    put_in_place(partial, target)
     return target
 
 
@@ -217,7 +216,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                 if member.is_dir():
                     shutil.copytree(member, target, dirs_exist_ok=True)
                 else:
-                    os.replace(member, target)
+                    put_in_place(member, target)
                 members.append(target)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise LipsimError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
@@ -233,8 +232,7 @@ def check_sha256(path: Path, expected: str = "") -> str:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if not found.startswith(expected.lower()):
         raise LipsimError(f"expected the SHA-256 of {path} to be {expected.lower()}, got {found}; get it again")
     return found

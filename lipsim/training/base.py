@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +26,7 @@ from lipsim.metric.files import FORMAT, describe
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.schedules import Schedule
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_safetensors
 
 DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -205,8 +205,7 @@ def save_batch(batch: Any, path: Path) -> Path:
     else:  # (images, labels) of a folder, or images with embeddings
         names = getattr(batch, "_fields", None) or ("images", *(f"item{i}" for i in range(1, len(batch))))
         tensors = {name: item for name, item in zip(names, batch, strict=True) if isinstance(item, Tensor)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    write_safetensors(path, tensors)
     return path
 
 

@@ -6,7 +6,6 @@ images. Progress, and what is passed over, are told on stderr.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -35,6 +34,7 @@ from lipsim.data.sets.folder import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.metric import PerceptualMetric, load
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import sha256
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
@@ -138,7 +138,7 @@ class HashedImages(Dataset[tuple[Tensor, Tensor]]):
         """An image ``(3, S, S)``, empty without a transform, and a hash ``(32,)`` uint8."""
         file = self.folder / os.fsdecode(bytes(self.names[index]))
         content = file.read_bytes()
-        digest = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
+        digest = torch.frombuffer(bytearray.fromhex(sha256(content)), dtype=torch.uint8)
         return torch.empty(0) if self.transform is None else load_image(file, self.transform, content), digest
 
 

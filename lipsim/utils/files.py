@@ -1,13 +1,87 @@
-"""Files and what is in them: hashes, and removing what a run has left."""
+"""Files: written as a whole or not at all, removed, and hashed."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+import json
+import os
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file, which gets its name when it is complete and on the disk.
+
+    Whoever reads ``path`` meanwhile, or after this process was killed, finds the file that was there before, or none.
+    Several processes may write one file: each writes its own, and the last one stays.
+
+    Args:
+        path: the file; its folder is made where it is missing. A file that is there is replaced.
+        write: writes to the path that it is given, which is in the same folder, hidden, and has the same suffix.
+
+    Raises:
+        OSError: it cannot be written. Nothing is left then, as after any other exception of ``write``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
+    try:
+        # Made here, so that it has the mode of every new file; safetensors makes its own for the owner alone.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode & 0o777
+        write(temporary)
+        temporary.chmod(mode)
+        put_in_place(temporary, path)
+    except (OSError, SafetensorError) as error:  # of the latter, a full or read-only disk is the usual cause
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise OSError(f"cannot write {path} ({reason or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a complete file the name ``path`` once it is on the disk."""
+    with open(temporary, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes, as :func:`write_file` does."""
+    write_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8 with lines that end in a line feed everywhere, as :func:`write_file` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, as :func:`write_file` does."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows under a header, as :func:`write_file` does; floats keep the digits that bring them back."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+
+    write_file(path, write)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors of any device, also those that share memory, as :func:`write_file` does."""
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(state, temporary, metadata=metadata))
 
 
 def remove_files(directory: Path, patterns: Iterable[str], keep: Collection[Path] = ()) -> None:
@@ -31,10 +105,34 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256(content: bytes | str) -> str:
+    """SHA-256 of bytes, or of text in UTF-8."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+class Digest:
+    """A SHA-256 that grows by text and tensors, of which shape, dtype and bytes count."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, text: str) -> None:
+        """Add text."""
+        self._sha256.update(text.encode())
+
+    def add_tensor(self, tensor: Tensor, name: str = "") -> None:
+        """Add a tensor, under a name."""
+        self.add(f"{name}{tuple(tensor.shape)}{tensor.dtype}")
+        self._sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        """Of what was added so far."""
+        return self._sha256.hexdigest()
+
+
 def state_fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a state dict: which weights a number belongs to."""
-    digest = hashlib.sha256()
+    digest = Digest()
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.add_tensor(tensor, name)
     return digest.hexdigest()

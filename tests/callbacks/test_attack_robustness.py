@@ -68,9 +68,10 @@ def _evaluate(**options: Any) -> tuple[dict[str, Any], list[dict[str, float]]]:
 def test_scores_follow_from_the_rows() -> None:
     section, rows = _evaluate(eps=[0.1, 0.3, 1.0])
     assert [row["index"] for row in rows] == list(range(COUNT))
-    assert section["attack"] == "auto" and section["attacks"] == ["apgd", "minimal_norm", "square"]
+    assert section["suite"] and section["attacks"] == ["apgd", "minimal_norm", "square"]
     found = section["sets"]["builtin"]
     assert found["num_triplets"] == COUNT and found["violations"] == 0
+    metrics = found["metrics"]
     triplets = BuiltinTriplets("test", COUNT, image_size=16)
     reference, left, right = (t.float() / 255 for t in triplets.images.unbind(1))
     for key in ("metric", "teacher"):
@@ -79,14 +80,14 @@ def test_scores_follow_from_the_rows() -> None:
         agree = agrees(margin, triplets.right_vote)
         broken_at = torch.tensor([row[f"{key}/broken_at"] for row in rows])
         assert ((broken_at > 0) == agree).all()
-        natural = found[key]["natural"]
+        natural = metrics[key]["natural"]
         assert natural == pytest.approx(float(agree.double().mean()))
-        scores = [natural, *found[key]["attacked"].values()]
-        assert scores == sorted(scores, reverse=True) and list(found[key]["attacked"]) == ["0.1", "0.3", "1"]
+        scores = [natural, *metrics[key]["attacked"].values()]
+        assert scores == sorted(scores, reverse=True) and list(metrics[key]["attacked"]) == ["0.1", "0.3", "1"]
         for label, eps in (("0.1", 0.1), ("0.3", 0.3), ("1", 1.0)):
-            assert found[key]["attacked"][label] == pytest.approx(float((broken_at > eps).double().mean()))
-            after = [found[key]["after"][attack][label] for attack in section["attacks"]]
-            assert after == sorted(after, reverse=True) and after[-1] == found[key]["attacked"][label]
+            assert metrics[key]["attacked"][label] == pytest.approx(float((broken_at > eps).double().mean()))
+            after = [metrics[key]["after"][attack][label] for attack in section["attacks"]]
+            assert after == sorted(after, reverse=True) and after[-1] == metrics[key]["attacked"][label]
     for row in rows:
         if 0 < row["metric/broken_at"] < math.inf:
             assert row["radius"] <= row["metric/length"] <= row["metric/broken_at"] + 1e-6

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sections import certified_section
 
 from lipsim import PerceptualMetric
 from lipsim.cli import evaluate, main, train
@@ -46,10 +47,7 @@ def test_certify_and_report_in_any_terminal(environment: dict[str, str], tmp_pat
     """A process each, which is what takes seconds: encodings and backends are settled when Python starts."""
     save(PerceptualMetric(OrthogonalProjection(16, 8), 16), tmp_path / "metric.safetensors")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    scores = {"num_triplets": 9, "majority": 0.5, "vote": 0.5, "radius": {"median": 0.5}}
-    scores |= {name: {"1": 0.25} for name in ("certified", "published", "joint")}
-    content = {"weights_sha256": "w", "data_sha256": {"ε": "d"}, "lipschitz": 1.0, "eps": [1.0], "sets": {"ε": scores}}
-    update_results(tmp_path / "run" / "results.json", "certified", content)
+    update_results(tmp_path / "run" / "results.json", {"certified": certified_section({"ε": [0.25]}, [1.0])})
     variables = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", COMMANDS.replace("ünlü", r"\xfcnl\xfc")]
     found = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, timeout=300)
@@ -111,7 +109,7 @@ def test_every_file_names_its_encoding() -> None:
             nodes = [node for argument in [*call.args, *call.keywords] for node in ast.walk(argument)]
             texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
             modes = [text for text in texts if isinstance(text, str) and set(text) <= set("rwaxbt+")]
-            if (opens and not any("b" in mode for mode in modes)) or name in ("read_text", "write_text"):
+            if (opens and not any("b" in mode for mode in modes)) or (owner and name in ("read_text", "write_text")):
                 if not any(keyword.arg == "encoding" for keyword in call.keywords):
                     lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert not lacking

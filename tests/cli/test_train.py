@@ -382,10 +382,10 @@ def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
         assert (folder / stage / "config.yaml").is_file() and (folder / stage / "checkpoints" / "last.ckpt").is_file()
     scores = results["attacked"]["sets"]["builtin"]
     for metric in ("metric", "teacher", "linear"):
-        left = [scores[metric]["natural"], *scores[metric]["attacked"].values()]
+        left = [scores["metrics"][metric]["natural"], *scores["metrics"][metric]["attacked"].values()]
         assert left == sorted(left, reverse=True)
     assert scores["violations"] == 0
-    assert set(results["baselines"]["sets"]["builtin"]) == {"pixel l2", "SSIM", "MS-SSIM"}
+    assert set(results["baselines"]["sets"]["builtin"]["metrics"]) == {"pixel l2", "SSIM", "MS-SSIM"}
     printed = capsys.readouterr().out
     assert "published radius" in printed and "Null space of the student's first operator" in printed
     metric = lipsim.load(folder / "quickstart.safetensors")

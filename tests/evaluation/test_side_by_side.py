@@ -35,14 +35,14 @@ def test_scores_are_those_of_the_attacks(metric: PerceptualMetric, triplets: Tri
     margin = metric.margin(*triplets.embed(metric.embed))
     right = agrees(margin, triplets.right_vote)
     untied = int((triplets.right_vote != 0.5).sum())
-    scores = found["scores"]["ours"]
+    scores = found["metrics"]["ours"]
     assert scores["natural"] == pytest.approx(int(right.sum()) / untied)
     images = (triplets.reference, triplets.left, triplets.right)
     x_adv = apgd(TwoAFCObjective(metric, *images), images[0], eps=0.5, steps=8)
     held = right & (TwoAFCObjective(metric, *images, chosen_left=margin > 0)(x_adv) <= 0)
     assert scores["alone"]["apgd"] == pytest.approx(int(held.sum()) / untied)
     for name in ("ours", "pixels"):
-        row = found["scores"][name]
+        row = found["metrics"][name]
         assert row["natural"] >= row["l2"]["0.05"] >= row["l2"]["0.5"]
         # The suite is no weaker than its members.
         assert row["l2"]["0.5"] <= min(row["alone"][attack] for attack in ("apgd", "minimal_norm"))
@@ -52,19 +52,19 @@ def test_distances_and_transfer(metric: PerceptualMetric, triplets: Triplet) -> 
     copy = PerceptualMetric(OrthogonalProjection(16, 24), 16, lipschitz=1.0).eval().requires_grad_(False)
     copy.load_state_dict(metric.state_dict())
     found = measure({"one": metric, "same": copy, "pixels": pixel_l2}, triplets, SETTINGS)
-    moved = found["distances"]["pixels"]
+    moved = found["metrics"]["pixels"]["distances"]
     assert all(value == pytest.approx(0.5, rel=0.02) for value in moved["reached"].values())
     natural = [pixel_l2(triplets.reference, images) for images in (triplets.left, triplets.right)]
     assert moved["natural_median"] == pytest.approx(float(torch.cat(natural).double().median()))
-    reached = list(found["distances"]["one"]["reached"].values())
+    reached = list(found["metrics"]["one"]["distances"]["reached"].values())
     assert reached == sorted(reached) and reached[0] > 0
     # d(x, x + δ) ≤ 1 − √(1 − (ε/‖e‖)²) for a 1-Lipschitz encoder.
     norm = torch.sqrt(metric.embed(triplets.reference).square().sum(1) + 1)
     assert reached[-1] <= float((1 - torch.sqrt(1 - (0.5 / norm).square())).max()) + 1e-6
-    transfer = found["transfer"]
+    transfer = {name: scores["transfer"] for name, scores in found["metrics"].items()}
     assert transfer["one"] == pytest.approx(transfer["same"]) and transfer["one"]["one"] == transfer["one"]["same"]
     right = int(agrees(metric.margin(*triplets.embed(metric.embed)), triplets.right_vote).sum())
-    broken = round((found["scores"]["one"]["natural"] - found["scores"]["one"]["alone"]["apgd"]) * 10)
+    broken = round((found["metrics"]["one"]["natural"] - found["metrics"]["one"]["alone"]["apgd"]) * 10)
     assert transfer["one"]["one"] == pytest.approx(broken / right, abs=1.5 / right)
     shown = tables(found, "toy")
     assert len(shown) == 4 and all(len(rows) == 3 for rows in shown.values())
@@ -134,8 +134,8 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
         main(["attack-tables", "student=m.safetensors", *small])
     assert stop.value.code == 0
     found = read_results(Path("out/results.json"))["attack_tables"]
-    assert list(found["scores"]) == ["student", *BASELINES] and found["num_triplets"] == 4
-    assert not any(math.isnan(score) for row in found["scores"].values() for score in row["l2"].values())
+    assert list(found["metrics"]) == ["student", *BASELINES] and found["num_triplets"] == 4
+    assert not any(math.isnan(score) for row in found["metrics"].values() for score in row["l2"].values())
     lines = Path("out/tables.md").read_text().splitlines()
     assert sum(line.startswith("| student |") for line in lines) == 4
     assert r"\toprule" in Path("out/tables.tex").read_text()

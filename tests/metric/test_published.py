@@ -7,6 +7,7 @@ of 8-bit images, and the float64 features and distances that its own code gave f
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -340,7 +341,9 @@ def test_damaged_files_are_refused_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth"]
 
 
-def test_wrong_arguments_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = str(_write(tmp_path / "a.pth", _published(_weights())))
     output = str(tmp_path / "a.safetensors")
     _refused([str(tmp_path / "none.pth"), output], "no checkpoint file", capsys)
@@ -351,7 +354,7 @@ def test_wrong_arguments_are_refused_in_one_line(tmp_path: Path, capsys: pytest.
     _refused([source, str(tmp_path / "a.pth")], "ending in .safetensors", capsys)
     _refused([source, output], "at least 1792 features", capsys)
     _refused([source, str(Path(source) / "b.safetensors"), f"--out-features={KEPT}"], "a.pth", capsys)
-    (tmp_path / "a.safetensors.tmp").mkdir()  # where the file is written first
+    monkeypatch.setattr(os, "replace", _full)
     _refused([source, output, f"--out-features={KEPT}"], "cannot write", capsys)
 
 
@@ -362,6 +365,10 @@ def main(args: list[str]) -> None:
     except SystemExit as stop:
         if stop.code:
             raise
+
+
+def _full(*paths: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

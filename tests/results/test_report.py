@@ -11,39 +11,29 @@ from typing import Any
 import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
+from sections import attacked_section, certified_section
 
 from lipsim.cli.main import main
 from lipsim.results import SCHEMA, plots, read_results, update_results
-from lipsim.results.report import load_runs, write_report
-from lipsim.results.tables import escape_latex, html_table, markdown_table
+from lipsim.results.formats import escape_latex, html_page, markdown_table
+from lipsim.results.report import write_report
+from lipsim.results.runs import load_runs
+from lipsim.results.schema import Scores
 
 
 def _write(
     folder: Path, natural: float, eps: dict[str, float], scores: list[float], data: str = "d", **changed: float
 ) -> Path:
-    certified = dict(zip(eps, scores, strict=True))
-    sets = {
-        "builtin": {
-            "num_triplets": 200,
-            "majority": natural,
-            "vote": natural,
-            "certified": certified,
-            "published": {label: score / 2 for label, score in certified.items()},
-            "joint": {label: score / 4 for label, score in certified.items()},
-            "radius": {"mean": 1.0, "median": 1.0, "min": 0.0, "max": 2.0},
-            **changed,
-        }
-    }
-    hashes = {"weights_sha256": f"w{natural}", "data_sha256": {"builtin": data}}
-    content = {**hashes, "lipschitz": 1.00001, "precision": "full", "eps": list(eps.values()), "sets": sets}
-    update_results(folder / "results.json", "certified", content)
-    attacked = {"natural": natural, "attacked": {label: score + 0.05 for label, score in certified.items()}}
-    attack = {"attack": "auto", "attacks": ["apgd", "square"], "norm": 2, "target": "reference", "steps": 20}
-    attack |= {"restarts": 1, "eps": list(eps.values())}
-    found = {"builtin": {"num_triplets": 200, "metric": attacked, "teacher": attacked, "violations": 0}}
-    update_results(folder / "results.json", "attacked", {**hashes, **attack, "sets": found})
+    source = {"weights_sha256": f"w{natural}", "data_sha256": {"builtin": data}}
+    budgets = list(eps.values())
+    certified = certified_section({"builtin": scores}, budgets, source=source, **{"majority": natural, **changed})
+    left: Scores = {label: score + 0.05 for label, score in zip(eps, scores, strict=True)}
+    attacked = attacked_section({"metric": (natural, left), "teacher": (natural, left)}, budgets, **source)
+    update_results(folder / "results.json", {"certified": certified})
+    update_results(folder / "results.json", {"attacked": attacked})
     (folder / "plots").mkdir()
     matplotlib.image.imsave(folder / "plots" / "gallery.png", [[0.0, 1.0], [1.0, 0.0]])
+    (folder / "plots" / ".0.tmp.png").touch()  # of a process that was killed
     return folder
 
 
@@ -105,13 +95,17 @@ def test_runs_that_do_not_compare(tmp_path: Path) -> None:
 
 
 def test_bad_runs_are_one_line(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("text", "hello"), ("old", "{}"), ("empty", json.dumps({"schema": SCHEMA}))):
+    for name, content in (
+        ("text", "hello"),
+        ("old", '{"schema": 1}'),
+        ("empty", json.dumps({"schema": SCHEMA, "versions": {}})),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(content)
     for args, message in (
         ([tmp_path / "nowhere"], "no results at"),
         ([tmp_path / "text"], "is no JSON"),
-        ([tmp_path / "old"], "has schema None"),
+        ([tmp_path / "old"], "of an older lipsim"),
         ([tmp_path / "empty"], "neither certified nor attacked"),
         ([runs[0], runs[0]], "several runs are called first_run"),
         ([runs[0], "--radius", "guessed"], "invalid choice"),
@@ -122,17 +116,12 @@ def test_bad_runs_are_one_line(runs: list[str], tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out").exists()
 
 
-def test_sections_of_other_weights_or_data_go(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    for weights, data, section in (("w", "d", "a"), ("w", "d", "b"), ("w", "e", "c")):
-        update_results(path, section, {"weights_sha256": weights, "data_sha256": {"set": data}, "x": float("inf")})
-    assert set(read_results(path)) == {"schema", "versions", "c"} and read_results(path)["c"]["x"] is None
-
-
 def test_cells_are_escaped() -> None:
     rows = [{"metric": "a|b <i>", "natural": "1"}]
     assert "| a\\|b <i> | 1 |" in markdown_table(rows)
-    assert "<td>a|b &lt;i&gt;</td>" in html_table(rows)
+    run = {"name": "a <b>", "facts": rows, "pictures": []}
+    page = html_page(warnings=["<u>"], sets=[], runs=[run])
+    assert "<td>a|b &lt;i&gt;</td>" in page and "<h2>a &lt;b&gt;</h2>" in page and "<strong>&lt;u&gt;</strong>" in page
     assert escape_latex("50 % of $x_1^2\\\n ℓ∞ ε") == (
         r"50 \% of \$x\_1\textasciicircum{}2\textbackslash{} $\ell_\infty$ $\varepsilon$"
     )
@@ -152,9 +141,8 @@ def test_fractions_of_votes_have_a_column_and_ties_are_counted(tmp_path: Path) -
 def test_what_has_no_gradient_stands_in_the_table(tmp_path: Path) -> None:
     folder = _write(tmp_path / "run", 0.8, {"1": 1.0}, [0.5])
     content = read_results(folder / "results.json")["attacked"]
-    for key, count in (("metric", 0), ("teacher", 17)):
-        content["sets"]["builtin"][key] = {**content["sets"]["builtin"][key], "no_gradient": count}
-    update_results(folder / "results.json", "attacked", content)
+    content["sets"]["builtin"]["metrics"]["teacher"]["no_gradient"] = 17
+    update_results(folder / "results.json", {"attacked": content})
     tables = write_report(load_runs([str(folder)]), tmp_path / "report")
     (attacked,) = [table for table in tables if "under attack" in table.title]
     assert [row["no gradient"] for row in attacked.rows] == ["0", "17"] and "no gradient" in attacked.title

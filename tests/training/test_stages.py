@@ -153,12 +153,12 @@ def _check_test_files(root: Path, tuning: FineTuning, data: ToyData) -> None:
     agree = (metric.margin(z, z0, z1) > 0) != right
     for label, eps in (("36/255", 36 / 255), ("1", 1.0)):
         assert scores["certified"][label] == pytest.approx(float((agree & (found > eps)).double().mean()))
-        assert scores["certified"][label] <= attacked["metric"]["attacked"][label] <= scores["majority"]
+        assert scores["certified"][label] <= attacked["metrics"]["metric"]["attacked"][label] <= scores["majority"]
     assert scores["published"]["1"] == 0  # capped below 1
     assert attacked["violations"] == 0
-    null_space = results["null_space"]["sets"]["toy"]
-    assert null_space["teacher"]["kernel"] and null_space["teacher"]["exact"] > 0.9
-    assert null_space["metric"]["kernel"] and null_space["metric"]["exact"] > 0.5
+    null_space = results["null_space"]["sets"]["toy"]["metrics"]
+    assert null_space["teacher"]["moves"]["exact"] > 0.9
+    assert null_space["metric"]["moves"]["exact"] > 0.5
     for name in ("gallery.png", "attacked-toy.png"):
         assert (root / "plots" / name).stat().st_size > 5000
     assert (root / "attacks.csv").is_file()

@@ -15,12 +15,12 @@ and nothing else. They may come in any order, from any number of processes, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from lipsim.data.sets.folder import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
 from lipsim.layers.encoder import Encoder
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import state_fingerprint
+from lipsim.utils.files import sha256 as sha256_of
+from lipsim.utils.files import state_fingerprint, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-embeddings"
@@ -102,7 +103,7 @@ class CacheDescription:
         """Write ``cache.json``, replacing it as a whole."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        _write(folder / "cache.json", (json.dumps(content, indent=1) + "\n").encode())
+        write_text(folder / "cache.json", json.dumps(content, indent=1) + "\n")
 
     def check_equal(self, other: CacheDescription, folder: Path) -> None:
         """Refuse to add embeddings of another description to the cache in ``folder``, which this one is of.
@@ -189,7 +190,7 @@ class EmbeddingCache:
         Raises:
             ValueError: its ``content`` has another SHA-256.
         """
-        if hashlib.sha256(content).digest() != self.sha256[row].tobytes():
+        if sha256_of(content) != self.sha256[row].tobytes().hex():
             raise LipsimError(
                 f"{file} is not the image whose embedding is in the cache {self.folder}: its content differs; restore "
                 f"it, or delete {index_file(self.folder, int(self._shard[row])).name} there and run {COMMAND} again"
@@ -265,9 +266,7 @@ class EmbeddingCache:
 def teacher_fingerprint(encoder: nn.Module) -> str:
     """SHA-256 over class, configuration and weights of a teacher: equal weights may serve another architecture."""
     config = json.dumps(encoder.config if isinstance(encoder, Encoder) else None, sort_keys=True, default=str)
-    return hashlib.sha256(
-        f"{type(encoder).__name__}{config}{state_fingerprint(encoder.state_dict())}".encode()
-    ).hexdigest()
+    return sha256_of(f"{type(encoder).__name__}{config}{state_fingerprint(encoder.state_dict())}")
 
 
 def write_shard(folder: Path, number: int, paths: Sequence[bytes], sha256: np.ndarray, embeddings: np.ndarray) -> None:
@@ -283,8 +282,8 @@ def write_shard(folder: Path, number: int, paths: Sequence[bytes], sha256: np.nd
     index = np.empty(len(paths), _index_type(max(map(len, paths))))
     index["path"], index["sha256"] = paths, sha256
     index["crc32"] = [zlib.crc32(row.tobytes()) for row in embeddings]
-    _write(shard_file(folder, number), embeddings)
-    _write(index_file(folder, number), index)
+    for file, content in ((shard_file(folder, number), embeddings), (index_file(folder, number), index)):
+        write_file(file, partial(np.save, arr=content, allow_pickle=False))
 
 
 def shard_numbers(folder: Path) -> list[int]:
@@ -304,16 +303,3 @@ def index_file(folder: Path, number: int) -> Path:
 
 def _index_type(length: int) -> np.dtype:
     return np.dtype([("path", f"S{length}"), ("sha256", np.uint8, (32,)), ("crc32", "<u4")])
-
-
-def _write(file: Path, content: bytes | np.ndarray) -> None:
-    """Replace a file as a whole, on the disk before it has its name: a reader finds all of it or none."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        if isinstance(content, bytes):
-            stream.write(content)
-        else:
-            np.save(stream, content, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)

@@ -1,0 +1,83 @@
+"""Runs to compare: which there are, and whether they saw the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lipsim.results.file import data_hashes, read_results
+from lipsim.results.schema import AttackedSection, AttackedSet, CertifiedSection, CertifiedSet, Results
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.paths import user_path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the name that tables give it, its directory and the contents of its results.json."""
+
+    name: str
+    directory: Path
+    results: Results
+
+    @property
+    def certified(self) -> CertifiedSection | None:
+        """What was certified, if it was."""
+        return self.results.get("certified")
+
+    @property
+    def attacked(self) -> AttackedSection | None:
+        """What was attacked, if it was."""
+        return self.results.get("attacked")
+
+    @property
+    def certified_sets(self) -> Mapping[str, CertifiedSet]:
+        """Test set → what is certified there; empty where nothing was."""
+        return self.certified["sets"] if self.certified else {}
+
+    @property
+    def attacked_sets(self) -> Mapping[str, AttackedSet]:
+        """Test set → what attacks left there; empty where nothing was attacked."""
+        return self.attacked["sets"] if self.attacked else {}
+
+
+def load_runs(paths: Sequence[str]) -> list[Run]:
+    """Read runs that are given as ``DIRECTORY``, ``…/results.json`` or ``NAME=DIRECTORY``.
+
+    Raises:
+        FileNotFoundError: no results.json.
+        ValueError: it cannot be read, holds no scores, or two runs have one name.
+    """
+    runs = []
+    for path in paths:
+        name, _, place = ("", "", path) if user_path(path).exists() else path.partition("=")
+        file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
+        run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
+        if not run.certified_sets and not run.attacked_sets:
+            raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
+        runs.append(run)
+    names = [run.name for run in runs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise LipsimError(f"several runs are called {', '.join(repeated)}; tell them apart by NAME=DIRECTORY")
+    return runs
+
+
+def set_names(runs: Sequence[Run]) -> list[str]:
+    """Every test set of some runs, once."""
+    return list(dict.fromkeys(name for run in runs for name in (*run.certified_sets, *run.attacked_sets)))
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the tables has to know: sets that are of different data under one name."""
+    return [line for name in set_names(runs) if (line := different_data(runs, name))]
+
+
+def different_data(runs: Sequence[Run], name: str) -> str | None:
+    """A warning where runs saw different data under one name."""
+    seen: dict[str, list[str]] = {}
+    for run in runs:
+        for fingerprint in {hashes[name] for hashes in data_hashes(run.results) if name in hashes}:
+            seen.setdefault(fingerprint, []).append(run.name)
+    groups = "; ".join(", ".join(names) for names in seen.values())
+    return f"Different data under the name {name}: {groups}. Their scores do not compare." if len(seen) > 1 else None
