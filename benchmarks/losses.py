@@ -89,7 +89,7 @@ class Photographs:
 
     @staticmethod
     def _read(root: Path, part: str, view: str, cache: EmbeddingCache) -> EmbeddedImages:
-        images = FolderImages(root / part, SIZE, resize=SIZE, views=(view,))
+        images = FolderImages(root / part, SIZE, short_side=SIZE, views=(view,))
         embedded = EmbeddedFolder(images, cache, f"{part}/")
         found: EmbeddedImages = default_collate([embedded[i] for i in range(len(embedded))])
         return found
@@ -186,7 +186,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     with tempfile.TemporaryDirectory() as folder:
         where = options.teacher, options.images, folder
-        cache_teacher(*where, resize=SIZE, dtype="float32", num_workers=0, accelerator="cpu")
+        cache_teacher(*where, short_side=SIZE, dtype="float32", num_workers=0, accelerator="cpu")
         photographs = Photographs(options.images, EmbeddingCache(folder))
     builtin = [collate_triplets(list(BuiltinTriplets(*part, seed=1))) for part in (("train", 6000), ("test", 1500))]
     found: dict[str, list[Rows]] = {name: [] for name in options.losses}

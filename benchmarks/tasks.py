@@ -94,7 +94,7 @@ def scores(features: Tensor, right_vote: Tensor) -> list[float]:
 def material(make: Make, seconds: float, options: argparse.Namespace) -> dict[str, list[float]]:
     """Human votes on materials at 64 pixels."""
     root = options.shared / "material-appearance-similarity"
-    images, _ = load_material_images(root, 64)
+    images, _ = load_material_images(root, Preprocess(64))
     split = split_material(load_material_answers(root), seed=0)
     encoder = _made(make, 64, 256, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -67,6 +68,29 @@ def nights(tmp_path: Path) -> Path:
         row = [right, 1 - right, number, '"a word, and more"', votes, split, number % 4 != 0, *paths[::-1]]
         lines.append(",".join(map(str, row)))
     (root / "data.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def material(tmp_path: Path) -> Path:
+    """A folder in the layout of Material: 100 noise images of 20 pixels and 6,000 answers, every tenth a tie."""
+    root, rng = tmp_path / "material", np.random.default_rng(0)
+    images = root / "data" / "havran1_ennis_298x298_LDR"
+    images.mkdir(parents=True)
+    for number in range(100):
+        noise = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(images / f"{number:03d}.jpg")
+    answers = [rng.permutation(100)[:3].tolist() for _ in range(6000)]
+    agreement = [[4, 1] if i % 10 else [2, 2] for i in range(6000)]
+    untied = [i for i in range(6000) if i % 10]
+    content = {
+        "answers": answers,
+        "agreement": agreement,
+        "answers_diff": [answers[i] for i in untied],
+        "agreement_diff": [agreement[i] for i in untied],
+    }
+    for part in ("train", "test"):
+        (root / "data" / f"answers_processed_{part}.json").write_text(json.dumps(content))
     return root
 
 

@@ -52,6 +52,7 @@ class TripletCallback(RowCallback):
         self.tables: dict[str, SampleTable] = {}
         self.latest = None
         self.sections: set[str] = set()
+        self.others: dict[str, PerceptualMetric] = {}  # that see the same images, for comparison
 
     def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         """Before the first batch."""
@@ -172,6 +173,8 @@ class TripletCallback(RowCallback):
             raise LipsimError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
         if self._works(trainer):
             self._check_alone(trainer)
+            for name, metric in self.others.items():
+                module.check_resizes(metric, name)
             with outside_inference_mode():
                 # Callbacks start before the module does; what they audit must be what it will evaluate.
                 freeze(module.metric)

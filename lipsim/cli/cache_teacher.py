@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=user_path, required=True, help="folder of the cache")
     parser.add_argument("--views", nargs="+", default=["plain", "flip"], help=f"of {', '.join(VIEWS)} (plain flip)")
     parser.add_argument(
-        "--resize", type=positive_int, help="resize the short side to this before the crop, as data.resize does"
+        "--short-side", type=positive_int, help="resize the short side to this first, as data.short_side does"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the teacher (%(default)s)")
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
         cache = cache_teacher(
             *where,
             views=options.views,
-            resize=options.resize,
+            short_side=options.short_side,
             dtype=options.dtype,
             precision=options.precision,
             batch_size=options.batch_size,

@@ -45,7 +45,12 @@ def _run(options: argparse.Namespace) -> int:
         progress("loading the metric and the triplets")
         metric = load(options.checkpoint).to(options.device)
         triplets = sample_triplets(
-            options.data, options.samples, metric.image_size, options.root, options.seed, metric.preprocess.resize
+            options.data,
+            options.samples,
+            metric.image_size,
+            resize=metric.preprocess.resize,
+            root=options.root,
+            seed=options.seed,
         )
         verification = verify(
             metric,

@@ -1,6 +1,30 @@
 """Triplet sets, image folders and transforms."""
 
 from lipsim.data.builtin.triplets import BuiltinTriplets
+from lipsim.data.contracts import TripletDataModule, TripletSet
+from lipsim.data.registry import open_sets, sample_triplets
+from lipsim.data.sets.bapps import BappsTriplets
+from lipsim.data.sets.folder import FolderImages
+from lipsim.data.sets.material import MaterialTriplets
+from lipsim.data.sets.nights import NightsTriplets
+from lipsim.data.transforms import CentralCrop, Preprocess, load_image, read_image
 from lipsim.data.triplet import SharedTriplet, Triplet, collate_triplets
 
-__all__ = ["BuiltinTriplets", "SharedTriplet", "Triplet", "collate_triplets"]
+__all__ = [
+    "BappsTriplets",
+    "BuiltinTriplets",
+    "CentralCrop",
+    "FolderImages",
+    "MaterialTriplets",
+    "NightsTriplets",
+    "Preprocess",
+    "SharedTriplet",
+    "Triplet",
+    "TripletDataModule",
+    "TripletSet",
+    "collate_triplets",
+    "load_image",
+    "open_sets",
+    "read_image",
+    "sample_triplets",
+]

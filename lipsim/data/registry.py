@@ -1,14 +1,16 @@
-"""The data sets by name."""
+"""The data sets by name: the one list of them, behind every command, every table and the data modules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from lipsim.data.builtin.triplets import BuiltinTriplets
+from lipsim.data.contracts import TripletSet
 from lipsim.data.loading import fetch
 from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.sets.material import MaterialTriplets, load_material_answers, load_material_images, split_material
@@ -17,45 +19,120 @@ from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet, collate_triplets
 from lipsim.utils.errors import LipsimError
 
-DATA = ("builtin", "material", "nights", "bapps")
+Sets = dict[str, TripletSet]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where triplets with votes come from.
+
+    Attributes:
+        parts: their names.
+        held_out: the part that no stage trains on.
+        open: ``open(parts, preprocess, root, **options)`` returns some parts by name; options are those of the set.
+        on_disk: whether it is a folder, whose images are resized; otherwise it is made to the size that is asked for.
+    """
+
+    parts: tuple[str, ...]
+    held_out: str
+    open: Callable[..., Sets]
+    on_disk: bool = True
+
+
+def _builtin(parts: Sequence[Any], preprocess: Preprocess, root: None, **options: Any) -> Sets:
+    return {part: BuiltinTriplets(part, image_size=preprocess.image_size, **options) for part in parts}
+
+
+def _nights(parts: Sequence[Any], preprocess: Preprocess, root: Path, **options: Any) -> Sets:
+    return {part: NightsTriplets(root, part, preprocess, **options) for part in parts}
+
+
+def _bapps(parts: Sequence[str], preprocess: Preprocess, root: Path, **options: Any) -> Sets:
+    return {part: BappsTriplets(root, part, preprocess, **options) for part in parts}
+
+
+def _material(
+    parts: Sequence[str], preprocess: Preprocess, root: Path, *, ties: bool = False, seed: int = 0, **options: Any
+) -> Sets:
+    """Three parts of the answers for training, see :class:`MaterialSplit`, and the "official" ones for testing."""
+    split = split_material(load_material_answers(root, ties=ties, seed=seed), seed=seed, **options)
+    images, _ = load_material_images(root, preprocess)
+    answers = {"train": split.train, "triplets": split.triplets, "materials": split.materials}
+    if "official" in parts:
+        answers["official"] = load_material_answers(root, "test", ties=ties, seed=seed)
+    return {part: MaterialTriplets(images, answers[part], preprocess) for part in parts}
+
+
+SOURCES = {
+    "builtin": Source(("train", "val", "test"), "test", _builtin, on_disk=False),
+    "material": Source(("train", "triplets", "materials", "official"), "triplets", _material),
+    "nights": Source(("train", "val", "test"), "test", _nights),
+    "bapps": Source(("train", "val"), "val", _bapps),
+}
+DATA = tuple(SOURCES)
+
+
+def open_sets(
+    data: str, parts: Sequence[str], *, image_size: int, resize: str, root: Path | None = None, **options: Any
+) -> Sets:
+    """Some parts of a data set, by name.
+
+    Args:
+        data: one of :data:`DATA`.
+        parts: which of its :attr:`Source.parts`.
+        image_size: side of the images.
+        resize: of image files, what ``metric.preprocess.resize`` says of the metric that will see them: "float" or
+            "pil", as in :class:`lipsim.data.transforms.Preprocess`.
+        root: folder of the data; built-in ones have none.
+        **options: of :class:`BuiltinTriplets`, :class:`NightsTriplets` or :class:`BappsTriplets`; for Material, of
+            :func:`load_material_answers` and :func:`split_material`.
+
+    Raises:
+        ValueError: an unknown data set, part, size or resize, or no folder.
+        FileNotFoundError: no data at ``root``.
+    """
+    source = _source(data)
+    unknown = [part for part in parts if part not in source.parts]
+    if unknown:
+        raise LipsimError(f"expected parts of {data} among {', '.join(source.parts)}, got {', '.join(unknown)}")
+    if source.on_disk and root is None:
+        raise LipsimError(f"the data of {data} lie in a folder: pass it as --root")
+    return source.open(parts, Preprocess(image_size, resize), root, **options)
 
 
 def sample_triplets(
-    data: str, count: int, image_size: int, root: Path | None = None, seed: int = 0, resize: str = "float"
+    data: str, count: int, image_size: int, *, resize: str, root: Path | None = None, seed: int = 0
 ) -> Triplet:
-    """Some triplets to verify on, drawn from what no stage trains on.
+    """Some triplets to verify or attack on, drawn from what no stage trains on.
 
     Args:
         data: one of :data:`DATA`: the first built-in test triplets, or some of the held-out triplets of Material, of
             the test split of NIGHTS, or of the validation part of BAPPS.
         count: how many.
         image_size: side of the images.
+        resize: as in :func:`open_sets`.
         root: folder of the data, built-in ones have none.
         seed: of the draw.
-        resize: of files, as in :class:`lipsim.data.transforms.Preprocess`.
 
     Raises:
-        ValueError: an unknown data set, one without its root, or no samples.
+        ValueError: as in :func:`open_sets`, or no samples.
         FileNotFoundError: no data at ``root``.
     """
     if count < 1:
         raise LipsimError(f"expected at least 1 sample, got {count}")
-    if data not in DATA:
+    source = _source(data)
+    # What is made to measure is drawn as it is made.
+    options = {} if source.on_disk else {"num_triplets": count, "seed": seed}
+    found = open_sets(data, [source.held_out], image_size=image_size, resize=resize, root=root, **options)
+    triplets = found[source.held_out]
+    rows = list(range(count))
+    if source.on_disk:
+        rows = torch.randperm(len(triplets), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    batch = fetch(triplets, rows)
+    return batch if isinstance(batch, Triplet) else collate_triplets(batch)
+
+
+def _source(data: str) -> Source:
+    if data not in SOURCES:
         raise LipsimError(f"expected data to be one of {', '.join(DATA)}, got {data!r}")
-    if data == "builtin":
-        builtin = BuiltinTriplets("test", count, image_size=image_size, seed=seed)
-        return collate_triplets([builtin[i] for i in range(count)])
-    if root is None:
-        raise LipsimError(f"the data of {data} lie in a folder: pass it as --root")
-    dataset: Dataset[Any]
-    if data == "material":
-        answers = split_material(load_material_answers(root)).triplets
-        dataset = MaterialTriplets(load_material_images(root, image_size)[0], answers)
-    elif data == "nights":
-        dataset = NightsTriplets(root, "test", Preprocess(image_size, resize))
-    else:
-        dataset = BappsTriplets(root, "val", Preprocess(image_size, resize))
-    length = len(dataset)
-    rows = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    found = fetch(dataset, rows)
-    return found if isinstance(found, Triplet) else collate_triplets(found)
+    return SOURCES[data]

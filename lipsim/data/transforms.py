@@ -237,28 +237,30 @@ class CentralCrop:
 
     Args:
         image_size: side of the output; a smaller image gets a black border.
-        resize: what the short side is resized to first (in float, bicubic, antialiased, clamped); None: the image is
-            cropped as it is, the published view (Ghazanfari et al. 2024).
+        short_side: what the short side is resized to first (in float, bicubic, antialiased, clamped); None: the image
+            is cropped as it is, the published view (Ghazanfari et al. 2024).
 
     Raises:
         ValueError: a size below 1.
     """
 
-    def __init__(self, image_size: int, resize: int | None = None) -> None:
-        if image_size < 1 or (resize is not None and resize < 1):
-            raise LipsimError(f"expected an image_size and a resize of at least 1, got {image_size} and {resize}")
-        self.image_size, self.resize = image_size, resize
+    def __init__(self, image_size: int, short_side: int | None = None) -> None:
+        if image_size < 1 or (short_side is not None and short_side < 1):
+            raise LipsimError(
+                f"expected an image_size and a short_side of at least 1, got {image_size} and {short_side}"
+            )
+        self.image_size, self.short_side = image_size, short_side
 
     def __call__(self, image: Image.Image | DeepImage) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop  # seconds to import, and only this needs it
 
         x = to_tensor(image)
-        if self.resize is not None and min(x.shape[1:]) != self.resize:
+        if self.short_side is not None and min(x.shape[1:]) != self.short_side:
             # The long side is rounded down, as torchvision's Resize has it.
-            size = [self.resize * side // min(x.shape[1:]) for side in x.shape[1:]]
+            size = [self.short_side * side // min(x.shape[1:]) for side in x.shape[1:]]
             x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         cropped: Tensor = center_crop(x, [self.image_size, self.image_size])
         return cropped
 
     def __repr__(self) -> str:
-        return f"CentralCrop(image_size={self.image_size}, resize={self.resize})"
+        return f"CentralCrop(image_size={self.image_size}, short_side={self.short_side})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor
 Split = Literal["train", "val", "test"]
 
 
-@dataclass(frozen=True, eq=False)
 class Triplet:
     """One 2AFC judgement, or a batch of N: which of two candidates looks more like the reference?
 
-    Attributes:
+    Args:
         reference: images ``(N, 3, H, W)``, float in [0, 1]; ``(3, H, W)`` for a single triplet.
         left: the first candidates, same shape.
         right: the second candidates, same shape.
@@ -26,22 +24,33 @@ class Triplet:
             unless the set is a ``Subset`` or a ``ConcatDataset``.
     """
 
-    reference: Tensor
-    left: Tensor
-    right: Tensor
-    right_vote: Tensor
-    index: Tensor
+    def __init__(self, reference: Tensor, left: Tensor, right: Tensor, right_vote: Tensor, index: Tensor) -> None:
+        self._images = (reference, left, right)
+        self.right_vote = right_vote
+        self.index = index
+
+    @property
+    def reference(self) -> Tensor:
+        return self._images[0]
+
+    @property
+    def left(self) -> Tensor:
+        return self._images[1]
+
+    @property
+    def right(self) -> Tensor:
+        return self._images[2]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def images(self) -> tuple[Tensor, ...]:
         """The image tensors that this batch holds, none of them twice."""
-        return self.reference, self.left, self.right
+        return self._images
 
     def embed(self, encoder: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Features of reference, left and right, ``(N, D)`` each, from one call of the encoder."""
-        return self.arrange(encoder(torch.cat([self.reference, self.left, self.right])))
+        return self.arrange(encoder(torch.cat(self._images)))
 
     def arrange(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of reference, left and right, ``(N, D)`` each, from those of all :meth:`images` in their order."""
@@ -66,7 +75,7 @@ class Triplet:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(*map(function, (self.reference, self.left, self.right, self.right_vote, self.index)))
+        return type(self)(*map(function, (*self._images, self.right_vote, self.index)))
 
 
 class SharedTriplet(Triplet):
@@ -79,12 +88,10 @@ class SharedTriplet(Triplet):
         index: ``(N,)``, as in :class:`Triplet`.
     """
 
-    distinct: Tensor
-    ids: Tensor
-
     def __init__(self, distinct: Tensor, ids: Tensor, right_vote: Tensor, index: Tensor) -> None:
-        for name, value in (("distinct", distinct), ("ids", ids), ("right_vote", right_vote), ("index", index)):
-            object.__setattr__(self, name, value)
+        # Not Triplet.__init__, which keeps three images of each triplet: here they are made when asked for.
+        self.distinct, self.ids = distinct, ids
+        self.right_vote, self.index = right_vote, index
 
     @property
     def reference(self) -> Tensor:
@@ -114,10 +121,11 @@ class SharedTriplet(Triplet):
 def collate_triplets(samples: list[Triplet]) -> Triplet:
     """Stack single triplets into a batch (a ``collate_fn``)."""
     return Triplet(
-        *(
-            torch.stack([getattr(sample, name) for sample in samples])
-            for name in ("reference", "left", "right", "right_vote", "index")
-        )
+        torch.stack([sample.reference for sample in samples]),
+        torch.stack([sample.left for sample in samples]),
+        torch.stack([sample.right for sample in samples]),
+        torch.stack([sample.right_vote for sample in samples]),
+        torch.stack([sample.index for sample in samples]),
     )
 
 

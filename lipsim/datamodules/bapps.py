@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from lipsim.data.sets.bapps import BappsTriplets
-from lipsim.data.transforms import Preprocess
 from lipsim.datamodules.base import TripletData
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -22,7 +22,7 @@ class BappsData(TripletData):
     Args:
         root: folder that has 2afc/; nothing is downloaded.
         image_size: side to which the patches are resized.
-        resize: "float" or "pil", as in :class:`lipsim.data.transforms.Preprocess`.
+        resize: "float" or "pil", as in :class:`TripletData`.
         batch_size: triplets in a batch of one process.
         num_workers: loading processes of each loader.
         train_subsets: by name; None: traditional, cnn and mix.
@@ -35,7 +35,7 @@ class BappsData(TripletData):
         self,
         root: Path = Path("data/bapps"),
         image_size: int = 64,
-        resize: str = "float",
+        resize: str | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
         train_subsets: list[str] | None = None,
@@ -43,10 +43,10 @@ class BappsData(TripletData):
         val_triplets: int = 2000,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, image_size, resize)
         if val_triplets < 1:
             raise LipsimError(f"expected val_triplets of at least 1, got {val_triplets}")
-        self.root, self.preprocess = user_path(root), Preprocess(image_size, resize)
+        self.root = user_path(root)
         self.train_subsets, self.test_subsets = train_subsets, test_subsets
         self.val_triplets, self.seed = val_triplets, seed
 
@@ -57,7 +57,7 @@ class BappsData(TripletData):
             ValueError: validation would leave nothing to train on.
         """
         if stage in ("fit", "validate") and self.train_set is None:
-            whole = BappsTriplets(self.root, "train", self.preprocess, self.train_subsets)
+            whole = self._part("train", self.train_subsets)
             if len(whole) <= self.val_triplets:
                 raise LipsimError(
                     f"val_triplets = {self.val_triplets} leave nothing to train on; BAPPS at {self.root} has "
@@ -67,4 +67,7 @@ class BappsData(TripletData):
             held_out, rest = rows[: self.val_triplets].sort().values, rows[self.val_triplets :].sort().values
             self.train_set, self.val_sets = whole.select(rest), {"bapps": whole.select(held_out)}
         if stage == "test" and not self.test_sets:
-            self.test_sets = {"bapps": BappsTriplets(self.root, "val", self.preprocess, self.test_subsets)}
+            self.test_sets = {"bapps": self._part("val", self.test_subsets)}
+
+    def _part(self, part: str, subsets: list[str] | None) -> BappsTriplets:
+        return cast(BappsTriplets, self._open("bapps", [part], self.root, subsets=subsets)[part])

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lipsim.data import collate_triplets
+from lipsim.data import Preprocess, TripletSet, collate_triplets
+from lipsim.data.contracts import Parts, groups_of
+from lipsim.data.registry import open_sets
 from lipsim.utils.errors import LipsimError
 
 
 class TripletData(L.LightningDataModule):
-    """Loaders of one training set and of named evaluation sets.
+    """Loaders of one training set and of named evaluation sets: a :class:`lipsim.data.TripletDataModule`.
 
     Args:
         batch_size: triplets in a batch of one process.
         num_workers: loading processes of each loader; sets that are in memory need none.
+        image_size: side to which image files are resized; None: nothing is resized.
+        resize: "float" or "pil", as in :class:`lipsim.data.Preprocess`; None: as the metric expects that is evaluated,
+            and "float" where one is trained.
+
+    Attributes:
+        preprocess: how image files are resized; None: no image is.
     """
 
-    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int, num_workers: int = 0, image_size: int | None = None, resize: str | None = None
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise LipsimError(f"expected a batch_size of at least 1, got {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.train_set: Dataset[Any] | None = None
-        self.val_sets: dict[str, Dataset[Any]] = {}
-        self.test_sets: dict[str, Dataset[Any]] = {}
+        self.train_set: TripletSet | None = None
+        self.val_sets: dict[str, TripletSet] = {}
+        self.test_sets: dict[str, TripletSet] = {}
         self.collate: Callable[[Any], Any] = collate_triplets
+        self.preprocess: Preprocess | None = None
+        if image_size is not None:
+            self.preprocess = Preprocess(image_size, "float" if resize is None else resize)
+        self._follows = resize is None
+
+    def follow(self, resize: str) -> None:
+        """Resize as a metric expects, unless told otherwise when made; to be called before :meth:`setup`."""
+        if self.preprocess is not None and self._follows:
+            self.preprocess = Preprocess(self.preprocess.image_size, resize)
 
     @property
     def val_names(self) -> list[str]:
@@ -43,17 +62,23 @@ class TripletData(L.LightningDataModule):
         return list(self.test_sets)
 
     @property
-    def val_groups(self) -> dict[str, dict[str, Tensor]]:
+    def val_groups(self) -> Mapping[str, Parts]:
         """Parts of each validation set that are scored apart as well, see :attr:`test_groups`."""
-        return {name: getattr(dataset, "groups", {}) for name, dataset in self.val_sets.items()}
+        return {name: groups_of(dataset) for name, dataset in self.val_sets.items()}
 
     @property
-    def test_groups(self) -> dict[str, dict[str, Tensor]]:
+    def test_groups(self) -> Mapping[str, Parts]:
         """Set name → part name → ``(N,)`` bool mask over the set: parts that are scored apart as well.
 
-        A set that has parts says so by an attribute ``groups``. Its triplets are evaluated once.
+        The triplets of a set are evaluated once.
         """
-        return {name: getattr(dataset, "groups", {}) for name, dataset in self.test_sets.items()}
+        return {name: groups_of(dataset) for name, dataset in self.test_sets.items()}
+
+    def _open(self, data: str, parts: Sequence[str], root: Path, **options: Any) -> dict[str, TripletSet]:
+        """Parts of a set of :mod:`lipsim.data.registry` in a folder, resized as this module has it."""
+        assert self.preprocess is not None
+        size, resize = self.preprocess.image_size, self.preprocess.resize
+        return open_sets(data, parts, image_size=size, resize=resize, root=root, **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_set is not None
@@ -65,7 +90,8 @@ class TripletData(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.test_sets.values()]
 
-    def _loader(self, dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
+    def _loader(self, triplets: TripletSet | Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
+        dataset = cast(Dataset[Any], triplets)  # of which a loader needs what the protocol has
         processes = 1 if self.trainer is None else self.trainer.world_size
         share = len(dataset) // processes  # type: ignore[arg-type]
         return DataLoader(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from lipsim.data import BuiltinTriplets
+from lipsim.data import TripletSet
+from lipsim.data.registry import open_sets
 from lipsim.datamodules.base import TripletData
 from lipsim.utils.progress import Progress
 
@@ -35,7 +36,7 @@ class BuiltinData(TripletData):
     ) -> None:
         super().__init__(batch_size)
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
-        self.options = {"image_size": image_size, "photograph_share": photograph_share, "seed": seed}
+        self.image_size, self.photograph_share, self.seed = image_size, photograph_share, seed
 
     def setup(self, stage: str) -> None:
         """Render what the stage needs; equal sets of one process are rendered once."""
@@ -46,14 +47,18 @@ class BuiltinData(TripletData):
         if stage == "test" and not self.test_sets:
             self.test_sets = {"builtin": self._render("test")}
 
-    def _render(self, split: str) -> BuiltinTriplets:
-        trainer = self.trainer
+    def _render(self, split: str) -> TripletSet:
+        trainer, count = self.trainer, self.sizes[split]
         alone = trainer is None or trainer.world_size == 1
         with Progress(f"rendering {split} triplets", sys.stdout, trainer is None or trainer.is_global_zero) as progress:
-            return BuiltinTriplets(
-                split,  # type: ignore[arg-type]
-                self.sizes[split],
-                **self.options,  # type: ignore[arg-type]
+            return open_sets(
+                "builtin",
+                [split],
+                image_size=self.image_size,
+                resize="float",  # as good as any: nothing is resized
+                num_triplets=count,
+                photograph_share=self.photograph_share,
+                seed=self.seed,
                 num_workers=min(8, os.cpu_count() or 1) if alone else 0,
-                progress=progress.counter(self.sizes[split], "triplets"),
-            )
+                progress=progress.counter(count, "triplets"),
+            )[split]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder
@@ -28,7 +28,7 @@ class ImageFolderData(TripletData):
     Args:
         root: folder that has train/ and val/; nothing is downloaded.
         image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
-        resize: what the short side is resized to before; None: nothing, as published.
+        short_side: what the short side is resized to before; None: nothing, as published.
         views: names of :data:`lipsim.data.sets.folder.VIEWS`; training shows one at a time, validation "plain".
         batch_size: images in a batch of one process.
         num_workers: loading processes of each loader.
@@ -39,16 +39,31 @@ class ImageFolderData(TripletData):
         self,
         root: Path = Path("data/imagenet"),
         image_size: int = 224,
-        resize: int | None = None,
+        short_side: int | None = None,
         views: Sequence[str] = ("plain", "flip"),
         batch_size: int = 32,
         num_workers: int = 8,
         triplets: TripletData | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        self.root, self.image_size, self.resize, self.views = user_path(root), image_size, resize, tuple(views)
+        self.root = user_path(root)
+        self.image_size, self.short_side, self.views = image_size, short_side, tuple(views)
         self.triplets = triplets
+        self.preprocess = None if triplets is None else triplets.preprocess  # the crop of the images is no resize
         self.collate = default_collate
+        self.train_images: FolderImages | EmbeddedFolder | None = None
+        self.val_images: FolderImages | EmbeddedFolder | None = None
+
+    @property
+    def val_names(self) -> list[str]:
+        """The images come first."""
+        return ["images", *super().val_names]
+
+    def follow(self, resize: str) -> None:
+        """Have the triplets resized as a metric expects, unless told otherwise when they were made."""
+        if self.triplets is not None:
+            self.triplets.follow(resize)
+            self.preprocess = self.triplets.preprocess
 
     def setup(self, stage: str) -> None:
         """List the folders that the stage needs.
@@ -61,12 +76,11 @@ class ImageFolderData(TripletData):
         if self.triplets is not None:
             self.triplets.trainer = self.trainer
             self.triplets.setup("test" if stage == "test" else "validate")
-            self.test_sets = self.triplets.test_sets
-        if stage in ("fit", "validate") and not self.val_sets:
-            self.val_sets = {"images": self._images("val", ("plain",))}
-            self.val_sets |= self.triplets.val_sets if self.triplets is not None else {}
-        if stage == "fit" and self.train_set is None:
-            self.train_set = self._images("train", self.views)
+            self.val_sets, self.test_sets = self.triplets.val_sets, self.triplets.test_sets
+        if stage in ("fit", "validate") and self.val_images is None:
+            self.val_images = self._images("val", ("plain",))
+        if stage == "fit" and self.train_images is None:
+            self.train_images = self._images("train", self.views)
 
     def use_embeddings(self, cache: EmbeddingCache | None) -> None:
         """From now on each image comes with its embedding, as :class:`lipsim.data.embeddings.folder.EmbeddedImages`.
@@ -77,25 +91,32 @@ class ImageFolderData(TripletData):
         Raises:
             ValueError: the cache is of another transform, or lacks images or views.
         """
-        if self.train_set is not None:
-            self.train_set = _embedded(self.train_set, cache, "train/")
-        if "images" in self.val_sets:
-            self.val_sets["images"] = _embedded(self.val_sets["images"], cache, "val/")
+        if self.train_images is not None:
+            self.train_images = _embedded(self.train_images, cache, "train/")
+        if self.val_images is not None:
+            self.val_images = _embedded(self.val_images, cache, "val/")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.train_images is not None
+        return self._loader(self.train_images, shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         others = [] if self.triplets is None else self.triplets.val_dataloader()
-        return [self._loader(self.val_sets["images"]), *others]
+        assert self.val_images is not None
+        return [self._loader(self.val_images), *others]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [] if self.triplets is None else self.triplets.test_dataloader()
 
     def _images(self, part: str, views: Sequence[str]) -> FolderImages:
-        images = FolderImages(self.root / part, self.image_size, resize=self.resize, views=views)
+        images = FolderImages(self.root / part, self.image_size, short_side=self.short_side, views=views)
         if images.skipped:
             rank_zero_info(f"{len(images)} images under {images.folder}; passed over: {images.skipped}")
         return images
 
 
-def _embedded(dataset: Dataset[Any], cache: EmbeddingCache | None, prefix: str) -> Dataset[Any]:
-    images = dataset.images if isinstance(dataset, EmbeddedFolder) else dataset
-    return images if cache is None else EmbeddedFolder(cast(FolderImages, images), cache, prefix)
+def _embedded(
+    images: FolderImages | EmbeddedFolder, cache: EmbeddingCache | None, prefix: str
+) -> FolderImages | EmbeddedFolder:
+    plain = images.images if isinstance(images, EmbeddedFolder) else images
+    return plain if cache is None else EmbeddedFolder(plain, cache, prefix)

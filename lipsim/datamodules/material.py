@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lipsim.data.sets.material import (
-    ANSWERS,
-    MaterialTriplets,
-    load_material_answers,
-    load_material_images,
-    split_material,
-)
+from lipsim.data.sets.material import ANSWERS
 from lipsim.datamodules.base import TripletData
 from lipsim.utils.paths import user_path
 
@@ -31,6 +25,7 @@ class MaterialData(TripletData):
         ties: whether to keep triplets with a tied vote: the vote score counts them, the majority score and the losses
             pass them over.
         seed: of the split and of the sides.
+        resize: "float" or "pil", as in :class:`TripletData`.
     """
 
     def __init__(
@@ -42,9 +37,10 @@ class MaterialData(TripletData):
         held_out_materials: int = 20,
         ties: bool = False,
         seed: int = 0,
+        resize: str | None = None,
     ) -> None:
-        super().__init__(batch_size)
-        self.root, self.image_size, self.seed = user_path(root), image_size, seed
+        super().__init__(batch_size, image_size=image_size, resize=resize)
+        self.root, self.seed = user_path(root), seed
         self.val_triplets, self.held_out_materials, self.ties = val_triplets, held_out_materials, ties
         self.collate = _as_fetched
 
@@ -52,20 +48,18 @@ class MaterialData(TripletData):
         """Read the images and the answers."""
         if self.train_set is not None:
             return
-        answers = load_material_answers(self.root, ties=self.ties, seed=self.seed)
-        images, _ = load_material_images(self.root, self.image_size)
-        split = split_material(
-            answers, num_triplets=self.val_triplets, num_materials=self.held_out_materials, seed=self.seed
+        official = ["official"] if (self.root / ANSWERS.format(part="test")).is_file() else []
+        self.test_sets = self._open(
+            "material",
+            ["train", "triplets", "materials", *official],
+            self.root,
+            ties=self.ties,
+            seed=self.seed,
+            num_triplets=self.val_triplets,
+            num_materials=self.held_out_materials,
         )
-        self.train_set = MaterialTriplets(images, split.train)
-        self.val_sets = {
-            "triplets": MaterialTriplets(images, split.triplets),
-            "materials": MaterialTriplets(images, split.materials),
-        }
-        self.test_sets = dict(self.val_sets)
-        if (self.root / ANSWERS.format(part="test")).is_file():
-            official = load_material_answers(self.root, "test", ties=self.ties, seed=self.seed)
-            self.test_sets["official"] = MaterialTriplets(images, official)
+        self.train_set = self.test_sets.pop("train")
+        self.val_sets = {name: self.test_sets[name] for name in ("triplets", "materials")}
 
 
 def _as_fetched(batch: Any) -> Any:

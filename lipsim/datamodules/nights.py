@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lipsim.data.sets.nights import MIN_VOTES, NightsTriplets
-from lipsim.data.transforms import Preprocess
+from lipsim.data.contracts import TripletSet
+from lipsim.data.sets.nights import MIN_VOTES
 from lipsim.data.triplet import Split
 from lipsim.datamodules.base import TripletData
 from lipsim.utils.paths import user_path
@@ -17,7 +17,7 @@ class NightsData(TripletData):
     Args:
         root: folder with data.csv, ref/ and distort/; nothing is downloaded.
         image_size: side to which the 768 × 768 images are resized.
-        resize: "float" or "pil", as in :class:`lipsim.data.transforms.Preprocess`.
+        resize: "float" or "pil", as in :class:`TripletData`.
         batch_size: triplets in a batch of one process.
         num_workers: loading processes of each loader; decoding is slow, so that one feeds few images a second.
         min_votes: triplets with fewer agreeing judges are left out of every split.
@@ -27,14 +27,13 @@ class NightsData(TripletData):
         self,
         root: Path = Path("data/nights"),
         image_size: int = 224,
-        resize: str = "float",
+        resize: str | None = None,
         batch_size: int = 32,
         num_workers: int = 4,
         min_votes: int = MIN_VOTES,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, image_size, resize)
         self.root, self.min_votes = user_path(root), min_votes
-        self.preprocess = Preprocess(image_size, resize)
 
     def setup(self, stage: str) -> None:
         """Read the table, and list the image folders to see that nothing is missing."""
@@ -45,5 +44,5 @@ class NightsData(TripletData):
         if stage == "test" and not self.test_sets:
             self.test_sets = {"nights": self._split("test")}
 
-    def _split(self, split: Split) -> NightsTriplets:
-        return NightsTriplets(self.root, split, self.preprocess, min_votes=self.min_votes)
+    def _split(self, split: Split) -> TripletSet:
+        return self._open("nights", [split], self.root, min_votes=self.min_votes)[split]

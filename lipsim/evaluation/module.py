@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,8 @@ from lipsim.attacks.objectives import Target
 from lipsim.certificates import Anchored, TwoAFCCertificate
 from lipsim.data import Triplet
 from lipsim.data.check import check_images, check_votes
-from lipsim.data.loading import PlannedBatches, check_count, num_samples, served_batches
+from lipsim.data.contracts import DataFacts, Parts, facts_of
+from lipsim.data.loading import check_count, num_samples, planned_batches, served_batches, served_resizes
 from lipsim.data.transforms import Preprocess
 from lipsim.evaluation.scores import TwoAFCScore
 from lipsim.layers import freeze, unfreeze
@@ -149,7 +150,9 @@ class EvaluationModule(L.LightningModule):
         self._batches: dict[int, tuple[Any, list[list[int]] | None]] = {}
 
     def setup(self, stage: str) -> None:
-        """Expect images as the data module resizes them: what a metric is trained on is what it is for.
+        """In training, expect images as the data module resizes them: what a metric is trained on is what it is for.
+
+        An evaluation refuses others, when it starts: until then a checkpoint may come, which says what it is for.
 
         Raises:
             ValueError: weights in float64, which the float32 images do not go with.
@@ -159,10 +162,21 @@ class EvaluationModule(L.LightningModule):
                 "images are float32, and --trainer.precision=64-true would have float64 weights; leave it at 32-true "
                 "(certificates are computed in float64 in any case)"
             )
-        given = getattr(getattr(self.trainer.datamodule, "preprocess", None), "resize", None)  # type: ignore[attr-defined]
-        if given is not None and given != self.metric.preprocess.resize:
-            rank_zero_info(f"the metric expects images resized by {given!r} from now on, as these data are")
-            self.metric.preprocess = Preprocess(self.metric.image_size, given)
+        preprocess = self._facts().preprocess
+        if stage == "fit" and preprocess is not None and preprocess.resize != self.metric.preprocess.resize:
+            rank_zero_info(f"the metric expects images resized by {preprocess.resize!r} from now on, as these data are")
+            self.metric.preprocess = Preprocess(self.metric.image_size, preprocess.resize)
+
+    def check_resizes(self, metric: PerceptualMetric, name: str = "the metric") -> None:
+        """Refuse sets whose images are resized in another way than a metric expects.
+
+        Raises:
+            ValueError: some are; the message names the set.
+        """
+        preprocess = self._facts().preprocess
+        for set_name, loader in zip(self.set_names(), evaluation_loaders(self.trainer), strict=True):
+            given = served_resizes(loader) or (set() if preprocess is None else {preprocess.resize})
+            check_resize(metric, name, given, set_name)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         check_images(batch)
@@ -211,17 +225,15 @@ class EvaluationModule(L.LightningModule):
             ValueError: two sets, or a set and a part of another, have one name.
         """
         stage = "test" if self.trainer.testing else "val"
-        return evaluation_names(self.trainer.datamodule, stage, _loaders(self.trainer))  # type: ignore[attr-defined]
+        return evaluation_names(self._facts(), stage, _loaders(self.trainer))
 
-    def groups(self, name: str) -> dict[str, Tensor]:
+    def groups(self, name: str) -> Parts:
         """Parts of an evaluation set that are scored apart as well: name in the results → mask over the set's samples.
 
         The name is that of the set and that of the part, as in ``nights_imagenet``. A mask has an entry for each
         position of the loader's data set.
         """
-        stage = "test" if self.trainer.testing else "val"
-        groups = getattr(self.trainer.datamodule, f"{stage}_groups", None) or {}  # type: ignore[attr-defined]
-        return {f"{name}_{group}": mask for group, mask in groups.get(name, {}).items()}
+        return {f"{name}_{group}": mask for group, mask in self._facts().groups.get(name, {}).items()}
 
     def positions(self, batch: Triplet, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """What tells the triplets of a batch from all others of their set, ``(N,)`` int64: positions in its data set.
@@ -253,9 +265,9 @@ class EvaluationModule(L.LightningModule):
     def expected_positions(self, dataloader_idx: int) -> frozenset[int] | None:
         """Positions that this process, or all together, must serve of a set; None where nobody knows."""
         batches = self._served(dataloader_idx)
-        dataset = getattr(evaluation_loaders(self.trainer)[dataloader_idx], "dataset", None)
-        if isinstance(dataset, PlannedBatches):
-            return dataset.expected
+        planned = planned_batches(evaluation_loaders(self.trainer)[dataloader_idx])
+        if planned is not None:
+            return planned.expected
         if batches is None:
             return None
         trainer = self.trainer
@@ -274,7 +286,17 @@ class EvaluationModule(L.LightningModule):
             self._batches[dataloader_idx] = loader, batches
         return batches
 
+    @property
+    def _data(self) -> object:
+        """The data module, None where loaders were given."""
+        data: object = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
+
+    def _facts(self) -> DataFacts:
+        return facts_of(self._data, "test" if self.trainer.testing else "val")
+
     def _start_evaluation(self) -> None:
+        self.check_resizes(self.metric)
         freeze(self.metric)
         self.scores.clear()
         self._seen, self._batches = {}, {}
@@ -288,7 +310,7 @@ class EvaluationModule(L.LightningModule):
         """
         names = self.set_names()
         stage = "test" if self.trainer.testing else "val"
-        groups = getattr(self.trainer.datamodule, f"{stage}_groups", None) or {}  # type: ignore[attr-defined]
+        groups = self._facts().groups
         unknown = [name for name in groups if name not in names and groups[name]]
         if unknown:
             raise LipsimError(f"{stage}_groups names parts of {', '.join(unknown)}; the sets are {', '.join(names)}")
@@ -361,6 +383,26 @@ def weights_are_finite(module: nn.Module) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in (*module.parameters(), *module.buffers()))
 
 
+def check_resize(metric: PerceptualMetric, name: str, given: Set[str], source: str) -> None:
+    """Refuse images that are resized in another way than a metric expects.
+
+    Args:
+        metric: the metric.
+        name: what the message calls it.
+        given: how they are resized, "float" or "pil"; empty where nobody says, or nothing is.
+        source: what serves them.
+
+    Raises:
+        ValueError: they are.
+    """
+    expected = metric.preprocess.resize
+    if given - {expected}:
+        raise LipsimError(
+            f"expected images resized by {expected!r}, which {name} is for, got {source} with images resized by "
+            f"{' and '.join(map(repr, sorted(given)))}; pass --data.resize={expected}"
+        )
+
+
 def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader[Any]]:
     """The data loaders of the evaluation that is running."""
     loaders: list[DataLoader[Any]] = tree_flatten(_loaders(trainer))[0]
@@ -376,11 +418,11 @@ def _loaders(trainer: L.Trainer) -> Any:
     return None if loop._combined_loader is None else loop._combined_loader.iterables
 
 
-def evaluation_names(data: Any, stage: str, loaders: Any) -> list[str]:
+def evaluation_names(facts: DataFacts, stage: str, loaders: Any) -> list[str]:
     """Names of evaluation sets in the order of their loaders: ``test_names`` or ``val_names`` of the data, or the keys.
 
     Args:
-        data: data module, or None.
+        facts: what the data module says.
         stage: "test" or "val".
         loaders: what its hook returned.
 
@@ -388,10 +430,9 @@ def evaluation_names(data: Any, stage: str, loaders: Any) -> list[str]:
         ValueError: two sets, or a set and a part of another, have one name.
     """
     count = len(tree_flatten(loaders)[0])
-    names = list(getattr(data, f"{stage}_names", None) or (loaders if isinstance(loaders, Mapping) else []))[:count]
+    names = (facts.names or list(loaders if isinstance(loaders, Mapping) else []))[:count]
     names += [f"set{i}" for i in range(len(names), count)]
-    groups = getattr(data, f"{stage}_groups", None) or {}
-    every = [*names, *(f"{name}_{group}" for name in dict.fromkeys(names) for group in groups.get(name, {}))]
+    every = [*names, *(f"{name}_{group}" for name in dict.fromkeys(names) for group in facts.groups.get(name, {}))]
     repeated = sorted({name for name in every if every.count(name) > 1})
     if repeated:
         raise LipsimError(

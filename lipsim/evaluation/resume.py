@@ -9,13 +9,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
-from lipsim.data.loading import Plan, data_fingerprint, plan, remaining
+from lipsim.data import Preprocess, TripletDataModule
+from lipsim.data.contracts import Parts, facts_of
+from lipsim.data.loading import data_fingerprint, remaining, served_resizes
+from lipsim.data.plan import Plan, plan
 from lipsim.evaluation.journal import KeepBatches
-from lipsim.evaluation.module import EvaluationModule, evaluation_names
+from lipsim.evaluation.module import EvaluationModule, check_resize, evaluation_names
+from lipsim.metric import PerceptualMetric
 from lipsim.results.file import contents, data_hashes
 from lipsim.results.schema import Results, TripletCount
 from lipsim.utils.errors import LipsimError
@@ -51,16 +54,40 @@ class RemainingData(L.LightningDataModule):
         self.fingerprints: dict[str, str] = {}
 
     @property
-    def test_groups(self) -> dict[str, dict[str, Tensor]]:
+    def test_groups(self) -> Mapping[str, Parts]:
         """By set, the parts that are scored apart as well."""
-        return getattr(self.data, "test_groups", None) or {}
+        return facts_of(self.data, "test").groups
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        """How the data module resizes image files."""
+        return facts_of(self.data, "test").preprocess
 
     def prepare_data(self) -> None:
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
+        """Have the data module resize as the metric expects, where it was not told how.
+
+        Raises:
+            ValueError: it was told to resize in another way.
+        """
+        expected = self._metric().preprocess.resize
+        if isinstance(self.data, TripletDataModule):
+            self.data.follow(expected)
+        if self.preprocess is not None:  # now, before anything is read
+            check_resize(self._metric(), "the metric", {self.preprocess.resize}, "data")
+        if not facts_of(self.data, "test").tells_resize:
+            rank_zero_info(
+                f"{type(self.data).__name__} has no attribute preprocess that says how its images are resized; the "
+                f"metric is for {expected!r}"
+            )
         self.data.trainer = self.trainer
         self.data.setup(stage)
+
+    def _metric(self) -> PerceptualMetric:
+        assert self.trainer is not None and isinstance(self.trainer.lightning_module, EvaluationModule)
+        return self.trainer.lightning_module.metric
 
     def teardown(self, stage: str) -> None:
         self.data.teardown(stage)
@@ -73,8 +100,10 @@ class RemainingData(L.LightningDataModule):
         """
         trainer, found = self.trainer, self.data.test_dataloader()
         assert trainer is not None
-        self.test_names = evaluation_names(self.data, "test", found)
+        self.test_names = evaluation_names(facts_of(self.data, "test"), "test", found)
         loaders = dict(zip(self.test_names, tree_flatten(found)[0], strict=True))
+        for name, loader in loaders.items():
+            check_resize(self._metric(), "the metric", served_resizes(loader), name)
         plans = {name: self._plan(name, loader) for name, loader in loaders.items()}
         if not any(planned.batches for planned in plans.values()):
             raise LipsimError(
@@ -93,7 +122,6 @@ class RemainingData(L.LightningDataModule):
         own = trainer.strategy.broadcast(fingerprints) == fingerprints
         if not trainer.strategy.reduce_boolean_decision(own, all=True):
             raise LipsimError("the processes see other triplets each; seed what chooses them in the data module")
-        self._check_resize()
         self.fingerprints = fingerprints
         finished = self.keep.open(trainer, fingerprints)
         return [
@@ -107,18 +135,6 @@ class RemainingData(L.LightningDataModule):
             planned = planned.sample(self.max_triplets, self.sample_seed)
         assert self.trainer is not None
         return planned.limit(self.trainer.limit_test_batches)
-
-    def _check_resize(self) -> None:
-        """Refuse images that were resized in another way than the metric expects.
-
-        Raises:
-            ValueError: they are.
-        """
-        given = getattr(getattr(self.data, "preprocess", None), "resize", None)
-        assert self.trainer is not None and isinstance(self.trainer.lightning_module, EvaluationModule)
-        expected = self.trainer.lightning_module.metric.preprocess.resize
-        if given not in (None, expected):
-            raise LipsimError(f"the metric expects images resized by {expected!r}; pass --data.resize={expected}")
 
 
 def is_of(results: Results, metric_sha256: str, weights_sha256: str, data: Mapping[str, str]) -> bool:

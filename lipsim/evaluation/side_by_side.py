@@ -20,7 +20,7 @@ from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Norm
 from lipsim.attacks.registry import ATTACKS, attacks_in
-from lipsim.data import Triplet, registry
+from lipsim.data import Preprocess, Triplet, registry
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.deep_distances import DISTS, LPIPS
@@ -73,10 +73,9 @@ def load_metrics(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file is no metric, or they take images in different ways.
+        ValueError: a file is no metric.
     """
     metrics: dict[str, Distance] = {name: load(file) for name, file in files.items()}
-    _input_of(metrics)
     metrics |= BASELINES
     if lpips:
         metrics["LPIPS (AlexNet)"] = LPIPS("alex", lpips)
@@ -85,19 +84,31 @@ def load_metrics(
     return metrics
 
 
-def _input_of(metrics: Mapping[str, Distance]) -> tuple[int, str]:
-    """Side of the images that metrics take, and how images come to it."""
-    inputs = {
-        name: (metric.image_size, metric.preprocess.resize)
-        for name, metric in metrics.items()
-        if isinstance(metric, PerceptualMetric)
-    }
-    if len(set(inputs.values())) != 1:
-        sizes = ", ".join(f"{name} {size} pixels by {resize!r}" for name, (size, resize) in inputs.items()) or "none"
+def common_images(metrics: Mapping[str, Distance], data: str) -> Preprocess:
+    """How images are brought to the size that all metrics expect.
+
+    Metrics that expect other images than each other are not compared: scores would be of other pixels, and a change
+    that is found on the images of one says nothing on those of another.
+
+    Args:
+        metrics: name → metric; distances without an encoder take any images.
+        data: name of the set; where nothing is resized (:data:`lipsim.data.registry.SOURCES`) its way does not matter.
+
+    Raises:
+        ValueError: no metric has an encoder, or they expect other sizes, or images resized in other ways.
+    """
+    expected = {name: m.preprocess for name, m in metrics.items() if isinstance(m, PerceptualMetric)}
+    sizes = {preprocess.image_size for preprocess in expected.values()}
+    if len(sizes) != 1:
+        raise LipsimError(f"expected metrics of one image size, got {list(expected)} at {sorted(sizes)}")
+    resizes = {name: preprocess.resize for name, preprocess in expected.items()}
+    if len(set(resizes.values())) > 1 and registry.SOURCES[data].on_disk:
         raise LipsimError(
-            f"expected metrics of one image size and one resize, so that all see the same images, got {sizes}"
+            "expected metrics whose images are resized in one way, got "
+            f"{', '.join(f'{name} for {resize!r}' for name, resize in resizes.items())}; make a table of each kind, or "
+            "convert all with one --resize"
         )
-    return next(iter(inputs.values()))
+    return next(iter(expected.values()))
 
 
 def attack_tables(
@@ -129,9 +140,11 @@ def attack_tables(
         ValueError: metrics that see different images, an unknown data set, or no triplets.
     """
     settings, folder = settings or Settings(), user_path(output)
-    image_size, resize = _input_of(metrics)
+    images = common_images(metrics, data)
     place = None if root is None else user_path(root)
-    triplets = registry.sample_triplets(data, samples, image_size, place, settings.seed, resize)
+    triplets = registry.sample_triplets(
+        data, samples, images.image_size, resize=images.resize, root=place, seed=settings.seed
+    )
     measured = measure(metrics, triplets, settings, progress)
     update_results(folder / "results.json", {"attack_tables": {"data": data, **measured}})
     shown = tables(measured, data)

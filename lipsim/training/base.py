@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lipsim.data import Triplet
+from lipsim.data import Preprocess, Triplet
 from lipsim.data.check import check_images
 from lipsim.evaluation.module import EvaluationModule, weights_are_finite
-from lipsim.layers.encoder import declared_image_size
+from lipsim.layers.encoder import ResizingEncoder, declared_image_size
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.files import FORMAT, describe
 from lipsim.training.acceleration import Acceleration
@@ -29,6 +29,7 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
 
 DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
+_RESIZE = "lipsim-resize"  # key in a checkpoint
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -139,10 +140,23 @@ class Stage(EvaluationModule):
                 f"weights are NaN or infinite at step {self.trainer.global_step}, so no checkpoint is written over the "
                 f"last one; {DIVERGED}"
             )
+        checkpoint[_RESIZE] = self.metric.preprocess.resize  # also of an encoder that cannot be described
         try:
             checkpoint[FORMAT] = json.dumps(describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
             return
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """In an evaluation, expect images as the weights were trained on; in training, as the data module has them."""
+        saved = checkpoint.get(_RESIZE)
+        if saved is None and FORMAT in checkpoint:  # of an earlier version
+            saved = json.loads(checkpoint[FORMAT])["resize"]
+        if saved is None or saved == self.metric.preprocess.resize:
+            return
+        if self.trainer.training:
+            rank_zero_info(f"resuming on images resized by {self.metric.preprocess.resize!r}; before it was {saved!r}")
+        else:
+            self.metric.preprocess = Preprocess(self.metric.image_size, saved)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_images(batch)
@@ -209,8 +223,11 @@ def save_batch(batch: Any, path: Path) -> Path:
     return path
 
 
-def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> nn.Module:
+def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> tuple[nn.Module, str]:
     """The encoder that a stage trains: one given by class, or one loaded from an exported metric.
+
+    Returns:
+        The encoder, and how the images that it expects are resized, "float" where nobody says.
 
     Raises:
         ValueError: both are given, or none.
@@ -220,9 +237,10 @@ def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -
             f"expected either a {role} (class_path and init_args) or a file to start from, not both or none"
         )
     if module is not None:
-        return module
+        return module, module.resize if isinstance(module, ResizingEncoder) else "float"
     assert path is not None
-    return load(path).encoder.train().requires_grad_(True)
+    metric = load(path)
+    return metric.encoder.train().requires_grad_(True), metric.preprocess.resize
 
 
 def image_size_of(encoder: nn.Module) -> int:

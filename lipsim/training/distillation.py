@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.data.check import images_of
-from lipsim.data.embeddings.cache import EmbeddingCache
+from lipsim.data.contracts import facts_of
+from lipsim.data.embeddings.cache import EmbeddingCache, ServesEmbeddings
 from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.loading import num_samples, tells_positions
 from lipsim.evaluation.module import Evaluation, evaluation_loaders
@@ -66,9 +68,9 @@ class Distillation(Stage):
         acceleration: Acceleration | None = None,
         cache: Path | None = None,
     ) -> None:
-        encoder = encoder_from(student, init_from, "student")
+        encoder, resize = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor),
+            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor, resize=resize),
             optimizer,
             schedule or WarmupCosine(),
             acceleration,
@@ -99,10 +101,16 @@ class Distillation(Stage):
             ValueError: it cannot, or the cache does not match it.
         """
         super().setup(stage)
+        preprocess, teacher = facts_of(self.trainer.datamodule, "val").preprocess, self.teacher  # type: ignore[attr-defined]
+        if preprocess is not None and teacher is not None and teacher.preprocess.resize != preprocess.resize:
+            rank_zero_info(
+                f"the teacher expects images resized by {teacher.preprocess.resize!r}, student and teacher see them "
+                f"resized by {preprocess.resize!r}; pass --data.resize={teacher.preprocess.resize} to have both so"
+            )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage not in ("fit", "validate"):
             return
-        if hasattr(data, "use_embeddings"):
+        if isinstance(data, ServesEmbeddings):
             data.use_embeddings(self.cache)
         elif self.cache is not None:
             raise LipsimError(

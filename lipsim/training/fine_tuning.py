@@ -41,9 +41,9 @@ class FineTuning(Stage):
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
-        encoder = encoder_from(student, init_from, "student")
+        encoder, resize = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor),
+            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor, resize=resize),
             optimizer,
             schedule or Triangular(),
             acceleration,

@@ -145,7 +145,7 @@ class HashedImages(Dataset[tuple[Tensor, Tensor]]):
 def describe(
     metric: PerceptualMetric,
     views: Sequence[str] = ("plain", "flip"),
-    resize: int | None = None,
+    short_side: int | None = None,
     dtype: str = "float16",
     precision: str = "float32",
 ) -> CacheDescription:
@@ -162,7 +162,7 @@ def describe(
         encoder=type(metric.encoder).__name__,
         features=features,
         image_size=side,
-        resize=resize,
+        short_side=short_side,
         views=tuple(views),
         dtype=dtype,
         precision=precision,
@@ -255,7 +255,7 @@ def cache_teacher(
     output: str | Path,
     *,
     views: Sequence[str] = ("plain", "flip"),
-    resize: int | None = None,
+    short_side: int | None = None,
     dtype: str = "float16",
     precision: str = "float32",
     batch_size: int = 64,
@@ -275,7 +275,7 @@ def cache_teacher(
         images: folder of the images, at any depth.
         output: folder of the cache.
         views: of :data:`lipsim.data.sets.folder.VIEWS`, an embedding for each.
-        resize: what the short side is resized to before the central crop; None: nothing.
+        short_side: what the short side is resized to before the central crop; None: nothing.
         dtype: of what is stored, "float16" or "float32".
         precision: that the teacher runs in, "float32" or "bfloat16" (autocast).
         batch_size: images embedded at a time by each process.
@@ -295,7 +295,7 @@ def cache_teacher(
         check_count(name, number)
     fabric = _fabric(accelerator, devices, num_nodes)
     metric = load(teacher)
-    description = describe(metric, views, resize, dtype, precision)
+    description = describe(metric, views, short_side, dtype, precision)
     if (output / "cache.json").is_file():
         # Before other processes are started, which would wait for one that fails.
         CacheDescription.read(output).check_equal(description, output)

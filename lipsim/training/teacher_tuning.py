@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
-from lipsim.layers.encoder import ResizingEncoder, head_of
+from lipsim.layers.encoder import head_of
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
@@ -59,7 +59,7 @@ class TeacherTuning(Stage):
     ) -> None:
         if tune not in ("all", "lora", "head"):
             raise LipsimError(f"expected to tune all, lora or head, got {tune!r}")
-        encoder = encoder_from(teacher, init_from, "teacher")
+        encoder, resize = encoder_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
         elif tune == "head":
@@ -74,7 +74,7 @@ class TeacherTuning(Stage):
             image_size_of(encoder),
             anchor=0.0,
             lipschitz=math.inf,
-            resize=encoder.resize if isinstance(encoder, ResizingEncoder) else "float",
+            resize=resize,
         )
         super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration)
         self.loss = loss or MarginHinge(0.05)

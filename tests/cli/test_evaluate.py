@@ -107,7 +107,10 @@ def test_images_resized_in_another_way_are_refused(nights: Path, capsys: pytest.
     given = [f"--data.root={nights}", "--data.image_size=16", "--data.num_workers=0"]
     with pytest.raises(SystemExit):
         main(args("run", *given, "--data.resize=pil"))
-    assert "expects images resized by 'float'; pass --data.resize=float" in capsys.readouterr().err
+    assert (
+        "expected images resized by 'float', which the metric is for, got data with images resized by 'pil'"
+        in capsys.readouterr().err
+    )
 
 
 def test_budgets_and_curve() -> None:

@@ -25,14 +25,13 @@ from torch.utils.data import (
 from lipsim.data import Triplet, collate_triplets
 from lipsim.data.loading import (
     Finished,
-    Plan,
     check_count,
     data_fingerprint,
-    plan,
     read_batch,
     remaining,
     served_batches,
 )
+from lipsim.data.plan import Plan, plan
 
 
 class Triplets(Dataset[Triplet]):

@@ -59,7 +59,7 @@ def test_resizes_are_those_of_torchvision(size: tuple[int, int]) -> None:
     published = v2.Compose([v2.Resize((19, 19), cubic), v2.PILToTensor()])(image) / 255
     torch.testing.assert_close(Preprocess(19, "pil")(image), published, rtol=0, atol=0)
     cropped = v2.functional.center_crop(v2.Resize(19, cubic)(x).clamp(0, 1), [17, 17])
-    torch.testing.assert_close(CentralCrop(17, resize=19)(image), cropped, rtol=0, atol=0)
+    torch.testing.assert_close(CentralCrop(17, short_side=19)(image), cropped, rtol=0, atol=0)
 
 
 def _worst(size: int, target: int) -> Tensor:

@@ -13,14 +13,15 @@ from lipsim import PerceptualMetric
 from lipsim.attacks import TwoAFCObjective, apgd
 from lipsim.attacks.auto import ATTACKS
 from lipsim.cli.main import main
-from lipsim.data import Triplet
+from lipsim.data import Triplet, sample_triplets
 from lipsim.evaluation.scores import agrees
-from lipsim.evaluation.side_by_side import Settings, attack_tables, load_metrics, measure, tables
+from lipsim.evaluation.side_by_side import Settings, attack_tables, common_images, load_metrics, measure, tables
 from lipsim.metric import save
 from lipsim.metric.distances import BASELINES, pixel_l2
 from lipsim.results import eps_label, read_results
 from lipsim.results.tables import percent, print_table
 from lipsim.students import OrthogonalProjection
+from lipsim.utils.errors import LipsimError
 
 SETTINGS = Settings(eps=(0.05, 0.5), alone_eps=0.5, steps=8, queries=10, batch_size=5)
 
@@ -139,6 +140,43 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     lines = Path("out/tables.md").read_text().splitlines()
     assert sum(line.startswith("| student |") for line in lines) == 4
     assert r"\toprule" in Path("out/tables.tex").read_text()
+
+
+def test_metrics_are_attacked_on_images_as_they_expect(
+    nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for resize in ("float", "pil"):
+        save(PerceptualMetric(OrthogonalProjection(16, 8), 16, resize=resize), f"{resize}.safetensors")
+    given: list[Triplet] = []
+
+    def stop(metrics: object, triplets: Triplet, *_: object) -> None:
+        given.append(triplets)
+        raise LipsimError("seen")
+
+    monkeypatch.setattr("lipsim.cli.attack_tables.measure", stop)
+    where = ["--data", "nights", "--root", str(nights), "--samples", "4"]
+    for resize in ("float", "pil"):
+        with pytest.raises(SystemExit):
+            main(["attack-tables", f"{resize}.safetensors", *where])
+        expected = sample_triplets("nights", 4, 16, resize=resize, root=nights, seed=1)
+        assert torch.equal(given[-1].reference, expected.reference)
+    assert not torch.equal(given[0].reference, given[1].reference)
+    capsys.readouterr()
+    both = ["float.safetensors", "pil.safetensors"]
+    with pytest.raises(SystemExit):
+        main(["attack-tables", *both, *where])
+    error = capsys.readouterr().err
+    assert "float for 'float', pil for 'pil'; make a table of each kind" in error and error.count("\n") == 1
+    assert len(given) == 2
+    with pytest.raises(SystemExit):  # built-in images are resized by nobody
+        main(["attack-tables", *both, "--samples", "4"])
+    assert len(given) == 3
+
+
+def test_distances_alone_have_no_size() -> None:
+    with pytest.raises(ValueError, match="metrics of one image size"):
+        common_images({"pixels": pixel_l2}, "builtin")
 
 
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -73,7 +73,7 @@ def _assert_same_files(one: str, other: str) -> None:
 
 
 def test_every_view_of_every_image_has_the_embedding_that_the_teacher_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    main(_args("cache", "--dtype", "float32", "--resize", "16"))
+    main(_args("cache", "--dtype", "float32", "--short-side", "16"))
     assert "150 images × 2 views × 12 features in float32" in capsys.readouterr().out
     cache, metric = EmbeddingCache("cache"), load("teacher.safetensors")
     assert cache.paths.tolist() == list_images(Path("images")).names.tolist() and len(cache) == COUNT
@@ -85,7 +85,7 @@ def test_every_view_of_every_image_has_the_embedding_that_the_teacher_gives(caps
         for view, shown in (("plain", image), ("flip", image.flip(3))):
             expected = metric.embed(shown)[0]
             torch.testing.assert_close(cache.embedding(row, view), expected, rtol=1e-5, atol=1e-6)
-    main(_args("plain", "--views", "plain", "--resize", "16"))
+    main(_args("plain", "--views", "plain", "--short-side", "16"))
     half = EmbeddingCache("plain")
     assert half.embeddings(5).shape == (1, 12) and half.embeddings(5).dtype == np.float16
     rounded = cache.embedding(5, "plain").half().float()
@@ -237,7 +237,10 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             _args("cache", "--views", "plain"),
             "has views ('plain', 'flip') instead of ('plain',); give its options",
         ),
-        (_args("cache", "--dtype", "float32", "--resize", "9"), "resize None instead of 9; dtype float16 instead of"),
+        (
+            _args("cache", "--dtype", "float32", "--short-side", "9"),
+            "short_side None instead of 9; dtype float16 instead",
+        ),
         (_args("cache", "--verify", "--teacher", "other.safetensors"), "is of another teacher (SmallViT "),
         (_args("new", "--teacher", "nothing.safetensors"), "no metric file nothing.safetensors"),
         (_args("new", "--images", "empty"), "no images in "),
@@ -246,7 +249,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             "expected some of the views plain, flip, each once, got plain, mirror",
         ),
         (_args("new", "--batch-size", "0"), "--batch-size: expected an integer of at least 1, got '0'"),
-        (_args("new", "--resize", "0"), "--resize: expected an integer of at least 1"),
+        (_args("new", "--short-side", "0"), "--short-side: expected an integer of at least 1"),
         (_args("new", "--dtype", "float64"), "invalid choice: 'float64'"),
         (_args("new", "--verify"), "no embedding cache at new"),
     ):

@@ -28,6 +28,7 @@ from lipsim.data.builtin.photographs import (
     render_photograph,
 )
 from lipsim.data.builtin.scenes import SCENE_FACTORS, SceneParameters, render_scene
+from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Split, Triplet
 from lipsim.utils.errors import LipsimError
 
@@ -159,6 +160,8 @@ class BuiltinTriplets(Dataset[Triplet]):
         right_vote: ``(N,)`` float32, see :class:`Triplet`; never 0.5, since the number of judges is odd.
         moves: ``(N, 2)`` float32, the true sizes of the left and right move, for an oracle.
         is_photograph: ``(N,)`` bool.
+        preprocess: None: the images are drawn at their size, in eight bits, and nothing is resized.
+        groups: none.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -195,9 +198,15 @@ class BuiltinTriplets(Dataset[Triplet]):
         self.right_vote = rendered.right_vote
         self.moves = rendered.moves
         self.is_photograph = rendered.is_photograph
+        self.preprocess: Preprocess | None = None
+        self.groups: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.right_vote)
+
+    def manifest(self) -> list[str]:
+        """No lines: the images say it all."""
+        return []
 
     def __getitem__(self, index: int) -> Triplet:
         """One triplet: images ``(3, H, W)`` float32 in [0, 1], scalar vote and index."""

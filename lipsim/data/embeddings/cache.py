@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from lipsim.utils.files import state_fingerprint, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-embeddings"
-VERSION = 1
+VERSION = 2  # version 1 called short_side resize
 DTYPES = ("float16", "float32")  # of what is stored
 PRECISIONS = ("float32", "bfloat16")  # in which the teacher runs
 _OPEN_SHARDS = 256  # a memory map keeps a file open, and a process may open some 1,000
@@ -53,7 +53,7 @@ class CacheDescription:
         encoder: its class, to be read by people.
         features: its number of features.
         image_size: side of the images that it saw, see :class:`lipsim.data.transforms.CentralCrop`.
-        resize: what their short side was resized to before; None: nothing.
+        short_side: what their short side was resized to before; None: nothing.
         views: names of :data:`lipsim.data.sets.folder.VIEWS`, in the order of the rows.
         dtype: of the stored embeddings.
         precision: that the teacher ran in, "float32" or "bfloat16" (autocast).
@@ -63,7 +63,7 @@ class CacheDescription:
     encoder: str
     features: int
     image_size: int
-    resize: int | None
+    short_side: int | None
     views: tuple[str, ...]
     dtype: str
     precision: str
@@ -78,7 +78,7 @@ class CacheDescription:
     @property
     def transform(self) -> CentralCrop:
         """From an image file to what the teacher saw, but for the views."""
-        return CentralCrop(self.image_size, self.resize)
+        return CentralCrop(self.image_size, self.short_side)
 
     @classmethod
     def read(cls, folder: Path) -> CacheDescription:
@@ -93,8 +93,11 @@ class CacheDescription:
             raise FileNotFoundError(f"no embedding cache at {folder}; {COMMAND} makes one")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT or content.pop("version") > VERSION:
+            version = content.pop("version")
+            if content.pop("format") != FORMAT or version > VERSION:
                 raise LipsimError("another format, or of a newer version of lipsim")
+            if version == 1:
+                content["short_side"] = content.pop("resize")
             return cls(**content | {"views": tuple(content["views"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LipsimError(f"cannot read {file} ({error}); make the cache again with {COMMAND}") from error
@@ -220,7 +223,7 @@ class EmbeddingCache:
         if ours != theirs:
             raise LipsimError(
                 f"the cache {self.folder} is of images under {theirs}, the data has {ours}; "
-                f"set image_size and resize of the data alike, or make another cache with {COMMAND}"
+                f"set image_size and short_side of the data alike, or make another cache with {COMMAND}"
             )
         lacking = [view for view in images.views if view not in self.description.views]
         if lacking:
@@ -261,6 +264,14 @@ class EmbeddingCache:
             f"shard {number} of the cache {self.folder} is damaged ({reason}); delete "
             f"{index_file(self.folder, number).name} there and run {COMMAND} again"
         )
+
+
+@runtime_checkable
+class ServesEmbeddings(Protocol):
+    """A data module that can serve each image with its embedding."""
+
+    def use_embeddings(self, cache: EmbeddingCache | None) -> None:
+        """Serve the embeddings of a cache from now on; None: images alone."""
 
 
 def teacher_fingerprint(encoder: nn.Module) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import load_image
+from lipsim.data.transforms import Preprocess, load_image
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -34,7 +34,7 @@ class BappsTriplets(Dataset[Triplet]):
     Args:
         root: folder that has ``2afc/{train,val}/{subset}/{ref,p0,p1,judge}/``.
         part: "train" or "val".
-        preprocess: PIL image to ``(3, S, S)`` in [0, 1], a metric's ``preprocess``.
+        preprocess: a metric's ``preprocess``, from image files to ``(3, S, S)`` in [0, 1].
         subsets: names of the subsets; None: all that were published (:data:`SUBSETS`).
 
     Attributes:
@@ -50,7 +50,7 @@ class BappsTriplets(Dataset[Triplet]):
         self,
         root: str | Path,
         part: str,
-        preprocess: Callable[[Image.Image], Tensor],
+        preprocess: Preprocess,
         subsets: Sequence[str] | None = None,
     ) -> None:
         if part not in SUBSETS:
@@ -71,8 +71,7 @@ class BappsTriplets(Dataset[Triplet]):
 
     def select(self, rows: Tensor) -> Self:
         """The triplets at some positions ``(M,)``, in that order, as a set of their own."""
-        chosen = object.__new__(type(self))
-        chosen.__dict__ |= self.__dict__
+        chosen = copy.copy(self)
         chosen.files = [self.files[row] for row in rows.tolist()]
         chosen._subset = self._subset[rows]
         return chosen

@@ -31,7 +31,7 @@ class FolderImages(Dataset[Tensor]):
     Args:
         folder: their folder; :func:`list_images` finds them, at any depth.
         image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
-        resize: what the short side is resized to before; None: nothing, as published.
+        short_side: what the short side is resized to before; None: nothing, as published.
         views: names of :data:`VIEWS`, of which each access shows one, by torch's generator.
 
     Attributes:
@@ -44,11 +44,11 @@ class FolderImages(Dataset[Tensor]):
     """
 
     def __init__(
-        self, folder: str | Path, image_size: int, *, resize: int | None = None, views: Sequence[str] = ("plain",)
+        self, folder: str | Path, image_size: int, *, short_side: int | None = None, views: Sequence[str] = ("plain",)
     ) -> None:
         check_views(views)
         self.folder, self.views = user_path(folder), tuple(views)
-        self.transform = CentralCrop(image_size, resize)
+        self.transform = CentralCrop(image_size, short_side)
         try:
             listed = list_images(self.folder)
         except FileNotFoundError as error:

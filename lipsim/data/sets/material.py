@@ -45,10 +45,15 @@ class MaterialTriplets(Dataset[Any]):
     Args:
         images: ``(M, 3, S, S)``, see :func:`load_material_images`.
         answers: the judgements to serve.
+        preprocess: what the images were made with.
+
+    Attributes:
+        groups: none: the parts of the judgements are sets of their own, see :func:`split_material`.
     """
 
-    def __init__(self, images: Tensor, answers: MaterialAnswers) -> None:
-        self.images, self.answers = images, answers
+    def __init__(self, images: Tensor, answers: MaterialAnswers, preprocess: Preprocess) -> None:
+        self.images, self.answers, self.preprocess = images, answers, preprocess
+        self.groups: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.answers.ids)
@@ -68,10 +73,11 @@ class MaterialTriplets(Dataset[Any]):
         return SharedTriplet(self.images[used], ids, self.answers.right_vote[rows], rows)
 
 
-def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, list[str]]:
+def load_material_images(root: str | Path, preprocess: Preprocess) -> tuple[Tensor, list[str]]:
     """The images by file name, ``(100, 3, S, S)`` float32 in [0, 1], and their names.
 
-    The answers count the sorted file names with their extension: "chrome-steel.jpg" comes before "chrome.jpg".
+    They are resized from 298 × 298 as ``preprocess``, a metric's, has it. The answers count the sorted file names with
+    their extension: "chrome-steel.jpg" comes before "chrome.jpg".
 
     Raises:
         FileNotFoundError: ``root`` is no clone of the repository; the message says where to get it.
@@ -83,7 +89,6 @@ def load_material_images(root: str | Path, image_size: int) -> tuple[Tensor, lis
         raise FileNotFoundError(_missing(root, f"{IMAGES}/*.jpg"))
     if len(files) != NUM_IMAGES:
         raise LipsimError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
-    preprocess = Preprocess(image_size)
     return torch.stack([load_image(file, preprocess) for file in files]), [file.name for file in files]
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import load_image, missing_files
+from lipsim.data.transforms import Preprocess, load_image, missing_files
 from lipsim.data.triplet import Split, Triplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -49,7 +46,7 @@ class NightsTriplets(Dataset[Triplet]):
     Args:
         root: folder with data.csv, ref/ and distort/.
         split: "train", "val" or "test".
-        preprocess: PIL image to ``(3, S, S)`` in [0, 1], a metric's ``preprocess``.
+        preprocess: a metric's ``preprocess``, from image files to ``(3, S, S)`` in [0, 1].
         min_votes: triplets with fewer agreeing judges are left out; the published benchmark keeps 6 and more.
 
     Attributes:
@@ -62,9 +59,7 @@ class NightsTriplets(Dataset[Triplet]):
         ValueError: an unknown split, a table of another layout, a row that contradicts itself, or an empty split.
     """
 
-    def __init__(
-        self, root: str | Path, split: Split, preprocess: Callable[[Image.Image], Tensor], *, min_votes: int = MIN_VOTES
-    ) -> None:
+    def __init__(self, root: str | Path, split: Split, preprocess: Preprocess, *, min_votes: int = MIN_VOTES) -> None:
         if split not in get_args(Split):
             raise LipsimError(f"expected a split among {', '.join(get_args(Split))}, got {split!r}")
         self.root, self.split, self.preprocess = user_path(root), split, preprocess

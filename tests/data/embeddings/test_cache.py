@@ -45,8 +45,8 @@ def _write(root: Path, number: int, part: list[int]) -> None:
     write_shard(root / "cache", number, [NAMES[i].encode() for i in part], sha256, embeddings)
 
 
-def _images(root: Path, *views: str, image_size: int = 8, resize: int | None = None) -> FolderImages:
-    return FolderImages(root / "images" / "train", image_size, resize=resize, views=views or ("plain",))
+def _images(root: Path, *views: str, image_size: int = 8, short_side: int | None = None) -> FolderImages:
+    return FolderImages(root / "images" / "train", image_size, short_side=short_side, views=views or ("plain",))
 
 
 def test_every_image_is_found_by_its_path(root: Path) -> None:
@@ -97,10 +97,10 @@ def test_more_shards_than_may_be_open(root: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 6}, "under CentralCrop.image_size=8, resize=None., the data has CentralCrop.image_size=6"),
+        ({"image_size": 6}, "under CentralCrop.image_size=8, short_side=None., the data has CentralCrop.image_size=6"),
         (
-            {"resize": 9},
-            "the data has CentralCrop.image_size=8, resize=9.; set image_size and resize of the data alike",
+            {"short_side": 9},
+            "the data has CentralCrop.image_size=8, short_side=9.; set image_size and short_side of the data alike",
         ),
     ],
 )
@@ -170,11 +170,28 @@ def test_damaged_shards_are_named(root: Path, damage: Callable[[Path], None], me
     assert message in str(error.value) and "delete shard-00001.index.npy there and run" in str(error.value)
 
 
+def test_caches_of_version_1_are_read(root: Path) -> None:
+    """What is now the short side was called resize."""
+    file = root / "cache" / "cache.json"
+    for short_side in (None, 9):
+        content = json.loads(file.read_text()) | {"version": 1, "resize": short_side}
+        content.pop("short_side")
+        file.write_text(json.dumps(content))
+        cache = EmbeddingCache(root / "cache")
+        assert cache.description == replace(DESCRIPTION, short_side=short_side)
+        EmbeddedFolder(_images(root, short_side=short_side), cache, "train/")
+        with pytest.raises(ValueError, match="set image_size and short_side of the data alike"):
+            EmbeddedFolder(_images(root, short_side=5), cache, "train/")
+        cache.description.write(root / "cache")  # as adding to it does
+        assert json.loads(file.read_text())["version"] == 2
+        assert EmbeddingCache(root / "cache").description.short_side == short_side
+
+
 def test_unreadable_descriptions(root: Path) -> None:
     file = root / "cache" / "cache.json"
     content = json.loads(file.read_text())
     for change in (
-        {"version": 2},
+        {"version": 3},
         {"format": "something"},
         {"views": ["plain", "upside down"]},
         {"dtype": "int8"},

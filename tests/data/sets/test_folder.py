@@ -137,8 +137,8 @@ class _Broken:
 def test_triplets_of_another_module_are_scored_besides(folder: Path, nights: Path) -> None:
     data = ImageFolderData(folder, 8, batch_size=2, num_workers=0, triplets=NightsData(nights, 8, num_workers=0))
     data.setup("fit")
-    assert data.val_names == ["images", "nights"] and len(data.train_set) == 3  # type: ignore[arg-type]
-    assert set(data.val_groups["nights"]) == {"imagenet", "non_imagenet"} and data.val_groups["images"] == {}
+    assert data.val_names == ["images", "nights"] and len(data.train_images) == 3  # type: ignore[arg-type]
+    assert set(data.val_groups["nights"]) == {"imagenet", "non_imagenet"} and "images" not in data.val_groups
     images, triplets = (next(iter(loader)) for loader in data.val_dataloader())
     assert images.shape == (2, 3, 8, 8) and len(triplets) == 8
     data.setup("test")

@@ -16,6 +16,7 @@ from lipsim.data.sets.material import (
     load_material_images,
     split_material,
 )
+from lipsim.data.transforms import Preprocess
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "material-appearance-similarity"
 
@@ -44,11 +45,11 @@ def test_hidden_files_are_no_images_and_damaged_ones_are_named(tmp_path: Path) -
     for number in range(100):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number:03d}.jpg")
         (place / f"._{number:03d}.jpg").write_bytes(b"of macOS")
-    images, names = load_material_images(tmp_path, 8)
+    images, names = load_material_images(tmp_path, Preprocess(8))
     assert images.shape == (100, 3, 8, 8) and names[:2] == ["000.jpg", "001.jpg"]
     (place / "042.jpg").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"cannot read the image .*042\.jpg"):
-        load_material_images(tmp_path, 8)
+        load_material_images(tmp_path, Preprocess(8))
 
 
 def test_sides_are_shuffled_and_the_votes_follow(folder: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_batch_holds_each_image_once() -> None:
     images = torch.rand(100, 3, 4, 4)
     ids = torch.randint(0, 10, (50, 3))
     answers = MaterialAnswers(ids, torch.rand(50))
-    batch = MaterialTriplets(images, answers).__getitems__([7, 3, 3])
+    batch = MaterialTriplets(images, answers, Preprocess(4)).__getitems__([7, 3, 3])
     assert len(batch.distinct) == len(torch.unique(ids[[7, 3]]))
     for column, name in enumerate(("reference", "left", "right")):
         assert torch.equal(getattr(batch, name), images[ids[[7, 3, 3], column]])
@@ -101,7 +102,7 @@ def test_a_batch_holds_each_image_once() -> None:
 def test_the_real_folder() -> None:
     answers = load_material_answers(REAL)
     assert len(answers.ids) == 21_406 and len(load_material_answers(REAL, ties=True).ids) == 22_801
-    images, names = load_material_images(REAL, 16)
+    images, names = load_material_images(REAL, Preprocess(16))
     assert images.shape == (100, 3, 16, 16) and names == sorted(names) and 0 <= images.min() < images.max() <= 1
     split = split_material(answers)
     assert len(split.triplets.ids) == 2000 and len(split.held_out) == 20

@@ -249,7 +249,7 @@ def test_verify_reports_a_wrong_certificate_of_a_loose_network(
     start, mutant = NAMED[name] if name else ("", {})
     metric = _metric()
     _plant(monkeypatch, mutant)
-    failures = verify(metric, sample_triplets("builtin", 1, 16)).failures
+    failures = verify(metric, sample_triplets("builtin", 1, 16, resize="float")).failures
     if name:
         assert any(line.startswith(f"control not caught: {start}") for line in failures), failures
     else:
