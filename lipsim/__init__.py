@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lipsim.utils.version import __version__
+
 if TYPE_CHECKING:
     from lipsim import (
         attacks,
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from lipsim.certificates.errors import LipsimError
     from lipsim.metric import PerceptualMetric, load
     from lipsim.training.run import train
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LipsimError",

@@ -60,6 +60,14 @@ def minimal_norm(
     Raises:
         ValueError: ``starts`` of another shape than ``x``, images outside the box, or channels that ``parts`` do not
             divide.
+
+    Example:
+        >>> from lipsim.attacks import DistanceObjective
+        >>> x = torch.full((1, 3, 2, 2), 0.5, dtype=torch.float64)
+        >>> brighter = DistanceObjective(lambda x, y: (x - y).sum((1, 2, 3)), x, threshold=0.3)
+        >>> x_adv = minimal_norm(brighter, x)
+        >>> print(f"{(x_adv - x).norm():.4f}")  # 0.3 over the slope √12
+        0.0866
     """
     if starts is not None and starts.shape[1:] != x.shape:
         raise LipsimError(f"expected starts of shape (S, {', '.join(map(str, x.shape))}), got {tuple(starts.shape)}")

@@ -71,6 +71,13 @@ class TwoAFCObjective:
 
     Raises:
         ValueError: an unknown target, or images that the metric refuses.
+
+    Example:
+        >>> import lipsim
+        >>> x, y, z = (torch.full((1, 3, 64, 64), level) for level in (0.2, 0.3, 1.0))
+        >>> answer = TwoAFCObjective(lipsim.load("quickstart"), x, y, z)
+        >>> bool(answer(x) > 0)  # the answer stands
+        False
     """
 
     def __init__(

@@ -57,6 +57,14 @@ def pgd(
 
     Raises:
         ValueError: a bad norm, budget or box, or an objective without a gradient.
+
+    Example:
+        >>> from lipsim.attacks import DistanceObjective
+        >>> x = torch.full((1, 3, 2, 2), 0.5)
+        >>> brighter = DistanceObjective(lambda x, y: (x - y).sum((1, 2, 3)), x, threshold=9)  # linear, slope √12
+        >>> x_adv = pgd(brighter, x, eps=0.1)
+        >>> print(f"{(x_adv - x).norm():.3f} {(x_adv - x).sum():.3f}")  # straight up the slope
+        0.100 0.346
     """
     ball = Ball(norm, eps, box, parts)
     size = ball.step_size(steps) if step_size is None else step_size

@@ -64,6 +64,14 @@ def square(
 
     Raises:
         ValueError: a bad norm, budget or box.
+
+    Example:
+        >>> from lipsim.attacks import DistanceObjective
+        >>> x = torch.full((1, 3, 2, 2), 0.5)
+        >>> brighter = DistanceObjective(lambda x, y: (x - y).sum((1, 2, 3)), x, threshold=9)  # linear, slope √12
+        >>> x_adv = square(brighter, x, norm="inf", eps=0.1, steps=200)
+        >>> print(f"{(x_adv - x).abs().max():.3f} {(x_adv - x).sum():.3f}")  # every value by 0.1
+        0.100 1.200
     """
     ball = Ball(norm, eps, box, parts)
     if norm == 0:

@@ -52,6 +52,11 @@ def signed_reference_radius(
     """Signed distance of the reference to the decision boundary over ``L``, ``(N,)``: positive prefers left.
 
     Its absolute value is :func:`reference_radius`; fine-tuning maximises it on the side of the votes.
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> print(f"{signed_reference_radius(z, z0, z1).item():.4f}")  # (3, 4) is nearer to the right one
+        -0.7071
     """
     check_constants(anchor, lipschitz)
     g, slope = linear_margin(z, z0, z1, anchor=anchor)
@@ -65,6 +70,13 @@ def reference_radius(
 
     It is the distance of ``z`` to the decision hyperplane, so no larger radius follows from ``z`` and ``L``. It is
     never below :func:`published_radius` for ``anchor ≥ 1``.
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> print(f"{reference_radius(z, z0, z1).item():.4f}")  # how far (3, 4) is from the diagonal
+        0.7071
+        >>> print(f"{reference_radius(z, z0, z1, lipschitz=2.0).item():.4f}")  # where the encoder may stretch by two
+        0.3536
     """
     check_constants(anchor, lipschitz, feature_error)
     dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
@@ -89,6 +101,12 @@ def candidate_radii(
     """Radii within which a perturbed *left* or a perturbed *right* image keeps the answer, ``(N,)`` each.
 
     ``‖e_i‖·sin(min(|θ_1 − θ_0|, π/2))/L``: exact for ``anchor = 0``, a lower bound above.
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([1.0, 0.0], [1.0, 1.0], [0.0, 1.0]))
+        >>> left, right = candidate_radii(z, z0, z1, anchor=0.0)  # at 45° and at 90° from the reference
+        >>> print(f"{left.item():.4f} {right.item():.4f}")  # sin 45° times the norm of each
+        1.0000 0.7071
     """
     check_constants(anchor, lipschitz, feature_error)
     dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
@@ -111,6 +129,11 @@ def joint_radius(
 
     The largest ε with ``2α(e, Lε) + α(e0, Lε) + α(e1, Lε) < |θ_1 − θ_0|``, by bisection, rounded down. Its gradient is
     that of the equation (implicit differentiation).
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> print(f"{joint_radius(z, z0, z1, anchor=0.0).item():.4f}")  # four turns fill 90°: sin 22.5°
+        0.3827
     """
     check_constants(anchor, lipschitz, feature_error)
     dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
@@ -121,7 +144,13 @@ def joint_radius(
 
 
 def signed_joint_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
-    """:func:`joint_radius` with the sign of the margin, ``(N,)``: positive prefers left. What a loss can push."""
+    """:func:`joint_radius` with the sign of the margin, ``(N,)``: positive prefers left. What a loss can push.
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([1.0, 0.0], [0.0, 1.0], [1.0, 0.0]))
+        >>> print(f"{signed_joint_radius(z, z0, z1, anchor=0.0).item():.4f}")
+        -0.3827
+    """
     check_constants(anchor, lipschitz)
     g, _ = linear_margin(z, z0, z1, anchor=anchor)
     norms = [bounded_norm(t, anchor) for t in (z, z0, z1)]
@@ -133,6 +162,11 @@ def published_radius(z: Features, z0: Features, z1: Features, *, anchor: float =
     """Radius as published with LipSim, ``|⟨p, p0 − p1⟩|/(L‖p0 − p1‖)``, ``(N,)``: for comparison only.
 
     Not sound for ``anchor = 0`` where ``‖z‖ < 1``: it overclaims there by ``1/‖z‖`` (Ghazanfari et al. 2024, §3).
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> print(f"{published_radius(z, z0, z1).item():.4f} {reference_radius(z, z0, z1).item():.4f}")
+        0.1387 0.7071
     """
     check_constants(anchor, lipschitz)
     unit, left, right = (t.unit if isinstance(t, Anchored) else project(t, anchor) for t in (z, z0, z1))

@@ -29,6 +29,12 @@ def distance_interval(
 
     Raises:
         ValueError: a budget is negative.
+
+    Example:
+        >>> z, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> lower, upper = distance_interval(z, y, 0.5, anchor=0.0)  # 0.5 turns a unit vector by at most 30°
+        >>> print(f"{lower.item():.4f} {upper.item():.4f}")  # 1 - cos 60°, 1 - cos 120°
+        0.5000 1.5000
     """
     check_constants(anchor, lipschitz, feature_error)
     dtype, (e, other) = anchored(anchor, z, y)
@@ -57,6 +63,11 @@ def threshold_radius(
 
     Raises:
         ValueError: the threshold is outside [0, 2].
+
+    Example:
+        >>> z, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> print(f"{threshold_radius(z, y, 0.5, anchor=0.0).item():.4f}")  # from 90° to 60°: sin 30°
+        0.5000
     """
     threshold = check_number("threshold in [0, 2], the range of the distance,", threshold, 0, 2)
     check_constants(anchor, lipschitz, feature_error)

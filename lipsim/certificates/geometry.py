@@ -110,6 +110,10 @@ def cosine_distance(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:
 
     Computed as ``‖p − q‖²/2``, which keeps its digits between near-duplicates and is exactly 0 for equal features.
     Features without a direction (see :func:`project`) are at distance 1 from everything.
+
+    Example:
+        >>> cosine_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), anchor=0.0)
+        tensor([1.])
     """
     (p, p_anchor), (q, q_anchor) = project(z, anchor), project(y, anchor)
     distance = (((p - q).square().sum(-1) + (p_anchor - q_anchor).square()) / 2).clamp(max=2)

@@ -18,12 +18,22 @@ _FLOAT32_STEP = 2.0**-25 * (1 + 1e-6)
 
 
 def linf_radius(radius: Tensor, num_elements: int) -> Tensor:
-    """ℓ∞ radius ``R/√n`` that an ℓ2 radius implies on inputs of ``num_elements = 3·H·W`` values."""
+    """ℓ∞ radius ``R/√n`` that an ℓ2 radius implies on inputs of ``num_elements = 3·H·W`` values.
+
+    Example:
+        >>> linf_radius(torch.tensor([6.0]), num_elements=36)
+        tensor([1.])
+    """
     return radius / math.sqrt(check_count("num_elements", num_elements))
 
 
 def l1_radius(radius: Tensor) -> Tensor:
-    """ℓ1 radius that an ℓ2 radius implies: the same number, because ``‖δ‖₂ ≤ ‖δ‖₁``."""
+    """ℓ1 radius that an ℓ2 radius implies: the same number, because ``‖δ‖₂ ≤ ‖δ‖₁``.
+
+    Example:
+        >>> l1_radius(torch.tensor([0.5]))
+        tensor([0.5000])
+    """
     return radius
 
 
@@ -40,6 +50,11 @@ def certified_pixels(x: Tensor, radius: Tensor) -> Tensor:
 
     Raises:
         ValueError: the images are no floating-point numbers.
+
+    Example:
+        >>> gray = torch.full((1, 3, 4, 4), 0.5)  # one pixel changes by at most √0.75
+        >>> certified_pixels(gray, torch.tensor([1.3]))
+        tensor([2])
     """
     if not x.dtype.is_floating_point:
         raise LipsimError(f"expected floating-point images in [0, 1], got {x.dtype}; divide 8-bit images by 255")
@@ -60,6 +75,10 @@ def resize_norm(original: tuple[int, int], image_size: int) -> float:
     The resize is linear and separable, so its norm is the product of those of two one-dimensional maps, each from an
     SVD in float64. :class:`lipsim.data.Preprocess` resizes in float64, too; that of float32 has a norm of its own, up
     to 4e-6 larger. See :func:`original_radius` for what the norm is worth in the pixels of a file.
+
+    Example:
+        >>> print(f"{resize_norm((64, 64), 64):.4f}")  # nothing is resized
+        1.0000
     """
     return math.prod(_axis_norm(size, image_size) for size in original)
 
@@ -89,6 +108,10 @@ def original_radius(radius: float, original: tuple[int, int], image_size: int) -
 
     Returns:
         The radius, at least 0.
+
+    Example:
+        >>> print(f"{original_radius(0.5, (64, 64), 64):.4f}")
+        0.5000
     """
     read = 2 * _FLOAT32_STEP * math.sqrt(3 * original[0] * original[1])
     if tuple(original) == (image_size, image_size):

@@ -24,6 +24,11 @@ def retrieval_radius(
 
     Raises:
         ValueError: not ``1 ≤ k < M``.
+
+    Example:
+        >>> z, gallery = torch.tensor([[3.0, 4.0]]), torch.eye(2)
+        >>> print(f"{retrieval_radius(z, gallery).item():.4f}")  # its distance to the diagonal
+        0.7071
     """
     check_constants(anchor, lipschitz, feature_error)
     if not 1 <= k < len(gallery):

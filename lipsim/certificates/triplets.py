@@ -59,6 +59,14 @@ def certify_triplets(
         anchor: constant coordinate beside the features.
         lipschitz: bound of the encoder.
         feature_error: that the radii cover.
+
+    Example:
+        >>> import torch
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> reference, margin = torch.full((1, 3, 2, 2), 0.5), torch.tensor([-0.1])
+        >>> certificate = certify_triplets(reference, margin, z, z0, z1)
+        >>> print(bool(certificate.prefers_left), f"{certificate.radius.item():.4f}")
+        False 0.7071
     """
     options = {"anchor": anchor, "lipschitz": lipschitz, "feature_error": feature_error}
     _, (e, e0, e1) = anchored(anchor, z, z0, z1)

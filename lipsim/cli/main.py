@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from lipsim.cli.parser import OneLineParser, one_line_errors
+from lipsim.utils.version import __version__
 
 # A command is the module of its name here (- is _), which is imported when the command is given and not before: most
 # load torch, some Lightning as well, and `lipsim --help` needs neither.
@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
         importlib.import_module(f"lipsim.cli.{args[0]}").main(args[1:], f"lipsim {args[0]}")
         return
     parser = OneLineParser(prog="lipsim", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"lipsim {importlib.metadata.version('lipsim')}")
+    parser.add_argument("--version", action="version", version=f"lipsim {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chosen = next((argument for argument in args if not argument.startswith("-")), None)
     for name, purpose in {**STAGES, **COMMANDS}.items():

@@ -20,7 +20,7 @@ from lipsim.training.base import Stage
 from lipsim.training.checkpoints import check_checkpoint, read_stage
 from lipsim.training.run import fit
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.paths import user_path
+from lipsim.utils.paths import find_config, user_path
 from lipsim.utils.terminal import one_line
 
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
@@ -84,7 +84,7 @@ class StageCLI(LightningCLI):
             "trainer_defaults": {"default_root_dir": "runs/default", "log_every_n_steps": 10},
             "parser_class": StageParser,
         }
-        super().__init__(args=list(args), **{**defaults, **options})
+        super().__init__(args=_with_configs(args), **{**defaults, **options})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what was given; sys.argv stays as it is, since DDP starts its other processes with it.
@@ -157,6 +157,23 @@ def train(args: Sequence[str], prog: str = "train.py") -> StageCLI:
         args.insert(0, "fit")
     with quiet_warnings():
         return StageCLI(args, parser_kwargs={"prog": prog, "description": _DESCRIPTION.format(prog=prog)})
+
+
+def _with_configs(args: Sequence[str]) -> list[str]:
+    """The arguments with the files of packaged configs in place of their names.
+
+    Raises:
+        FileNotFoundError: a config is neither a file nor the name of a packaged one.
+    """
+    found = list(args)
+    for number, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            number, before = (number, f"{option}=") if equals else (number + 1, "")
+            value = value if equals else "".join(args[number : number + 1])
+            if value and not {"{", "\n"} & set(value):  # a config may be given as text as well
+                found[number] = f"{before}{find_config(value)}"
+    return found
 
 
 def _with_home(value: Any) -> Any:

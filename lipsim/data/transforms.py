@@ -162,6 +162,10 @@ class Preprocess:
 
     Raises:
         ValueError: an unknown ``resize``, or a size below 1.
+
+    Example:
+        >>> Preprocess(64)(np.zeros((300, 200, 3), dtype=np.uint8)).shape
+        torch.Size([3, 64, 64])
     """
 
     def __init__(self, image_size: int, resize: str = "float") -> None:

@@ -22,6 +22,12 @@ class Triplet:
         index: ``(N,)`` int64, the number by which the data set knows each triplet. Tables show it and random numbers of
             attacks depend on it. Results tell triplets apart by their set and their position there, which is the index
             unless the set is a ``Subset`` or a ``ConcatDataset``.
+
+    Example:
+        >>> images = (torch.rand(5, 3, 8, 8) for _ in range(3))
+        >>> batch = Triplet(*images, right_vote=torch.tensor([0.0, 1.0, 0.5, 0.2, 0.8]), index=torch.arange(5))
+        >>> len(batch), len(batch.images())
+        (5, 3)
     """
 
     def __init__(self, reference: Tensor, left: Tensor, right: Tensor, right_vote: Tensor, index: Tensor) -> None:

@@ -18,13 +18,13 @@ from lipsim.metric.rebuild import build_encoder
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
-from lipsim.utils.paths import user_path
+from lipsim.utils.paths import packaged, user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
 FORMAT = "lipsim-metric"
 VERSION = 1
 AUDITED = "audited"
-BUNDLED = Path(__file__).parents[2] / "checkpoints"
+BUNDLED = packaged("checkpoints")
 
 
 def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
@@ -40,6 +40,16 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     Raises:
         ValueError: the encoder is of a class that no header can name.
         OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from lipsim.students import OrthogonalProjection
+        >>> metric = PerceptualMetric(OrthogonalProjection(image_size=8, out_features=4), image_size=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = load(save(metric, f"{folder}/own.safetensors"))
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> torch.allclose(again(x, 1 - x), metric(x, 1 - x), atol=1e-6)
+        True
     """
     path = user_path(path)
     encoder = merged(metric.encoder)
@@ -90,6 +100,11 @@ def load(path: str | Path) -> PerceptualMetric:
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
         ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
+
+    Example:
+        >>> metric = load("quickstart")
+        >>> metric.image_size, metric.anchor, f"{metric.lipschitz:.4f}"
+        (64, 1.0, '1.0000')
     """
     file = resolve(path)
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)

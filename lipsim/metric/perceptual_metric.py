@@ -48,6 +48,21 @@ class PerceptualMetric(nn.Module):
     Raises:
         lipsim.audit.UnboundedModuleError: ``lipschitz`` is None and the audit cannot bound the encoder.
         ValueError: an argument is out of range.
+
+    Example:
+        >>> import lipsim
+        >>> metric = lipsim.load("quickstart")
+        >>> dark, light, white = (torch.full((1, 3, 64, 64), level) for level in (0.2, 0.3, 1.0))
+        >>> bool(metric(dark, light) < metric(dark, white))
+        True
+        >>> certificate = metric.certify(dark, light, white)
+        >>> bool(certificate.prefers_left), bool(certificate.radius > 1)
+        (True, True)
+        >>> lower, upper = metric.distance_bounds(dark, light, eps=0.1)
+        >>> bool(lower <= metric(dark, light)), bool(metric(dark, light) <= upper)
+        (True, True)
+        >>> metric.embed(dark).shape
+        torch.Size([1, 128])
     """
 
     def __init__(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from pathlib import Path
+
+from lipsim.utils.paths import clone
+from lipsim.utils.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("lipsim", *_PACKAGES):
+    found = {"python": platform.python_version(), "lipsim": __version__}
+    for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -22,8 +24,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this runs from, with "+changes" where it was edited; None outside a checkout."""
-    here = Path(__file__).parent
+    """Commit of the clone this runs from, with "+changes" where it was edited; None for an installed package."""
+    here = clone()  # an installed package may lie in the repository of another project
+    if here is None:
+        return None
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)

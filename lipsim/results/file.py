@@ -62,6 +62,14 @@ def read_results(path: Path) -> Results:
     Raises:
         FileNotFoundError: there is none.
         ValueError: it cannot be parsed, is damaged, or was written by an older or a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "results.json"
+        ...     update_results(file, {"durations": {"seconds": {"teacher": 12.5}}})
+        ...     read_results(file)["durations"]["seconds"]
+        {'teacher': 12.5}
     """
     if not path.is_file():
         raise FileNotFoundError(f"no results at {path}; a test run writes them")
@@ -102,6 +110,11 @@ def _finite(value: Any) -> Any:
 
 
 def eps_label(eps: float) -> str:
-    """How tables write a budget: ``36/255`` where it is a whole number of 255ths below 1, else the number."""
+    """How tables write a budget: ``36/255`` where it is a whole number of 255ths below 1, else the number.
+
+    Example:
+        >>> eps_label(36 / 255), eps_label(1.0)
+        ('36/255', '1')
+    """
     steps = round(eps * 255)
     return f"{steps}/255" if 0 < steps < 255 and abs(eps * 255 - steps) < 1e-9 else f"{eps:.12g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lipsim import PerceptualMetric, certificates
+from lipsim import PerceptualMetric, __version__, certificates
 from lipsim.audit import UnboundedModuleError, lipschitz_bound, lower_bounds
 from lipsim.cli.main import main
 from lipsim.data.transforms import read_image, to_tensor
@@ -275,7 +274,7 @@ def test_certify_refuses_in_one_line(
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("--version") == 0
-    assert capsys.readouterr().out.strip() == f"lipsim {importlib.metadata.version('lipsim')}"
+    assert capsys.readouterr().out.strip() == f"lipsim {__version__}"
 
 
 def test_home_folders(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ def test_scripts_are_subcommands_too(command: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stop:
         lipsim_main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and f"lipsim {command} --config configs/" in shown and ".py" not in shown
+    assert stop.value.code == 0 and f"lipsim {command} --config configs/" in shown and f"{command}.py" not in shown
     with pytest.raises(SystemExit) as stop:
         lipsim_main(["--help"])
     assert stop.value.code == 0 and f"\n    {command} " in capsys.readouterr().out
@@ -209,9 +209,10 @@ def test_print_config_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["--config", str(LINEAR), "--trainer.max_epoch_count=3"], 2, "max_epoch_count"),
-        (["--config", str(LINEAR), "--model.loss.targt=3"], 2, "'targt' is not accepted"),
+        (["--config", "nowhere.yaml"], 1, "no config nowhere.yaml; those that come with lipsim are bapps/finetune, "),
+        (["--config=quickstart/linear", "--trainer.max_epoch_count=3"], 2, "max_epoch_count"),
+        (["-c", "configs/quickstart/linear.yaml", "--model.loss.targt=3"], 2, "'targt' is not "),
+        (["--config", '{"trainer": {"max_epoch_count": 3}}'], 2, "max_epoch_count"),
         (["--config", str(LINEAR), "--data.batch_size=0"], 1, "batch_size of at least 1"),
         (["--config", str(LINEAR), "--data.image_size=32", *SMALL], 1, "expected images of shape (N, 3, 64, 64)"),
         (["--config", str(LINEAR), "--ckpt_path=nowhere.ckpt"], 1, "no checkpoint nowhere.ckpt"),

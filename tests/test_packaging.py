@@ -1,0 +1,42 @@
+"""What is written twice agrees: the version, and the files that the documents name."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lipsim import __version__
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_documents_name_files_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = re.findall(r"`((?:\.ci|lipsim|tests|docs|benchmarks|configs)/[^`\s]*)", text)
+    assert names
+    for name in names:
+        assert "NAME" in name or "FAMILY" in name or (ROOT / name).exists(), name
+
+
+def test_every_dependency_has_a_lower_bound_and_a_version_that_was_tested() -> None:
+    """jsonargparse[signatures]>=4.40 and jsonargparse==4.53.0, for example."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    tested = {_name(pin) for pin in content["tool"]["uv"]["constraint-dependencies"]}
+    for requirement in content["project"]["dependencies"]:
+        assert ">=" in requirement, requirement
+        assert _name(requirement) in tested, requirement
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\[<>=]", requirement)[0].replace("_", "-")
