@@ -26,6 +26,7 @@ from lipsim.utils.terminal import one_line
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
 {prog} --config configs/quickstart/distill.yaml --trainer.max_epochs 3
 (fit is understood). Every option of the config can be given on the command line; --print_config shows them all."""
+_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 SUBCOMMANDS = ("fit", "validate", "test")
 
 
@@ -56,6 +57,22 @@ class StageParser(LightningArgumentParser):
                 f"cannot read the config {os.fspath(path)} as {error.encoding} ({error.reason}); save it as UTF-8 and "
                 "set PYTHONUTF8=1, or leave signs beyond ASCII out of it"
             ) from error
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a class; limits of the trainer are whole numbers where they are given as such.
+
+        In Lightning's annotation ``Optional[Union[int, float]]`` either may come first: typing hands out what another
+        module made of ``Optional[Union[float, int]]``, as long as it remembers it. Read as a float, a limit of 1 batch
+        means all of them.
+        """
+        if nested_key != "trainer":
+            return list(super().add_class_arguments(theclass, nested_key, *args, **kwargs))
+        kwargs["skip"] = {*(kwargs.get("skip") or ()), *_LIMITS}
+        added = list(super().add_class_arguments(theclass, nested_key, *args, **kwargs))
+        purpose = "a whole number of batches, or a share of them, 1.0 for all"
+        for limit in _LIMITS:
+            self.add_argument(f"--trainer.{limit}", type=int | float | None, help=purpose)
+        return [*added, *_LIMITS]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with status 2."""

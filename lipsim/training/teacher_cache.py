@@ -34,7 +34,7 @@ from lipsim.data.sets.folder import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.metric import PerceptualMetric, load
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import sha256
+from lipsim.utils.files import remove_leftovers, sha256
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
@@ -307,6 +307,7 @@ def cache_teacher(
         try:
             listed = list_images(images)
             description.write(output)
+            remove_leftovers(output)
             if listed.skipped:
                 print(f"passed over in {images}: {listed.skipped}", file=sys.stderr)
             work = listed.names, plan(output, listed.names, shard_size)

@@ -46,6 +46,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what :func:`write_file` had begun in a folder when its process was killed, while nobody writes there."""
+    remove_files(directory, [".????????????????.tmp*"])
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
     """Give a complete file the name ``path`` once it is on the disk."""
     with open(temporary, "r+b") as file:

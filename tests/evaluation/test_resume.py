@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import evaluations
@@ -54,6 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_run_continues(computed: list[int], whole: Path) -> None:
+    shutil.copy(whole.parent / "metric.safetensors", "metric.safetensors")  # the order of a header changes by itself
     lines = kill_after(2, args("killed"))
     assert 2 <= len(lines) < 8
     part = Path("killed/unfinished/part-0-of-1.jsonl")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lipsim import PerceptualMetric
 from lipsim.attacks import TwoAFCObjective, apgd
-from lipsim.attacks.auto import ATTACKS
+from lipsim.attacks.registry import attacks_in
 from lipsim.cli.main import main
 from lipsim.data import Triplet, sample_triplets
 from lipsim.evaluation.scores import agrees
@@ -19,6 +19,7 @@ from lipsim.evaluation.side_by_side import Settings, attack_tables, common_image
 from lipsim.metric import save
 from lipsim.metric.distances import BASELINES, pixel_l2
 from lipsim.results import eps_label, read_results
+from lipsim.results.schema import ComparedMetric, Comparison
 from lipsim.results.tables import percent, print_table
 from lipsim.students import OrthogonalProjection
 from lipsim.utils.errors import LipsimError
@@ -80,13 +81,12 @@ def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: P
         "pil": PerceptualMetric(metric.encoder, 16, lipschitz=1.0, resize="pil"),
         "large": PerceptualMetric(OrthogonalProjection(24, 8), 24, lipschitz=1.0),
     }
-    for names in (["float", "pil"], ["float", "large"], []):
+    expected = {("float", "pil"): "resized in one way", ("float", "large"): "one image size", (): "one image size"}
+    for names, message in expected.items():
         chosen = {"pixels": pixel_l2, **{name: metrics[name] for name in names}}
-        with pytest.raises(ValueError, match="one image size and one resize"):
-            attack_tables(chosen, tmp_path / "out")
+        with pytest.raises(ValueError, match=message):
+            attack_tables(chosen, tmp_path / "out", data="nights", root=tmp_path)
     files = {name: save(metrics[name], tmp_path / f"{name}.safetensors") for name in ("float", "pil")}
-    with pytest.raises(ValueError, match="float 16 pixels by 'float', pil 16 pixels by 'pil'"):
-        load_metrics(files)
     assert list(load_metrics({"pil": files["pil"]})) == ["pil", *BASELINES]
     assert not (tmp_path / "out").exists()
 
@@ -94,7 +94,7 @@ def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: P
 def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
 
-    def sample(data: str, count: int, size: int, root: Path, seed: int, resize: str) -> Triplet:
+    def sample(data: str, count: int, size: int, *, resize: str, root: Path, seed: int) -> Triplet:
         seen.update(data=data, count=count, size=size, root=root, seed=seed, resize=resize)
         images = [torch.rand(2, 3, 16, 16) for _ in range(3)]
         return Triplet(*images, torch.tensor([0.0, 1.0]), torch.arange(2))
@@ -113,12 +113,27 @@ def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPa
 def test_headings_fit_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     """The suite at the default budgets, each attack alone, and distances, as long as the name of a metric is short."""
     budgets = [eps_label(eps) for eps in Settings().eps]
-    scores = {"natural": 1.0, "l2": dict.fromkeys(budgets, 1.0), "linf": 1.0, "no_gradient": 0}
-    scores["alone"] = dict.fromkeys([*ATTACKS[2], "one_pixel"], 1.0)
-    levels = dict.fromkeys(["5 %", "25 %", "50 %", "75 %", "95 %"], 1.23e-5)
-    measured = {"scores": {"quickstart": scores}, "num_triplets": 200, "alone_eps": 1.0, "linf": 4 / 255}
-    measured["distances"] = {"quickstart": {"reached": levels, "shares": levels}}
-    measured["transfer"] = {"quickstart": dict.fromkeys(["quickstart", *BASELINES], 1.0)}
+    levels: dict[str, float | None] = dict.fromkeys(["5 %", "25 %", "50 %", "75 %", "95 %"], 1.23e-5)
+    compared: ComparedMetric = {
+        "natural": 1.0,
+        "no_gradient": 0,
+        "l2": dict.fromkeys(budgets, 1.0),
+        "linf": 1.0,
+        "alone": dict.fromkeys(attacks_in(2), 1.0),
+        "one_pixel": 1.0,
+        "distances": {"reached": levels, "natural_median": 1.0, "shares": levels},
+        "transfer": dict.fromkeys(["quickstart", *BASELINES], 1.0),
+    }
+    measured: Comparison = {
+        "num_triplets": 200,
+        "eps": list(Settings().eps),
+        "alone_eps": 1.0,
+        "linf_eps": 4 / 255,
+        "steps": 100,
+        "queries": 1000,
+        "seed": 1,
+        "metrics": {"quickstart": compared},
+    }
     for title, rows in tables(measured, "builtin").items():
         print_table(Console(width=80), rows, title)
     output = capsys.readouterr().out
@@ -154,7 +169,7 @@ def test_metrics_are_attacked_on_images_as_they_expect(
         given.append(triplets)
         raise LipsimError("seen")
 
-    monkeypatch.setattr("lipsim.cli.attack_tables.measure", stop)
+    monkeypatch.setattr("lipsim.evaluation.side_by_side.measure", stop)
     where = ["--data", "nights", "--root", str(nights), "--samples", "4"]
     for resize in ("float", "pil"):
         with pytest.raises(SystemExit):
