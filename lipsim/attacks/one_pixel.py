@@ -63,7 +63,7 @@ def one_pixel(
         >>> from lipsim.attacks import DistanceObjective
         >>> x = torch.full((1, 3, 2, 2), 0.5)
         >>> brighter = DistanceObjective(lambda x, y: (x - y).sum((1, 2, 3)), x, threshold=9)  # linear, slope √12
-        >>> x_adv = one_pixel(brighter, x, steps=20)
+        >>> x_adv = one_pixel(brighter, x, generations=20)
         >>> int((x_adv != x).any(1).sum()), bool((x_adv - x).sum() <= 1.5)  # a white pixel adds 1.5
         (1, True)
     """

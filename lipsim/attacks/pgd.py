@@ -59,6 +59,7 @@ def pgd(
         ValueError: a bad norm, budget or box, or an objective without a gradient.
 
     Example:
+        >>> import torch
         >>> from lipsim.attacks import DistanceObjective
         >>> x = torch.full((1, 3, 2, 2), 0.5)
         >>> brighter = DistanceObjective(lambda x, y: (x - y).sum((1, 2, 3)), x, threshold=9)  # linear, slope √12

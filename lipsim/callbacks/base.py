@@ -170,7 +170,9 @@ class TripletCallback(RowCallback):
 
     def _start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not isinstance(module, EvaluationModule):
-            raise LipsimError(f"{type(self).__name__} needs a stage of lipsim.training, got {type(module).__name__}")
+            raise LipsimError(
+                f"{type(self).__name__} needs a stage of lipsim.training or an evaluation, got {type(module).__name__}"
+            )
         if self._works(trainer):
             self._check_alone(trainer)
             for name, metric in self.others.items():

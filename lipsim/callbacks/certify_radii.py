@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lipsim.audit import LipschitzReport
+from lipsim.audit import LayerBound, LipschitzReport
 from lipsim.audit.arithmetic import ERROR_FACTOR
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images, log_score
 from lipsim.certificates.numbers import check_count, check_number
@@ -38,7 +39,8 @@ class CertifyRadii(TripletCallback):
     Args:
         eps: ℓ2 budgets of the certified score, in input pixels in [0, 1], ascending.
         error_sample: images of each set that the search for the float32 error looks at besides its own
-            (:func:`lipsim.audit.arithmetic.largest_feature_error`); 0: no search, exact arithmetic alone is certified.
+            (:func:`lipsim.audit.arithmetic.largest_feature_error`); 0: no search. What the metric declares itself is
+            covered in any case.
         error_factor: at least 1, by which the largest error found is enlarged.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`.
@@ -67,6 +69,8 @@ class CertifyRadii(TripletCallback):
         self.error_sample = check_count("error_sample", error_sample, least=0)
         self.error_factor = error_factor
         self.report: LipschitzReport | None = None
+        # The error that this callback declared last, and what others have declared: the least, and how it was found.
+        self._found_error, self._least_error, self._least_kind = -1.0, 0.0, "none"
         self.results: Certification | None = None
 
     @property
@@ -81,23 +85,29 @@ class CertifyRadii(TripletCallback):
     def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         metric = module.metric
         metric.check_precision()
-        self.report = metric.audit()
+        declared = metric.declared_lipschitz
+        if declared is None or declared == math.inf:
+            self.report = metric.audit()
+        else:  # whoever declared it answers for it
+            self.report = LipschitzReport(declared, (LayerBound("declared", type(metric.encoder).__name__, declared),))
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         loaders = evaluation_loaders(trainer) if self.error_sample else []
         samples = [first_images(loader, self.error_sample) for loader in loaders if num_samples(loader)]
         for images in samples:  # no batch has been checked yet
             metric.check_images(images, check_range=False)
             check_images(images)
+        if metric.declared_feature_error != self._found_error:  # somebody else's, which is covered at least
+            self._least_error, self._least_kind = metric.declared_feature_error, metric.feature_error_kind
         found = 0.0
         if samples:
             found = metric.measure_feature_error(
                 torch.cat(samples), thorough=bool(trainer.testing), factor=self.error_factor
             )
-        largest = torch.tensor(found, dtype=torch.float64, device=module.device)
+        largest = torch.tensor(max(found, self._least_error), dtype=torch.float64, device=module.device)
         # The same on every process, whatever hardware it runs on.
-        metric.feature_error = float(trainer.strategy.reduce(largest, reduce_op="max"))
-        if samples:
-            metric.feature_error_kind = "searched"
+        self._found_error = metric.feature_error = float(trainer.strategy.reduce(largest, reduce_op="max"))
+        searched = bool(samples) and self._found_error > self._least_error
+        metric.feature_error_kind = "searched" if searched else self._least_kind
 
     def see(
         self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str

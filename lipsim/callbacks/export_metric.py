@@ -60,7 +60,7 @@ class ExportMetric(Callback):
                 f"weights are NaN or infinite at step {trainer.global_step}; there is no metric to export"
             )
         freeze(module.metric)
-        if module.metric.lipschitz != float("inf"):
+        if module.metric.has_bound:
             module.metric.audit()
         file = save(module.metric, self.output(trainer))
         rank_zero_info(f"exported the metric to {file}")

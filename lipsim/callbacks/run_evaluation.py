@@ -53,7 +53,7 @@ def evaluate(
 ) -> Results:
     """Certify a metric on the test sets of a data module, and attack it where callbacks do.
 
-    Certifying costs about a tenth more than embedding each image once; :class:`lipsim.callbacks.AttackRobustness` costs
+    Certifying costs a few percent more than embedding each image once; :class:`lipsim.callbacks.AttackRobustness` costs
     hundreds of times as much. What lasts says how far it is (``enable_progress_bar=False``: nothing). Writes
     results.json, the tables and pictures of the callbacks, and a record of the call into the directory. A run that was
     cut short continues where it was when it is called again; results of another metric or other data in the directory

@@ -63,8 +63,7 @@ def certify_triplets(
     Example:
         >>> import torch
         >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))
-        >>> reference, margin = torch.full((1, 3, 2, 2), 0.5), torch.tensor([-0.1])
-        >>> certificate = certify_triplets(reference, margin, z, z0, z1)
+        >>> certificate = certify_triplets(torch.full((1, 3, 2, 2), 0.5), z, z0, z1)
         >>> print(bool(certificate.prefers_left), f"{certificate.radius.item():.4f}")
         False 0.7071
     """

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from lipsim.results.comparison import print_tables
-    from lipsim.results.report import write_report  # matplotlib, which no other command needs
+    from lipsim.results.report import write_report  # matplotlib, which --help does without
     from lipsim.results.runs import load_runs, warnings
 
     with Progress("writing the report"):

@@ -24,16 +24,29 @@ class Listed(Protocol):
 
 
 @runtime_checkable
-class TripletSet(Listed, Protocol):
-    """Triplets with votes by their position."""
+class Resized(Protocol):
+    """A data set that says how its images are resized."""
 
     @property
     def preprocess(self) -> Preprocess | None:
         """How files become the images of the triplets; None where no image is resized: any metric can take them."""
 
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A data set that names parts of itself."""
+
     @property
     def groups(self) -> Parts:
         """Parts that are scored apart as well: name → ``(N,)`` bool mask over the set."""
+
+
+@runtime_checkable
+class TripletSet(Listed, Resized, Grouped, Protocol):
+    """Triplets with votes by their position.
+
+    A set of somebody's own may lack any of it, and is asked for each apart.
+    """
 
     def __len__(self) -> int: ...
 
@@ -105,8 +118,8 @@ def facts_of(data: object, stage: Literal["val", "test"]) -> DataFacts:
 
 
 def groups_of(dataset: object) -> Parts:
-    """The parts of a data set that are scored apart as well; none where it is no :class:`TripletSet`."""
-    return dataset.groups if isinstance(dataset, TripletSet) else {}
+    """The parts of a data set that are scored apart as well; none where it names none."""
+    return dataset.groups if isinstance(dataset, Grouped) else {}
 
 
 def resizes_of(dataset: object) -> set[str]:
@@ -115,4 +128,5 @@ def resizes_of(dataset: object) -> set[str]:
         return resizes_of(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return {resize for part in dataset.datasets for resize in resizes_of(part)}
-    return {dataset.preprocess.resize} if isinstance(dataset, TripletSet) and dataset.preprocess is not None else set()
+    preprocess = dataset.preprocess if isinstance(dataset, Resized) else None
+    return {preprocess.resize} if isinstance(preprocess, Preprocess) else set()

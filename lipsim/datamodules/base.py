@@ -47,9 +47,13 @@ class TripletData(L.LightningDataModule):
         self._follows = resize is None
 
     def follow(self, resize: str) -> None:
-        """Resize as a metric expects, unless told otherwise when made; to be called before :meth:`setup`."""
-        if self.preprocess is not None and self._follows:
+        """Resize as a metric expects, unless told otherwise when made; to be called before :meth:`setup`.
+
+        Sets that were opened with another way of resizing are opened again then.
+        """
+        if self.preprocess is not None and self._follows and self.preprocess.resize != resize:
             self.preprocess = Preprocess(self.preprocess.image_size, resize)
+            self.train_set, self.val_sets, self.test_sets = None, {}, {}
 
     @property
     def val_names(self) -> list[str]:

@@ -52,6 +52,7 @@ class RemainingData(L.LightningDataModule):
         self.test_names: list[str] = []
         self.triplets: dict[str, TripletCount] = {}
         self.fingerprints: dict[str, str] = {}
+        self._own_resize: str | None = None
 
     @property
     def test_groups(self) -> Mapping[str, Parts]:
@@ -74,6 +75,7 @@ class RemainingData(L.LightningDataModule):
         """
         expected = self._metric().preprocess.resize
         if isinstance(self.data, TripletDataModule):
+            self._own_resize = None if self.preprocess is None else self.preprocess.resize
             self.data.follow(expected)
         if self.preprocess is not None:  # now, before anything is read
             check_resize(self._metric(), "the metric", {self.preprocess.resize}, "data")
@@ -91,6 +93,8 @@ class RemainingData(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.data.teardown(stage)
+        if self._own_resize is not None and isinstance(self.data, TripletDataModule):
+            self.data.follow(self._own_resize)  # what it does for others, a training for one
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One process's share of each test set, :class:`lipsim.data.loading.Finished` for what is finished.

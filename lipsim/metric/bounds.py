@@ -55,6 +55,11 @@ class EncoderBounds:
         return self._declared != math.inf
 
     @property
+    def declared_lipschitz(self) -> float | None:
+        """The bound as it was declared, ``math.inf`` where there is none; None: it is audited."""
+        return self._declared
+
+    @property
     def declared_feature_error(self) -> float:
         """The error as it was declared, without a search."""
         return self._error

@@ -141,6 +141,11 @@ class PerceptualMetric(nn.Module):
         self.feature_error_kind = "declared" if error else "none"
 
     @property
+    def declared_lipschitz(self) -> float | None:
+        """The bound where it was declared, ``math.inf`` where there is none; None where it is audited."""
+        return self._bounds.declared_lipschitz
+
+    @property
     def declared_feature_error(self) -> float:
         """:attr:`feature_error` as it was given, without a search."""
         return self._bounds.declared_feature_error

@@ -22,6 +22,7 @@ from lipsim.utils.errors import LipsimError
 # A constructor may make parts that it replaces, as timm does with heads and torch with parametrised weights, and keep
 # buffers that files do not hold.
 _SPARE_FACTOR, _SPARE_TENSORS, _SPARE_ELEMENTS = 8, 1024, 2**24
+_RANDOM = "random"  # lipsim.teachers.branch.RANDOM, without its seconds of import
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.linspace}
 
 
@@ -38,6 +39,8 @@ def build_encoder(name: str, config: Mapping[str, Any], state: Mapping[str, Tens
     Raises:
         ValueError: they cannot fill what the configuration asks for.
     """
+    if _names_files(config):
+        raise LipsimError("its configuration names a weight file; the file of a metric has all weights itself")
     cls = encoder_class(name)
     tensors = _SPARE_FACTOR * len(state) + _SPARE_TENSORS
     elements = _SPARE_FACTOR * sum(tensor.numel() for tensor in state.values()) + _SPARE_ELEMENTS
@@ -46,6 +49,13 @@ def build_encoder(name: str, config: Mapping[str, Any], state: Mapping[str, Tens
         if is_of_this_package(name):  # others may derive large tensors that their files do not hold
             guards.enter_context(_LimitedTensors(elements))
         return cls(**config)
+
+
+def _names_files(config: Any) -> bool:
+    """Whether a configuration asks for the weights of another file, which a stranger's header must not choose."""
+    if isinstance(config, Mapping):
+        return any((key == "weights" and value != _RANDOM) or _names_files(value) for key, value in config.items())
+    return isinstance(config, list) and any(map(_names_files, config))
 
 
 @contextmanager

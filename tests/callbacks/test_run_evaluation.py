@@ -12,7 +12,7 @@ from evaluations import COUNT, args, config, cut_short, prepare, spy_on_embeddin
 
 import lipsim
 from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletCallback, TripletGallery
-from lipsim.datamodules import BuiltinData
+from lipsim.datamodules import BuiltinData, NightsData
 from lipsim.evaluation.identity import callback_settings
 from lipsim.metric import load
 from lipsim.results import read_results
@@ -144,3 +144,42 @@ def test_a_subclass_that_hands_its_arguments_on() -> None:
 
     options = callback_settings(Mine("red", eps=[0.2], directory=Path("a")))["init_args"]
     assert options["colour"] == "red" and options["eps"] == [0.2] and "directory" not in options
+
+
+def test_what_a_metric_declares_is_covered() -> None:
+    """A bound and an error of somebody's own are not replaced by smaller ones that are found."""
+    encoder = load("metric.safetensors").encoder
+    plain, declared = lipsim.PerceptualMetric(encoder, 16), lipsim.PerceptualMetric(encoder, 16, 1.0, 50.0, 0.05)
+    found = {
+        name: lipsim.evaluate(metric, _data(), eps=[0.1], directory=name, **QUIET)["certified"]
+        for name, metric in {"plain": plain, "declared": declared}.items()
+    }
+    assert found["plain"]["feature_error_kind"] == "searched" and 0 < found["plain"]["feature_error"] < 1e-3
+    assert found["plain"]["lipschitz"] == plain.lipschitz and len(found["plain"]["layers"]) > 1
+    assert (found["declared"]["lipschitz"], found["declared"]["layers"]) == (50.0, {"declared": 50.0})
+    assert (found["declared"]["feature_error"], found["declared"]["feature_error_kind"]) == (0.05, "declared")
+    x, y, z = (torch.rand(4, 3, 16, 16) for _ in range(3))
+    assert (declared.certify(x, y, z).radius <= plain.certify(x, y, z).radius / 50).all()
+
+
+def test_an_encoder_that_only_declares_a_bound_is_evaluated() -> None:
+    class Unknown(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(x.flatten(1)[:, :8])
+
+    metric = lipsim.PerceptualMetric(Unknown(), 16, lipschitz=1.0)
+    found = lipsim.evaluate(metric, _data(), eps=[0.1], directory="unknown", **QUIET)
+    assert found["certified"]["lipschitz"] == 1.0
+
+
+def test_one_data_module_serves_metrics_of_both_kinds(nights: Path) -> None:
+    """Images are resized as each metric expects, one after the other, and a training finds them as they were."""
+    data = NightsData(nights, image_size=16, batch_size=4, num_workers=0)
+    encoder = load("metric.safetensors").encoder
+    for number, resize in enumerate(("float", "pil", "float")):
+        metric = lipsim.PerceptualMetric(encoder, 16, resize=resize)
+        found = lipsim.evaluate(metric, data, eps=[0.1], directory=f"run{number}", **QUIET)
+        assert found["certified"]["resize"] == resize
+        assert data.preprocess is not None and data.preprocess.resize == "float"
+    radii = [Path(f"run{number}/radii.csv").read_bytes() for number in range(3)]
+    assert radii[0] == radii[2] != radii[1]

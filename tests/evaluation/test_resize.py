@@ -15,6 +15,7 @@ from lipsim import PerceptualMetric
 from lipsim.callbacks import AttackRobustness, CertifyRadii
 from lipsim.cli.evaluate import evaluate
 from lipsim.data import NightsTriplets, Preprocess, Triplet, collate_triplets
+from lipsim.data.contracts import groups_of, resizes_of
 from lipsim.datamodules import BuiltinData, NightsData
 from lipsim.metric import load, save
 from lipsim.students import OrthogonalProjection
@@ -124,3 +125,25 @@ def test_metrics_to_compare_with_see_the_same_images(nights: Path) -> None:
     data = NightsData(nights, image_size=SIZE, resize="float", num_workers=0)
     with pytest.raises(ValueError, match="resized by 'pil', which published is for, got nights"):
         _trainer(callbacks=[attack]).test(FineTuning(OrthogonalProjection(SIZE, 8)), data, verbose=False)
+
+
+class OwnSet(torch.utils.data.Dataset[Triplet]):
+    """A set of somebody's own, which says how it resizes and names a part, and has no manifest."""
+
+    def __init__(self, triplets: NightsTriplets) -> None:
+        self.triplets, self.preprocess = triplets, triplets.preprocess
+        self.groups = {"first": torch.arange(len(triplets)) == 0}
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def __getitem__(self, index: int) -> Triplet:
+        return self.triplets[index]
+
+
+def test_what_a_set_says_counts_without_the_rest_of_the_contract(nights: Path) -> None:
+    own = OwnSet(NightsTriplets(nights, "test", Preprocess(SIZE, "pil")))
+    assert resizes_of(Subset(own, [0])) == {"pil"} and list(groups_of(own)) == ["first"]
+    loader = DataLoader(own, 2, collate_fn=collate_triplets)
+    with pytest.raises(ValueError, match="got set0 with images resized by 'pil'"):
+        _trainer().test(FineTuning(OrthogonalProjection(SIZE, 8)), loader, verbose=False)

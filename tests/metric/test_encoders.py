@@ -150,6 +150,20 @@ def test_nor_can_that_of_a_teacher(tmp_path: Path, change: dict[str, int]) -> No
         lipsim.load(path)
 
 
+def test_a_header_names_no_other_file(tmp_path: Path) -> None:
+    """The weights of a metric are in its file; what a stranger's header names is not opened."""
+    teacher = Ensemble([BranchConfig("vit_tiny_patch16_224", weights="random")], image_size=32)
+    save(PerceptualMetric(teacher, 32, lipschitz=float("inf")), tmp_path / "teacher.safetensors")
+    branches = [{**teacher.config["branches"][0], "weights": str(tmp_path / "other.pth")}]
+    _rewrite(
+        tmp_path / "teacher.safetensors",
+        tmp_path / "changed.safetensors",
+        config=teacher.config | {"branches": branches},
+    )
+    with pytest.raises(ValueError, match="names a weight file"):
+        lipsim.load(tmp_path / "changed.safetensors")
+
+
 def _rewrite(source: Path, target: Path, **changes: Any) -> None:
     with safe_open(source, framework="pt") as archive:
         metadata = archive.metadata()

@@ -259,8 +259,8 @@ class EmbeddingCache:
             raise self._damaged(number, str(error)) from error
         return index
 
-    def _damaged(self, number: int, reason: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, number: int, reason: str) -> LipsimError:
+        return LipsimError(
             f"shard {number} of the cache {self.folder} is damaged ({reason}); delete "
             f"{index_file(self.folder, number).name} there and run {COMMAND} again"
         )
