@@ -43,6 +43,7 @@ def test_the_speed_table_prints_ratios() -> None:
     assert all(float(row[3]) > 0 for row in rows) and all("GiB" in row[4] for row in rows[:3])
 
 
+@pytest.mark.slow  # starts processes: a minute of two cores
 def test_the_tables_of_teachers(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "teachers.py"), "--variant", "clip_vitb32", "--depth", "1"]
     options = ["--batch", "2", "--rounds", "1", "--device", "cpu"]
@@ -52,6 +53,7 @@ def test_the_tables_of_teachers(tmp_path: Path) -> None:
     assert all(float(row[1]) > 0 and float(row[2]) > 0 and float(row[3]) < 1e-2 for row in rows)
 
 
+@pytest.mark.slow  # starts processes: a minute of two cores
 def test_the_table_of_cached_steps_is_printed() -> None:
     command = [sys.executable, str(BENCHMARKS / "distillation.py"), "--image-size", "64", "--batch", "4"]
     options = ["--rounds", "1", "--teachers", "ViT-S/16"]

@@ -235,6 +235,7 @@ def test_old_pictures_go(cases: None) -> None:
     assert len(rows("run/second/radii.csv")) == 7
 
 
+@pytest.mark.slow  # starts processes: a minute of two cores
 def test_own_loaders_on_two_processes(cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Own samplers, a limit, and a set of one triplet, of which the second process has none."""
     command_line_of(Cases, tmp_path, monkeypatch)

@@ -117,6 +117,7 @@ class TwoSets(BuiltinData):
         self.test_sets = {**self.test_sets, "other": other.test_sets["builtin"]}
 
 
+@pytest.mark.slow  # starts processes: a minute of two cores
 def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command_line_of(TwoSets, tmp_path, monkeypatch)
     write_config(config(steps=60) | {"data": {"class_path": "lipsim.datamodules.TwoSets"}})

@@ -133,6 +133,7 @@ with one_line_errors():
 """
 
 
+@pytest.mark.slow  # starts processes: a minute of two cores
 def test_every_process_stops() -> None:
     Path("two.py").write_text(DDP.format(folder=str(Path(__file__).parent)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

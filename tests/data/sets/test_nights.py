@@ -226,6 +226,7 @@ def _run(nights: Path, root: Path, *options: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=400)
 
 
+@pytest.mark.slow  # starts processes: a minute of two cores
 def test_each_of_two_processes_sees_one_part_only(nights: Path, tmp_path: Path) -> None:
     """The first two triplets of the test are of different parts; no process waits for scores that another lacks."""
     one_batch = ["--data.batch_size=1", "--data.num_workers=0", "--trainer.limit_test_batches=1"]
