@@ -84,7 +84,11 @@ def first_operator(encoder: nn.Module, image_size: int) -> FirstOperator | None:
 
 
 class _Found(Exception):
-    """Carries a layer's output out of the encoder, so that nothing behind it is computed."""
+    """Carries a layer's output out of the encoder, so that nothing behind it is computed.
+
+    By a hook: tracing, as torchvision's ``create_feature_extractor`` does, fails on encoders whose forward passes look
+    at their input, every student here among them.
+    """
 
     def __init__(self, output: Tensor) -> None:
         self.output = output

@@ -108,7 +108,8 @@ class TwoAFCObjective:
                     self.still = dict(zip(self.still, embedded, strict=True))
             elif target in ("left", "right"):
                 other = "right" if target == "left" else "left"
-                self.still["distance"] = metric(reference, self.still.pop(other))
+                unmoved = self.still.pop(other)
+                self.still["distance"] = metric(reference, unmoved)
             if chosen_left is None:
                 chosen_left = self._margin(self.images) > 0
         self.sign = torch.where(chosen_left, -1.0, 1.0).to(reference)

@@ -59,7 +59,8 @@ class TripletGallery(TripletCallback):
 
     @rank_zero_only
     def _draw(self, module: EvaluationModule, loader: DataLoader[Any], path: Path, rows: dict[str, Tensor]) -> None:
-        batch = read_batch(loader, rows.pop("position").tolist()).to(module.device)
+        positions = rows.pop("position").tolist()
+        batch = read_batch(loader, positions).to(module.device)
         # No gradients to the weights, as in AttackRobustness.
         metric = module.metric.frozen_copy()
         attacked = attack_at_radius(metric, batch, rows, self.steps) if self.steps else None

@@ -331,7 +331,6 @@ class EvaluationModule(L.LightningModule):
     def _embed_and_evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Evaluation | None:
         if not isinstance(batch, Triplet):  # a folder of images, in distillation
             return None
-        check_votes(batch)
         with full_precision():
             features = batch.embed(self.embed_checked)
         return self._evaluate(batch, features, batch_idx, dataloader_idx)
