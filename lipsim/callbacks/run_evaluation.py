@@ -33,7 +33,7 @@ from lipsim.metric import PerceptualMetric
 from lipsim.results import SCHEMA, commit, keep_sections, read_results, update_results, versions
 from lipsim.results.schema import EvaluationSection, Results
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import remove_files, state_fingerprint
+from lipsim.utils.files import remove_files, remove_leftovers, state_fingerprint
 from lipsim.utils.paths import user_path
 
 _KINDS = (CertifyRadii, AttackRobustness, NullSpaceRobustness, TripletGallery)
@@ -83,6 +83,7 @@ def evaluate(
     check_options(options, EvaluationOptions)
     if max_triplets is not None:
         check_count("max_triplets", max_triplets)
+    _check_kinds(metric, data, callbacks)
     callbacks = list(callbacks)
     if eps is not None or not callbacks:
         if any(isinstance(callback, CertifyRadii) for callback in callbacks):
@@ -114,6 +115,26 @@ def evaluate(
     with quiet_warnings():
         trainer = L.Trainer(**with_defaults(given))
         return run_evaluation(trainer, module, data, max_triplets=max_triplets, sample_seed=sample_seed)
+
+
+def _check_kinds(metric: object, data: object, callbacks: Sequence[object]) -> None:
+    """Refuse what is of another kind than :func:`evaluate` takes, before it fails somewhere inside.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not isinstance(metric, PerceptualMetric | str | Path):
+        raise LipsimError(
+            f"expected a metric, a file or the name of a bundled one, got {type(metric).__name__}; "
+            "lipsim.PerceptualMetric(encoder, image_size) makes a metric of an encoder"
+        )
+    if not isinstance(data, L.LightningDataModule):
+        raise LipsimError(
+            f"expected a data module, such as lipsim.datamodules.BuiltinData(), got {type(data).__name__}"
+        )
+    for callback in callbacks:
+        if not isinstance(callback, TripletCallback):
+            raise LipsimError(f"expected callbacks of lipsim.callbacks on triplets, got {type(callback).__name__}")
 
 
 def run_evaluation(
@@ -166,6 +187,7 @@ def run_evaluation(
     if trial:
         return results
     if trainer.is_global_zero:
+        remove_leftovers(directory)  # of a process that was killed
         weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
         if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
             if earlier is not None:

@@ -78,6 +78,12 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
         )
     if has_adapter(encoder):
         raise LipsimError(f"this {kind} has LoRA layers beside its weights; lipsim.metric.save merges them")
+    try:
+        json.dumps(encoder.config)
+    except TypeError as error:
+        raise LipsimError(
+            f"cannot export {kind}: the arguments of its constructor are kept as JSON, and one is none ({error})"
+        ) from error
     return {
         "encoder": kind,
         "config": encoder.config,

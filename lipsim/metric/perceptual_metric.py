@@ -192,8 +192,11 @@ class PerceptualMetric(nn.Module):
             factor: by which the largest error found is enlarged; 1 for what was found.
 
         Raises:
-            ValueError: features that are not finite.
+            ValueError: features that are not finite, no images of this metric, or a factor below 1.
         """
+        check_number("factor", factor, least=1)
+        if images is not None:
+            self.check_images(images)
         return factor * largest_feature_error(self.encoder, self.image_size, images, thorough=thorough)
 
     def frozen_copy(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:

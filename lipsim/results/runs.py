@@ -50,7 +50,9 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
     """
     runs = []
     for path in paths:
-        name, _, place = ("", "", path) if user_path(path).exists() else path.partition("=")
+        name, equals, place = path.partition("=")
+        if not equals or user_path(path).exists():
+            name, place = "", path
         file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
         run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
         if not run.certified_sets and not run.attacked_sets:

@@ -105,6 +105,7 @@ def train(
     freeze(metric)
     if metric.has_bound:
         metric.audit()
+        metric.require_feature_error(metric.declared_feature_error)  # as of a metric from a file
     return metric
 
 

@@ -183,3 +183,17 @@ def test_one_data_module_serves_metrics_of_both_kinds(nights: Path) -> None:
         assert data.preprocess is not None and data.preprocess.resize == "float"
     radii = [Path(f"run{number}/radii.csv").read_bytes() for number in range(3)]
     assert radii[0] == radii[2] != radii[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": torch.nn.Flatten()}, "expected a metric, a file or the name of a bundled one, got Flatten"),
+        ({"data": "builtin"}, "expected a data module, .* got str"),
+        ({"callbacks": [1]}, "expected callbacks of lipsim.callbacks on triplets, got int"),
+    ],
+)
+def test_other_kinds_of_arguments_are_named(given: dict[str, Any], message: str) -> None:
+    options = {"metric": "metric.safetensors", "data": _data(), **given}
+    with pytest.raises(lipsim.LipsimError, match=message):
+        lipsim.evaluate(options.pop("metric"), options.pop("data"), directory="run", **options, **QUIET)

@@ -164,6 +164,17 @@ def test_a_header_names_no_other_file(tmp_path: Path) -> None:
         lipsim.load(tmp_path / "changed.safetensors")
 
 
+def test_arguments_that_no_header_holds_are_named(tmp_path: Path, registry: None) -> None:
+    @register_encoder
+    class Weighted(nn.Flatten):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+
+    metric = PerceptualMetric(Weighted(torch.ones(2)), 16, lipschitz=1.0)
+    with pytest.raises(ValueError, match="cannot export Weighted: the arguments of its constructor are kept as JSON"):
+        save(metric, tmp_path / "metric.safetensors")
+
+
 def _rewrite(source: Path, target: Path, **changes: Any) -> None:
     with safe_open(source, framework="pt") as archive:
         metadata = archive.metadata()

@@ -169,3 +169,11 @@ def test_a_colour_a_metric_and_a_line_style_a_radius(tmp_path: Path, monkeypatch
     labels = [text.get_text() for text in legend.texts]
     assert labels == ["one", "two", "exact radius", "published radius", "all three images move", "under attack"]
     assert drawn[0].get_figwidth() == 3.3
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not taken for the results of the current folder."""
+    update_results(tmp_path / "results.json", {"durations": {"seconds": {"teacher": 1.0}}})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="typo"):
+        load_runs(["typo"])
