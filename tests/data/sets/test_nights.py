@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lipsim import PerceptualMetric
 from lipsim.callbacks import CertifyRadii
+from lipsim.cli.train import main
 from lipsim.data import Triplet, collate_triplets
 from lipsim.data.sets.nights import NightsTriplets
 from lipsim.data.transforms import Preprocess
@@ -216,12 +217,17 @@ def test_a_part_of_which_nothing_was_seen(nights: Path, tmp_path: Path) -> None:
     assert math.isnan(logged[f"test/nights_{unseen}/majority_score"])
 
 
-def _run(nights: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """The shipped config as its users run it, on an exported metric of 8 pixels."""
+def _args(nights: Path, root: Path, *options: str) -> list[str]:
+    """The shipped config, on an exported metric of 8 pixels."""
     metric = save(PerceptualMetric(OrthogonalProjection(8, 4), 8), root / "metric.safetensors")
     config = ["--config", str(ROOT / "configs/nights/finetune.yaml"), "--model.init_from", str(metric)]
     data = ["--data.root", str(nights), "--data.image_size=8", "--trainer.enable_progress_bar=false"]
-    command = [sys.executable, str(ROOT / "scripts/train.py"), "test", *config, *data, *options]
+    return ["test", *config, *data, *options]
+
+
+def _run(nights: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """As its users run it."""
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *_args(nights, root, *options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=400)
 
@@ -244,13 +250,19 @@ def test_each_of_two_processes_sees_one_part_only(nights: Path, tmp_path: Path) 
         assert float(logged[f"test/{name}/majority_score"]) == scores["majority"]
 
 
-def test_damage_is_one_line_for_the_user(nights: Path, tmp_path: Path) -> None:
+def test_damage_is_one_line_for_the_user(
+    nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a loading process has read it."""
     file = nights / "distort/002/006_1.png"
     file.write_bytes(b"no image")
-    run = _run(nights, tmp_path, "--data.num_workers=1")
-    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
-    assert run.returncode == 1 and len(errors) == 1
-    assert errors[0].startswith(f"error: cannot read the image {file} (") and "Traceback" not in run.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(_args(nights, tmp_path, "--data.num_workers=1", "--trainer.accelerator=cpu"))
+    output = capsys.readouterr().err
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 1 and len(errors) == 1
+    assert errors[0].startswith(f"error: cannot read the image {file} (") and "Traceback" not in output
 
 
 def test_a_stage_reads_its_own_splits_only(nights: Path) -> None:
