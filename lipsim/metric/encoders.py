@@ -18,6 +18,7 @@ _OURS = {
     "SLLNetwork": "lipsim.students",
     "TorchlipNetwork": "lipsim.students",
     "DreamSim": "lipsim.teachers",
+    "EfficientNetLite": "lipsim.teachers",
     "Ensemble": "lipsim.teachers",
     "SmallViT": "lipsim.teachers",
 }

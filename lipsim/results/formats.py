@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lipsim.results.tables import Row
+from lipsim.utils.files import write_csv, write_text
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -20,6 +22,10 @@ _LATEX = {
     "ε": r"$\varepsilon$",
     "ℓ": r"$\ell$",
     "∞": r"$\infty$",
+    "ν": r"$\nu$",
+    "μ": r"$\mu$",
+    "Σ": r"$\Sigma$",
+    "×": r"$\times$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 _TITLES = {"natural": "Natural score", "vote share": "Vote share"}
@@ -47,6 +53,13 @@ def latex_table(rows: Sequence[Row], caption: str, eps: Sequence[str], heading: 
     cells = [[row[column] for column in (*columns, *eps)] for row in rows]
     template = _LATEX_TABLES.get_template("table.tex.jinja")
     return template.render(caption=caption, columns=columns, eps=list(eps), headings=headings, rows=cells)
+
+
+def write_table(folder: Path, name: str, title: str, rows: Sequence[Row]) -> None:
+    """Write ``NAME.md``, ``NAME.tex`` (booktabs) and ``NAME.csv`` into a folder."""
+    write_text(folder / f"{name}.md", f"{title}:\n\n{markdown_table(rows)}\n")
+    write_text(folder / f"{name}.tex", f"% \\usepackage{{booktabs,multirow}}\n\n{latex_table(rows, title, [], '')}\n")
+    write_csv(folder / f"{name}.csv", rows[0], (row.values() for row in rows))
 
 
 def html_page(**content: Any) -> str:

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lipsim.teachers.branch import BranchConfig
     from lipsim.teachers.dreamsim import DreamSim, Ensemble
+    from lipsim.teachers.efficientnet_lite import EfficientNetLite
     from lipsim.teachers.vit import SmallViT
 
-__all__ = ["BranchConfig", "DreamSim", "Ensemble", "SmallViT"]
+__all__ = ["BranchConfig", "DreamSim", "EfficientNetLite", "Ensemble", "SmallViT"]
 
 # Loaded at first use: timm takes seconds to import, and a student that is loaded for use needs none.
-_HOMES = {"BranchConfig": "branch", "DreamSim": "dreamsim", "Ensemble": "dreamsim", "SmallViT": "vit"}
+_HOMES = {
+    "BranchConfig": "branch",
+    "DreamSim": "dreamsim",
+    "EfficientNetLite": "efficientnet_lite",
+    "Ensemble": "dreamsim",
+    "SmallViT": "vit",
+}
 
 
 def __getattr__(name: str) -> Any:
