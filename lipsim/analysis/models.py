@@ -35,7 +35,6 @@ class Model:
         module: images ``(N, 3, H, W)`` in [0, 1] to whatever it answers, in evaluation mode.
         image_size: side of the images that it is usually given.
         resize: how image files become its input (:class:`lipsim.data.transforms.Preprocess`).
-        takes_list: whether ``network`` takes a list of images, as torchvision's detectors do.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Model:
     module: nn.Module
     image_size: int
     resize: str = "float"
-    takes_list: bool = False
 
 
 class Normalized(nn.Module):
@@ -147,7 +145,7 @@ def _torchvision(name: str, network: str, image_size: int | None, num_classes: i
     default = 299 if network == "inception_v3" else 224
     # Detectors normalise inside; everything else of torchvision has ImageNet's statistics.
     module = Normalized(built, as_list=True) if as_list else Normalized(built, *IMAGENET)
-    return Model(name, built, module, image_size or default, takes_list=as_list)
+    return Model(name, built, module, image_size or default)
 
 
 def _timm(name: str, network: str, image_size: int | None, num_classes: int | None) -> Model:

@@ -21,7 +21,7 @@ from lipsim.utils.errors import LipsimError
 
 _EPS = torch.finfo(torch.float32).eps  # of the dtype that the published table was computed in
 # Iterations of conjugate gradients, and the relative residual at which a random vector counts as reached. Of n
-# coordinates one that is missed keeps about 1/√n of its norm, thousandths for an image. Float32 is five times faster.
+# coordinates one that is missed keeps about 1/√n of its norm, thousandths for an image. Float32 is tried first.
 _SEARCHES = {torch.float32: (100, 1e-5), torch.float64: (400, 1e-6)}
 _DENSE = 1024  # coordinates of an input up to which the whole matrix is taken
 _Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], torch.Size]

@@ -76,7 +76,7 @@ def test_it_is_a_metric_that_a_file_holds(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="no photographs")
 def test_photographs_are_classified() -> None:
-    """83 % of 140; 10 % fewer with another padding or the usual statistics."""
+    """83 % of 140."""
     from timm.data import ImageNetInfo
 
     network, names, crop = EfficientNetLite.pretrained("lite0"), ImageNetInfo().label_names(), CentralCrop(224, 256)
