@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -192,6 +193,80 @@ class DistanceObjective:
         part.other = self.other[rows]
         part.threshold = None if self.threshold is None else self.threshold[rows]
         return part
+
+
+class ClassificationObjective:
+    """The logit margin of a classifier: positive where it answers another class than the right one.
+
+    ``max_{k≠y} z_k − z_y``, not the cross-entropy, whose gradients vanish where the classifier is sure.
+
+    Args:
+        classifier: images ``(N, 3, H, W)`` to logits ``(N, C)``, at least two classes.
+        labels: ``(N,)`` int64, the class to leave; with ``targeted`` the class to reach.
+        targeted: positive where the classifier answers ``labels``.
+
+    Raises:
+        ValueError: when it is called: a classifier that returns something else than logits, or labels outside them.
+    """
+
+    def __init__(self, classifier: Callable[[Tensor], Any], labels: Tensor, targeted: bool = False) -> None:
+        self.classifier, self.labels, self.targeted = classifier, labels, targeted
+
+    def __call__(self, x: Tensor) -> Tensor:
+        margin = logit_margin(logits_of(self.classifier, x), self.labels)
+        return margin if self.targeted else -margin
+
+    def select(self, rows: Tensor) -> ClassificationObjective:
+        """The objective of some of the images."""
+        return ClassificationObjective(self.classifier, self.labels[rows], self.targeted)
+
+
+class UnendingObjective:
+    """An objective that nothing breaks, so that no attack stops before its budget of steps is spent.
+
+    Negative everywhere, increasing in the objective, and so with gradients of the same direction: what adversarial
+    training and targeted examples need, where an example that breaks just so is not the worst.
+
+    Args:
+        objective: per-sample scalar.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return -torch.nn.functional.softplus(-self.objective(x))
+
+    def select(self, rows: Tensor) -> UnendingObjective:
+        """The objective of some of the samples."""
+        return UnendingObjective(self.objective.select(rows))
+
+
+def logits_of(classifier: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Logits ``(N, C)`` of a classifier.
+
+    Raises:
+        ValueError: it returns something else, as segmenters and detectors do.
+    """
+    logits = classifier(x)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise LipsimError(f"expected a classifier that returns logits ({len(x)}, classes), got {shape}")
+    return logits
+
+
+def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """``z_y − max_{k≠y} z_k`` ``(N,)`` of logits ``(N, C)``, positive where the class ``y`` is the answer.
+
+    Raises:
+        ValueError: labels ``(N,)`` that are not classes of these logits.
+    """
+    if labels.shape != logits.shape[:1] or bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+        raise LipsimError(f"expected {len(logits)} labels in 0 to {logits.shape[1] - 1}, got {labels.tolist()[:8]}")
+    index = labels.to(logits.device).unsqueeze(1)
+    own = logits.gather(1, index).squeeze(1)
+    others = logits.scatter(1, index, -torch.inf)
+    return own - others.amax(1)
 
 
 def _embed(metric: PerceptualMetric, x: Tensor) -> Tensor:
