@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import logging
 import sys
@@ -102,6 +103,8 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
         ValueError: a SLURM environment in which Lightning could not tell which process this is.
     """
     check_slurm()
+    atexit.unregister(_leave_process_group)  # once is enough
+    atexit.register(_leave_process_group)
     options = dict(options)
     directory, trial = Path(options["default_root_dir"]), bool(options.get("fast_dev_run"))
     callbacks = options.get("callbacks") or []
@@ -123,6 +126,12 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     if options.get("accelerator", "auto") == "auto" and not torch.cuda.is_available():
         options["accelerator"] = "cpu"  # scores are computed in float64, which Apple's GPUs lack
     return options
+
+
+def _leave_process_group() -> None:
+    """End the threads of a process group, over which a Python that ends can crash; Lightning does so for NCCL alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

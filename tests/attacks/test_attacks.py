@@ -109,20 +109,20 @@ def test_no_attack_breaks_a_certificate(name: str, box: tuple[float, float] | No
     metric = _metrics()[name].double().eval()
     metric.audit()
     metric.requires_grad_(False)
-    reference = torch.rand(16, 3, 16, 16, dtype=torch.float64)
+    reference = torch.rand(6, 3, 16, 16, dtype=torch.float64)
     left, right = ((reference + 0.3 * torch.randn_like(reference)).clamp(0, 1) for _ in range(2))
     certificate = metric.certify(reference, left, right)
     images = {"reference": reference, "left": left, "right": right}
     radii = {"reference": certificate.radius, "left": certificate.left_radius, "right": certificate.right_radius}
     objective = TwoAFCObjective(metric, reference, left, right, target=target)  # type: ignore[arg-type]
     broken = 0
-    for i in range(16):
+    for i in range(6):
         row, x = objective.select(torch.tensor([i])), images[target][i : i + 1]
         radius = radii[target][i].item()
         assert row(pgd(row, x, eps=radius * (1 - 1e-9), steps=60, restarts=2, box=box)).item() <= 0
         broken += row(pgd(row, x, eps=radius * 4, steps=60, box=box)).item() > 0
     if target == "reference":  # the attack is strong enough for the test to mean something
-        assert broken >= 14
+        assert broken >= 5
 
 
 def test_pgd_reaches_the_exact_radius_of_a_linear_encoder() -> None:

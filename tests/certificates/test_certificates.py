@@ -36,6 +36,8 @@ def _ascend(features: Features, budgets: dict[int, Tensor], anchor: float, steps
     for step in range(steps):
         moved = tuple(z + deltas[i] if i in deltas else z for i, z in enumerate(features))
         flipped |= _flips(features, moved, anchor)  # type: ignore[arg-type]
+        if flipped.all():
+            break
         value = (sign * _margin(*moved, anchor)).sum()  # type: ignore[arg-type]
         gradients = torch.autograd.grad(value, list(deltas.values()))
         for (i, delta), gradient in zip(deltas.items(), gradients, strict=True):

@@ -142,7 +142,7 @@ def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_record_of_a_run_runs_again() -> None:
     builtin = ROOT / "configs/evaluate/builtin.yaml"
-    small = ["--data.num_test=4", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    small = ["--data.num_test=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     cli = evaluate(["--config", str(builtin), "--checkpoint", "quickstart", *small])
     folder = Path(cli.trainer.default_root_dir)
     first = (folder / "results.json").read_bytes()

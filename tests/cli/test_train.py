@@ -114,6 +114,19 @@ OPTIONS_OF = {
 }
 
 
+def _with_short_attacks(config: Path) -> str:
+    """A copy of a config whose attacks are one step long: what is tested is what is around them."""
+    content = yaml.safe_load(config.read_text())
+    for callback in content["trainer"]["callbacks"]:
+        if callback["class_path"].endswith((".AttackRobustness", ".TripletGallery")):
+            callback.setdefault("init_args", {})["steps"] = 1
+        if callback["class_path"].endswith(".AttackRobustness"):
+            callback["init_args"]["queries"] = 2
+    copy = Path(config.name)
+    copy.write_text(yaml.safe_dump(content))
+    return str(copy)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_runs(config: Path, request: pytest.FixtureRequest) -> None:
     room = config.parent.name
@@ -126,7 +139,8 @@ def test_every_config_runs(config: Path, request: pytest.FixtureRequest) -> None
     if room == "imagenet":
         options.append(f"--data.triplets.root={request.getfixturevalue('nights')}")
     for subcommand in ("fit", "test"):
-        cli = train([subcommand, "--config", str(config), "--trainer.fast_dev_run=true", *options, *QUIET])
+        short = _with_short_attacks(config)
+        cli = train([subcommand, "--config", short, "--trainer.fast_dev_run=true", *options, *QUIET])
         assert cli.trainer.state.finished
         scores = {name for name in cli.trainer.callback_metrics if name.endswith("majority_score")}
         stage, expected = "test" if subcommand == "test" else "val", set()
@@ -146,7 +160,8 @@ def test_every_evaluation_runs(config: Path, request: pytest.FixtureRequest) -> 
     }[config.stem]
     if config.stem != "builtin":
         options.append(f"--data.root={request.getfixturevalue(config.stem)}")
-    args = ["--config", str(config), "--checkpoint=metric.safetensors", "--trainer.accelerator=cpu", *options, *QUIET]
+    short = _with_short_attacks(config)
+    args = ["--config", short, "--checkpoint=metric.safetensors", "--trainer.accelerator=cpu", *options, *QUIET]
     cli = evaluate([*args, "--trainer.limit_test_batches=1"])
     results = read_results(Path(cli.trainer.default_root_dir) / "results.json")
     assert set(cli.datamodule.test_names) <= set(results["certified"]["sets"])
@@ -326,7 +341,7 @@ def test_damaged_data_is_refused(material: Path, damage, message: str, capsys: p
 def test_two_processes_give_the_results_of_one() -> None:
     """15 triplets on two processes: the sampler repeats one, the results must not."""
     _stand_ins()
-    config = str(LINEAR.parent / "finetune.yaml")
+    config = _with_short_attacks(LINEAR.parent / "finetune.yaml")
     sizes = ["--data.num_train=16", "--data.num_val=15", "--data.num_test=15", "--data.batch_size=4"]
     found = []
     for devices in (1, 2):
@@ -372,7 +387,7 @@ def _assert_same(a, b) -> None:
 
 
 def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--data.num_train=64", "--data.num_val=16", "--data.num_test=24", "--data.batch_size=16"]
+    small = ["--data.num_train=32", "--data.num_val=16", "--data.num_test=12", "--data.batch_size=16"]
     results = quickstart(["--trainer.max_epochs=1", "--trainer.accelerator=cpu", *small, *QUIET])
     folder = Path("runs/quickstart")
     for name in ("results.json", "radii.csv", "attacks.csv", "report.md", "quickstart.safetensors"):

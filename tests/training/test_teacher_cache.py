@@ -107,6 +107,22 @@ def test_bfloat16_is_remembered_and_verified_as_such(capsys: pytest.CaptureFixtu
     assert "has precision bfloat16 instead of float32" in capsys.readouterr().err
 
 
+def test_what_is_there_is_kept_and_the_rest_is_added() -> None:
+    main(_args("whole"))
+    main(_args("part"))
+    for number in range(10, COUNT // 3):  # as a kill leaves them: no index, or no shard either
+        Path(f"part/shard-{number:05d}.index.npy").unlink()
+        if number > 10:
+            Path(f"part/shard-{number:05d}.npy").unlink()
+    Path("part/shard-00010.npy").write_bytes(b"killed before the index was written")
+    Path("part/.0123456789abcdef.tmp.npy").write_bytes(b"killed while writing")
+    kept = {number: Path(f"part/shard-{number:05d}.npy").stat().st_mtime_ns for number in range(10)}
+    main(_args("part"))
+    assert all(Path(f"part/shard-{n:05d}.npy").stat().st_mtime_ns == when for n, when in kept.items())
+    _assert_same_files("whole", "part")
+
+
+@pytest.mark.slow  # starts three interpreters
 def test_a_killed_run_of_two_processes_continues_on_one() -> None:
     main(_args("whole"))
     command = [sys.executable, SCRIPT, *_args("killed"), "--devices", "2"]

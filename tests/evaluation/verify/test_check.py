@@ -65,7 +65,7 @@ def _torchlip() -> PerceptualMetric:
     return PerceptualMetric(TorchlipNetwork(16, 8, blocks=(4, 2), depths=(1, 1), widths=(16, 16)), 16)
 
 
-@pytest.mark.parametrize("make", [_sll, _torchlip])
+@pytest.mark.parametrize("make", [_sll, pytest.param(_torchlip, marks=pytest.mark.slow)])
 def test_a_network_is_sound(make: Callable[[], PerceptualMetric], two: Triplet) -> None:
     said: list[str] = []
     result = verify(make(), two, steps=6, polish=10, progress=said.append)
@@ -212,6 +212,7 @@ def test_the_bundled_metric_is_sound() -> None:
     assert reference.ratios.max() < 1.5
 
 
+@pytest.mark.usefixtures("no_controls")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = save(PerceptualMetric(OrthogonalProjection(16, 8), 16), tmp_path / "metric.safetensors")
     options = ["--samples", "1", "--steps", "4"]
