@@ -31,16 +31,39 @@ from lipsim.certificates.decisions import (
 )
 from lipsim.certificates.distances import distance_interval, threshold_radius
 from lipsim.certificates.geometry import Anchored
+from lipsim.certificates.level_sets import (
+    ClosestApproach,
+    SegmentCertificate,
+    SignedRadius,
+    StarCertificate,
+    answer_radius,
+    certify_segments,
+    certify_stars,
+    closest_approach,
+    same_radius,
+)
 from lipsim.certificates.pixels import certified_pixels, l1_radius, linf_radius, original_radius, resize_norm
 from lipsim.certificates.retrieval import retrieval_radius
+from lipsim.certificates.triangles import TriangleCertificate, barycentric_grid, certify_triangles
 from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
 
 __all__ = [
     "Anchored",
+    "ClosestApproach",
+    "SegmentCertificate",
+    "SignedRadius",
+    "StarCertificate",
+    "TriangleCertificate",
     "TwoAFCCertificate",
+    "answer_radius",
+    "barycentric_grid",
     "candidate_radii",
     "certified_pixels",
+    "certify_segments",
+    "certify_stars",
+    "certify_triangles",
     "certify_triplets",
+    "closest_approach",
     "distance_interval",
     "joint_radius",
     "l1_radius",
@@ -52,6 +75,7 @@ __all__ = [
     "reference_radius",
     "resize_norm",
     "retrieval_radius",
+    "same_radius",
     "signed_joint_radius",
     "signed_reference_radius",
     "threshold_radius",

@@ -73,12 +73,16 @@ def threshold_radius(
     check_constants(anchor, lipschitz, feature_error)
     dtype, (e, other) = anchored(anchor, z, y)
     rounding = rounding_error(z)
-    # Keeps the digits of thresholds near 0 and near 2.
-    boundary = 2 * math.atan2(math.sqrt(threshold), math.sqrt(2 - threshold))
+    boundary = threshold_angle(threshold)
     turn = rotation(bounded_norm(other, anchor), feature_error * (1 + rounding)) + rounding
     free = ((unit_angle(e.unit, other.unit) - boundary).abs() - turn).clamp(min=0, max=math.pi / 2)
     reach = bounded_norm(e, anchor) * torch.sin(free) * (1 - rounding) - feature_error
     return round_down(over_bound(reach.clamp(min=0), lipschitz), dtype)
+
+
+def threshold_angle(threshold: float) -> float:
+    """``θ_τ = arccos(1 − τ)``, with the digits of thresholds near 0 and near 2."""
+    return 2 * math.atan2(math.sqrt(threshold), math.sqrt(2 - threshold))
 
 
 def _one_minus_cos(theta: Tensor) -> Tensor:
