@@ -12,6 +12,7 @@ from torch import Tensor
 from lipsim.certificates.geometry import along, cosine_distance, project
 from lipsim.metric.distance import Distance, has_features
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.utils.checks import taking_images
 from lipsim.utils.errors import LipsimError
 
 Target = Literal["reference", "left", "right", "all"]
@@ -221,6 +222,58 @@ class ClassificationObjective:
         return ClassificationObjective(self.classifier, self.labels[rows], self.targeted)
 
 
+class ConfidenceObjective:
+    """How much more of its confidence in a class a classifier has lost than it may, ``p_clean − drop − p(x)``.
+
+    At most 0 where it is still about as sure of this class as on the clean image.
+
+    Args:
+        classifier: images ``(N, 3, H, W)`` to logits ``(N, C)``, at least two classes.
+        labels: ``(N,)`` int64, the class whose confidence counts.
+        images: ``(N, 3, H, W)``, the clean images; their confidence is computed once, here.
+        drop: the confidence that may be lost, in [0, 1].
+
+    Attributes:
+        least: ``(N,)``, the confidence ``p_clean − drop`` to keep.
+
+    Raises:
+        ValueError: a classifier that returns something else than logits or takes other images, labels outside them, or
+            a drop outside [0, 1].
+
+    Example:
+        >>> classifier = torch.nn.Flatten()  # two pixels are two logits
+        >>> image = torch.tensor([[[[1.0, 0.0]]]])
+        >>> sure = ConfidenceObjective(classifier, torch.tensor([0]), image, drop=0.2)
+        >>> print(f"{sure(image).item():.2f} {sure(0 * image).item():.2f}")  # p falls from 0.73 to 0.5
+        -0.20 0.03
+    """
+
+    def __init__(
+        self, classifier: Callable[[Tensor], Any], labels: Tensor, images: Tensor, drop: float | Tensor = 0.2
+    ) -> None:
+        allowed = torch.as_tensor(drop)
+        if not bool(((allowed >= 0) & (allowed <= 1)).all()):
+            raise LipsimError(f"expected a drop of confidence in [0, 1], got {drop}")
+        self.classifier, self.labels = classifier, labels
+        with torch.no_grad(), taking_images("the classifier", images):
+            self.least = self._confidence(images) - allowed.to(images)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.least - self._confidence(x)
+
+    def select(self, rows: Tensor) -> ConfidenceObjective:
+        """The objective of some of the images."""
+        part = copy.copy(self)
+        part.labels, part.least = self.labels[rows.to(self.labels.device)], self.least[rows]
+        return part
+
+    def _confidence(self, x: Tensor) -> Tensor:
+        """Softmax probability ``(N,)`` of each label."""
+        logits = logits_of(self.classifier, x)
+        check_labels(logits, self.labels)
+        return logits.softmax(1).gather(1, self.labels.to(logits.device).unsqueeze(1)).squeeze(1)
+
+
 class UnendingObjective:
     """An objective that nothing breaks, so that no attack stops before its budget of steps is spent.
 
@@ -261,12 +314,23 @@ def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: labels ``(N,)`` that are not classes of these logits.
     """
-    if labels.shape != logits.shape[:1] or bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise LipsimError(f"expected {len(logits)} labels in 0 to {logits.shape[1] - 1}, got {labels.tolist()[:8]}")
+    check_labels(logits, labels)
     index = labels.to(logits.device).unsqueeze(1)
     own = logits.gather(1, index).squeeze(1)
     others = logits.scatter(1, index, -torch.inf)
     return own - others.amax(1)
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Refuse labels ``(N,)`` that are not classes of logits ``(N, C)``.
+
+    Raises:
+        ValueError: another number of them, or one outside the classes, or no integers.
+    """
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise LipsimError(f"expected labels in torch.int64, got {labels.dtype}; convert them by labels.long()")
+    if labels.shape != logits.shape[:1] or bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+        raise LipsimError(f"expected {len(logits)} labels in 0 to {logits.shape[1] - 1}, got {labels.tolist()[:8]}")
 
 
 def _embed(metric: PerceptualMetric, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -39,6 +40,7 @@ class TripletCallback(RowCallback):
         tables: by the name of an evaluation set, what :meth:`see` found out about its triplets. A test that continues
             an interrupted one starts with the rows of the batches that are finished.
         latest: set, positions, sample indices and columns of the last batch.
+        position: ``(N,)`` int64, where the triplets that :meth:`see` gets are in their set.
         sections: of results.json that tests have written.
     """
 
@@ -51,6 +53,7 @@ class TripletCallback(RowCallback):
         self.validate = validate
         self.tables: dict[str, SampleTable] = {}
         self.latest = None
+        self.position = torch.empty(0, dtype=torch.int64)
         self.sections: set[str] = set()
         self.others: dict[str, PerceptualMetric] = {}  # that see the same images, for comparison
 
@@ -210,7 +213,7 @@ class TripletCallback(RowCallback):
         if self._works(trainer) and isinstance(batch, Triplet):
             with outside_inference_mode():
                 name = module.set_name(dataloader_idx)
-                position = module.positions(batch, batch_idx, dataloader_idx)
+                self.position = position = module.positions(batch, batch_idx, dataloader_idx)
                 # Copying every image costs a tenth of embedding them.
                 images = batch.clone() if self.differentiates else batch
                 columns = self.see(trainer, module, evaluation["evaluated"], images, name)

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from lipsim.results.file import eps_label
 from lipsim.results.plots import Curve, plottable
-from lipsim.results.runs import Run
-from lipsim.results.schema import AttackedSet, CertifiedSet, Scores
-from lipsim.results.tables import NO_GRADIENT, Row, percent, percents, print_table
+from lipsim.results.runs import Run, set_names
+from lipsim.results.schema import AttackedSet, CertifiedSet, NullSpaceReach, Scores
+from lipsim.results.tables import NO_GRADIENT, Row, number, percent, percents, print_table
 
 Kind = Literal["certified", "published", "joint"]
 # What the rows and the curves of a kind of radius are called.
@@ -93,6 +93,47 @@ def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
     return tables
 
 
+def null_space_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
+    """How far references move on a test set while a metric says "same", and while its answer stays."""
+    rows: list[Row] = []
+    for run, key, what, direction, reach in _reaches(runs, name):
+        title = run if key == "metric" else f"{run}: {key}"
+        lpips = {} if reach["lpips"] is None else {"LPIPS": number(reach["lpips"], ".3f")}
+        rows.append(
+            {
+                "metric": f"{title}, {what}, {direction}",
+                "ℓ2": number(reach["mean_length"], ".2f"),
+                "largest": number(reach["largest_length"], ".2f"),
+                "RMSE": number(reach["rmse"], ".3f"),
+                "SSIM": number(reach["ssim"], ".3f"),
+                **lpips,
+            }
+        )
+    columns = dict.fromkeys(column for row in rows for column in row)
+    title = f"{name}: how far references move, in the kernel of the first operator and on from there, while the metric "
+    title += "says the same and while its answer stays"
+    searched = {run.name: _searched(run, name) for run in runs}
+    counts = ", ".join(f"{run}: {count}" for run, count in searched.items() if count)
+    title += f"; triplets drawn: {counts}" if counts else ""
+    return [ScoreTable(title, "", [], [{c: row.get(c, "") for c in columns} for row in rows])] if rows else []
+
+
+def _searched(run: Run, name: str) -> int:
+    """How many triplets of a test set the null-space search looked at."""
+    section = run.results.get("null_space")
+    return section["sets"][name]["num_triplets"] if section and name in section["sets"] else 0
+
+
+def _reaches(runs: Sequence[Run], name: str) -> Iterable[tuple[str, str, str, str, NullSpaceReach]]:
+    """Run, metric, "same" or "answer", direction and what was reached."""
+    for run in runs:
+        section = run.results.get("null_space")
+        for key, found in section["sets"][name]["metrics"].items() if section and name in section["sets"] else ():
+            for what, reaches in (("same", found.get("same", {})), ("answer", found.get("answer", {}))):
+                for direction, reach in reaches.items():
+                    yield run.name, key, what, direction, reach
+
+
 def curves(
     runs: Sequence[Run], name: str, kinds: Sequence[Kind]
 ) -> tuple[dict[str, dict[str, Curve]], dict[str, Curve]]:
@@ -127,6 +168,12 @@ def numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, floa
                 for label, value in score["attacked"].items():
                     yield name, run.name, key, f"attacked, norm {run.attacked['norm']}", label, value
                 yield name, run.name, key, "no gradient, triplets", "", score["no_gradient"]
+    for name in set_names(runs):
+        for title, key, what, direction, reach in _reaches(runs, name):
+            place = f"null space, {what}, {direction}"
+            yield name, title, key, f"{place}, length", "", reach["mean_length"]
+            yield name, title, key, f"{place}, RMSE", "", reach["rmse"]
+            yield name, title, key, f"{place}, SSIM", "", reach["ssim"]
 
 
 def _row(title: str, natural: float | None, scores: Scores, eps: Sequence[str], others: Row) -> Row:

@@ -7,7 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lipsim.results.comparison import Kind, ScoreTable, attacked_tables, certified_tables, curves, numbers
+from lipsim.results.comparison import (
+    Kind,
+    ScoreTable,
+    attacked_tables,
+    certified_tables,
+    curves,
+    null_space_tables,
+    numbers,
+)
 from lipsim.results.formats import html_page, latex_table, markdown_table
 from lipsim.results.plots import plot_scores
 from lipsim.results.runs import Run, set_names, warnings
@@ -27,7 +35,10 @@ def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[Kind] = ("ce
         The tables.
     """
     sets = set_names(runs)
-    tables = {name: [*certified_tables(runs, name, kinds), *attacked_tables(runs, name)] for name in sets}
+    tables = {
+        name: [*certified_tables(runs, name, kinds), *attacked_tables(runs, name), *null_space_tables(runs, name)]
+        for name in sets
+    }
     said = warnings(runs)
     pictures = {name: output / (f"curves-{_file_name(name)}" if len(sets) > 1 else "curves") for name in sets}
     for name, path in pictures.items():

@@ -5,7 +5,7 @@ that are not finite are null. A mapping is either a record, a class here with it
 of one kind, ``dict[str, …]``: never both.
 """
 
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 SCHEMA = 2
 
@@ -117,12 +117,28 @@ class NullSpaceMoves(TypedDict):
     flipped: float | None
 
 
+class NullSpaceReach(TypedDict):
+    """How far references have moved: means over a set, and the largest length."""
+
+    mean_length: float | None
+    largest_length: float | None
+    rmse: float | None
+    ssim: float | None
+    lpips: float | None
+
+
 class NullSpaceMetric(TypedDict):
-    """The kernel of a metric's first operator: moves in it, or the reason for which there are none."""
+    """The kernel of a metric's first operator: moves in it, or the reason for which there are none.
+
+    ``same`` and ``answer`` are by direction, "random" and "semantic": how far the metric says "same", and how far its
+    answer stays. (Files of earlier versions have neither.)
+    """
 
     layer: str | None
     reason: str | None
     moves: NullSpaceMoves | None
+    same: NotRequired[dict[str, NullSpaceReach]]
+    answer: NotRequired[dict[str, NullSpaceReach]]
 
 
 class NullSpaceSet(TypedDict):
@@ -136,6 +152,8 @@ class NullSpaceSection(Source):
     """What :class:`lipsim.callbacks.NullSpaceRobustness` finds out."""
 
     seed: int
+    same: NotRequired[float | None]
+    max_triplets: NotRequired[int | None]
     sets: dict[str, NullSpaceSet]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,6 +34,29 @@ def check_images(images: Tensor, image_size: int) -> None:
     if not images.dtype.is_floating_point:
         eight = "; divide 8-bit images by 255" if images.dtype == torch.uint8 else "; convert them"
         raise LipsimError(f"expected floating-point images in [0, 1], got {images.dtype}{eight}")
+
+
+@contextmanager
+def taking_images(who: str, images: Tensor) -> Iterator[None]:
+    """Around a model's first pass: say that it does not take images of this shape, if it fails on them.
+
+    Args:
+        who: name of the model.
+        images: what it is given within.
+
+    Raises:
+        ValueError: it failed.
+    """
+    try:
+        yield
+    except LipsimError:  # which says itself what is wrong
+        raise
+    # What models raise for images of another size or number of channels.
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LipsimError(
+            f"{who} does not take images of shape {tuple(images.shape)} ({reason}); give the size that it was built for"
+        ) from error
 
 
 def check_range(images: Tensor, where: str = "") -> None:

@@ -16,7 +16,7 @@ def linear(x: Tensor) -> Tensor:
     return torch.stack([total, -total], 1)
 
 
-@pytest.mark.parametrize("attack", ["pgd", "mi_fgsm"])
+@pytest.mark.parametrize("attack", ["pgd", "apgd", "mi_fgsm"])
 @pytest.mark.parametrize(("norm", "slope"), [(2, 12**0.5), ("inf", 12.0)])
 def test_broken_images_are_moved_all_the_way(attack: str, norm: object, slope: float) -> None:
     x = torch.full((2, 3, 2, 2), 0.5)
@@ -47,7 +47,7 @@ def test_nothing_breaks_an_unending_objective() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attack": "square"}, "expected the attack to be one of pgd, mi_fgsm, got 'square'"),
+        ({"attack": "square"}, "expected the attack to be one of apgd, mi_fgsm, pgd, got 'square'"),
         ({"norm": 0, "eps": 1}, "expected norm 2 or inf"),
         ({"steps": 0}, "at least 1 step"),
         ({"eps": -1}, "expected a finite budget"),

@@ -238,11 +238,10 @@ def test_null_space_of_a_vit_collides_exactly(eps: float | None) -> None:
     operator = first_operator(vit, 32)
     assert operator is not None and operator.kind == "Conv2d"
     x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
-    x[0, :, :10] = 0.0  # saturated pixels must neither move nor stop the others
+    x[0, :, :10] = 0.0  # saturated pixels can move inwards only, and must not stop the others
     x_adv = null_space(operator.forward, x, torch.randn_like(x), eps=eps)
     length = sample_norm(x_adv - x)
     assert (length > 0.3).all() and x_adv.min() >= 0 and x_adv.max() <= 1
-    assert torch.equal(x_adv[0, :, :10], x[0, :, :10])
     if eps is not None:
         torch.testing.assert_close(length, torch.full_like(length, eps))
     change = (vit(x_adv) - vit(x)).norm(dim=1)

@@ -101,6 +101,21 @@ def test_nothing_of_another_evaluation_stays(monkeypatch: pytest.MonkeyPatch) ->
     assert "attacked" not in evaluate(seed=5) and not Path("run/attacks.csv").exists()
 
 
+def test_the_null_space_is_searched_on_a_draw_of_triplets() -> None:
+    """In batches of any size, the same triplets; all of them where there are no more."""
+    found = []
+    for number, (most, batch_size) in enumerate([(3, 2), (3, 5), (COUNT, 5)]):
+        callbacks = [NullSpaceRobustness(max_triplets=most)]
+        results = lipsim.evaluate(
+            "metric.safetensors", _data(batch_size=batch_size), callbacks=callbacks, directory=str(number), **QUIET
+        )
+        assert results["null_space"]["max_triplets"] == most
+        found.append(next(iter(results["null_space"]["sets"].values())))
+        assert found[-1]["num_triplets"] == most and list(Path(str(number), "plots").glob("null-space-*.png"))
+    lengths = [section["metrics"]["metric"]["same"]["random"]["mean_length"] for section in found]
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-6) and lengths[0] != pytest.approx(lengths[2], rel=1e-3)
+
+
 class _Forgetful(TripletCallback):
     def __init__(self, strength: int) -> None:
         super().__init__()

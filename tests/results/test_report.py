@@ -177,3 +177,20 @@ def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="typo"):
         load_runs(["typo"])
+
+
+def test_how_far_references_move_stands_in_the_report(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "run", 0.8, {"1": 1.0}, [0.5])
+    reach = {"mean_length": 12.345, "largest_length": 20.0, "rmse": 0.1234, "ssim": 0.5, "lpips": 0.25}
+    found = {"layer": "Conv2d first", "reason": None, "moves": None, "same": {"semantic": reach}, "answer": {}}
+    sets = {"builtin": {"num_triplets": 200, "metrics": {"metric": found, "teacher": {**found, "same": {}}}}}
+    section: Any = {"weights_sha256": "w0.8", "data_sha256": {"builtin": "d"}, "seed": 0, "same": 0.1, "sets": sets}
+    update_results(folder / "results.json", {"null_space": section})
+    out = tmp_path / "report"
+    write_report(load_runs([str(folder)]), out)
+    assert "| run, same, semantic | 12.35 | 20.00 | 0.123 | 0.500 | 0.250 |" in (out / "report.md").read_text()
+    assert "run, same, semantic" in (out / "report.html").read_text()
+    assert r"run, same, semantic & 12.35" in (out / "report.tex").read_text()
+    with open(out / "report.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["score"] == "null space, same, semantic, length"]
+    assert [float(row["value"]) for row in rows] == [12.345]

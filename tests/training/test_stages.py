@@ -159,7 +159,11 @@ def _check_test_files(root: Path, tuning: FineTuning, data: ToyData) -> None:
     null_space = results["null_space"]["sets"]["toy"]["metrics"]
     assert null_space["teacher"]["moves"]["exact"] > 0.9
     assert null_space["metric"]["moves"]["exact"] > 0.5
-    for name in ("gallery.png", "attacked-toy.png"):
+    for found in null_space.values():
+        for what, direction in ((w, d) for w in ("same", "answer") for d in ("random", "semantic")):
+            assert 0 < found[what][direction]["mean_length"] <= found[what][direction]["largest_length"]
+            assert found[what][direction]["ssim"] < 1 and found[what][direction]["lpips"] is None
+    for name in ("gallery.png", "attacked-toy.png", "null-space-toy.png"):
         assert (root / "plots" / name).stat().st_size > 5000
     assert (root / "attacks.csv").is_file()
 
