@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.attacks.adversary import Adversary
+from lipsim.attacks.adversary import Adversary, as_attacked
 from lipsim.attacks.apgd import apgd
 from lipsim.attacks.objectives import ClassificationObjective, logits_of
 from lipsim.attacks.projections import Norm
@@ -81,7 +80,7 @@ def train_classifier(
             x = _moved(images[rows].float() / 255, recipe.shift, generator).to(device)
             y = labels[rows].to(device)
             if recipe.adversary is not None:
-                with _evaluating(network):
+                with as_attacked(network):
                     x = recipe.adversary(ClassificationObjective(network, y), x, seed=seed + schedule.last_epoch)
             loss = F.cross_entropy(logits_of(network, x), y)
             if not torch.isfinite(loss):
@@ -167,16 +166,3 @@ def _moved(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     batch = torch.arange(len(x)).view(-1, 1, 1, 1)
     channel = torch.arange(x.shape[1]).view(1, -1, 1, 1)
     return padded[batch, channel, rows, cols]
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients of the weights, as the attacked network will be used."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim.attacks.adversary import Adversary, adversarial_triplets
+from lipsim.attacks.objectives import TARGETS, Target
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.layers.encoder import head_of
@@ -38,6 +40,9 @@ class TeacherTuning(Stage):
             candidates of a batch. A teacher from scratch learns from it what images are, which a pretrained one knows.
         temperature: of the contrastive term.
         augment: flip and turn all three images of a triplet alike; the vote stays.
+        adversary: moves images before each step to where the margin speaks most against the votes (adversarial
+            training, Madry et al. 2018), at the cost that it tells; None trains plainly.
+        adversary_target: which images it moves, "reference", "left", "right", or "all" by the whole budget each.
         optimizer: default Adam.
         schedule: default warm-up and cosine.
         acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
@@ -53,12 +58,18 @@ class TeacherTuning(Stage):
         contrast: float = 0.0,
         temperature: float = 0.07,
         augment: bool = True,
+        adversary: Adversary | None = None,
+        adversary_target: Target = "reference",
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=3e-4),
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
         if tune not in ("all", "lora", "head"):
             raise LipsimError(f"expected to tune all, lora or head, got {tune!r}")
+        if adversary_target not in TARGETS:
+            raise LipsimError(
+                f"expected the adversary's target to be in {', '.join(TARGETS)}, got {adversary_target!r}"
+            )
         encoder, resize = encoder_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
@@ -80,10 +91,16 @@ class TeacherTuning(Stage):
         self.loss = loss or MarginHinge(0.05)
         self.contrast, self.temperature = contrast, temperature
         self.augment = augment
+        self.adversary, self.adversary_target = adversary, adversary_target
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Hinge over a batch, and the contrastive term."""
-        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
+        if self.augment:
+            batch = augmented(batch)
+        if self.adversary is not None:
+            seed = self.trainer.global_step  # the same again where a run resumes
+            batch = adversarial_triplets(self.adversary, self.metric, batch, self.adversary_target, seed=seed)
+        z, z0, z1 = batch.embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
         if self.contrast:
             preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)
