@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 from rich.console import Console
 
 from lipsim.analysis.models import NAMES, load_model
-from lipsim.analysis.nullity import Nullity, OperatorKernel, nullity, operator_kernels, published_row, summary
-from lipsim.cli.parser import positive_int
+from lipsim.analysis.nullity import Nullity, nullity, published_row, summary
+from lipsim.analysis.operator_kernels import OperatorKernel, kernel_row, operator_kernels
+from lipsim.cli.parser import output_folder, positive_int
 from lipsim.results.formats import write_table
 from lipsim.results.tables import Row, print_table
 from lipsim.utils.errors import LipsimError
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights (%(default)s)")
     parser.add_argument("--no-operators", action="store_true", help="the published table alone")
-    parser.add_argument("--output", type=user_path, help="folder for nullity.md, .tex, .csv and .json")
+    parser.add_argument("--output", type=output_folder, help="folder for nullity.md, .tex, .csv and .json")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.set_defaults(run=_run)
 
@@ -54,21 +56,12 @@ def _run(options: argparse.Namespace) -> int:
             counted = nullity(model.network, name, say)
             operators = [] if options.no_operators else operator_kernels(model.module, model.image_size, say)
             found.append((counted, operators))
-    content = [summary(counted, operators) for counted, operators in found]
-    rows: list[Row] = [published_row(counted) for counted, _ in found]
-    kernels: list[Row] = [
-        {
-            "model": counted.model,
-            "operator": operator.name,
-            "input": f"{operator.size[0]}×{operator.size[1]}",
-            "inputs": f"{operator.inputs:,}",
-            "outputs": f"{operator.outputs:,}",
-            "unseen": f"{operator.unseen:,}",
-            "kernel": str(operator),
-        }
+    content = [
+        {**summary(counted), "operators": [{**asdict(kernel), "dimension": kernel.dimension} for kernel in operators]}
         for counted, operators in found
-        for operator in operators
     ]
+    rows: list[Row] = [published_row(counted) for counted, _ in found]
+    kernels: list[Row] = [kernel_row(counted.model, kernel) for counted, operators in found for kernel in operators]
     tables = {"nullity": ("Nullity of weights", rows), "kernels": ("Kernels of operators", kernels)}
     tables = {name: (title, table) for name, (title, table) in tables.items() if table}
     text = json.dumps(content, indent=1)

@@ -54,6 +54,15 @@ def metric_file(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """A folder to write to, which need not be there yet."""
+    path = user_path(text)
+    taken = next((part for part in (path, *path.parents) if part.exists()), path)
+    if taken.exists() and not taken.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder to write to, got {text!r}, and {taken} is a file")
+    return path
+
+
 def named_file(text: str) -> tuple[str, str]:
     """``NAME=FILE``, or a file, or the name of a bundled metric: then the name is that of the file."""
     name, equals, file = text.partition("=")
