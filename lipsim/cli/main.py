@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "attack every certificate of a metric",
     "attack": "attack a metric on one pair or triplet of image files",
     "attack-tables": "many metrics side by side, natural and attacked",
+    "collide": "an image that a model cannot tell from another, exactly or at a layer",
     "nullity": "how much of its input each linear operator of a network cannot see",
     "report": "tables, curves and one HTML page from the results of several runs",
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
