@@ -19,6 +19,7 @@ COMMANDS = {
     "attack-tables": "many metrics side by side, natural and attacked",
     "collide": "an image that a model cannot tell from another, exactly or at a layer",
     "nullity": "how much of its input each linear operator of a network cannot see",
+    "traverse": "walk from one image towards another while a model's answer stays",
     "report": "tables, curves and one HTML page from the results of several runs",
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
     "export-teacher": "write a DreamSim model as a metric that distillation takes",
