@@ -7,7 +7,8 @@ import argparse
 from lipsim.cli.parser import natural_int, positive_int
 from lipsim.data.embeddings.cache import DTYPES, PRECISIONS
 from lipsim.data.sets.folder import VIEWS
-from lipsim.training.teacher_cache import ProcessFailed, cache_teacher, check_cache
+from lipsim.evaluation.processes import ProcessFailed
+from lipsim.training.teacher_cache import cache_teacher, check_cache
 from lipsim.utils.paths import user_path
 
 

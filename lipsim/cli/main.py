@@ -21,6 +21,7 @@ COMMANDS = {
     "nullity": "how much of its input each linear operator of a network cannot see",
     "traverse": "walk from one image towards another while a model's answer stays",
     "report": "tables, curves and one HTML page from the results of several runs",
+    "feature-sets": "training sets of the features that one model uses, and what is learned from them",
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
     "export-teacher": "write a DreamSim model as a metric that distillation takes",
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",

@@ -12,13 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,13 +29,13 @@ from lipsim.data.embeddings.cache import (
 )
 from lipsim.data.sets.folder import VIEWS, list_images
 from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.evaluation.processes import ProcessFailed, processes, total
 from lipsim.metric import PerceptualMetric, load
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_leftovers, sha256
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
-from lipsim.utils.slurm import check_slurm
 from lipsim.utils.terminal import one_line
 
 # Largest relative error ‖stored − recomputed‖/‖recomputed‖ of a sound row: rounding to float16 makes up to 2⁻¹¹, other
@@ -47,10 +44,6 @@ TOLERANCE = {"float16": 1e-3, "float32": 1e-4}
 BFLOAT16_TOLERANCE = 5e-2
 
 Chunk = tuple[int, list[int]]  # number of a shard, and the positions of its images
-
-
-class ProcessFailed(LipsimError):
-    """One of several processes could not do its share; it has said why on stderr."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +286,7 @@ def cache_teacher(
     images, output = user_path(images), user_path(output)
     for name, number in {"batch_size": batch_size, "shard_size": shard_size}.items():
         check_count(name, number)
-    fabric = _fabric(accelerator, devices, num_nodes)
+    fabric = processes(accelerator, devices, num_nodes)
     metric = load(teacher)
     description = describe(metric, views, short_side, dtype, precision)
     if (output / "cache.json").is_file():
@@ -331,10 +324,7 @@ def cache_teacher(
             raise
         print(f"error: {one_line(str(error))} (the other processes finish their shards)", file=sys.stderr, flush=True)
         failure = error
-    failures = fabric.all_reduce(torch.tensor(float(failure is not None)), reduce_op="sum")  # waits for the slowest
-    assert isinstance(failures, Tensor)
-    if failures:
-        raise ProcessFailed(f"{int(failures)} of {fabric.world_size} processes could not finish") from failure
+    total(fabric, 0, failure)
     return WrittenCache(
         folder=output,
         description=description,
@@ -379,7 +369,7 @@ def check_cache(
     images, output = user_path(images), user_path(output)
     with Progress("checking the cache") as progress:
         cache = EmbeddingCache(output)
-        metric = load(teacher).to(_fabric(accelerator).device)
+        metric = load(teacher).to(processes(accelerator).device)
         cache.check_teacher(metric.encoder, teacher)
         listed = list_images(images).names
         rows = cache.find(listed)
@@ -440,15 +430,3 @@ def _errors(
 
 def _fault(what: str, names: np.ndarray) -> list[str]:
     return [f"{len(names)} {what} (first: {os.fsdecode(bytes(names[0]))})"] if len(names) else []
-
-
-def _fabric(accelerator: str, devices: int = 1, num_nodes: int = 1) -> Fabric:
-    """One process, or several that this command or a launcher starts; the slowest may take a week longer."""
-    check_slurm()
-    alone = devices * num_nodes == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
-    return Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy="auto" if alone else DDPStrategy(timeout=timedelta(days=7)),
-    )

@@ -1,0 +1,72 @@
+"""Image folders with a folder for each class, as torchvision's ``ImageFolder`` reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lipsim.data.sets.folder import list_images
+from lipsim.data.transforms import load_image
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import Digest
+from lipsim.utils.paths import user_path
+
+
+class LabelledFolder:
+    """The images of a folder ``{folder}/{class}/…/{image}``, numbered in the order of their names.
+
+    Args:
+        folder: their folder.
+        preprocess: from a decoded image to a tensor.
+        classes: the classes in the order of their numbers; None: the names of the folders, sorted, as torchvision's
+            ``ImageFolder`` has them.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: images outside a folder of a class, or of a class that is none of ``classes``.
+    """
+
+    def __init__(
+        self, folder: str | Path, preprocess: Callable[..., Tensor], classes: Sequence[str] | None = None
+    ) -> None:
+        self.folder, self.preprocess = user_path(folder), preprocess
+        names = [os.fsdecode(bytes(name)) for name in list_images(self.folder).names]
+        self.names = np.array(names)
+        own = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
+        if "" in own:
+            raise LipsimError(
+                f"expected images in folders of their classes, CLASS/IMAGE, got {names[own.index('')]} in {folder}"
+            )
+        self.classes = sorted(set(own)) if classes is None else list(classes)
+        number = {name: i for i, name in enumerate(self.classes)}
+        if others := sorted(set(own) - set(self.classes)):
+            raise LipsimError(f"expected the classes {', '.join(self.classes)}, got {', '.join(others)} in {folder}")
+        self.labels = torch.tensor([number[name] for name in own])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, numbers: Sequence[int]) -> Tensor:
+        """Images ``(N, 3, S, S)``, float32 in [0, 1]."""
+        return torch.stack([load_image(self.folder / str(self.names[i]), self.preprocess) for i in numbers])
+
+    def all_8bit(self) -> Tensor:
+        """All images, ``(N, 3, S, S)`` uint8, as training takes them."""
+        return torch.cat([to_8bit(self.load([i])) for i in range(len(self))])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and sizes of the files."""
+        digest = Digest()
+        for name in self.names:
+            digest.add(f"{name!r} {(self.folder / str(name)).stat().st_size}\n")
+        return digest.hexdigest()
+
+
+def to_8bit(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded."""
+    return (images * 255).round().to(torch.uint8)

@@ -1,0 +1,209 @@
+"""`lipsim feature-sets`: training sets of the features that one model uses, and what classifiers learn from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from lipsim.analysis.classifiers import Recipe
+from lipsim.analysis.feature_set_scores import LabelledImages, score_rows, score_sets
+from lipsim.analysis.feature_sets import (
+    KINDS,
+    MANIFEST,
+    FeatureSet,
+    FeatureSetRecipe,
+    check_feature_set,
+    make_feature_set,
+)
+from lipsim.analysis.labelled_folder import LabelledFolder
+from lipsim.analysis.models import NAMES, Model, load_model
+from lipsim.analysis.small_networks import ARCHITECTURES, small_network
+from lipsim.cli.parser import UsageError, budget, natural_int, output_folder, positive_int
+from lipsim.data.transforms import Preprocess
+from lipsim.results.formats import write_table
+from lipsim.results.tables import Row, print_table
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import write_json
+from lipsim.utils.paths import user_path
+from lipsim.utils.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim feature-sets` takes."""
+    parser.description = (
+        "The sets of Ilyas et al. (2019) from a folder IMAGES/CLASS/IMAGE: robust and nonrobust (D_R, D_NR) have the "
+        "features of each image in a model, from another start; random and deterministic (D_rand, D_det) are "
+        "adversarial examples under the label of their target. They are written as OUTPUT/KIND/CLASS/NAME.png, which "
+        "torchvision's ImageFolder reads. An image costs 1,000 forward and backward passes of the model, 100 towards a "
+        "class: for 50,000 images and a network that trains on 5,000 a second, three hours, or 20 minutes. Killed, the "
+        "same command continues; torchrun and srun work as for training. --held-out trains small classifiers on the "
+        "images and on every set in OUTPUT, instead of making any, and prints the table clean / robust: 3 trainings a "
+        "set, minutes for some thousand images of 32 pixels on one core."
+    )
+    parser.add_argument("images", type=user_path, metavar="IMAGES", help="folder of the originals, CLASS/IMAGE")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder of the sets")
+    making = parser.add_argument_group("making sets")
+    making.add_argument("--kind", nargs="+", choices=KINDS, default=[], help="which to make")
+    making.add_argument("--model", help=NAMES)
+    making.add_argument("--weights", type=user_path, help="file of the state of the model; default: random weights")
+    making.add_argument("--num-classes", type=positive_int, help="logits of a network of torchvision or timm")
+    making.add_argument("--image-size", type=positive_int, help="side of the images; default: the model's usual one")
+    making.add_argument(
+        "--layer",
+        help="features to match: the name of a module, or output (default: what a metric answers, and what the last "
+        "linear layer of a classifier reads)",
+    )
+    making.add_argument("--start", choices=("image", "noise"), default="image", help="of matching (%(default)s)")
+    making.add_argument("--steps", type=positive_int, help="gradient steps (1000 for features, 100 towards a class)")
+    making.add_argument("--step-size", type=budget, default=0.1, help="ℓ2 length of a step (%(default)s)")
+    making.add_argument("--eps", type=budget, default=0.5, help="ℓ2 budget towards a class (%(default)s)")
+    making.add_argument(
+        "--shorten", action="store_true", help="match by steps that do not go too far; closer than published"
+    )
+    making.add_argument("--batch-size", type=positive_int, default=128, help="images at once (%(default)s)")
+    making.add_argument("--accelerator", default="auto", help="cpu, cuda, … (%(default)s)")
+    making.add_argument("--devices", type=positive_int, default=1, help="processes on each machine (%(default)s)")
+    making.add_argument("--num-nodes", type=positive_int, default=1, help="machines (%(default)s)")
+    scoring = parser.add_argument_group("training on sets")
+    scoring.add_argument("--held-out", type=user_path, help="folder of other originals, CLASS/IMAGE, to score on")
+    scoring.add_argument(
+        "--architecture", choices=list(ARCHITECTURES), default="resnet", help="of the classifiers (%(default)s)"
+    )
+    scoring.add_argument("--width", type=positive_int, default=16, help="their channels at first (%(default)s)")
+    scoring.add_argument("--epochs", type=positive_int, default=20, help="of each training (%(default)s)")
+    scoring.add_argument("--seeds", type=positive_int, default=3, help="trainings on each set (%(default)s)")
+    scoring.add_argument("--robust-eps", type=budget, default=0.25, help="ℓ2 budget of APGD (%(default)s)")
+    scoring.add_argument("--attack-steps", type=positive_int, default=50, help="of APGD (%(default)s)")
+    parser.add_argument("--seed", type=natural_int, default=0, help="of starts, classes, random weights (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    making = bool(options.kind or options.model)
+    if making == (options.held_out is not None):
+        raise UsageError("expected either --kind and --model, to make sets, or --held-out, to train on those made")
+    if not making:
+        return _score(options)
+    if not (options.kind and options.model):
+        raise UsageError("expected both --kind and --model, to make sets")
+    return _make(options)
+
+
+def _make(options: argparse.Namespace) -> int:
+    from lipsim.evaluation.processes import ProcessFailed, processes  # Lightning, seconds to import
+
+    if options.layer is not None and not {"robust", "nonrobust"} & set(options.kind):
+        raise UsageError(f"--layer {options.layer} has no part in sets of the kind {' or '.join(options.kind)}")
+    model = load_model(options.model, options.weights, options.image_size, options.seed, options.num_classes)
+    recipes = [
+        FeatureSetRecipe(
+            kind=kind,
+            start=options.start,
+            steps=options.steps,
+            step_size=options.step_size,
+            eps=options.eps,
+            shorten=options.shorten,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+        for kind in dict.fromkeys(options.kind)
+    ]
+    fabric = processes(options.accelerator, options.devices, options.num_nodes)
+    fabric.launch()
+    made: list[FeatureSet] = []
+    try:
+        with Progress("feature sets", enabled=fabric.is_global_zero) as progress:
+            layers = {recipe.kind: options.layer if recipe.matches_features else None for recipe in recipes}
+            for recipe in recipes[1:]:  # not after hours with the first
+                layer = layers[recipe.kind]
+                check_feature_set(options.images, options.output, model, recipe, layer=layer, fabric=fabric)
+            for recipe in recipes:
+
+                def say(message: str, kind: str = recipe.kind) -> None:
+                    progress(f"{kind}: {message}")
+
+                layer = layers[recipe.kind]
+                made.append(
+                    make_feature_set(options.images, options.output, model, recipe, layer=layer, fabric=fabric, say=say)
+                )
+    except ProcessFailed:  # which one has said why
+        return 1
+    if not fabric.is_global_zero:
+        return 0
+    if options.json:
+        print(json.dumps([{**asdict(part), "folder": str(part.folder)} for part in made], indent=1))
+        return 0
+    for part in made:
+        print(_sentence(part, model))
+    return 0
+
+
+def _sentence(made: FeatureSet, model: Model) -> str:
+    start = f"{made.folder} has {made.images} images, {made.written} of them made now; "
+    means = made.means
+    if "norm" in means:
+        return start + (
+            f"{model.name} names {means['right']:.1%} of the originals right, and takes {means['after']:.1%} of what "
+            f"was found for its target, {means['stored']:.1%} in 8 bits, whose changes have a mean ℓ2 length of "
+            f"{means['norm']:.3f}"
+        )
+    return start + (
+        f"relative distance of features to the originals' {means['before']:.3g} at the start, {means['after']:.3g} at "
+        f"the end, {means['stored']:.3g} in 8 bits"
+    )
+
+
+def _score(options: argparse.Namespace) -> int:
+    folders = [options.output / kind for kind in KINDS if (options.output / kind / MANIFEST).is_file()]
+    if not folders:
+        raise FileNotFoundError(f"no feature sets in {options.output}; make some with --kind and --model")
+    manifests = [json.loads((folder / MANIFEST).read_text(encoding="utf-8")) for folder in folders]
+    classes = manifests[0]["classes"]
+    shapes = {(part["image_size"], part["resize"]) for part in manifests}
+    if len(shapes) > 1 or any(part["classes"] != classes for part in manifests):
+        raise LipsimError(f"expected sets of one size and of the same classes in {options.output}, got {shapes}")
+    ((image_size, resize),) = shapes
+    with Progress("feature sets") as progress:
+        progress("reading images")
+
+        def read(folder: Path) -> LabelledImages:
+            source = LabelledFolder(folder, Preprocess(image_size, resize), classes)
+            return source.all_8bit(), source.labels
+
+        held_out = read(options.held_out)
+        sets = {"originals": read(options.images)}
+        for folder, manifest in zip(folders, manifests, strict=True):
+            sets[folder.name] = read(folder)
+            if len(sets[folder.name][0]) < manifest["images"]:
+                raise LipsimError(
+                    f"{folder} has {len(sets[folder.name][0])} of {manifest['images']} images; give the command that "
+                    "makes it again, which continues"
+                )
+        scores = score_sets(
+            sets,
+            held_out,
+            lambda seed: small_network(
+                options.architecture, len(classes), image_size=image_size, width=options.width, seed=seed
+            ),
+            Recipe(epochs=options.epochs, batch_size=64),
+            seeds=range(options.seed, options.seed + options.seeds),
+            eps=options.robust_eps,
+            steps=options.attack_steps,
+            say=progress,
+        )
+    rows: list[Row] = score_rows(scores, options.robust_eps)
+    title = f"Small {options.architecture} trained on each set, on held-out originals, in %"
+    content = [asdict(score) for score in scores]
+    write_table(options.output, "scores", title, rows)
+    write_json(options.output / "scores.json", {"eps": options.robust_eps, "scores": content})
+    if options.json:
+        print(json.dumps(content, indent=1))
+        return 0
+    print_table(Console(), rows, title)
+    print(f"the table as .md, .tex, .csv and .json is in {options.output}/")
+    return 0
