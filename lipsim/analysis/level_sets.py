@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lipsim.attacks.level_set import Traversal
@@ -24,6 +23,7 @@ from lipsim.metric.distance import Distance
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import Digest, write_safetensors
 from lipsim.utils.sampling import sample_normal
+from lipsim.utils.weights import read_safetensors
 
 _SWAPS = 1_000  # rounds of swaps that a derangement is looked for in
 _QUANTILES = (0.05, 0.95)  # of the random directions, as in the authors' program
@@ -193,7 +193,7 @@ def measure_level_sets(
 
         run = _Run(objective_of(part), images, part, targets[:, part].T, protocol, batch_size, tell)
         file = None if folder is None else folder / f"{int(part[0]):06d}-{int(part[-1]):06d}.safetensors"
-        found = None if file is None or not file.is_file() else load_file(file)
+        found = None if file is None or not file.is_file() else read_safetensors(file)[0]
         if found is None:
             found = run.measure(lpips, keep_outcomes).tensors
             if file is not None:

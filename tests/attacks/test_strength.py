@@ -125,7 +125,7 @@ def test_perturbations_of_encoders_with_known_radii(kind: str) -> None:
     """The radius of an orthonormal map is exact; where sorting keeps its order, so is that of the network."""
     encoder = OrthogonalProjection(8, 24) if kind == "linear" else _sorting_encoder()
     metric = PerceptualMetric(encoder, 8, lipschitz=1.0).double().eval().requires_grad_(False)
-    images = 0.4 + 0.2 * torch.rand(3, 10, 3, 8, 8, dtype=torch.float64)
+    images = 0.4 + 0.2 * torch.rand(3, 5, 3, 8, 8, dtype=torch.float64)
     radius = metric.certify(*images).radius
     objective = TwoAFCObjective(metric, *images)
     assert (objective(images[0]) < 0).all()
@@ -134,7 +134,7 @@ def test_perturbations_of_encoders_with_known_radii(kind: str) -> None:
     _, gradient = value_and_gradient(lambda x: objective.sign * linear_margin(metric.embed(x), z0, z1)[0], images[0])
     direction = Ball(2, 1.0).direction(gradient)
     known = objective(images[0] + expand(radius, direction) * (1 + 1e-6) * direction) > 0
-    assert known.all() if kind == "linear" else known.sum() >= 5
+    assert known.all() if kind == "linear" else known.sum() >= 2
     x_adv = minimal_norm(objective, images[0], steps=100)
     found = sample_norm(x_adv - images[0])
     assert (objective(x_adv) > 0).all()

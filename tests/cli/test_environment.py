@@ -38,7 +38,10 @@ for arguments in (["certify", "metric.safetensors", *["a.png"] * 3], ["report", 
 @pytest.mark.parametrize(
     "environment",
     [
-        {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        pytest.param(
+            {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+            marks=pytest.mark.slow,  # a process
+        ),
         {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "MPLBACKEND": "?"},
     ],
     ids=["cp1252", "ascii"],

@@ -338,6 +338,7 @@ def test_damaged_data_is_refused(material: Path, damage, message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow  # starts processes; an evaluation on two of them is among the others
 def test_two_processes_give_the_results_of_one() -> None:
     """15 triplets on two processes: the sampler repeats one, the results must not."""
     _stand_ins()

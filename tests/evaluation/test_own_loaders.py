@@ -207,7 +207,7 @@ def test_old_pictures_go(cases: None) -> None:
     content = config(steps=1) | {"data": {"class_path": "lipsim.datamodules.Cases"}}
     write_config(content)
     evaluate_case("dict", "run")
-    written = {"attacked-x.png", "attacked-y.png", "gallery-x.png", "gallery-y.png"}
+    written = {f"{kind}-{name}.png" for kind in ("attacked", "gallery", "null-space") for name in "xy"}
     assert {path.name for path in Path("run/plots").iterdir()} == written
     content["trainer"]["callbacks"][1]["init_args"]["num_examples"] = 1
     content["data"] = {"class_path": "lipsim.datamodules.Cases", "init_args": {"case": "first"}}

@@ -94,6 +94,9 @@ def _assert_results_of(whole: Path, other: Path) -> None:
     for key in ("majority", "vote", "certified", "published", "joint", "num_triplets"):
         assert scores[key] == others[key]
     assert one["attacked"]["sets"] == found["attacked"]["sets"]
+    moves, others = (results["null_space"]["sets"]["builtin"]["metrics"] for results in (one, found))
+    for kind in ("mean_length", "largest_change", "largest_distance", "flipped", "exact"):
+        assert moves["metric"]["moves"][kind] == pytest.approx(others["metric"]["moves"][kind], rel=1e-5, abs=1e-9)
     assert one["certified"]["data_sha256"] == found["certified"]["data_sha256"]
     tables = [rows(str(folder / "radii.csv")) for folder in (whole, other)]
     assert len(tables[1]) == COUNT
