@@ -31,6 +31,13 @@ from lipsim.datamodules import BuiltinData
 from lipsim.metric import save
 from lipsim.results import read_results
 
+
+def _assert_same_files(run: Path, whole: Path) -> None:
+    for name in ("results.json", "radii.csv", "attacks.csv", "plots/gallery.png"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (run / "unfinished").exists()
+
+
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
@@ -56,6 +63,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+def test_what_a_kill_leaves_is_continued(computed: list[int], whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(whole.parent / "metric.safetensors", "metric.safetensors")  # the order of a header changes by itself
+    lines = cut_short(monkeypatch, 3, args("cut"))
+    part = Path("cut/unfinished/part-0-of-1.jsonl")
+    part.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][: len(lines[-1]) // 2])  # killed over the last line
+    computed.clear()
+    evaluate(args("cut"))
+    assert len(lines) == 3 and computed == list(range(2 * BATCH, COUNT))
+    _assert_same_files(Path("cut"), whole)
+
+
+@pytest.mark.slow  # starts a process
 def test_a_killed_run_continues(computed: list[int], whole: Path) -> None:
     shutil.copy(whole.parent / "metric.safetensors", "metric.safetensors")  # the order of a header changes by itself
     lines = kill_after(2, args("killed"))
@@ -64,9 +83,7 @@ def test_a_killed_run_continues(computed: list[int], whole: Path) -> None:
     part.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][: len(lines[-1]) // 2])  # killed over the last line
     evaluate(args("killed"))
     assert computed == list(range(BATCH * (len(lines) - 1), COUNT))
-    for name in ("results.json", "radii.csv", "attacks.csv", "plots/gallery.png"):
-        assert Path("killed", name).read_bytes() == (whole / name).read_bytes(), name
-    assert not Path("killed/unfinished").exists()
+    _assert_same_files(Path("killed"), whole)
 
 
 def test_two_processes_give_the_results_of_one() -> None:

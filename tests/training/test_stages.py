@@ -121,7 +121,7 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     callbacks = [
         CertifyRadii(),
         AttackRobustness(steps=10, others={"teacher": tmp_path / "teacher.safetensors"}),
-        NullSpaceRobustness(others={"teacher": tmp_path / "teacher.safetensors"}),
+        NullSpaceRobustness(max_triplets=8, others={"teacher": tmp_path / "teacher.safetensors"}),
         TripletGallery(2),
     ]
     trainer = _trainer(tmp_path, callbacks=callbacks)
