@@ -129,7 +129,12 @@ def _with_short_attacks(config: Path) -> str:
     return str(copy)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "config",
+    # The largest student of all takes a quarter of a minute.
+    [pytest.param(c, marks=pytest.mark.slow) if c.parent.name == "imagenet" else c for c in CONFIGS],
+    ids=[f"{config.parent.name}/{config.stem}" for config in CONFIGS],
+)
 def test_every_config_runs(config: Path, request: pytest.FixtureRequest) -> None:
     room = config.parent.name
     if config.stem == "dreamsim":

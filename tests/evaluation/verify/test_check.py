@@ -65,7 +65,8 @@ def _torchlip() -> PerceptualMetric:
     return PerceptualMetric(TorchlipNetwork(16, 8, blocks=(4, 2), depths=(1, 1), widths=(16, 16)), 16)
 
 
-@pytest.mark.parametrize("make", [_sll, pytest.param(_torchlip, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a quarter of a minute each
+@pytest.mark.parametrize("make", [_sll, _torchlip])
 def test_a_network_is_sound(make: Callable[[], PerceptualMetric], two: Triplet) -> None:
     said: list[str] = []
     result = verify(make(), two, steps=6, polish=10, progress=said.append)
