@@ -116,6 +116,22 @@ def test_the_null_space_is_searched_on_a_draw_of_triplets() -> None:
     assert lengths[0] == pytest.approx(lengths[1], rel=1e-6) and lengths[0] != pytest.approx(lengths[2], rel=1e-3)
 
 
+@pytest.mark.slow  # AlexNet in float64
+def test_moves_are_measured_by_lpips_where_there_are_weights(tmp_path: Path) -> None:
+    from torchvision.models import alexnet
+
+    file = tmp_path / "alexnet-owt-7be5be79.pth"
+    torch.save(alexnet(weights=None).state_dict(), file)
+    data = BuiltinData(num_test=3, image_size=64, batch_size=2)
+    callbacks = [NullSpaceRobustness(lpips=file)]
+    results = lipsim.evaluate("quickstart", data, callbacks=callbacks, directory="run", **QUIET)
+    found = results["null_space"]["sets"]["builtin"]["metrics"]["metric"]
+    for kind in ("same", "answer"):
+        for direction in ("random", "semantic"):
+            moves = found[kind][direction]
+            assert moves["mean_length"] > 0 and 0 < moves["lpips"] < 1, (kind, direction)
+
+
 class _Forgetful(TripletCallback):
     def __init__(self, strength: int) -> None:
         super().__init__()
