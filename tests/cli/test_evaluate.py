@@ -123,12 +123,13 @@ def test_budgets_and_curve() -> None:
     assert curve["eps"][-1] == pytest.approx(0.75) and curve["certified"] == sorted(curve["certified"], reverse=True)
 
 
-def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Parts(BuiltinData):
-        @property
-        def test_groups(self) -> dict[str, dict[str, torch.Tensor]]:
-            return {"builtin": {"early": torch.arange(COUNT) < 4, "none": torch.zeros(COUNT, dtype=torch.bool)}}
+class Parts(BuiltinData):
+    @property
+    def test_groups(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"builtin": {"early": torch.arange(COUNT) < 4, "none": torch.zeros(COUNT, dtype=torch.bool)}}
 
+
+def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lipsim.datamodules.Parts", Parts, raising=False)
     content = config(steps=1)
     content["data"] = {**content["data"], "class_path": "lipsim.datamodules.Parts"}

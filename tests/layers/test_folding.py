@@ -198,7 +198,7 @@ def test_folded_weights_inside_transforms() -> None:
     expected = layer.weights()[0]  # type: ignore[operator]
     for transform in (torch.func.jacrev, torch.func.jacfwd):
         torch.testing.assert_close(transform(layer)(x), expected)
-    assert torch.equal(torch.func.vmap(layer)(x.expand(2, 5)), layer(x.expand(2, 5)))
+    torch.testing.assert_close(torch.func.vmap(layer)(x.expand(2, 5)), layer(x.expand(2, 5)))
     layer.weight.data.mul_(torch.randn(4, 5))  # type: ignore[operator,union-attr]
     torch.testing.assert_close(torch.func.jacrev(layer)(x), OrthogonalLinear.derive(layer)[0])  # type: ignore[arg-type]
 
