@@ -12,11 +12,11 @@ from torch import Tensor
 from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import expand, sample_norm
 from lipsim.callbacks.base import TripletCallback, load_others, log_score
+from lipsim.callbacks.sample_table import gather_objects
 from lipsim.certificates.geometry import cosine_distance
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
-from lipsim.data.loading import planned_batches
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
 from lipsim.metric import Distance, PerceptualMetric
 from lipsim.results.plots import plot_grid
 from lipsim.results.schema import NullSpaceMetric, NullSpaceMoves, NullSpaceReach, NullSpaceSet
@@ -127,14 +127,13 @@ class NullSpaceRobustness(TripletCallback):
 
     def _draw_positions(self, trainer: L.Trainer, module: EvaluationModule, i: int) -> Tensor | None:
         """Positions of the triplets of a set to search, in order; None: all, or as nobody knows what the set serves."""
-        served = module.expected_positions(i)
-        if self.max_triplets is None or served is None:
+        shares = gather_objects(module.expected_positions(i))
+        if self.max_triplets is None or any(share is None for share in shares):
             return None
-        # Where each process knows its own share alone, it draws its share of the triplets.
-        whole = planned_batches(evaluation_loaders(trainer)[i]) is not None
-        most = self.max_triplets if whole else -(-self.max_triplets // trainer.world_size)
+        # Of what all processes serve, so that the draw does not depend on their number.
+        served = torch.tensor(sorted(set().union(*shares)), dtype=torch.int64)
         order = torch.randperm(len(served), generator=torch.Generator().manual_seed(self.seed))
-        return torch.tensor(sorted(served), dtype=torch.int64)[order[:most]].sort().values
+        return served[order[: self.max_triplets]].sort().values
 
     def _search(
         self,

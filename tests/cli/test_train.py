@@ -122,6 +122,8 @@ def _with_short_attacks(config: Path) -> str:
             callback.setdefault("init_args", {})["steps"] = 1
         if callback["class_path"].endswith(".AttackRobustness"):
             callback["init_args"]["queries"] = 2
+        if callback["class_path"].endswith(".NullSpaceRobustness"):
+            callback.setdefault("init_args", {})["max_triplets"] = 6  # the same ones on any number of processes
         if callback["class_path"].endswith(".CertifyRadii"):
             callback.setdefault("init_args", {})["error_sample"] = 4
     copy = Path(config.name)
