@@ -10,6 +10,7 @@ Notation (all features are ``f(x)``, shape ``(N, D)``, before anchor and project
   embedding certifies the answer of the deployed float32 network.
 
 Radii are ℓ2 distances in the space of the encoder's input, ``(N,)``, and certify every perturbation strictly shorter.
+:mod:`.smoothing` alone needs no Lipschitz constant; what it says holds with a probability, of another answer.
 Ties, NaN and zero denominators have radius 0. Everything follows from ``‖f(x) − f(x')‖ ≤ L‖x − x'‖`` alone.
 
 Radii and bounds are computed in float64 and rounded outward: what the rounding of the arithmetic here can be
@@ -19,6 +20,7 @@ are. Features of any size that float64 can hold are scaled before they are squar
 number of a dtype are that number.
 """
 
+from lipsim.certificates.classification import class_radius
 from lipsim.certificates.decisions import (
     candidate_radii,
     joint_radius,
@@ -43,7 +45,16 @@ from lipsim.certificates.level_sets import (
     same_radius,
 )
 from lipsim.certificates.pixels import certified_pixels, l1_radius, linf_radius, original_radius, resize_norm
+from lipsim.certificates.rank_correlation import kendall_interval, pearson_interval, spearman_interval
 from lipsim.certificates.retrieval import retrieval_radius
+from lipsim.certificates.smoothing import (
+    SmoothedCertificate,
+    binomial_lower_bound,
+    certify_counts,
+    mean_interval,
+    smoothed_mean_interval,
+    smoothed_radius,
+)
 from lipsim.certificates.triangles import TriangleCertificate, barycentric_grid, certify_triangles
 from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
 
@@ -52,25 +63,32 @@ __all__ = [
     "ClosestApproach",
     "SegmentCertificate",
     "SignedRadius",
+    "SmoothedCertificate",
     "StarCertificate",
     "TriangleCertificate",
     "TwoAFCCertificate",
     "answer_radius",
     "barycentric_grid",
+    "binomial_lower_bound",
     "candidate_radii",
     "certified_pixels",
+    "certify_counts",
     "certify_segments",
     "certify_stars",
     "certify_triangles",
     "certify_triplets",
+    "class_radius",
     "closest_approach",
     "distance_interval",
     "joint_radius",
+    "kendall_interval",
     "l1_radius",
     "linear_margin",
     "linf_radius",
     "margin",
+    "mean_interval",
     "original_radius",
+    "pearson_interval",
     "published_radius",
     "reference_radius",
     "resize_norm",
@@ -78,5 +96,8 @@ __all__ = [
     "same_radius",
     "signed_joint_radius",
     "signed_reference_radius",
+    "smoothed_mean_interval",
+    "smoothed_radius",
+    "spearman_interval",
     "threshold_radius",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,15 @@ def sample_normal(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | No
 def sample_uniform(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
     """Numbers uniform in [0, 1), otherwise as :func:`sample_normal`."""
     return _sample(like, lambda row, generator: row.uniform_(generator=generator), seed, index)
+
+
+def sample_stream(seed: int, index: int) -> np.random.Generator:
+    """A generator of the seed and the index of a sample, for as many numbers in float64 as it takes.
+
+    Both go into its state whole, of which torch's generators on the CPU take 32 bits, and what it draws does not depend
+    on how many numbers are asked for at once.
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed % 2**64, index % 2**64))))
 
 
 def _sample(
