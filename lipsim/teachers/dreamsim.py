@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim.data.transforms import Preprocess
 from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
 from lipsim.teachers.build import build_branch
 from lipsim.teachers.catalogue import VARIANTS, where_to_get
@@ -44,17 +45,21 @@ class Ensemble(nn.Module):
         image_size: side of the input. 224 is what the public weights were trained on.
         head: width of a residual network on the features, 0 for none: what tuning of the head alone trains. It starts
             as the identity.
+        resize: how image files are brought to ``image_size``, see :class:`lipsim.data.Preprocess`: "pil" in 8 bits as
+            DreamSim does, or "float" as students have it, where both see the same images.
 
     Raises:
         FileNotFoundError: weights are not there.
-        ValueError: weights that do not fit, unknown models, or "cls_patch" for some of the branches only.
+        ValueError: weights that do not fit, unknown models, another resize, or "cls_patch" for some of the branches.
     """
 
     config: dict[str, Any]
-    resize = "pil"  # in 8 bits, as DreamSim does; see lipsim.data.transforms.Preprocess
 
-    def __init__(self, branches: Sequence[BranchConfig], image_size: int = 224, head: int = 0) -> None:
+    def __init__(
+        self, branches: Sequence[BranchConfig], image_size: int = 224, head: int = 0, resize: str = "pil"
+    ) -> None:
         super().__init__()
+        self.resize = Preprocess(image_size, resize).resize  # checks both
         configs = _branch_configs(branches)
         if not configs:
             raise LipsimError("expected at least one branch")
@@ -77,7 +82,7 @@ class Ensemble(nn.Module):
         if x.ndim != 4 or x.shape[1:] != (3, size, size):
             raise LipsimError(
                 f"expected images of shape (N, 3, {size}, {size}), got {tuple(x.shape)}; "
-                f"lipsim.data.transforms.Preprocess({size}, 'pil') resizes as DreamSim does"
+                f"lipsim.data.transforms.Preprocess({size}, {self.resize!r}) resizes as this teacher expects"
             )
         tokens = torch.cat([branch(x) for branch in self.branches], dim=-1)
         if tokens.dtype in (torch.float16, torch.bfloat16):

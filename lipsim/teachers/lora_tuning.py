@@ -19,7 +19,7 @@ class Lora:
         rank: of the factors.
         alpha: the product of the factors is scaled by alpha / rank. DreamSim's single models have 32.
         dropout: of what enters the factors. DreamSim's single models have 0.2.
-        targets: names of the layers that get factors.
+        targets: names of the layers that get factors: "qkv" of ViTs, "conv_pw" and "conv_pwl" of EfficientNets.
     """
 
     rank: int = 16
@@ -32,7 +32,7 @@ def add_adapter(module: nn.Module, lora: Lora) -> None:
     """Put trainable factors into a network with peft, and freeze all the rest, in place.
 
     Raises:
-        ValueError: peft is not installed, or no layer is a target.
+        ValueError: peft is not installed, no layer is a target, or one is a convolution that factors do not fit.
     """
     try:
         import peft
@@ -44,8 +44,33 @@ def add_adapter(module: nn.Module, lora: Lora) -> None:
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
     )
+    _check_targets(module, lora.targets)
     module.requires_grad_(False)
     peft.inject_adapter_in_model(config, module)
+
+
+def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
+    layers = {name: child for name, child in module.named_modules() if name}
+    found = {name: child for name, child in layers.items() if any(f".{name}".endswith(f".{t}") for t in targets)}
+    if not found:
+        possible = {name.split(".")[-1] for name, child in layers.items() if _takes_factors(child)}
+        raise LipsimError(
+            f"no layer of this {type(module).__name__} is called {' or '.join(targets)}; expected targets out of "
+            f"{', '.join(sorted(possible)) or 'none'}"
+        )
+    for name, child in found.items():
+        if _takes_factors(child):
+            continue
+        kind = type(child).__name__
+        if isinstance(child, nn.Conv2d):
+            kind = f"convolution of {child.groups} groups and dilation {child.dilation[0]}"
+        raise LipsimError(f"{name} is a {kind}, which no product of factors fits; leave it out of the targets")
+
+
+def _takes_factors(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.dilation == (1, 1)  # peft passes no dilation on
+    return isinstance(module, (nn.Linear, nn.MultiheadAttention))
 
 
 def has_adapter(module: nn.Module) -> bool:

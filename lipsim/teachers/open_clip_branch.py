@@ -32,6 +32,8 @@ class OpenClipBranch(Branch):
             raise LipsimError(f"open_clip has no model {name}; open_clip.list_models() shows its names")
         if config.feature not in (None, "embedding"):
             raise LipsimError(f"expected the feature 'embedding' of {config.model}, got {config.feature!r}")
+        if config.layers:
+            raise LipsimError(f"expected no layers of {config.model}, got {config.layers}; timm models have them")
         vision = {**described["vision_cfg"], **config.options.get("vision_cfg", {}), "image_size": image_size}
         options = {**config.options, "vision_cfg": vision, "text_cfg": _NO_TEXT}
         level = logging.getLogger().level
@@ -45,7 +47,9 @@ class OpenClipBranch(Branch):
         # Statistics are those of the weights; a tower without weights has OpenAI's, whatever it is.
         known = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags if tag.get("mean") and tag.get("std")}
         mean, std = known.pop() if len(known) == 1 else (tower.image_mean, tower.image_std)
-        super().__init__(config.model, tower, options.get("embed_dim", described["embed_dim"]), mean, std)
+        super().__init__(
+            config.model, tower, options.get("embed_dim", described["embed_dim"]), mean, std, config.input_size
+        )
         self.tags = tags
         # Weights that were trained with the other activation would load, and be wrong: they are not looked for.
         fitting = [tag for tag in tags if bool(tag.get("quick_gelu")) == self.quick]

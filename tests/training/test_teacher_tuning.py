@@ -14,6 +14,7 @@ from public_layouts import write_variant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lipsim.attacks import Adversary
 from lipsim.cli.stage import train
 from lipsim.data import Triplet
 from lipsim.data.sets.nights import NightsTriplets
@@ -195,8 +196,81 @@ def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_targets_that_are_not_there_are_refused() -> None:
     _need_peft()
-    with pytest.raises(ValueError, match="not found"):
-        TeacherTuning(nn.Sequential(nn.Linear(2, 2)), tune="lora")
+    with pytest.raises(ValueError, match="no layer of this Sequential is called qkv; expected targets out of 0, first"):
+        layers = nn.Sequential()
+        layers.append(nn.Linear(2, 2)).add_module("first", nn.Conv2d(2, 2, 1))
+        TeacherTuning(layers, tune="lora")
+    for layer, message in (
+        (
+            nn.Conv2d(2, 2, 3, groups=2),
+            "first is a convolution of 2 groups and dilation 1, which no product of factors",
+        ),
+        (nn.Conv2d(2, 2, 3, dilation=2), "first is a convolution of 1 groups and dilation 2"),
+        (nn.Sequential(nn.Linear(2, 2)), "first is a Sequential, which no product of factors fits; leave it out"),
+    ):
+        layers = nn.Sequential()
+        layers.add_module("first", layer)
+        with pytest.raises(ValueError, match=message):
+            TeacherTuning(layers, tune="lora", lora=Lora(targets=("first",)))
+
+
+def _network(head: int = 0) -> Ensemble:
+    """A network with batch normalisation and statistics of its own, enlarging its images; and a transformer."""
+    options = {"layers": (1, 1, 1, 1), "channels": (4, 6, 8, 10), "zero_init_last": False}
+    branches = [
+        BranchConfig("timm/resnet18", "random", "last_layer", options, layers=(2,), input_size=48),
+        BranchConfig("timm/vit_tiny_patch16_224", "random", options={"depth": 1, "embed_dim": 12}),
+    ]
+    teacher = Ensemble(branches, 32, head=head)
+    with torch.no_grad():
+        for name, buffer in teacher.named_buffers():
+            if "running" in name:
+                buffer.copy_(0.1 * torch.rand_like(buffer) + (0.05 if name.endswith("var") else -0.05))
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("tune", "adversary"),
+    [("all", None), ("head", None), ("lora", None), ("all", Adversary(2, 0.1, 1)), ("lora", Adversary("inf", 0.01, 1))],
+)
+def test_convolutional_networks_keep_their_statistics(tune: Any, adversary: Any, tmp_path: Path) -> None:
+    if tune == "lora":
+        _need_peft()
+    teacher, data = _network(head=4 if tune == "head" else 0), Brightness(16)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    lora = Lora(rank=2, dropout=0.1, targets=("conv1", "qkv"))  # convolutions with kernels and strides
+    module = TeacherTuning(teacher, tune=tune, lora=lora, optimizer=_adam, adversary=adversary)
+    _trainer(tmp_path, max_epochs=2).fit(module, data)
+    metric = module.metric.eval().requires_grad_(False)
+    loaded = load(save(metric, tmp_path / "teacher.safetensors"))
+    after = loaded.encoder.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert after.keys() == before.keys() and changed
+    assert not any("running" in name or "num_batches" in name for name in changed)
+    weights = {name for name, _ in _network(head=4 if tune == "head" else 0).named_parameters()}
+    if tune == "all":
+        assert changed == weights  # scale and shift of the normalisation among them
+    elif tune == "head":
+        assert changed == {name for name in weights if name.startswith("head.")}
+    else:
+        kinds = ("conv1.weight", "attn.qkv.weight")
+        assert changed == {name for name in weights if name.endswith(kinds)}
+    again = load(save(loaded, tmp_path / "again.safetensors"))
+    assert torch.equal(again.embed(data.batch.left), loaded.embed(data.batch.left))
+    if tune == "lora":  # factors beside the weights, and merged
+        torch.testing.assert_close(loaded.embed(data.batch.left), metric.embed(data.batch.left), rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(loaded.embed(data.batch.left), metric.embed(data.batch.left))
+
+
+def test_statistics_of_the_batches_are_taken_where_asked(tmp_path: Path) -> None:
+    teacher = _network()
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers() if "running" in name}
+    module = TeacherTuning(teacher, optimizer=_adam, batch_statistics=True)
+    _trainer(tmp_path, max_epochs=1).fit(module, Brightness(16))
+    assert not any(torch.equal(dict(teacher.named_buffers())[name], tensor) for name, tensor in before.items())
+    with pytest.raises(ValueError, match="batch statistics change with all weights only, not where head is tuned"):
+        TeacherTuning(_network(head=4), tune="head", batch_statistics=True)
 
 
 def test_an_ensemble_is_named_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
