@@ -4,6 +4,7 @@ import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which im
 from lipsim.callbacks.attack_robustness import AttackRobustness
 from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
+from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.progress_lines import ProgressLines
@@ -13,6 +14,7 @@ from lipsim.callbacks.triplet_gallery import TripletGallery
 __all__ = [
     "AttackRobustness",
     "CertifyRadii",
+    "CertifySmoothed",
     "ExportMetric",
     "NullSpaceRobustness",
     "ProgressLines",

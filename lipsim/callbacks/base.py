@@ -246,6 +246,27 @@ def check_budgets(eps: Sequence[float]) -> list[float]:
     return eps
 
 
+def drawn_positions(module: EvaluationModule, i: int, count: int | None, seed: int) -> Tensor | None:
+    """Positions of ``count`` triplets of a set, drawn at random, in order. Every process must call this.
+
+    Args:
+        module: of the evaluation.
+        i: number of the set's loader.
+        count: how many at most; None: all.
+        seed: of the draw.
+
+    Returns:
+        None for all, or as nobody knows what the set serves.
+    """
+    shares = gather_objects(module.expected_positions(i))
+    if count is None or any(share is None for share in shares):
+        return None
+    # Of what all processes serve, so that the draw does not depend on their number.
+    served = torch.tensor(sorted(set().union(*shares)), dtype=torch.int64)
+    order = torch.randperm(len(served), generator=torch.Generator().manual_seed(seed))
+    return served[order[:count]].sort().values
+
+
 def load_others(others: Mapping[str, Path] | None) -> dict[str, PerceptualMetric]:
     """Load the metrics that a callback compares with.
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import expand, sample_norm
-from lipsim.callbacks.base import TripletCallback, load_others, log_score
-from lipsim.callbacks.sample_table import gather_objects
+from lipsim.callbacks.base import TripletCallback, drawn_positions, load_others, log_score
 from lipsim.certificates.geometry import cosine_distance
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
@@ -82,7 +81,7 @@ class NullSpaceRobustness(TripletCallback):
     def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         self.searched, self.drawn, self.pictured = {}, {}, set()
         for i, name in enumerate(module.set_names()):
-            self.drawn[name] = self._draw_positions(trainer, module, i)
+            self.drawn[name] = drawn_positions(module, i, self.max_triplets, self.seed)
         for name, metric in {"metric": module.metric, **self.others}.items():
             # In float64, so that an exact collision shows as exact.
             exact = metric.frozen_copy(torch.float64, module.device)
@@ -124,16 +123,6 @@ class NullSpaceRobustness(TripletCallback):
             reaches = [f"{key}/{what}/{direction}" for what in ("same", "answer") for direction in DIRECTIONS]
             names += [f"{reach}/{measure}" for reach in reaches for measure in self.measures]
         return names
-
-    def _draw_positions(self, trainer: L.Trainer, module: EvaluationModule, i: int) -> Tensor | None:
-        """Positions of the triplets of a set to search, in order; None: all, or as nobody knows what the set serves."""
-        shares = gather_objects(module.expected_positions(i))
-        if self.max_triplets is None or any(share is None for share in shares):
-            return None
-        # Of what all processes serve, so that the draw does not depend on their number.
-        served = torch.tensor(sorted(set().union(*shares)), dtype=torch.int64)
-        order = torch.randperm(len(served), generator=torch.Generator().manual_seed(self.seed))
-        return served[order[: self.max_triplets]].sort().values
 
     def _search(
         self,

@@ -23,9 +23,10 @@ from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
 from lipsim.callbacks.certify_radii import CertifyRadii
+from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
-from lipsim.results.tables import certified_rows, print_table
+from lipsim.results.tables import certified_rows, print_table, smoothed_rows
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.slurm import check_slurm
 
@@ -153,8 +154,13 @@ def quiet_warnings() -> Iterator[None]:
 
 def print_certified(trainer: L.Trainer) -> None:
     """The last certification of each set as a table in the terminal."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, CertifyRadii) or not callback.results or not trainer.is_global_zero:
-            continue
-        if rows := certified_rows(callback.results):  # none where no set has triplets
-            print_table(Console(), rows, "Majority score in %, natural and certified at ℓ2 budgets ε")
+    title = "Majority score in %, natural and certified at ℓ2 budgets ε"
+    for callback in trainer.callbacks if trainer.is_global_zero else ():  # type: ignore[attr-defined]
+        if isinstance(callback, CertifyRadii) and callback.results:
+            if rows := certified_rows(callback.results):  # none where no set has triplets
+                print_table(Console(), rows, title)
+        elif isinstance(callback, CertifySmoothed) and callback.results:
+            found = callback.results
+            about = f"smoothed: σ = {found['sigma']:g}, n = {found['n']}, α = {found['alpha']:g} for each answer"
+            if rows := smoothed_rows(found):
+                print_table(Console(), rows, f"{title}; {about}")

@@ -27,19 +27,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("certified", "published", "joint"),
         help="rows of each run: the exact radius, LipSim's own, all three images moving (%(default)s)",
     )
+    parser.add_argument(
+        "--seeds",
+        action="store_true",
+        help="runs of one NAME differ in their seed alone: one row, mean ± standard error",
+    )
+    parser.add_argument("--title", default="Report", help="heading of the Markdown (%(default)s)")
+    parser.add_argument(
+        "--markdown", type=user_path, metavar="FILE", help="where to write the Markdown (report.md in the folder)"
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    from lipsim.results.benchmark import benchmark_warnings
     from lipsim.results.comparison import print_tables
     from lipsim.results.report import write_report  # matplotlib, which --help does without
     from lipsim.results.runs import load_runs, warnings
 
     with Progress("writing the report"):
-        runs = load_runs(options.runs)
-        tables = write_report(runs, options.output, options.radius)
+        runs = load_runs(options.runs, seeds=options.seeds)
+        tables = write_report(runs, options.output, options.radius, title=options.title, markdown=options.markdown)
     print_tables(tables, Console())
-    for line in warnings(runs):
+    for line in (*warnings(runs), *benchmark_warnings(runs)):
         print(f"warning: {line}", file=sys.stderr)
     print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
     return 0

@@ -171,7 +171,7 @@ def measure(
         progress: told what runs next.
 
     Returns:
-        The section "attack_tables" of results.json, but for the data; docs/results.md describes its fields.
+        The section "attack_tables" of results.json, but for the data; docs/results_json.md describes its fields.
     """
     settings = settings or Settings()
     if not len(triplets):

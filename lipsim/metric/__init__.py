@@ -3,16 +3,26 @@
 from lipsim.metric.distance import Distance
 from lipsim.metric.encoders import register_encoder
 from lipsim.metric.files import load, save
-from lipsim.metric.image_files import FileCertificate, certify_files, original_radii
+from lipsim.metric.image_files import (
+    FileCertificate,
+    SmoothedFileCertificate,
+    certify_files,
+    original_radii,
+    smooth_files,
+)
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.smoothed import SmoothedMetric
 
 __all__ = [
     "Distance",
     "FileCertificate",
     "PerceptualMetric",
+    "SmoothedFileCertificate",
+    "SmoothedMetric",
     "certify_files",
     "load",
     "original_radii",
     "register_encoder",
     "save",
+    "smooth_files",
 ]

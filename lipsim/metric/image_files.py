@@ -1,18 +1,20 @@
-"""Certificates of image files: radii in the pixels that a metric sees and in those of each file."""
+"""Certificates of image files, exact and smoothed: radii in the pixels of a metric and in those of each file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
+from torch import Tensor
 
 from lipsim import certificates
 from lipsim.data.bit_depth import DeepImage
 from lipsim.data.transforms import load_image, read_image
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.smoothed import IMAGES, Moving, SmoothedMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import text_table
@@ -89,13 +91,7 @@ def certify_files(
     """
     if not metric.has_bound:
         raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
-    files = {"reference": user_path(reference), "left": user_path(left), "right": user_path(right)}
-    contents = {name: _content(file) for name, file in files.items()}
-    pictures = {name: read_image(file, contents[name]) for name, file in files.items()}
-    images = {
-        name: load_image(file, metric.preprocess, contents[name]).to(metric.device, metric.dtype).unsqueeze(0)
-        for name, file in files.items()
-    }
+    pictures, images = _read(metric, reference, left, right)
     options = metric.certificate_options
     certificate = metric.certify(images["reference"], images["left"], images["right"])
     margin = float(certificate.margin)
@@ -116,6 +112,124 @@ def certify_files(
         lipschitz=options["lipschitz"],
         feature_error=options["feature_error"] / 2,  # which counts it twice
     )
+
+
+@dataclass(frozen=True)
+class SmoothedFileCertificate:
+    """The answer that a metric gives most often under noise to one triplet of image files, and how far it stays.
+
+    Attributes:
+        answer: the image that is more like the reference; "abstains": the draws do not tell, and the radius is 0.
+        radius: ℓ2, for values in [0, 1], in the pixels that the metric sees: "reference", "left" or "right", where only
+            that one changes, or "joint", where all three do, each by less.
+        original_radius: the same in the pixels of each file, see :func:`original_radii`; None where there are none.
+        p_lower: the answer has at least this probability under noise, with probability ``1 − α``.
+        counts: how many draws of ``n`` said "left", "right", and "neither".
+        sigma: standard deviation of the noise.
+        n: draws that certify the answer.
+        n0: other draws, which chose it.
+        alpha: probability that the certificate is wrong.
+        seed: of the noise.
+        passes: images embedded.
+        image_size: side of what the metric sees.
+    """
+
+    answer: Literal["left", "right", "abstains"]
+    radius: dict[str, float]
+    original_radius: dict[str, float] | None
+    p_lower: float
+    counts: dict[str, int]
+    sigma: float
+    n: int
+    n0: int
+    alpha: float
+    seed: int
+    passes: int
+    image_size: int
+
+    def facts(self) -> dict[str, Any]:
+        """Every field, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        size, original = self.image_size, self.original_radius
+        said = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+        lines = [f"answer of the smoothed metric: {self.answer} ({said} of {self.n} draws, σ = {self.sigma:g})"]
+        for name, radius in self.radius.items():
+            what = "all three, each" if name == "joint" else name
+            line = f"{what}: R = {radius:.6g} at {size}×{size}"
+            lines.append(line if original is None else f"{line}, {original[name]:.6g} in the file's pixels")
+        lines.append(f"holds with probability {1 - self.alpha:.12g}; p ≥ {self.p_lower:.6g}, {self.passes} passes")
+        if original is None:
+            lines.append("none in the file's own pixels: resized in 8 bits, or not plain RGB or gray")
+        return "\n".join(lines)
+
+
+def smooth_files(
+    metric: PerceptualMetric,
+    reference: str | Path,
+    left: str | Path,
+    right: str | Path,
+    *,
+    sigma: float,
+    samples: int = 1000,
+    selection: int = 100,
+    alpha: float = 0.001,
+    seed: int = 0,
+    moving: Moving = "reference",
+    advance: Callable[[int], None] | None = None,
+) -> SmoothedFileCertificate:
+    """Answer one triplet of image files by :class:`SmoothedMetric`; the metric needs no bound.
+
+    Args:
+        metric: any metric.
+        reference: an image file of any size.
+        left: another.
+        right: another.
+        sigma: as in :class:`SmoothedMetric`, and all that follow.
+        samples: draws that certify.
+        selection: draws that choose the answer.
+        alpha: probability that the certificate is wrong.
+        seed: of the noise.
+        moving: the image that may change, or "all".
+        advance: called with how many more noisy images have been embedded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file cannot be read in full, an argument is out of range, or weights in half precision.
+    """
+    smoothed = SmoothedMetric(metric, sigma, samples, selection, alpha, seed, moving)
+    pictures, images = _read(metric, reference, left, right)
+    found = smoothed.certify(*(images[name] for name in IMAGES), advance=advance)
+    radii: dict[str, float] = {"joint" if moving == "all" else moving: float(found.radius)}
+    return SmoothedFileCertificate(
+        answer="abstains" if bool(found.abstained) else "left" if bool(found.prefers_left) else "right",
+        radius=radii,
+        original_radius=original_radii(metric, pictures, radii),
+        p_lower=float(found.p_lower),
+        counts=dict(zip(("left", "right", "neither"), found.counts[0].tolist(), strict=True)),
+        sigma=smoothed.sigma,
+        n=smoothed.samples,
+        n0=smoothed.selection,
+        alpha=smoothed.alpha,
+        seed=smoothed.seed,
+        passes=smoothed.passes,
+        image_size=metric.image_size,
+    )
+
+
+def _read(
+    metric: PerceptualMetric, reference: str | Path, left: str | Path, right: str | Path
+) -> tuple[dict[str, Picture], dict[str, Tensor]]:
+    """The three files as they were decoded, and as the metric sees them, ``(1, 3, H, W)``."""
+    files = dict(zip(IMAGES, map(user_path, (reference, left, right)), strict=True))
+    contents = {name: _content(file) for name, file in files.items()}
+    pictures = {name: read_image(file, contents[name]) for name, file in files.items()}
+    images = {
+        name: load_image(file, metric.preprocess, contents[name]).to(metric.device, metric.dtype).unsqueeze(0)
+        for name, file in files.items()
+    }
+    return pictures, images
 
 
 def original_radii(

@@ -1,4 +1,7 @@
-"""Scores of several runs side by side: as tables, as curves, and one by one."""
+"""Scores of several runs side by side: as tables, as curves, and one by one.
+
+Runs of one name are one row, of means and standard errors: they differ in their seed.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,18 @@ from rich.console import Console
 from lipsim.results.file import eps_label
 from lipsim.results.plots import Curve, plottable
 from lipsim.results.runs import Run, set_names
-from lipsim.results.schema import AttackedSet, CertifiedSet, NullSpaceReach, Scores
-from lipsim.results.tables import NO_GRADIENT, Row, number, percent, percents, print_table
+from lipsim.results.schema import (
+    AttackedMetric,
+    AttackedSet,
+    CertifiedSet,
+    NullSpaceReach,
+    Scores,
+    SmoothedScores,
+    SmoothedSet,
+    Smoothing,
+)
+from lipsim.results.seeds import by_name, mean_and_error, mean_cell, percent_cell, percent_cells, seeds_note
+from lipsim.results.tables import NO_GRADIENT, Row, print_table
 
 Kind = Literal["certified", "published", "joint"]
 # What the rows and the curves of a kind of radius are called.
@@ -26,6 +39,9 @@ _CURVES: dict[Kind, str] = {
     "published": "published radius",
     "joint": "all three images move",
 }
+
+
+_EXACT_PASSES = "3"  # one for each image
 
 
 @dataclass(frozen=True)
@@ -45,25 +61,58 @@ def print_tables(tables: Iterable[ScoreTable], console: Console) -> None:
 
 
 def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> list[ScoreTable]:
-    """Natural and certified scores on a test set; none where no run has them."""
-    sections = [(run.name, run.certified) for run in runs if run.certified and name in run.certified_sets]
-    found = [(run, section["eps"], section["sets"][name]) for run, section in sections]
-    if not found:
-        return []
-    eps = _labels(budgets for _, budgets, _ in found)
-    # Where votes are fractions, agreeing with the majority and with the votes are two scores.
-    fractional = any(scores["vote"] != scores["majority"] for _, _, scores in found)
+    """Natural and certified scores on a test set, smoothed metrics below the others; none where no run has them.
 
-    def votes(scores: CertifiedSet) -> Row:
-        return {"vote share": percent(scores["vote"])} if fractional else {}
+    Where there are smoothed ones, the table says on how many answers they abstain, and how many forward passes an
+    answer costs that is certified.
+    """
+    sections = [(run.name, run.certified) for run in runs if run.certified and name in run.certified_sets]
+    smoothed = [(run.name, run.smoothed) for run in runs if run.smoothed and name in run.smoothed_sets]
+    if not sections and not smoothed:
+        return []
+    groups = by_name((run, section["sets"][name]) for run, section in sections)
+    eps = _labels([*(section["eps"] for _, section in sections), *(section["eps"] for _, section in smoothed)])
+    # Where votes are fractions, agreeing with the majority and with the votes are two scores.
+    fractional = any(s["vote"] != s["majority"] for found in groups.values() for s in found)
+
+    def others(vote: Sequence[float | None], abstained: str, passes: str) -> Row:
+        votes = {"vote share": percent_cell(vote)} if fractional else {}
+        return {**votes, **({"abstains": abstained, "passes": passes} if smoothed else {})}
 
     rows = [
-        _row(title + KINDS[kind], scores["majority"], scores[kind], eps, votes(scores))
-        for title, _, scores in found
+        _row(
+            title + KINDS[kind],
+            [s["majority"] for s in found],
+            [s[kind] for s in found],
+            eps,
+            others([s["vote"] for s in found], "", _EXACT_PASSES),
+        )
+        for title, found in groups.items()
         for kind in kinds
     ]
-    title = f"{name}: 2AFC score in %, natural and certified at ℓ2 budgets ε{_counts(s for _, _, s in found)}"
+    smoothed_groups = by_name(
+        (f"{run if key == 'metric' else f'{run}: {key}'}, {smoothing(section)}", values)
+        for run, section in smoothed
+        for key, values in section["sets"][name]["metrics"].items()
+    )
+    for title, answered in smoothed_groups.items():
+        passes = mean_cell((s["passes_per_certified"] for s in answered), ".0f")
+        more = others([s["vote"] for s in answered], percent_cell(s["abstained"] for s in answered), passes)
+        rows.append(_row(title, [s["natural"] for s in answered], [s["certified"] for s in answered], eps, more))
+    sets: list[CertifiedSet | SmoothedSet | AttackedSet] = [section["sets"][name] for _, section in sections]
+    sets += [section["sets"][name] for _, section in smoothed]
+    title = f"{name}: 2AFC score in %, natural and certified at ℓ2 budgets ε{_counts(sets)}"
+    title += seeds_note({**groups, **smoothed_groups})
+    if smoothed:
+        title += "; passes: images embedded for each answer that is certified"
     return [ScoreTable(title, "Certified score", eps, rows)]
+
+
+def smoothing(section: Smoothing) -> str:
+    """What tables say of a smoothed metric: noise, draws, and the probability with which a certificate is wrong."""
+    moving = section["moving"]
+    which = {"reference": "", "all": ", all three images move"}.get(moving, f", the {moving} image moves")
+    return f"smoothed, σ = {section['sigma']:g}, n = {section['n']}, α = {section['alpha']:g} an answer{which}"
 
 
 def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
@@ -75,19 +124,24 @@ def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
         sets = [section["sets"][name] for _, section in found]
         eps = _labels(section["eps"] for _, section in found)
         flat = any(score["no_gradient"] for scores in sets for score in scores["metrics"].values())
-        rows: list[Row] = []
+        scored: list[tuple[str, AttackedMetric]] = []
         for run, section in found:
             restarts = f" × {section['restarts']}" if section["restarts"] > 1 else ""
             for key, score in section["sets"][name]["metrics"].items():
                 title = run if key == "metric" else f"{run}: {key}"
                 title += f" ({', '.join(section['attacks'])}; {section['steps']} steps{restarts})"
-                count = {"no gradient": str(score["no_gradient"])} if flat else {}
-                rows.append({**_row(title, score["natural"], score["attacked"], eps, {}), **count})
+                scored.append((title, score))
+        groups = by_name(scored)
+        rows: list[Row] = []
+        for title, group in groups.items():
+            count = {"no gradient": mean_cell((s["no_gradient"] for s in group), ".0f")} if flat else {}
+            row = _row(title, [s["natural"] for s in group], [s["attacked"] for s in group], eps, {})
+            rows.append({**row, **count})
         violations = sum(scores["violations"] for scores in sets)
         sign = "∞" if norm == "inf" else norm
         moving = "all three images" if target == "all" else f"the {target}"
         title = f"{name}: 2AFC score in % under attack on {moving}, ℓ{sign} budgets ε"
-        title += f"{_counts(sets)}; {violations} certificates violated"
+        title += f"{_counts(sets)}; {violations} certificates violated{seeds_note(groups)}"
         title += f"; {NO_GRADIENT}" if flat else ""
         tables.append(ScoreTable(title, "Score under attack", eps, rows))
     return tables
@@ -95,23 +149,26 @@ def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
 
 def null_space_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
     """How far references move on a test set while a metric says "same", and while its answer stays."""
+    groups = by_name(
+        (f"{run if key == 'metric' else f'{run}: {key}'}, {what}, {direction}", reach)
+        for run, key, what, direction, reach in _reaches(runs, name)
+    )
     rows: list[Row] = []
-    for run, key, what, direction, reach in _reaches(runs, name):
-        title = run if key == "metric" else f"{run}: {key}"
-        lpips = {} if reach["lpips"] is None else {"LPIPS": number(reach["lpips"], ".3f")}
+    for title, found in groups.items():
+        lpips = mean_cell((reach["lpips"] for reach in found), ".3f")
         rows.append(
             {
-                "metric": f"{title}, {what}, {direction}",
-                "ℓ2": number(reach["mean_length"], ".2f"),
-                "largest": number(reach["largest_length"], ".2f"),
-                "RMSE": number(reach["rmse"], ".3f"),
-                "SSIM": number(reach["ssim"], ".3f"),
-                **lpips,
+                "metric": title,
+                "ℓ2": mean_cell((reach["mean_length"] for reach in found), ".2f"),
+                "largest": mean_cell((reach["largest_length"] for reach in found), ".2f"),
+                "RMSE": mean_cell((reach["rmse"] for reach in found), ".3f"),
+                "SSIM": mean_cell((reach["ssim"] for reach in found), ".3f"),
+                **({"LPIPS": lpips} if lpips else {}),
             }
         )
     columns = dict.fromkeys(column for row in rows for column in row)
     title = f"{name}: how far references move, in the kernel of the first operator and on from there, while the metric "
-    title += "says the same and while its answer stays"
+    title += f"says the same and while its answer stays{seeds_note(groups)}"
     searched = {run.name: _searched(run, name) for run in runs}
     counts = ", ".join(f"{run}: {count}" for run, count in searched.items() if count)
     title += f"; triplets drawn: {counts}" if counts else ""
@@ -137,23 +194,57 @@ def _reaches(runs: Sequence[Run], name: str) -> Iterable[tuple[str, str, str, st
 def curves(
     runs: Sequence[Run], name: str, kinds: Sequence[Kind]
 ) -> tuple[dict[str, dict[str, Curve]], dict[str, Curve]]:
-    """Metric → kind of radius → certified curve, and metric → scores under attack in ℓ2, on a test set."""
+    """Metric → kind of radius → certified curve, and metric → scores under attack in ℓ2, on a test set.
+
+    Of runs of one name the mean, where they have the grid of the first.
+    """
     certified: dict[str, dict[str, Curve]] = {}
     attacked: dict[str, Curve] = {}
-    for run in runs:
-        title = run.name.replace("$", r"\$")  # matplotlib would read mathematics
-        if name in run.certified_sets:
-            curve = run.certified_sets[name]["curve"]
-            certified[title] = {_CURVES[kind]: (curve["eps"], plottable(curve[kind])) for kind in kinds}
-        if run.attacked and name in run.attacked_sets and run.attacked["norm"] == 2:
-            score = run.attacked_sets[name]["metrics"]["metric"]
-            budgets = [0.0, *run.attacked["eps"]]
-            attacked[title] = budgets, plottable([score["natural"], *score["attacked"].values()])
+    for run_name, group in by_name((run.name, run) for run in runs).items():
+        title = run_name.replace("$", r"\$")  # matplotlib would read mathematics
+        found = [run.certified_sets[name]["curve"] for run in group if name in run.certified_sets]
+        if found:
+            grid = found[0]["eps"]
+            same = [curve for curve in found if curve["eps"] == grid]
+            certified[title] = {_CURVES[kind]: (grid, _means([curve[kind] for curve in same])) for kind in kinds}
+        smoothed: list[tuple[tuple[str, str], SmoothedScores]] = [
+            ((title if key == "metric" else f"{title}: {key}", f"smoothed, σ = {run.smoothed['sigma']:g}"), scores)
+            for run in group
+            if run.smoothed and name in run.smoothed_sets
+            for key, scores in run.smoothed_sets[name]["metrics"].items()
+        ]
+        for (metric, kind), answered in by_name(smoothed).items():
+            grid = answered[0]["curve"]["eps"]
+            values = [scores["curve"]["certified"] for scores in answered if scores["curve"]["eps"] == grid]
+            certified.setdefault(metric, {})[kind] = grid, _means(values)
+        scored = [
+            ([0.0, *run.attacked["eps"]], run.attacked_sets[name]["metrics"]["metric"])
+            for run in group
+            if run.attacked and name in run.attacked_sets and run.attacked["norm"] == 2
+        ]
+        if scored:
+            budgets = scored[0][0]
+            values = [[score["natural"], *score["attacked"].values()] for own, score in scored if own == budgets]
+            attacked[title] = budgets, _means(values)
     return certified, attacked
 
 
-def numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, float | None]]:
-    """Every score: set, run, metric, kind of score, ε and value in [0, 1]."""
+def _means(rows: Sequence[Sequence[float | None]]) -> list[float]:
+    return plottable([mean_and_error(values)[0] for values in zip(*rows, strict=True)])
+
+
+Number = tuple[str, str, str, str, str, float | None]
+
+
+def numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, float | None, float | None, int]]:
+    """Every score: set, run, metric, kind of score, ε, value in [0, 1], its standard error, and of how many runs."""
+    groups = by_name((number[:5], number[5]) for number in _single_numbers(runs))
+    for (name, run, metric, kind, label), values in groups.items():
+        mean, error = mean_and_error(values)
+        yield name, run, metric, kind, label, mean, error, len(values)
+
+
+def _single_numbers(runs: Sequence[Run]) -> Iterable[Number]:
     for run in runs:
         for name, scores in run.certified_sets.items():
             yield name, run.name, "metric", "majority", "", scores["majority"]
@@ -161,6 +252,13 @@ def numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, floa
             for kind in KINDS:
                 for label, value in scores[kind].items():
                     yield name, run.name, "metric", kind, label, value
+        for name, smooth in run.smoothed_sets.items():
+            for key, values in smooth["metrics"].items():
+                yield name, run.name, key, "smoothed, natural", "", values["natural"]
+                yield name, run.name, key, "smoothed, abstained", "", values["abstained"]
+                yield name, run.name, key, "smoothed, passes per certified", "", values["passes_per_certified"]
+                for label, value in values["certified"].items():
+                    yield name, run.name, key, "smoothed, certified", label, value
         for name, found in run.attacked_sets.items():
             assert run.attacked is not None
             for key, score in found["metrics"].items():
@@ -176,9 +274,8 @@ def numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, floa
             yield name, title, key, f"{place}, SSIM", "", reach["ssim"]
 
 
-def _row(title: str, natural: float | None, scores: Scores, eps: Sequence[str], others: Row) -> Row:
-    cells = percents(scores)
-    return {"metric": title, "natural": percent(natural), **others, **{label: cells.get(label, "") for label in eps}}
+def _row(title: str, natural: Sequence[float | None], scores: Sequence[Scores], eps: Sequence[str], others: Row) -> Row:
+    return {"metric": title, "natural": percent_cell(natural), **others, **percent_cells(scores, eps)}
 
 
 def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
@@ -186,7 +283,7 @@ def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
     return list(dict.fromkeys(eps_label(eps) for eps in sorted({eps for found in budgets for eps in found})))
 
 
-def _counts(scores: Iterable[CertifiedSet | AttackedSet]) -> str:
+def _counts(scores: Iterable[CertifiedSet | SmoothedSet | AttackedSet]) -> str:
     """How many triplets have a majority to agree with, and how many have none."""
     found = list(scores)
     tied = sorted({s["num_tied_votes"] for s in found})

@@ -23,6 +23,8 @@ _LATEX = {
     "ℓ": r"$\ell$",
     "∞": r"$\infty$",
     "ν": r"$\nu$",
+    "α": r"$\alpha$",
+    "σ": r"$\sigma$",
     "μ": r"$\mu$",
     "Σ": r"$\Sigma$",
     "×": r"$\times$",

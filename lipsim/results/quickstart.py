@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from lipsim.results.file import read_results
 from lipsim.results.formats import markdown_table
 from lipsim.results.plots import plot_scores, plottable
 from lipsim.results.schema import Results, Scores
-from lipsim.results.tables import NO_GRADIENT, Row, certified_curve, number, percent, read_columns, score_rows
+from lipsim.results.seeds import percent_cell, percent_cells, seeds_note
+from lipsim.results.tables import NO_GRADIENT, Row, certified_curve, number, percent, read_columns
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_text
 
 
@@ -26,7 +29,7 @@ def write_report(root: Path) -> tuple[dict[str, list[Row]], list[str]]:
     results = read_results(root / "results.json")
     linear = read_results(root / "linear" / "results.json")
     (name,) = results["certified"]["sets"]
-    tables = quickstart_tables(results, linear, name)
+    tables = quickstart_tables([(results, linear)], name)
     lines = [*null_space_lines(results, name), _violations(results, name)]
     _plot(root, results, name)
     text = [part for title, rows in tables.items() for part in (f"{title}:", markdown_table(rows))]
@@ -34,31 +37,70 @@ def write_report(root: Path) -> tuple[dict[str, list[Row]], list[str]]:
     return tables, lines
 
 
-def quickstart_tables(results: Results, linear: Results, name: str) -> dict[str, list[Row]]:
-    """Title → rows: what is certified, and what is left under attack, for every metric."""
-    certified, attacked = results["certified"]["sets"][name], results["attacked"]["sets"][name]["metrics"]
-    own_linear = linear["certified"]["sets"][name]
-    rows = {
-        "student, exact radius": (certified["majority"], certified["certified"]),
-        "student, published radius": (certified["majority"], certified["published"]),
-        "linear map, exact radius": (own_linear["majority"], own_linear["certified"]),
+def seeds_tables(roots: Sequence[Path]) -> dict[str, list[Row]]:
+    """The tables of several quickstarts that differ in their seed, each cell a mean with its standard error.
+
+    Raises:
+        FileNotFoundError: one has not finished.
+        ValueError: they are not of the same test triplets.
+    """
+    runs = [(read_results(root / "results.json"), read_results(root / "linear" / "results.json")) for root in roots]
+    data = [results["certified"]["data_sha256"] for results, _ in runs]
+    if any(hashes != data[0] for hashes in data):
+        raise LipsimError(f"expected quickstarts on the same test triplets, got others in {roots[0]} and the rest")
+    (name,) = runs[0][0]["certified"]["sets"]
+    return quickstart_tables(runs, name)
+
+
+def quickstart_tables(runs: Sequence[tuple[Results, Results]], name: str) -> dict[str, list[Row]]:
+    """Title → rows: what is certified, and what is left under attack, for every metric.
+
+    Args:
+        runs: results of the student and of the linear map, one pair a seed.
+        name: of the test set.
+    """
+    certified = [results["certified"]["sets"][name] for results, _ in runs]
+    attacked = [results["attacked"]["sets"][name]["metrics"] for results, _ in runs]
+    own_linear = [linear["certified"]["sets"][name] for _, linear in runs]
+    baselines = [results["baselines"]["sets"][name]["metrics"] for results, _ in runs]
+    rows: dict[str, list[tuple[float | None, Scores]]] = {
+        "student, exact radius": [(scores["majority"], scores["certified"]) for scores in certified],
+        "student, published radius": [(scores["majority"], scores["published"]) for scores in certified],
+        "linear map, exact radius": [(scores["majority"], scores["certified"]) for scores in own_linear],
     }
     names = {"metric": "student", "linear": "linear map", "teacher": "teacher (ViT, no certificate)"}
-    under_attack = {title: (attacked[key]["natural"], attacked[key]["attacked"]) for key, title in names.items()}
-    plain: dict[str, tuple[float | None, Scores]] = {
-        title: (scores["majority"], {}) for title, scores in results["baselines"]["sets"][name]["metrics"].items()
+    under_attack: dict[str, list[tuple[float | None, Scores]]] = {
+        title: [(metrics[key]["natural"], metrics[key]["attacked"]) for metrics in attacked]
+        for key, title in names.items()
     }
-    count = certified["num_triplets"]
+    plain: dict[str, list[tuple[float | None, Scores]]] = {
+        title: [(metrics[title]["majority"], {}) for metrics in baselines] for title in baselines[0]
+    }
+    count = certified[0]["num_triplets"]
     suite = f"2AFC score in % under attack (APGD, minimal norm, Square) on the reference, {count} test triplets"
     left = score_rows({**under_attack, **plain})
-    flat = {title: attacked[key]["no_gradient"] for key, title in names.items()}
+    flat = {title: max(metrics[key]["no_gradient"] for metrics in attacked) for key, title in names.items()}
+    note = seeds_note(rows)
     if any(flat.values()):
         suite += f"; {NO_GRADIENT}"
         left = [{**row, "no gradient": str(flat.get(row["metric"], ""))} for row in left]
     return {
-        f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε": score_rows(rows),
-        suite: left,
+        f"Certified 2AFC score in % on {count} test triplets, at ℓ2 budgets ε{note}": score_rows(rows),
+        f"{suite}{note}": left,
     }
+
+
+def score_rows(scores: Mapping[str, Sequence[tuple[float | None, Scores]]]) -> list[Row]:
+    """Rows of natural score and scores at each ε, of one run or several; cells that were not measured stay empty."""
+    labels = dict.fromkeys(label for found in scores.values() for _, at in found for label in at)
+    return [
+        {
+            "metric": title,
+            "natural": percent_cell(natural for natural, _ in found),
+            **percent_cells([at for _, at in found], labels),
+        }
+        for title, found in scores.items()
+    ]
 
 
 def null_space_lines(results: Results, name: str) -> list[str]:

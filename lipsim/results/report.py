@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lipsim.results.benchmark import benchmark_lines, benchmark_tables, benchmark_warnings
 from lipsim.results.comparison import (
     Kind,
     ScoreTable,
@@ -15,6 +16,7 @@ from lipsim.results.comparison import (
     curves,
     null_space_tables,
     numbers,
+    smoothing,
 )
 from lipsim.results.formats import html_page, latex_table, markdown_table
 from lipsim.results.plots import plot_scores
@@ -22,14 +24,25 @@ from lipsim.results.runs import Run, set_names, warnings
 from lipsim.results.tables import Row
 from lipsim.utils.files import write_csv, write_text
 
+_COLUMNS = ("set", "run", "metric", "score", "eps", "value", "standard_error", "runs")
 
-def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[Kind] = ("certified",)) -> list[ScoreTable]:
+
+def write_report(
+    runs: Sequence[Run],
+    output: Path,
+    kinds: Sequence[Kind] = ("certified",),
+    *,
+    title: str = "Report",
+    markdown: Path | None = None,
+) -> list[ScoreTable]:
     """Write report.md, report.tex, report.csv, report.html and a curve (PDF and PNG) for each test set.
 
     Args:
-        runs: in the order of the rows.
+        runs: in the order of the rows; those of one name are one row.
         output: folder, made where it is missing.
         kinds: rows for each run, by the exact radius, the published one, or the joint one.
+        title: heading of the Markdown.
+        markdown: where to write it; None: report.md in the folder.
 
     Returns:
         The tables.
@@ -39,20 +52,29 @@ def write_report(runs: Sequence[Run], output: Path, kinds: Sequence[Kind] = ("ce
         name: [*certified_tables(runs, name, kinds), *attacked_tables(runs, name), *null_space_tables(runs, name)]
         for name in sets
     }
-    said = warnings(runs)
+    benchmark = [ScoreTable(heading, "", [], rows) for heading, rows in benchmark_tables(runs)]
+    said, notes = [*warnings(runs), *benchmark_warnings(runs)], benchmark_lines(runs)
     pictures = {name: output / (f"curves-{_file_name(name)}" if len(sets) > 1 else "curves") for name in sets}
     for name, path in pictures.items():
         certified, attacked = curves(runs, name, kinds)
         for suffix in (".pdf", ".png"):
             plot_scores(path.with_suffix(suffix), certified, attacked, name)
-    flat = [table for found in tables.values() for table in found]
-    markdown = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
-    write_text(output / "report.md", "\n\n".join(["# Report", *said, *markdown]) + "\n")
+    flat = [*benchmark, *(table for found in tables.values() for table in found)]
+    parts = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
+    write_text(markdown or output / "report.md", "\n\n".join([f"# {title}", *said, *notes, *parts]) + "\n")
     latex = [latex_table(table.rows, table.title, table.eps, table.heading) for table in flat]
     write_text(output / "report.tex", "\n\n".join([r"% \usepackage{booktabs,multirow}", *latex]) + "\n")
-    write_csv(output / "report.csv", ("set", "run", "metric", "score", "eps", "value"), numbers(runs))
-    write_text(output / "report.html", _page(runs, tables, pictures, said))
+    write_csv(output / "report.csv", _COLUMNS, numbers(runs))
+    if benchmark:
+        rows = [(table.title, *cell) for table in benchmark for row in table.rows for cell in _cells(row)]
+        write_csv(output / "benchmark.csv", ("table", "metric", "column", "cell"), rows)
+    page = {"benchmark": benchmark, **tables} if benchmark else tables
+    write_text(output / "report.html", _page(runs, page, pictures, said, notes))
     return flat
+
+
+def _cells(row: Row) -> list[tuple[str, str, str]]:
+    return [(row["metric"], column, cell) for column, cell in row.items() if column != "metric" and cell]
 
 
 def _page(
@@ -60,13 +82,18 @@ def _page(
     tables: Mapping[str, Sequence[ScoreTable]],
     curves: Mapping[str, Path],
     warnings: Sequence[str],
+    notes: Sequence[str],
 ) -> str:
     sets = [
-        {"name": name, "tables": found, "curves": _image(curves[name].with_suffix(".png"), f"curves of {name}")}
+        {
+            "name": name,
+            "tables": found,
+            "curves": _image(curves[name].with_suffix(".png"), f"curves of {name}") if name in curves else None,
+        }
         for name, found in tables.items()
     ]
     shown = [{"name": run.name, "facts": _facts(run), "pictures": _pictures(run)} for run in runs]
-    return html_page(warnings=warnings, sets=sets, runs=shown)
+    return html_page(warnings=warnings, notes=notes, sets=sets, runs=shown)
 
 
 def _facts(run: Run) -> list[Row]:
@@ -76,13 +103,18 @@ def _facts(run: Run) -> list[Row]:
     if evaluation := results.get("evaluation"):
         facts["checkpoint"] = evaluation["checkpoint"]
         facts["checkpoint SHA-256"] = evaluation["checkpoint_sha256"]
-    if section := run.certified or run.attacked:
+    if section := run.certified or run.smoothed or run.attacked:
         facts["weights SHA-256"] = section["weights_sha256"]
     if certified := run.certified:
         facts["Lipschitz bound"] = certified["lipschitz"]
         facts["anchor"] = certified["anchor"]
         facts["feature error subtracted"] = certified["feature_error"]
         facts["precision"] = certified["precision"]
+    if smoothed := run.smoothed:
+        facts["randomized smoothing"] = (
+            f"{smoothing(smoothed)}: each certificate holds with probability 1 − α, about the smoothed answer; "
+            f"noise of seed {smoothed['seed']}, {smoothed['n0']} draws to choose an answer"
+        )
     facts["versions"] = ", ".join(f"{package} {v}" for package, v in results["versions"].items())
     return [{"fact": key, "value": str(value)} for key, value in facts.items() if value is not None]
 

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lipsim.results.file import data_hashes, read_results
-from lipsim.results.schema import AttackedSection, AttackedSet, CertifiedSection, CertifiedSet, Results
+from lipsim.results.schema import (
+    AttackedSection,
+    AttackedSet,
+    BenchmarkSection,
+    CertifiedSection,
+    CertifiedSet,
+    Results,
+    SmoothedSection,
+    SmoothedSet,
+)
+from lipsim.results.seeds import by_name
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -26,9 +36,19 @@ class Run:
         return self.results.get("certified")
 
     @property
+    def smoothed(self) -> SmoothedSection | None:
+        """What randomized smoothing certified, if it did."""
+        return self.results.get("smoothed")
+
+    @property
     def attacked(self) -> AttackedSection | None:
         """What was attacked, if it was."""
         return self.results.get("attacked")
+
+    @property
+    def benchmark(self) -> BenchmarkSection | None:
+        """A row of the benchmark, if the run is one."""
+        return self.results.get("benchmark")
 
     @property
     def certified_sets(self) -> Mapping[str, CertifiedSet]:
@@ -36,13 +56,22 @@ class Run:
         return self.certified["sets"] if self.certified else {}
 
     @property
+    def smoothed_sets(self) -> Mapping[str, SmoothedSet]:
+        """Test set → what smoothing certified there; empty where nothing was smoothed."""
+        return self.smoothed["sets"] if self.smoothed else {}
+
+    @property
     def attacked_sets(self) -> Mapping[str, AttackedSet]:
         """Test set → what attacks left there; empty where nothing was attacked."""
         return self.attacked["sets"] if self.attacked else {}
 
 
-def load_runs(paths: Sequence[str]) -> list[Run]:
+def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
     """Read runs that are given as ``DIRECTORY``, ``…/results.json`` or ``NAME=DIRECTORY``.
+
+    Args:
+        paths: of the runs.
+        seeds: whether several runs may have one name: they differ in their seed then, and tables have their mean.
 
     Raises:
         FileNotFoundError: no results.json.
@@ -55,24 +84,44 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
             name, place = "", path
         file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
         run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
-        if not run.certified_sets and not run.attacked_sets:
+        if not _sets(run) and not run.benchmark:
             raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
         runs.append(run)
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise LipsimError(f"several runs are called {', '.join(repeated)}; tell them apart by NAME=DIRECTORY")
+    if repeated and not seeds:
+        raise LipsimError(
+            f"several runs are called {', '.join(repeated)}; tell them apart by NAME=DIRECTORY, or pass --seeds where "
+            "they differ in their seed alone"
+        )
     return runs
 
 
 def set_names(runs: Sequence[Run]) -> list[str]:
     """Every test set of some runs, once."""
-    return list(dict.fromkeys(name for run in runs for name in (*run.certified_sets, *run.attacked_sets)))
+    return list(dict.fromkeys(name for run in runs for name in _sets(run)))
+
+
+def _sets(run: Run) -> list[str]:
+    return [*run.certified_sets, *run.smoothed_sets, *run.attacked_sets]
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What a reader of the tables has to know: sets that are of different data under one name."""
-    return [line for name in set_names(runs) if (line := different_data(runs, name))]
+    """What a reader of the tables has to know: sets of different data under one name, one result under two seeds."""
+    different = [line for name in set_names(runs) if (line := different_data(runs, name))]
+    return [*different, *_repeated_weights(runs)]
+
+
+def _repeated_weights(runs: Sequence[Run]) -> list[str]:
+    """A warning for each name under which the same weights stand twice."""
+    lines = []
+    for name, group in by_name((run.name, run) for run in runs).items():
+        hashes = [
+            section["weights_sha256"] for run in group if (section := run.certified or run.smoothed or run.attacked)
+        ]
+        if len(set(hashes)) < len(hashes):
+            lines.append(f"Runs called {name} have the same weights: they are no different seeds.")
+    return lines
 
 
 def different_data(runs: Sequence[Run], name: str) -> str | None:

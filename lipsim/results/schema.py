@@ -1,4 +1,4 @@
-"""What results.json holds: a type for every section. docs/results.md says what each field means.
+"""What results.json holds: a type for every section. docs/results_json.md says what each field means.
 
 Scores are shares in [0, 1]; ε and radii are ℓ2 lengths in input pixels in [0, 1] unless a norm says otherwise; numbers
 that are not finite are null. A mapping is either a record, a class here with its fields, or goes from names to values
@@ -71,6 +71,52 @@ class Certification(TypedDict):
 
 class CertifiedSection(Source, Certification):
     """Certification of these weights on these data."""
+
+
+class SmoothedCurve(TypedDict):
+    """Certified scores of a smoothed metric over a fine grid of ε."""
+
+    eps: list[float]
+    certified: list[float | None]
+
+
+class SmoothedScores(TypedDict):
+    """What randomized smoothing certifies of a metric's answers."""
+
+    natural: float | None
+    vote: float | None
+    abstained: float | None
+    certified: Scores
+    radius: RadiusSummary
+    passes: int
+    passes_per_certified: float | None
+    curve: SmoothedCurve
+
+
+class SmoothedSet(TypedDict):
+    """Smoothed metrics on a test set or a part of one."""
+
+    num_triplets: int
+    num_tied_votes: int
+    metrics: dict[str, SmoothedScores]
+
+
+class Smoothing(TypedDict):
+    """What :class:`lipsim.callbacks.CertifySmoothed` finds out."""
+
+    sigma: float
+    n: int
+    n0: int
+    alpha: float
+    moving: Literal["reference", "left", "right", "all"]
+    seed: int
+    max_triplets: int | None
+    eps: list[float]
+    sets: dict[str, SmoothedSet]
+
+
+class SmoothedSection(Source, Smoothing):
+    """Smoothing of these weights, and of others, on these data."""
 
 
 class AttackedMetric(TypedDict):
@@ -243,16 +289,51 @@ class EvaluationSection(TypedDict):
     sample_seed: int
 
 
+class BenchmarkedSet(TypedDict):
+    """Scores of a row of the benchmark on a test set; what the row has not is null or has no labels."""
+
+    num_triplets: int
+    num_attacked: int
+    natural: float | None
+    certified: Scores
+    published: Scores
+    joint: Scores
+    attacked: Scores
+    abstained: float | None
+    pixels: float | None
+    violations: int
+
+
+class BenchmarkSection(Source):
+    """A row of the benchmark, trained and measured with one seed; benchmarks/results.py writes it."""
+
+    task: str
+    row: str
+    place: int
+    seed: int
+    recipe: str
+    settings: dict[str, str | int | float]
+    training_seconds: float
+    steps: int
+    parameters: int
+    passes: float | None
+    images_per_second: float | None
+    device: str
+    sets: dict[str, BenchmarkedSet]
+
+
 class Sections(TypedDict, total=False):
     """The sections of results.json, each there once its part of a run has ended."""
 
     evaluation: EvaluationSection
     certified: CertifiedSection
+    smoothed: SmoothedSection
     attacked: AttackedSection
     null_space: NullSpaceSection
     attack_tables: AttackTablesSection
     baselines: BaselinesSection
     durations: DurationsSection
+    benchmark: BenchmarkSection
 
 
 class Results(Sections):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lipsim.results.schema import Certification
+from lipsim.results.schema import Certification, Smoothing
 
 Row = Mapping[str, str]
 NO_GRADIENT = (
@@ -38,6 +38,26 @@ def certified_rows(certified: Certification) -> list[Row]:
             "median R": number(scores["radius"]["median"]),
         }
         for name, scores in certified["sets"].items()
+    ]
+
+
+def smoothed_rows(smoothed: Smoothing) -> list[Row]:
+    """One row a set and metric from the section "smoothed" of results.json: natural and certified scores in %.
+
+    "passes" are forward passes for each answer that is certified, of one image each.
+    """
+    return [
+        {
+            "set": name if key == "metric" else f"{name}: {key}",
+            "triplets": str(found["num_triplets"] - found["num_tied_votes"]),
+            "natural": percent(scores["natural"]),
+            "abstains": percent(scores["abstained"]),
+            **percents(scores["certified"]),
+            "median R": number(scores["radius"]["median"]),
+            "passes": number(scores["passes_per_certified"], ".0f"),
+        }
+        for name, found in smoothed["sets"].items()
+        for key, scores in found["metrics"].items()
     ]
 
 
@@ -91,13 +111,6 @@ def certified_curve(rows: Mapping[str, np.ndarray], column: str, eps: np.ndarray
     agree = ((rows["margin"] > 0) & (rows["right_vote"] < 0.5)) | ((rows["margin"] < 0) & (rows["right_vote"] > 0.5))
     scores: np.ndarray = (agree[untied, None] & (rows[column][untied, None] > eps)).mean(0)
     return scores
-
-
-def score_rows(scores: Mapping[str, tuple[float | None, Mapping[str, float | None]]]) -> list[Row]:
-    """Rows of natural score and scores at each ε; cells that were not measured stay empty."""
-    rows = [{"metric": title, "natural": percent(natural), **percents(at)} for title, (natural, at) in scores.items()]
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
 def percents(scores: Mapping[str, float | None]) -> dict[str, str]:

@@ -103,6 +103,7 @@ def test_the_header_of_the_bundled_metric_is_what_its_class_records() -> None:
 def test_all_our_encoders_say_what_they_were_made_with() -> None:
     branch = BranchConfig("dino_vitb16", "random", options=TINY)
     plain = {"model": "dino_vitb16", "weights": "random", "feature": None, "options": TINY}
+    plain |= {"layers": [], "input_size": None}
     dreamsim = DreamSim("dino_vitb16", "random", 32, options=TINY)
     for encoder, first, rest in (
         (OrthogonalProjection(8, 4), {"image_size": 8, "out_features": 4}, ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lipsim.results import eps_label
-from lipsim.results.schema import AttackedSection, CertifiedSection, Scores
+from lipsim.results.schema import AttackedSection, CertifiedSection, Scores, SmoothedSection
 
 SOURCE = {"weights_sha256": "w", "data_sha256": {"builtin": "d"}}
 
@@ -67,5 +67,35 @@ def attacked_section(metrics: dict[str, tuple[float, Scores]], eps: list[float],
         "seed": 0,
         "eps": eps,
         "sets": {"builtin": {"num_triplets": 200, "num_tied_votes": 0, "violations": 0, "metrics": found}},
+        **changed,
+    }
+
+
+def smoothed_section(metrics: dict[str, tuple[float, Scores]], eps: list[float], **changed: Any) -> SmoothedSection:
+    """Natural and certified scores of smoothed metrics on the set "builtin"; ``changed`` are fields of the section."""
+    found = {
+        name: {
+            "natural": natural,
+            "vote": natural,
+            "abstained": 0.2,
+            "certified": scores,
+            "radius": {"mean": 0.3, "median": 0.3, "min": 0.0, "max": 0.6},
+            "passes": 1102,
+            "passes_per_certified": 1377.5,
+            "curve": {"eps": [0.0, *eps], "certified": [natural, *scores.values()]},
+        }
+        for name, (natural, scores) in metrics.items()
+    }
+    return {  # type: ignore[typeddict-item]
+        **SOURCE,
+        "sigma": 0.25,
+        "n": 1000,
+        "n0": 100,
+        "alpha": 0.001,
+        "moving": "reference",
+        "seed": 0,
+        "max_triplets": 200,
+        "eps": eps,
+        "sets": {"builtin": {"num_triplets": 200, "num_tied_votes": 0, "metrics": found}},
         **changed,
     }

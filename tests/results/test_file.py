@@ -17,7 +17,7 @@ from lipsim.results.schema import Environment, Results, Sections
 from lipsim.results.validate import problem
 from lipsim.utils.errors import LipsimError
 
-DOCS = Path(__file__).parents[2] / "docs" / "results.md"
+DOCS = Path(__file__).parents[2] / "docs" / "results_json.md"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
-from sections import attacked_section, certified_section
+from sections import SOURCE, attacked_section, certified_section, smoothed_section
 
 from lipsim.cli.main import main
 from lipsim.results import SCHEMA, plots, read_results, update_results
@@ -75,6 +75,28 @@ def test_reports_hold_the_numbers(runs: list[str], tmp_path: Path, capsys: pytes
     assert rows["<B> & 100%", "teacher", "attacked, norm 2", "1"] == pytest.approx(0.173)
     assert (out / "curves.pdf").read_bytes().startswith(b"%PDF")
     assert (out / "curves.png").stat().st_size > 5000
+
+
+def test_smoothed_metrics_are_rows_beside_the_exact_ones(tmp_path: Path) -> None:
+    eps = [36 / 255, 1.0]
+    scores: Scores = {"36/255": 0.61, "1": 0.0}
+    smoothed = smoothed_section({"metric": (0.72, scores), "teacher": (0.75, scores)}, eps)
+    exact = certified_section({"builtin": [0.7, 0.5]}, eps, source=SOURCE)
+    for name, sections in (("both", {"certified": exact, "smoothed": smoothed}), ("alone", {"smoothed": smoothed})):
+        update_results(tmp_path / name / "results.json", sections)  # type: ignore[arg-type]
+    runs = load_runs([str(tmp_path / "both"), str(tmp_path / "alone")])
+    write_report(runs, tmp_path / "out")
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "| metric | natural | abstains | passes | 36/255 | 1 |" in markdown
+    assert "| both | 90.0 |  | 3 | 70.0 | 50.0 |" in markdown
+    row = "smoothed, σ = 0.25, n = 1000, α = 0.001 an answer | {} | 20.0 | 1378 | 61.0 | 0.0 |"
+    assert f"| both, {row.format('72.0')}" in markdown and f"| alone: teacher, {row.format('75.0')}" in markdown
+    latex = (tmp_path / "out/report.tex").read_text()
+    assert latex.isascii() and r"$\sigma$ = 0.25" in latex and r"$\alpha$ = 0.001" in latex
+    numbers = (tmp_path / "out/report.csv").read_text()
+    assert 'builtin,alone,teacher,"smoothed, certified",36/255,0.61' in numbers
+    page = (tmp_path / "out/report.html").read_text()
+    assert "100 draws to choose an answer" in page
 
 
 def test_the_page_needs_nothing_else(runs: list[str], tmp_path: Path) -> None:

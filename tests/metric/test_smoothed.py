@@ -1,0 +1,172 @@
+"""A smoothed metric on a linear encoder, whose answers under noise have known probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lipsim import PerceptualMetric
+from lipsim.attacks import TwoAFCObjective, pgd
+from lipsim.metric import SmoothedMetric
+
+SIZE, SIGMA = 4, 0.5
+
+
+class _Linear(nn.Module):
+    """Two orthonormal directions of 4-pixel images, times a length; no bound is declared to the metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = torch.linalg.qr(torch.randn(3 * SIZE**2, 2, generator=torch.Generator().manual_seed(0)))[0].T
+        self.register_buffer("weight", 3 * rows)
+        self.embedded: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.embedded.append(len(x))
+        return x.flatten(1) @ self.weight.T  # type: ignore[no-any-return, operator]
+
+
+@pytest.fixture
+def metric() -> PerceptualMetric:
+    return PerceptualMetric(_Linear(), SIZE, anchor=0.0, lipschitz=math.inf)
+
+
+@pytest.fixture
+def images(metric: PerceptualMetric) -> tuple[Tensor, Tensor, Tensor]:
+    """References at known distances from the half-space of the answer, some with left nearer."""
+    rows = metric.encoder.weight / 3
+    base = torch.full((3, SIZE, SIZE), 0.5).flatten()
+
+    def image(*at: float) -> Tensor:
+        found = base - (base @ rows.T) @ rows + torch.tensor(at) @ rows
+        return found.view(1, 3, SIZE, SIZE)
+
+    # Of candidates at 0° and 90° the decision is the diagonal, at |a − b|/√2 from (a, b).
+    points = [(0.4, 0.1), (0.1, 0.3), (0.6, 0.1)]
+    left, right = image(0.3, 0.0).expand(3, -1, -1, -1), image(0.0, 0.3).expand(3, -1, -1, -1)
+    return torch.cat([image(*point) for point in points]), left, right
+
+
+def _distances() -> Tensor:
+    return torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64) / 2**0.5
+
+
+def test_radii_are_those_of_the_half_space_and_no_attack_breaks_one(
+    metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    distance = _distances()
+    found = SmoothedMetric(metric, SIGMA, samples=4000).certify(*images, check_range=False)
+    assert found.prefers_left.tolist() == (distance > 0).tolist() and not found.abstained.any()
+    assert bool((found.radius <= distance.abs()).all())
+    # All 4,000 draws with one answer would still be no proof of more than what α leaves.
+    assert bool((found.radius > distance.abs() - 0.15 * SIGMA).all())
+    p = torch.special.ndtr(distance.abs() / SIGMA)
+    said = torch.where(distance > 0, found.counts[:, 0], found.counts[:, 1])
+    assert bool(((said / 4000 - p).abs() < 4 * (p * (1 - p) / 4000).sqrt()).all()) and not found.counts[:, 2].any()
+
+    # The smoothed decision of a half-space is the half-space, so that an attack can differentiate through it.
+    exact = metric.frozen_copy(torch.float64)
+    for row in range(3):
+        x, left, right = (image[row : row + 1].double() for image in images)
+        objective = TwoAFCObjective(exact, x, left, right, check_range=False)
+        for eps, breaks in ((float(found.radius[row]), False), (1.05 * float(distance[row].abs()), True)):
+            moved = pgd(objective, x, norm=2, eps=eps, steps=60, box=None)
+            assert bool(objective(moved) > 0) == breaks
+
+
+def test_draws_depend_on_seed_and_index_alone(metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]) -> None:
+    options: dict[str, Any] = {"samples": 100, "selection": 11}
+    whole = SmoothedMetric(metric, SIGMA, **options).certify(*images, index=[5, 2**40, 7], check_range=False)
+    small = SmoothedMetric(metric, SIGMA, batch_size=7, **options)
+    rows = [
+        small.certify(*(x[row : row + 1] for x in images), index=torch.tensor([index]), check_range=False)
+        for row, index in ((2, 7), (0, 5), (1, 2**40))
+    ]
+    assert torch.cat([row.counts for row in rows]).equal(whole.counts[[2, 0, 1]])
+    assert bool((whole.counts.sum(1) == 100).all())
+    same = [x[:1].expand(3, -1, -1, -1) for x in images]
+    by_index = SmoothedMetric(metric, SIGMA, **options).certify(*same, check_range=False).counts
+    by_seed = [
+        SmoothedMetric(metric, SIGMA, seed=seed, **options).certify(*(x[:1] for x in images), check_range=False).counts
+        for seed in range(3)
+    ]
+    assert len(by_index.unique(dim=0)) > 1 and len(torch.cat(by_seed).unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(("moving", "still"), [("reference", 2), ("left", 2), ("right", 2), ("all", 0)])
+def test_which_images_have_noise_and_what_it_costs(
+    metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor], moving: Any, still: int
+) -> None:
+    one = [x[2:] for x in images]
+    smoothed = SmoothedMetric(metric, 0.05, samples=50, selection=10, moving=moving, batch_size=16)
+    metric.encoder.embedded.clear()
+    told: list[int] = []
+    found = smoothed.certify(*one, check_range=False, advance=told.append)
+    embedded = metric.encoder.embedded
+    assert sum(embedded) == smoothed.passes == sum(told) + still and max(embedded) <= 16
+    # Hardly any noise: every draw agrees with the metric itself, and the radius is the largest that 50 draws can prove.
+    assert found.counts.tolist() == [[50, 0, 0]]
+    largest = 0.05 * float(torch.special.ndtri(torch.tensor(0.001 ** (1 / 50), dtype=torch.float64)))
+    assert float(found.radius) == pytest.approx(largest / (3**0.5 if moving == "all" else 1), rel=1e-6)
+
+
+def test_ties_and_answers_that_are_none_count_against_either(metric: PerceptualMetric) -> None:
+    x = torch.rand(1, 3, SIZE, SIZE)
+    smoothed = SmoothedMetric(metric, 0.1, samples=20, selection=5)
+    tie = smoothed.certify(x, x, x)
+    metric.encoder.weight.zero_()  # without an anchor such features have no direction
+    none = smoothed.certify(x, 1 - x, x)
+    for found in (tie, none):
+        assert bool(found.abstained) and found.counts.tolist() == [[0, 0, 20]] and float(found.radius) == 0
+
+
+def test_smoothed_distances_stay_in_their_interval(
+    metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    metric.anchor = 1.0
+    x, y, _ = images
+    eps, smoothed = 0.2, SmoothedMetric(metric, SIGMA, samples=2000)
+    low, high = smoothed.distance_bounds(x, y, eps, check_range=False)
+    assert bool((low > 0).all()) and bool((high < 2).all()) and bool((high - low < 0.8).all())
+    zero = smoothed.distance_bounds(x, y, 0.0, check_range=False)
+    assert bool((zero[0] > low).all()) and bool((zero[1] < high).all())
+    # The features alone are drawn, as the noise on them is normal, too: 9σ² along each direction.
+    noise = 3 * SIGMA * torch.randn(100_000, 1, 2)
+    z_y = metric.embed(y, check_range=False)
+    for angle in torch.linspace(0, 2 * math.pi, 13)[:-1].tolist():
+        change = 3 * eps * torch.tensor([math.cos(angle), math.sin(angle)])
+        z = metric.embed(x, check_range=False) + change + noise
+        e, e_y = (torch.cat([f, torch.ones_like(f[..., :1])], -1) for f in (z, z_y))
+        distance = 1 - torch.cosine_similarity(e, e_y.expand_as(e), dim=-1).mean(0)
+        assert bool((low < distance).all()) and bool((distance < high).all())
+
+
+def test_nobodys_images_change(metric: PerceptualMetric) -> None:
+    """A first layer that works in place, on images that are its argument and not a copy."""
+    metric.encoder = nn.Sequential(nn.Threshold(0.5, 0.0, inplace=True), metric.encoder)
+    images = torch.rand(3, 2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    smoothed = SmoothedMetric(metric, SIGMA, samples=3, selection=1)
+    smoothed.distance_bounds(images[0], images[1], 0.1)
+    smoothed.certify(*images)
+    assert torch.equal(images, before)
+
+
+def test_what_is_refused(metric: PerceptualMetric) -> None:
+    x = torch.rand(2, 3, SIZE, SIZE)
+    smoothed = SmoothedMetric(metric, SIGMA, samples=2, selection=1)
+    with pytest.raises(ValueError, match=r"images in \[0, 1\]"):
+        smoothed.certify(x, x, 3 * x)
+    with pytest.raises(ValueError, match="as many images on each side, got 2, 2, 1"):
+        smoothed.certify(x, x, x[:1])
+    with pytest.raises(ValueError, match="one index a sample, got 1 for 2"):
+        smoothed.certify(x, x, x, index=[3])
+    with pytest.raises(ValueError, match="half precision"):
+        smoothed.certify(x.half(), x, x)
+    for wrong in ({"sigma": 0.0}, {"alpha": 0.5}, {"samples": 0}, {"seed": -1}, {"moving": "both"}):
+        with pytest.raises(ValueError, match=f"expected .*{next(iter(wrong))}"):
+            SmoothedMetric(metric, **{"sigma": SIGMA, **wrong})  # type: ignore[arg-type]
