@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lipsim.data import Triplet
+from lipsim.data.embeddings.cache import CacheDescription, write_shard
 from lipsim.data.sets.bapps import SUBSETS
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each, and for what it starts
@@ -120,3 +122,51 @@ def bapps(tmp_path: Path) -> Path:
                 vote = np.float64(0.5 if number == 5 else rng.integers(6) / 5)
                 np.save(folder / "judge" / f"{number:06d}.npy", vote if number % 2 else vote[None])
     return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """An image folder of three classes: noisy tiles of a colour each, wider than high; 12 to train on, 9 held out."""
+    root, rng = tmp_path / "photos", np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 3)):
+        for number, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
+            folder = root / part / f"class{number}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                tile = rng.normal(colour, 30, (22, 26, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(tile).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def photo_cache(photos: Path, tmp_path: Path) -> Path:
+    """A cache of random embeddings, five features and both views, of the images of ``photos`` and their squares."""
+    folder, files = tmp_path / "photo_cache", sorted(photos.glob("*/*/*.png"))
+    CacheDescription("f" * 64, "Vit", 5, 32, 32, ("plain", "flip"), "float32", "float32").write(folder)
+    names = [str(file.relative_to(photos)).encode() for file in files]
+    digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    embeddings = np.random.default_rng(0).normal(size=(len(files), 2, 5)).astype(np.float32)
+    write_shard(folder, 0, names, np.frombuffer(digests, np.uint8).reshape(-1, 32), embeddings)
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A table of 36 triplets over grey tiles, twelve in each split, two groups: the nearer grey has more votes."""
+    root, rng = tmp_path / "study", np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    lines = ["group,reference,right_votes,left_votes,left,right,split,comment"]
+    for number in range(36):
+        right = int(rng.integers(2))
+        levels = {"ref": 60 + number, "near": 75 + number, "far": 160 + number}
+        for name, level in levels.items():
+            tile = rng.integers(level - 9, level + 9, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(tile).save(root / f"images/{number}-{name}.png")
+        sides = ("far", "near") if right else ("near", "far")
+        paths = [f"images/{number}-{name}.png" for name in ("ref", *sides)]
+        votes = (4, 1) if right else (0, 5)
+        split = ("train", "val", "test")[number // 12]
+        row = [("noise", "blur")[number % 2], paths[0], *votes, *paths[1:], split, "a word"]
+        lines.append(",".join(map(str, row)))
+    (root / "triplets.csv").write_text("\n".join(lines) + "\n")
+    return root / "triplets.csv"

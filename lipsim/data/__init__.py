@@ -7,6 +7,9 @@ from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.sets.folder import FolderImages
 from lipsim.data.sets.material import MaterialTriplets
 from lipsim.data.sets.nights import NightsTriplets
+from lipsim.data.sets.pairs import PairTable
+from lipsim.data.sets.photos import PhotoTriplets
+from lipsim.data.sets.table import TableTriplets
 from lipsim.data.transforms import CentralCrop, Preprocess, load_image, read_image
 from lipsim.data.triplet import SharedTriplet, Triplet, collate_triplets
 
@@ -17,8 +20,11 @@ __all__ = [
     "FolderImages",
     "MaterialTriplets",
     "NightsTriplets",
+    "PairTable",
+    "PhotoTriplets",
     "Preprocess",
     "SharedTriplet",
+    "TableTriplets",
     "Triplet",
     "TripletDataModule",
     "TripletSet",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from lipsim.data.triplet import SharedTriplet, Triplet
@@ -43,6 +46,29 @@ def reflect(images: Tensor, reflections: Tensor) -> Tensor:
     images = torch.where(vertical, images.flip(2), images)
     images = torch.where(transposed, images.transpose(2, 3), images)
     return images
+
+
+MAX_SHIFT, MAX_ZOOM, MAX_TURN = 4 / 64, 1.1, math.radians(6)
+
+
+def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, move, zoom and turn each of ``(N, 3, S, S)`` a little, in one bilinear resampling.
+
+    Half of them are mirrored left to right; they are moved by at most a sixteenth of the side along each axis, zoomed
+    by at most 1.1 in or out and turned by at most 6 degrees. What comes in is mirrored at the border.
+
+    Args:
+        images: in [0, 1], on the CPU.
+        generator: of the draws.
+    """
+    numbers = 2 * torch.rand(5, len(images), generator=generator) - 1
+    mirror = torch.where(numbers[0] < 0, -1.0, 1.0)
+    scale, turn = MAX_ZOOM ** numbers[1], MAX_TURN * numbers[2]
+    cosine, sine = scale * torch.cos(turn), scale * torch.sin(turn)
+    move = 2 * MAX_SHIFT * numbers[3:]  # the coordinates of a grid run from -1 to 1
+    rows = torch.stack([mirror * cosine, -sine, move[0], mirror * sine, cosine, move[1]], dim=1)
+    grid = F.affine_grid(rows.view(-1, 2, 3).to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
 def augmented(batch: Triplet) -> Triplet:

@@ -11,13 +11,19 @@ import torch
 
 from lipsim.data.builtin.triplets import BuiltinTriplets
 from lipsim.data.contracts import TripletSet
+from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.loading import fetch
 from lipsim.data.sets.bapps import BappsTriplets
+from lipsim.data.sets.image_store import load_image_store
 from lipsim.data.sets.material import MaterialTriplets, load_material_answers, load_material_images, split_material
 from lipsim.data.sets.nights import NightsTriplets
+from lipsim.data.sets.photos import PhotoTriplets
+from lipsim.data.sets.table import PARTS, TableTriplets
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet, collate_triplets
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.paths import user_path
+from lipsim.utils.progress import Progress
 
 Sets = dict[str, TripletSet]
 
@@ -54,20 +60,57 @@ def _bapps(parts: Sequence[str], preprocess: Preprocess, root: Path, **options: 
 def _material(
     parts: Sequence[str], preprocess: Preprocess, root: Path, *, ties: bool = False, seed: int = 0, **options: Any
 ) -> Sets:
-    """Three parts of the answers for training, see :class:`MaterialSplit`, and the "official" ones for testing."""
+    """The parts of the answers for training, see :class:`MaterialSplit`, and the "official" ones for testing."""
     split = split_material(load_material_answers(root, ties=ties, seed=seed), seed=seed, **options)
     images, _ = load_material_images(root, preprocess)
-    answers = {"train": split.train, "triplets": split.triplets, "materials": split.materials}
+    answers = {part: getattr(split, part) for part in ("train", "triplets", "materials", "unseen")}
     if "official" in parts:
         answers["official"] = load_material_answers(root, "test", ties=ties, seed=seed)
     return {part: MaterialTriplets(images, answers[part], preprocess) for part in parts}
 
 
+def _photos(
+    parts: Sequence[str],
+    preprocess: Preprocess,
+    root: Path,
+    *,
+    cache: str | Path | None = None,
+    num_images: int | None = None,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Sets:
+    """Triplets of the images under ``root/PART``, with a teacher's votes where a cache of its embeddings is given."""
+    sets: Sets = {}
+    embedded = None if cache is None else EmbeddingCache(cache)
+    for part in parts:
+        store = load_image_store(
+            user_path(root) / part,
+            preprocess,
+            num_images=num_images,
+            seed=seed,
+            num_workers=num_workers,
+            progress=progress,
+        )
+        embeddings = None if embedded is None else store.embeddings(embedded, f"{part}/")
+        sets[part] = PhotoTriplets(store, embeddings=embeddings, seed=seed, **options)
+    return sets
+
+
+def _table(parts: Sequence[str], preprocess: Preprocess, root: Path, **options: Any) -> Sets:
+    """Parts of one table; ``root`` is the file."""
+    whole = TableTriplets(root, preprocess, **options)
+    return {part: whole.part(part) for part in parts}
+
+
 SOURCES = {
     "builtin": Source(("train", "val", "test"), "test", _builtin, on_disk=False),
-    "material": Source(("train", "triplets", "materials", "official"), "triplets", _material),
+    "material": Source(("train", "triplets", "materials", "unseen", "official"), "triplets", _material),
     "nights": Source(("train", "val", "test"), "test", _nights),
     "bapps": Source(("train", "val"), "val", _bapps),
+    "photos": Source(("train", "val"), "val", _photos),
+    "table": Source(PARTS, "test", _table),
 }
 DATA = tuple(SOURCES)
 
@@ -83,9 +126,11 @@ def open_sets(
         image_size: side of the images.
         resize: of image files, what ``metric.preprocess.resize`` says of the metric that will see them: "float" or
             "pil", as in :class:`lipsim.data.transforms.Preprocess`.
-        root: folder of the data; built-in ones have none.
-        **options: of :class:`BuiltinTriplets`, :class:`NightsTriplets` or :class:`BappsTriplets`; for Material, of
-            :func:`load_material_answers` and :func:`split_material`.
+        root: folder of the data, of a table its file; built-in ones have none.
+        **options: of :class:`BuiltinTriplets`, :class:`NightsTriplets`, :class:`BappsTriplets` or
+            :class:`TableTriplets`; for Material, of :func:`load_material_answers` and :func:`split_material`; for
+            photos, of :class:`PhotoTriplets` and :func:`load_image_store`, and ``cache``, the folder of a teacher's
+            embeddings of ``root``.
 
     Raises:
         ValueError: an unknown data set, part, size or resize, or no folder.
@@ -107,11 +152,12 @@ def sample_triplets(
 
     Args:
         data: one of :data:`DATA`: the first built-in test triplets, or some of the held-out triplets of Material, of
-            the test split of NIGHTS, or of the validation part of BAPPS.
+            the test split of NIGHTS, of the validation part of BAPPS or of a folder of photographs, or of the test part
+            of a table.
         count: how many.
         image_size: side of the images.
         resize: as in :func:`open_sets`.
-        root: folder of the data, built-in ones have none.
+        root: folder of the data, of a table its file; built-in ones have none.
         seed: of the draw.
 
     Raises:

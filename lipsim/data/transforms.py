@@ -266,5 +266,11 @@ class CentralCrop:
         cropped: Tensor = center_crop(x, [self.image_size, self.image_size])
         return cropped
 
+    def frames_as(self, other: CentralCrop) -> bool:
+        """Whether both show the same part of an image, at whatever size: what a student sees of a teacher's image."""
+        if self.short_side is None or other.short_side is None:
+            return (self.image_size, self.short_side) == (other.image_size, other.short_side)
+        return self.image_size * other.short_side == other.image_size * self.short_side
+
     def __repr__(self) -> str:
         return f"CentralCrop(image_size={self.image_size}, short_side={self.short_side})"

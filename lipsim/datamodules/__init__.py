@@ -7,5 +7,16 @@ from lipsim.datamodules.builtin import BuiltinData
 from lipsim.datamodules.folder import ImageFolderData
 from lipsim.datamodules.material import MaterialData
 from lipsim.datamodules.nights import NightsData
+from lipsim.datamodules.photos import PhotoData
+from lipsim.datamodules.table import TableData
 
-__all__ = ["BappsData", "BuiltinData", "ImageFolderData", "MaterialData", "NightsData", "TripletData"]
+__all__ = [
+    "BappsData",
+    "BuiltinData",
+    "ImageFolderData",
+    "MaterialData",
+    "NightsData",
+    "PhotoData",
+    "TableData",
+    "TripletData",
+]

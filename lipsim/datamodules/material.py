@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lipsim.data.sets.material import ANSWERS
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import TripletData, as_fetched
 from lipsim.utils.paths import user_path
 
 
@@ -42,7 +41,7 @@ class MaterialData(TripletData):
         super().__init__(batch_size, image_size=image_size, resize=resize)
         self.root, self.seed = user_path(root), seed
         self.val_triplets, self.held_out_materials, self.ties = val_triplets, held_out_materials, ties
-        self.collate = _as_fetched
+        self.collate = as_fetched
 
     def setup(self, stage: str) -> None:
         """Read the images and the answers."""
@@ -60,8 +59,3 @@ class MaterialData(TripletData):
         )
         self.train_set = self.test_sets.pop("train")
         self.val_sets = {name: self.test_sets[name] for name in ("triplets", "materials")}
-
-
-def _as_fetched(batch: Any) -> Any:
-    """The set returns whole batches already."""
-    return batch

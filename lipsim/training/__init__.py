@@ -4,13 +4,23 @@ import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which im
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.distillation import Distillation
 from lipsim.training.fine_tuning import FineTuning
-from lipsim.training.losses import RMSE, Cosine, JointRadiusHinge, MarginHinge, RadiusHinge, Relational, ScaleFree
+from lipsim.training.losses import (
+    RMSE,
+    CertifiedShare,
+    Cosine,
+    JointRadiusHinge,
+    MarginHinge,
+    RadiusHinge,
+    Relational,
+    ScaleFree,
+)
 from lipsim.training.schedules import Constant, Triangular, WarmupCosine
 from lipsim.training.teacher_tuning import TeacherTuning
 
 __all__ = [
     "RMSE",
     "Acceleration",
+    "CertifiedShare",
     "Constant",
     "Cosine",
     "Distillation",

@@ -15,6 +15,7 @@ from lipsim.data import Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.data.check import images_of
 from lipsim.data.contracts import facts_of
+from lipsim.data.embeddings.axes import principal_axes as fit_axes
 from lipsim.data.embeddings.cache import EmbeddingCache, ServesEmbeddings
 from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.loading import num_samples, tells_positions
@@ -49,11 +50,15 @@ class Distillation(Stage):
         schedule: default the paper's warm-up and cosine.
         acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
         cache: folder of the teacher's embeddings of the images of the data module.
+        principal_axes: how many features of the teacher the student follows, its projection onto as many of the
+            principal axes of the cache (:func:`lipsim.data.embeddings.axes.principal_axes`); None: all as they are.
 
     Raises:
         FileNotFoundError: no such teacher, metric or cache.
-        ValueError: neither a teacher nor a cache, or a cache of another teacher.
+        ValueError: neither a teacher nor a cache, a cache of another teacher, or principal axes without a cache.
     """
+
+    axes: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class Distillation(Stage):
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
         cache: Path | None = None,
+        principal_axes: int | None = None,
     ) -> None:
         encoder, resize = encoder_from(student, init_from, "student")
         super().__init__(
@@ -84,6 +90,13 @@ class Distillation(Stage):
         if self.cache is not None and loaded is not None and teacher is not None:
             self.cache.check_teacher(loaded.encoder, teacher)
             loaded = None  # the cache has its embeddings
+        if principal_axes is not None and self.cache is None:
+            raise LipsimError(
+                "principal axes are those of a cache of the teacher's embeddings; name model.cache as well"
+            )
+        # A buffer: a resumed training follows the same target.
+        fitted = None if self.cache is None or principal_axes is None else fit_axes(self.cache, principal_axes)
+        self.register_buffer("axes", fitted)
         # In a tuple, so that neither checkpoints nor the optimizer see the teacher's weights.
         self._teacher = () if loaded is None else (loaded,)
         self.loss = loss or ScaleFree()
@@ -119,9 +132,12 @@ class Distillation(Stage):
             )
 
     def target(self, batch: Any) -> Tensor | None:
-        """The teacher's embedding of the images of a batch, ``(M, D)``; None where nobody knows it."""
+        """The teacher's embedding of the images of a batch, ``(M, D)``; None where nobody knows it.
+
+        Where there are principal axes, its coordinates along them.
+        """
         if isinstance(batch, EmbeddedImages):
-            return batch.embedding
+            return batch.embedding if self.axes is None else batch.embedding @ self.axes
         with torch.no_grad():
             return None if self.teacher is None else self.teacher.embed(images_of(batch))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,28 +46,61 @@ class RadiusHinge(TripletLoss):
         target: ℓ2 radius beyond which a triplet is left alone.
         weight_by_agreement: weigh a triplet by ``|2·right_vote − 1|`` instead of counting every majority alike.
         ramp: share of the training over which the target grows from 0; 0 has it in full from the start.
+        softness: radius over which the corner of the hinge is rounded, ``softness·softplus((target − R)/softness)``:
+            triplets a little beyond the target still count, and large radii grow a little larger; 0 has the corner.
 
     Raises:
-        ValueError: a target that is not positive, or a ramp outside [0, 1].
+        ValueError: a target that is not positive, a ramp outside [0, 1], or a negative softness.
     """
 
-    def __init__(self, target: float = 1.0, weight_by_agreement: bool = False, ramp: float = 0.0) -> None:
-        if not target > 0 or not 0 <= ramp <= 1:
-            raise LipsimError(f"expected a target > 0 and a ramp in [0, 1], got {target} and {ramp}")
-        self.target, self.weight_by_agreement, self.ramp = target, weight_by_agreement, ramp
+    def __init__(
+        self, target: float = 1.0, weight_by_agreement: bool = False, ramp: float = 0.0, softness: float = 0.0
+    ) -> None:
+        if not target > 0 or not 0 <= ramp <= 1 or not softness >= 0:
+            raise LipsimError(
+                f"expected a target > 0, a ramp in [0, 1] and a softness ≥ 0, got {target}, {ramp} and {softness}"
+            )
+        self.target, self.weight_by_agreement, self.ramp, self.softness = target, weight_by_agreement, ramp, softness
 
     def __call__(
         self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
     ) -> Tensor:
         target = self.target * min(1.0, progress / self.ramp) if self.ramp else self.target
-        # Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie.
-        known = torch.isfinite(z).all(-1) & torch.isfinite(z0).all(-1) & torch.isfinite(z1).all(-1)
-        radius = torch.where(known, self.radius(z, z0, z1, anchor), torch.nan)
-        return _hinge(radius, target, right_vote, self.weight_by_agreement)
+        radius = _known_or_nan(self.radius(z, z0, z1, anchor), z, z0, z1)
+        return _hinge(radius, target, right_vote, self.weight_by_agreement, self.softness)
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
         """The signed radius that the hinge acts on, ``(N,)``."""
         return signed_reference_radius(z, z0, z1, anchor=anchor)
+
+
+class CertifiedShare(TripletLoss):
+    """Share of the triplets that are not certified, smoothed, mean over some budgets: what a table counts.
+
+    ``mean_ε sigmoid((ε − R)/temperature)`` with ``R`` negative on the wrong side. Where a hinge goes on pulling at
+    triplets that are far on the wrong side, this gives them up, for those that can be had.
+
+    Args:
+        budgets: ℓ2 radii ε ≥ 0 at which it counts.
+        temperature: radius over which a step is smoothed.
+
+    Raises:
+        ValueError: no budgets, one below 0, or a temperature that is not positive.
+    """
+
+    def __init__(self, budgets: Sequence[float] = (0.0, 0.14, 0.28, 0.42, 1.0), temperature: float = 0.3) -> None:
+        if not budgets or not all(budget >= 0 for budget in budgets) or not temperature > 0:
+            raise LipsimError(f"expected budgets ≥ 0 and a temperature > 0, got {list(budgets)} and {temperature}")
+        self.budgets, self.temperature = tuple(budgets), temperature
+
+    def __call__(
+        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        lean = torch.sign(1 - 2 * right_vote)
+        radius = lean * _known_or_nan(signed_reference_radius(z, z0, z1, anchor=anchor), z, z0, z1)
+        lacks = [torch.sigmoid((budget - radius) / self.temperature) for budget in self.budgets]
+        weight = (lean != 0).to(radius)
+        return (weight * torch.stack(lacks).mean(0)).sum() / weight.sum().clamp(min=1e-12)
 
 
 class JointRadiusHinge(RadiusHinge):
@@ -172,10 +206,20 @@ class ScaleFree(DistillationLoss):
         return torch.stack([weight * loss(student, teacher, anchor) for weight, loss in self.terms]).sum()
 
 
-def _hinge(value: Tensor, target: float, right_vote: Tensor, weight_by_agreement: bool) -> Tensor:
+def _known_or_nan(radius: Tensor, *features: Tensor) -> Tensor:
+    """Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie."""
+    known = torch.stack([torch.isfinite(z).all(-1) for z in features]).all(0)
+    return torch.where(known, radius, torch.nan)
+
+
+def _hinge(
+    value: Tensor, target: float, right_vote: Tensor, weight_by_agreement: bool, softness: float = 0.0
+) -> Tensor:
     lean = 1 - 2 * right_vote
     weight = lean.abs() if weight_by_agreement else (lean != 0).to(value)
-    return (weight * F.relu(target - torch.sign(lean) * value)).sum() / weight.sum().clamp(min=1e-12)
+    lack = target - torch.sign(lean) * value
+    hinge = softness * F.softplus(lack / softness) if softness else F.relu(lack)
+    return (weight * hinge).sum() / weight.sum().clamp(min=1e-12)
 
 
 def pairwise_distances(z: Tensor, anchor: float) -> Tensor:
@@ -195,5 +239,6 @@ def _check_dimensions(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise LipsimError(
             f"the student has {student.shape[-1]} features and the teacher {teacher.shape[-1]}; set the student's "
-            "out_features to the teacher's, or distil relations only (Relational)"
+            "out_features to the teacher's, follow as many principal_axes of a cache, or distil relations only "
+            "(Relational)"
         )

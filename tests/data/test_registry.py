@@ -12,8 +12,16 @@ from lipsim.data import BuiltinTriplets, Preprocess, Triplet, TripletSet, load_i
 from lipsim.data.registry import DATA, SOURCES
 from lipsim.data.sets.material import MaterialTriplets
 from lipsim.data.sets.nights import NightsTriplets
+from lipsim.data.sets.table import TableTriplets
 
-OPTIONS = {"builtin": {"num_triplets": 3}, "nights": {}, "bapps": {}, "material": {"num_triplets": 200}}
+OPTIONS = {
+    "builtin": {"num_triplets": 3},
+    "nights": {},
+    "bapps": {},
+    "material": {"num_triplets": 200},
+    "photos": {},
+    "table": {},
+}
 
 
 def _root(data: str, request: pytest.FixtureRequest) -> Path | None:
@@ -36,7 +44,7 @@ def test_every_part_is_a_set_of_triplets(data: str, request: pytest.FixtureReque
 
 
 @pytest.mark.parametrize("resize", ["float", "pil"])
-@pytest.mark.parametrize("data", ["nights", "bapps", "material"])
+@pytest.mark.parametrize("data", ["nights", "bapps", "material", "table"])
 def test_images_are_those_of_the_preprocess(data: str, resize: str, request: pytest.FixtureRequest) -> None:
     root, preprocess = _root(data, request), Preprocess(16, resize)
     part = SOURCES[data].held_out
@@ -45,8 +53,9 @@ def test_images_are_those_of_the_preprocess(data: str, resize: str, request: pyt
     if isinstance(triplets, MaterialTriplets):
         files = sorted((root / "data/havran1_ennis_298x298_LDR").iterdir())
         expected = [load_image(files[i], preprocess)[None] for i in triplets.answers.ids[5].tolist()]
-    elif isinstance(triplets, NightsTriplets):
-        expected = [load_image(root / path, preprocess) for path in triplets.rows[5].paths]
+    elif isinstance(triplets, NightsTriplets | TableTriplets):
+        folder = root if root.is_dir() else root.parent
+        expected = [load_image(folder / path, preprocess) for path in triplets.rows[5].paths]
     else:
         expected = [load_image(root / path, preprocess) for path in triplets.files[5][:3]]  # type: ignore[attr-defined]
     found = triplets[5]
@@ -54,7 +63,7 @@ def test_images_are_those_of_the_preprocess(data: str, resize: str, request: pyt
         assert torch.equal(image, own)
 
 
-@pytest.mark.parametrize("data", ["nights", "bapps", "material"])
+@pytest.mark.parametrize("data", ["nights", "bapps", "material", "photos", "table"])
 def test_samples_depend_on_seed_and_resize(data: str, request: pytest.FixtureRequest) -> None:
     root = _root(data, request)
     first, again, other = (sample_triplets(data, 3, 16, resize="float", root=root, seed=seed) for seed in (1, 1, 2))
@@ -90,7 +99,7 @@ def test_bad_requests_are_refused(nights: Path) -> None:
     with pytest.raises(TypeError, match="resize"):
         open_sets("nights", ["test"], image_size=16, root=nights)  # type: ignore[call-arg]
     for arguments, message in (
-        ({"data": "imagenet"}, "one of builtin, material, nights, bapps"),
+        ({"data": "imagenet"}, "one of builtin, material, nights, bapps, photos, table"),
         ({"parts": ["test", "tset"]}, "parts of nights among train, val, test, got tset"),
         ({"resize": "nearest"}, "resize to be one of float, pil"),
         ({"image_size": 0}, "image_size"),

@@ -142,3 +142,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(ValueError, match="cannot read the image"):
             read_image(tmp_path / "a.png")
+
+
+def test_crops_of_one_frame_may_have_another_size() -> None:
+    crop = CentralCrop(64, 64)
+    assert crop.frames_as(CentralCrop(224, 224)) and CentralCrop(224, 256).frames_as(CentralCrop(56, 64))
+    assert CentralCrop(64).frames_as(CentralCrop(64))
+    for other in (CentralCrop(64), CentralCrop(64, 72), CentralCrop(224, 256)):
+        assert not crop.frames_as(other) and not other.frames_as(crop)
+    assert not CentralCrop(64).frames_as(CentralCrop(224))

@@ -11,7 +11,16 @@ from torch.utils.data import Subset
 
 from lipsim.data import BuiltinTriplets, TripletDataModule
 from lipsim.data.contracts import facts_of, resizes_of
-from lipsim.datamodules import BappsData, BuiltinData, ImageFolderData, MaterialData, NightsData, TripletData
+from lipsim.datamodules import (
+    BappsData,
+    BuiltinData,
+    ImageFolderData,
+    MaterialData,
+    NightsData,
+    PhotoData,
+    TableData,
+    TripletData,
+)
 
 
 def test_all_keep_the_contract(tmp_path: Path) -> None:
@@ -20,6 +29,8 @@ def test_all_keep_the_contract(tmp_path: Path) -> None:
         NightsData(),
         BappsData(),
         MaterialData(),
+        PhotoData(),
+        TableData(),
         ImageFolderData(tmp_path, triplets=NightsData()),
     ]
     for module in modules:
@@ -27,7 +38,7 @@ def test_all_keep_the_contract(tmp_path: Path) -> None:
         assert (module.preprocess is None) == isinstance(module, BuiltinData)
 
 
-@pytest.mark.parametrize("kind", [NightsData, BappsData, MaterialData])
+@pytest.mark.parametrize("kind", [NightsData, BappsData, MaterialData, TableData])
 def test_a_module_follows_the_metric_unless_told_otherwise(kind: type[NightsData]) -> None:
     for resize, followed in ((None, "pil"), ("float", "float"), ("pil", "pil")):
         for outer in (lambda data: data, lambda data: ImageFolderData(triplets=data)):

@@ -20,6 +20,7 @@ from lipsim import PerceptualMetric
 from lipsim.callbacks import CertifyRadii
 from lipsim.cli.stage import train
 from lipsim.data import SharedTriplet
+from lipsim.data.embeddings.axes import principal_axes
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.datamodules import BuiltinData, ImageFolderData
@@ -100,6 +101,24 @@ def test_a_cache_gives_what_the_teacher_gives(teacher: Path | None, seen: list[i
     assert found == pytest.approx(expected, rel=1e-3)
     for (name, a), b in zip(plainly.metric.named_parameters(), cached.metric.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_principal_axes_are_followed_by_a_student_of_fewer_features_and_another_size(seen: list[int]) -> None:
+    _cache("squares", short_side=16, views=["plain"])
+    seen.clear()
+    student = OrthogonalShiftNetwork(8, 4, grid=4, widths=(32,), depths=(1,), linear_depth=1, linear_width=12)
+    stage = Distillation(None, student, cache=Path("squares"), principal_axes=4)
+    assert stage.axes is not None and torch.equal(stage.axes, principal_axes(EmbeddingCache("squares"), 4))
+    assert torch.equal(stage.state_dict()["axes"], stage.axes)
+    with pytest.raises(ValueError, match=r"CentralCrop.image_size=8, short_side=9.; set image_size and short_side"):
+        _fit(stage, _data(image_size=8, short_side=9, views=("plain",)))
+    found = _fit(stage, _data(image_size=8, short_side=8, views=("plain",)))
+    assert not seen and -1 < found["val/images/cosine_similarity"] < 1
+    embedding = torch.randn(3, 12)
+    target = stage.target(EmbeddedImages(torch.rand(3, 3, 8, 8), embedding))
+    assert target is not None and torch.equal(target, embedding @ stage.axes)
+    with pytest.raises(ValueError, match=r"name model\.cache"):
+        Distillation(Path("teacher.safetensors"), student, principal_axes=4)
 
 
 def test_both_views_have_the_target_of_the_clean_view(monkeypatch: pytest.MonkeyPatch) -> None:

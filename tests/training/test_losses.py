@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lipsim.training import RMSE, Cosine, JointRadiusHinge, MarginHinge, RadiusHinge, Relational, ScaleFree
+from lipsim.certificates import signed_reference_radius
+from lipsim.training import (
+    RMSE,
+    CertifiedShare,
+    Cosine,
+    JointRadiusHinge,
+    MarginHinge,
+    RadiusHinge,
+    Relational,
+    ScaleFree,
+)
 from lipsim.training.losses import DistillationLoss, TripletLoss
 
 
@@ -115,3 +125,35 @@ def test_gradients_of_distillation_are_finite_at_equality(loss: DistillationLoss
         value = loss(leaf, teacher, anchor)
         value.backward()
         assert value.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+def test_certified_share_is_what_a_table_counts_where_it_is_sharp() -> None:
+    z, z0, z1 = (torch.randn(200, 6, dtype=torch.float64) for _ in range(3))
+    vote = torch.randint(2, (200,)).double()
+    vote[:20] = 0.5
+    radius = (1 - 2 * vote) * signed_reference_radius(z, z0, z1, anchor=1.0)
+    certified = torch.stack([(radius[20:] > budget).double().mean() for budget in (0.1, 0.5)]).mean()
+    loss = CertifiedShare([0.1, 0.5], temperature=1e-6)(z, z0, z1, vote, 1.0)
+    assert loss == pytest.approx(1 - certified.item(), abs=1e-9)
+    with pytest.raises(ValueError, match="budgets"):
+        CertifiedShare([], 0.1)
+
+
+def test_certified_share_has_gradients_and_knows_nan() -> None:
+    z, z0, z1 = (torch.randn(8, 6, requires_grad=True) for _ in range(3))
+    loss = CertifiedShare()(z, z0, z1, torch.zeros(8), 1.0)
+    loss.backward()
+    assert all(t.grad is not None and torch.isfinite(t.grad).all() and t.grad.abs().sum() > 0 for t in (z, z0, z1))
+    assert CertifiedShare()(z.detach() * torch.nan, z0, z1, torch.zeros(8), 1.0).isnan()
+
+
+def test_softness_rounds_the_corner_of_the_hinge() -> None:
+    z, z0, z1 = (torch.randn(50, 6, dtype=torch.float64) for _ in range(3))
+    vote = torch.zeros(50)
+    lack = 1.0 - signed_reference_radius(z, z0, z1, anchor=1.0)
+    soft = RadiusHinge(1.0, softness=0.3)(z, z0, z1, vote, 1.0)
+    assert soft == pytest.approx((0.3 * torch.nn.functional.softplus(lack / 0.3)).mean().item(), abs=1e-12)
+    sharp = RadiusHinge(1.0, softness=1e-9)(z, z0, z1, vote, 1.0)
+    assert sharp == pytest.approx(RadiusHinge(1.0)(z, z0, z1, vote, 1.0).item(), abs=1e-8)
+    with pytest.raises(ValueError, match="softness"):
+        RadiusHinge(softness=-1.0)

@@ -214,18 +214,24 @@ class EmbeddingCache:
             )
 
     def check_images(self, images: FolderImages) -> None:
-        """Refuse images that are seen in another way than the teacher saw them.
+        """Refuse images that are seen in another way than the teacher saw them, see :meth:`check_view`."""
+        self.check_view(images.transform, images.views)
+
+    def check_view(self, transform: CentralCrop, views: Sequence[str]) -> None:
+        """Refuse another part of an image than the teacher saw, or a view that was not embedded.
+
+        The size may be another, as for a student of 64 pixels and a teacher of 224.
 
         Raises:
-            ValueError: another transform, or a view that the cache lacks.
+            ValueError: another frame, or a view that the cache lacks.
         """
-        ours, theirs = repr(images.transform), repr(self.description.transform)
-        if ours != theirs:
+        if not transform.frames_as(self.description.transform):
             raise LipsimError(
-                f"the cache {self.folder} is of images under {theirs}, the data has {ours}; "
-                f"set image_size and short_side of the data alike, or make another cache with {COMMAND}"
+                f"the cache {self.folder} is of images under {self.description.transform!r}, the data has "
+                f"{transform!r}; set image_size and short_side of the data alike, or make another cache with "
+                f"{COMMAND} (another size will do where both have the same ratio to their short side)"
             )
-        lacking = [view for view in images.views if view not in self.description.views]
+        lacking = [view for view in views if view not in self.description.views]
         if lacking:
             raise LipsimError(
                 f"the cache {self.folder} has the views {', '.join(self.description.views)} and lacks "

@@ -134,12 +134,14 @@ class MaterialSplit:
         train: what is left.
         triplets: triplets drawn at random; their images occur in training, in other triplets.
         materials: all triplets that touch one of the held-out materials, which training never shows.
+        unseen: those of ``materials`` that show held-out ones alone.
         held_out: numbers of these materials.
     """
 
     train: MaterialAnswers
     triplets: MaterialAnswers
     materials: MaterialAnswers
+    unseen: MaterialAnswers
     held_out: list[int]
 
 
@@ -153,14 +155,16 @@ def split_material(
     """
     rng = np.random.default_rng(seed)
     held_out = sorted(rng.choice(NUM_IMAGES, size=num_materials, replace=False).tolist())
-    unseen = torch.isin(answers.ids, torch.tensor(held_out, dtype=torch.int64)).any(1)
-    rest = torch.from_numpy(rng.permutation((~unseen).nonzero().flatten().numpy()))
+    unseen = torch.isin(answers.ids, torch.tensor(held_out, dtype=torch.int64))
+    touched = unseen.any(1)
+    rest = torch.from_numpy(rng.permutation((~touched).nonzero().flatten().numpy()))
     if len(rest) <= num_triplets:
         raise LipsimError(f"{num_triplets} validation triplets and {num_materials} materials leave nothing to train on")
     return MaterialSplit(
         train=answers.select(rest[num_triplets:]),
         triplets=answers.select(rest[:num_triplets]),
-        materials=answers.select(unseen),
+        materials=answers.select(touched),
+        unseen=answers.select(unseen.all(1)),
         held_out=held_out,
     )
 

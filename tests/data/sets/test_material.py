@@ -76,6 +76,8 @@ def test_validation_sets_are_never_trained_on(folder: Path) -> None:
     assert len(held_out) == 20 and len(split.triplets.ids) == 200
     assert not torch.isin(split.train.ids, held_out).any() and not torch.isin(split.triplets.ids, held_out).any()
     assert torch.isin(split.materials.ids, held_out).any(1).all()
+    assert len(split.unseen.ids) == int(torch.isin(split.materials.ids, held_out).all(1).sum()) > 0
+    assert torch.isin(split.unseen.ids, held_out).all()
     assert len(split.train.ids) + 200 + len(split.materials.ids) == 2700
     train = {tuple(row) for row in split.train.ids.tolist()}
     assert not any(tuple(row) in train for row in split.triplets.ids.tolist())

@@ -1,0 +1,84 @@
+"""Images held in memory: the centred square of each, and a teacher's embeddings of the same files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lipsim.data import Preprocess
+from lipsim.data.embeddings.cache import CacheDescription, EmbeddingCache, write_shard
+from lipsim.data.sets import image_store
+from lipsim.data.sets.image_store import ImageStore, load_image_store
+
+
+def write_cache(folder: Path, stores: dict[str, ImageStore], features: np.ndarray, **options: object) -> EmbeddingCache:
+    """A cache of the files of some stores, by prefix; one row of features each."""
+    given = {"image_size": 32, "short_side": 32, "views": ("plain",), "dtype": "float32"} | options
+    description = CacheDescription("f" * 64, "Vit", features.shape[1], precision="float32", **given)  # type: ignore[arg-type]
+    description.write(folder)
+    names = [os.fsencode(prefix) + name for prefix, store in stores.items() for name in store.names.tolist()]
+    sha256 = torch.cat([store.sha256 for store in stores.values()]).numpy()
+    write_shard(folder, 0, names, sha256, features[:, None].repeat(len(description.views), 1).astype(description.dtype))
+    return EmbeddingCache(folder)
+
+
+@pytest.mark.parametrize("resize", ["float", "pil"])
+def test_rows_are_centred_squares_in_eight_bits(photos: Path, resize: str) -> None:
+    preprocess = Preprocess(16, resize)
+    store = load_image_store(photos / "train", preprocess)
+    assert store.images.shape == (12, 3, 16, 16) and store.images.dtype == torch.uint8
+    assert store.names.tolist() == sorted(f"class{c}/{i}.png".encode() for c in range(3) for i in range(4))
+    assert store.classes().tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for row in (0, 7):
+        square = Image.open(photos / "train" / store.names[row].decode()).crop((2, 0, 24, 22))
+        assert (store.floats(torch.tensor([row]))[0] - preprocess(square)).abs().max() <= 0.5 / 255 + 1e-6
+    spread = load_image_store(photos / "train", preprocess, num_workers=2)
+    assert torch.equal(spread.images, store.images) and torch.equal(spread.sha256, store.sha256)
+
+
+def test_a_draw_is_a_part_of_the_folder(photos: Path) -> None:
+    whole = load_image_store(photos / "train", Preprocess(16))
+    some, again, other = (
+        load_image_store(photos / "train", Preprocess(16), num_images=5, seed=seed) for seed in (0, 0, 1)
+    )
+    assert len(some) == 5 and some.names.tolist() == again.names.tolist() != other.names.tolist()
+    rows = [whole.names.tolist().index(name) for name in some.names.tolist()]
+    assert rows == sorted(rows) and torch.equal(some.images, whole.images[rows])
+    assert len(load_image_store(photos / "train", Preprocess(16), num_images=99)) == 12
+
+
+def test_what_does_not_fit_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_store, "MAX_BYTES", 10 * 3 * 16 * 16)
+    with pytest.raises(ValueError, match=r"12 images of .* set num_images to at most 10, or a smaller image_size"):
+        load_image_store(photos / "train", Preprocess(16))
+    assert len(load_image_store(photos / "train", Preprocess(16), num_images=10)) == 10
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        load_image_store(photos / "test", Preprocess(16))
+
+
+def test_embeddings_are_those_of_the_same_files(photos: Path, tmp_path: Path) -> None:
+    train, val = (load_image_store(photos / part, Preprocess(16)) for part in ("train", "val"))
+    features = np.random.default_rng(0).normal(size=(21, 5))
+    cache = write_cache(tmp_path / "cache", {"val/": val, "train/": train}, features)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    assert np.allclose(val.embeddings(cache, "val/"), unit[:9]) and np.allclose(
+        train.embeddings(cache, "train/"), unit[9:]
+    )
+    with pytest.raises(ValueError, match=r"9 of 9 images in .* are not in the cache .*first: test/class0/0.png"):
+        val.embeddings(cache, "test/")
+    other = write_cache(tmp_path / "other", {"val/": val}, features[:9], short_side=40)
+    with pytest.raises(ValueError, match=r"short_side=40.*, the data has .*image_size=16, short_side=16"):
+        val.embeddings(other, "val/")
+    flipped = write_cache(tmp_path / "flipped", {"val/": val}, features[:9], views=("flip",))
+    with pytest.raises(ValueError, match="lacks plain"):
+        val.embeddings(flipped, "val/")
+    file = photos / "val" / "class1" / "2.png"
+    Image.new("RGB", (22, 22)).save(file)
+    changed = load_image_store(photos / "val", Preprocess(16))
+    with pytest.raises(ValueError, match=r"class1/2.png is not the image whose embedding is in the cache"):
+        changed.embeddings(cache, "val/")
