@@ -14,6 +14,7 @@ from lipsim.attacks.registry import ATTACKS
 from lipsim.cli.parser import budget, positive_int
 from lipsim.data.transforms import load_image
 from lipsim.metric import load
+from lipsim.metric.files import DEFAULT
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "metric for each budget that does not suffice: seconds for the bundled metric, minutes for a ViT on a CPU."
     )
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE", help="two or three image files")
-    parser.add_argument(
-        "--checkpoint", default="quickstart", help="a .safetensors file or a bundled name (%(default)s)"
-    )
+    parser.add_argument("--checkpoint", default=DEFAULT, help="a .safetensors file or a bundled name (%(default)s)")
     parser.add_argument("--goal", choices=GOALS, default="different", help="of a pair (%(default)s)")
     parser.add_argument("--target", choices=TARGETS, default="reference", help="of a triplet (%(default)s)")
     parser.add_argument(

@@ -11,6 +11,7 @@ from lipsim.cli.parser import positive_int
 from lipsim.data import BuiltinTriplets
 from lipsim.data.sets.folder import load_first_images
 from lipsim.metric import load
+from lipsim.metric.files import DEFAULT
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -24,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processor time, which grow with --samples and --steps. Exit status 1 where a lower bound exceeds an upper "
         "one, or the total exceeds --require."
     )
-    parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=DEFAULT,
+        help="a .safetensors file, or the name of a bundled metric (%(default)s)",
+    )
     parser.add_argument("--images", type=user_path, help="folder of sample images; default: built-in ones")
     parser.add_argument("--samples", type=positive_int, default=4, help="how many images to look at (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=30, help="steps of the attack (%(default)s)")

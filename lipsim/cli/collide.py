@@ -18,6 +18,7 @@ from lipsim.attacks.projections import Norm
 from lipsim.cli.parser import UsageError, budget, output_folder, positive_int
 from lipsim.data.transforms import Preprocess, load_image
 from lipsim.metric import load
+from lipsim.metric.files import DEFAULT
 from lipsim.results.formats import write_table
 from lipsim.results.tables import print_table
 from lipsim.utils.files import write_text
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("image", type=user_path, metavar="IMAGE", help="an image file")
     parser.add_argument("--target", type=user_path, metavar="IMAGE", help="to become like; default: noise")
-    parser.add_argument("--model", default="quickstart", help=f"{NAMES} (%(default)s)")
+    parser.add_argument("--model", default=DEFAULT, help=f"{NAMES} (%(default)s)")
     parser.add_argument(
         "--layer",
         help=f"path of a module whose output stays, or {OUTPUT} for that of the whole model; default: the kernel of "

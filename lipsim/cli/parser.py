@@ -71,6 +71,14 @@ def named_file(text: str) -> tuple[str, str]:
     return name, file
 
 
+def column(text: str) -> tuple[str, str]:
+    """``OURS=THEIRS``: what one of our columns is called in a file."""
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS, such as dmos=distortion, got {text!r}")
+    return ours, theirs
+
+
 def device(name: str) -> torch.device:
     """A device that has float64."""
     import torch  # which `lipsim --help` does without

@@ -13,6 +13,7 @@ from lipsim.analysis.traversal import Level, answer_level, confidence_level, nam
 from lipsim.cli.parser import budget, natural_int, output_folder, positive_int
 from lipsim.data.transforms import Preprocess, load_image
 from lipsim.metric import load
+from lipsim.metric.files import DEFAULT
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", type=user_path, metavar="SOURCE", help="image file where the walk starts")
     parser.add_argument("target", type=user_path, metavar="TARGET", help="image file that it goes towards")
-    parser.add_argument("--model", default="quickstart", help=f"{NAMES} (%(default)s)")
+    parser.add_argument("--model", default=DEFAULT, help=f"{NAMES} (%(default)s)")
     parser.add_argument("--weights", type=user_path, help="file of a classifier's state; default: random weights")
     parser.add_argument("--image-size", type=positive_int, help="side of a classifier's images")
     parser.add_argument("--drop", type=budget, help="confidence that a classifier may lose (0.2)")

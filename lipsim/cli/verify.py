@@ -9,6 +9,7 @@ from lipsim.cli.parser import device, positive_int
 from lipsim.data.registry import DATA, sample_triplets
 from lipsim.evaluation.verify import verify
 from lipsim.metric import load
+from lipsim.metric.files import DEFAULT
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -22,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "metric takes 2.5 minutes of processor time, nearly all of it gradients in float64; more with --samples and "
         "--steps. Exit status 1 where a certificate breaks or a planted fault is missed."
     )
-    parser.add_argument("checkpoint", help="a .safetensors file, or the name of a bundled metric")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=DEFAULT,
+        help="a .safetensors file, or the name of a bundled metric (%(default)s)",
+    )
     parser.add_argument("--data", choices=DATA, default="builtin", help="triplets (%(default)s)")
     parser.add_argument("--root", type=user_path, help="folder of the data")
     parser.add_argument("--samples", type=positive_int, default=4, help="how many triplets (%(default)s)")

@@ -25,6 +25,7 @@ FORMAT = "lipsim-metric"
 VERSION = 1
 AUDITED = "audited"
 BUNDLED = packaged("checkpoints")
+DEFAULT = "photos"  # of the bundled metrics
 
 
 def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
@@ -96,19 +97,19 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path) -> PerceptualMetric:
+def load(path: str | Path = DEFAULT) -> PerceptualMetric:
     """Load a metric, in evaluation mode and with folded weights.
 
     Args:
         path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
-            bundled metric ("quickstart").
+            bundled metric ("photos", the default, or "quickstart").
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
         ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
 
     Example:
-        >>> metric = load("quickstart")
+        >>> metric = load()
         >>> metric.image_size, metric.anchor, f"{metric.lipschitz:.4f}"
         (64, 1.0, '1.0000')
     """

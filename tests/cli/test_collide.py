@@ -26,7 +26,8 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_a_whole_metric_collides(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    options = ["--target", files[1], "--layer", "output", "--steps", "12", "--output", str(output), "--json"]
+    options = ["--model", "quickstart", "--target", files[1], "--layer", "output", "--steps", "12", "--json"]
+    options += ["--output", str(output)]
     with pytest.raises(SystemExit) as stop:
         main(["collide", files[0], *options])
     assert stop.value.code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import imagecodecs
@@ -18,7 +19,7 @@ from lipsim.audit import UnboundedModuleError, lipschitz_bound, lower_bounds
 from lipsim.cli.main import main
 from lipsim.data.transforms import read_image, to_tensor
 from lipsim.layers import ExplicitConv2d, OrthogonalLinear
-from lipsim.metric import load, save
+from lipsim.metric import SmoothedMetric, load, save
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
 
@@ -87,7 +88,6 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["nothing.safetensors"], "no metric file"),
         ([tmp_path / "teacher.safetensors"], "no Lipschitz bound is known for SmallViT"),
         (["quickstart", "--samples", "0"], "--samples"),
-        ([], "the following arguments are required: checkpoint"),
     ):
         assert _run("audit", *args) == 1
         error = capsys.readouterr().err
@@ -230,6 +230,28 @@ def test_certify_agrees_with_the_metric(
     assert f"answer: {facts['answer']}" in output and f"{original['reference']:.6g}" in output
 
 
+def test_smoothing_certifies_files_of_any_metric(pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    encoder = SmallViT(image_size=16, patch_size=8, width=16, depth=1)
+    file = save(PerceptualMetric(encoder, 16, lipschitz=math.inf), pictures[0].parent / "teacher.safetensors")
+    options = ["--smooth", "0.2", "--samples", "40", "--selection", "10", "--alpha", "0.01"]
+    assert _run("certify", file, *pictures, *options, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    images = [load(file).preprocess(read_image(picture)).unsqueeze(0) for picture in pictures]
+    expected = SmoothedMetric(load(file), 0.2, samples=40, selection=10, alpha=0.01).certify(*images)
+    assert (facts["n"], facts["n0"], facts["alpha"], facts["sigma"], facts["passes"]) == (40, 10, 0.01, 0.2, 52)
+    assert list(facts["counts"].values()) == expected.counts[0].tolist()
+    radius = facts["radius"]["reference"]
+    assert radius == float(expected.radius)
+    original = certificates.original_radius(radius, (30, 40), 16)
+    assert facts["original_radius"]["reference"] == pytest.approx(original, rel=1e-9)
+    assert _run("certify", file, *pictures, *options, "--moving", "all") == 0
+    output = capsys.readouterr().out
+    assert "all three, each: R =" in output and "holds with probability 0.99;" in output
+    assert _run("certify", file, *pictures, "--smooth", "0") == 1
+    assert "expected a finite sigma > 0" in capsys.readouterr().err
+
+
 def test_radii_hold_in_the_pixels_of_the_file(checkpoint: Path, pictures: list[Path]) -> None:
     """A change of the file of length R never moves the resized image further than the norm allows."""
     metric = load(checkpoint)
@@ -266,7 +288,7 @@ def test_certify_refuses_in_one_line(
         ([tmp_path / "teacher.safetensors", *pictures], "has no Lipschitz bound"),
         ([checkpoint, "nowhere.png", *pictures[1:]], "no image file nowhere.png"),
         ([checkpoint, tmp_path / "text.png", *pictures[1:]], "cannot read the image"),
-        ([checkpoint, *pictures[1:]], "required: right"),
+        (pictures[1:], "required: right"),
     ):
         assert _run("certify", *args) == 1
         error = capsys.readouterr().err

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name
 SMALL = ["--trainer.accelerator=cpu", "--data.num_train=32", "--data.num_val=16", "--data.num_test=16"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 EVALUATIONS = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))
+SLOW_CONFIGS = ("imagenet/*.yaml", "*_128.yaml", "photos/teacher.yaml")
 LINEAR = ROOT / "configs" / "quickstart" / "linear.yaml"
 
 
@@ -74,18 +76,19 @@ def imagenet(tmp_path: Path) -> Path:
     return tmp_path / "imagenet"
 
 
-def _encoder(config: Path, role: str) -> torch.nn.Module:
-    """The untrained encoder that a config would train."""
+def _encoder(config: Path, role: str, **options: Any) -> torch.nn.Module:
+    """The untrained encoder that a config would train, with other options where they are given."""
     choice = yaml.safe_load(config.read_text())["model"]["init_args"][role]
     return getattr(teachers if role == "teacher" else students, choice["class_path"].split(".")[-1])(
-        **choice["init_args"]
+        **{**choice["init_args"], **options}
     )
 
 
 def _stand_ins(room: str = "quickstart") -> None:
     """Untrained files where a room of configs expects those of earlier stages."""
     folder, run = ROOT / "configs" / room, Path("runs") / room
-    encoder, vit = _encoder(folder / "distill.yaml", "student"), _encoder(folder / "teacher.yaml", "teacher")
+    encoder = _encoder(folder / "distill.yaml", "student", **NARROW)
+    vit = _encoder(folder / "teacher.yaml", "teacher")
     size = vit.image_size
     save(PerceptualMetric(vit, size, anchor=0.0, lipschitz=float("inf")), run / "teacher/teacher.safetensors")
     save(PerceptualMetric(encoder, size, lipschitz=1.0), run / "distilled/distilled.safetensors")
@@ -93,20 +96,53 @@ def _stand_ins(room: str = "quickstart") -> None:
         save(PerceptualMetric(students.OrthogonalProjection(size, 8), size), run / f"{name}.safetensors")
 
 
-# What makes a test of the real configs small: the made-up data, batches, and the depth of the paper's student.
+def _stand_ins_of_photos() -> None:
+    """Untrained files of both sizes where the configs of photographs expect those of earlier stages."""
+    for stem, run in (("distill", "photos"), ("distill_128", "photos_128")):
+        encoder = _encoder(ROOT / "configs" / "photos" / f"{stem}.yaml", "student")
+        metric = PerceptualMetric(encoder, encoder.image_size, lipschitz=1.0)
+        save(metric, Path("runs") / run / "distilled/distilled.safetensors")
+    save(PerceptualMetric(students.OrthogonalProjection(64, 8), 64), "runs/photos/linear/linear.safetensors")
+
+
+# A student of the same layers as the default one.
+NARROW = {"widths": [16, 16, 32], "depths": [1, 1, 1]}
+# What makes a test of the real configs small: the made-up data, batches, and width or depth of the students.
 OPTIONS = {
+    "photos": ["--data.batch_size=3", "--data.num_workers=0"],
     "quickstart": SMALL,
     "material": ["--data.val_triplets=100"],
     "nights": ["--data.batch_size=2", "--data.num_workers=0"],
     "bapps": ["--data.batch_size=2", "--data.num_workers=0", "--data.val_triplets=4"],
+    "table": ["--data.batch_size=2", "--data.num_workers=0"],
     "imagenet": [
         *("--data.batch_size=3", "--data.num_workers=0", "--data.triplets.num_workers=0"),
         *("--data.triplets.batch_size=2", "--model.student.depth=1", "--model.student.linear_depth=1"),
         *("--model.student.channels=6", "--model.student.linear_width=16"),
     ],
 }
-# The teacher of one config in small, with random weights in place of files.
+PHOTOS_DISTILL = [
+    *("--model.principal_axes=4", "--model.student.out_features=4", "--data.triplets.batch_size=4"),
+    *("--data.triplets.num_val=4", "--data.triplets.num_test=4"),
+]
+PHOTOS_TRIPLETS = ["--data.num_train=8", "--data.num_val=4", "--data.num_test=4"]
+SHARED = {"num_batches": 2, "num_images": 6, "per_class": 2, "num_triplets": 32, "num_distorted": 2}
+PHOTOS_SHARED = [*PHOTOS_TRIPLETS, f"--data.shared={json.dumps(SHARED)}"]
+RANDOM_BRANCH = '--model.teacher.branches=[{"model": "timm/resnet18", "weights": "random", "layers": [1]}]'
+# Teachers of some configs in small, with random weights in place of files.
 OPTIONS_OF = {
+    "material/teacher_adversarial": [
+        *("--model.adversary.steps=1", "--data.batch_size=4", "--trainer.val_check_interval=null"),
+        RANDOM_BRANCH,
+    ],
+    "photos/teacher": [*PHOTOS_TRIPLETS, RANDOM_BRANCH],
+    "photos/teacher_adversarial": [*PHOTOS_TRIPLETS, "--model.adversary.steps=1", RANDOM_BRANCH],
+    **{f"photos/{name}": PHOTOS_DISTILL for name in ("distill", "distill_128")},
+    **{f"photos/{name}": PHOTOS_SHARED for name in ("finetune", "finetune_128", "linear")},
+    **{
+        f"{room}/distill": [f"--model.student.{name}={value}" for name, value in NARROW.items()]
+        for room in ("quickstart", "nights")
+    },
     "nights/dreamsim": [
         *("--model.teacher.weights=random", "--trainer.precision=32-true"),
         '--model.teacher.options={"embed_dim": 24, "depth": 2, "num_heads": 2, "projection": 12}',
@@ -133,18 +169,31 @@ def _with_short_attacks(config: Path) -> str:
 
 @pytest.mark.parametrize(
     "config",
-    # The largest student of all takes a quarter of a minute.
-    [pytest.param(c, marks=pytest.mark.slow) if c.parent.name == "imagenet" else c for c in CONFIGS],
+    # The largest student of all takes a quarter of a minute; the others differ from one that runs by numbers alone.
+    [pytest.param(c, marks=pytest.mark.slow) if any(map(c.match, SLOW_CONFIGS)) else c for c in CONFIGS],
     ids=[f"{config.parent.name}/{config.stem}" for config in CONFIGS],
 )
 def test_every_config_runs(config: Path, request: pytest.FixtureRequest) -> None:
     room = config.parent.name
     if config.stem == "dreamsim":
         pytest.importorskip("peft", reason="comes with the extra lipsim[tune]")
-    _stand_ins("quickstart" if room in ("quickstart", "material") else "nights")
+    if room == "photos":
+        _stand_ins_of_photos()
+    else:
+        _stand_ins("quickstart" if room in ("quickstart", "material", "table") else "nights")
     options = [*OPTIONS[room], *OPTIONS_OF.get(f"{room}/{config.stem}", [])]
     if room != "quickstart":
-        options.append(f"--data.root={request.getfixturevalue(room)}")
+        options.append(f"--data.{'file' if room == 'table' else 'root'}={request.getfixturevalue(room)}")
+    if room == "photos":
+        cached = "model" if "distill" in config.stem else "data"
+        options.append(f"--{cached}.cache={request.getfixturevalue('photo_cache')}")
+        if cached == "model":
+            options.append(f"--data.triplets.root={request.getfixturevalue('photos')}")
+        if config.stem == "finetune":
+            options += [
+                *("--data.human=MaterialData", f"--data.human.root={request.getfixturevalue('material')}"),
+                *("--data.human.image_size=64", "--data.human.val_triplets=50", "--data.human.batch_size=8"),
+            ]
     if room == "imagenet":
         options.append(f"--data.triplets.root={request.getfixturevalue('nights')}")
     for subcommand in ("fit", "test"):
@@ -166,9 +215,12 @@ def test_every_evaluation_runs(config: Path, request: pytest.FixtureRequest) -> 
         "material": ["--data.val_triplets=20", "--data.batch_size=8"],
         "nights": ["--data.image_size=64", "--data.batch_size=2", "--data.num_workers=0"],
         "bapps": ["--data.image_size=64", "--data.batch_size=2", "--data.num_workers=0"],
+        "photos": ["--data.num_test=4"],
+        "table": ["--data.batch_size=2", "--data.num_workers=0"],
     }[config.stem]
     if config.stem != "builtin":
-        options.append(f"--data.root={request.getfixturevalue(config.stem)}")
+        where = "file" if config.stem == "table" else "root"
+        options.append(f"--data.{where}={request.getfixturevalue(config.stem)}")
     short = _with_short_attacks(config)
     args = ["--config", short, "--checkpoint=metric.safetensors", "--trainer.accelerator=cpu", *options, *QUIET]
     cli = evaluate([*args, "--trainer.limit_test_batches=1"])
@@ -397,7 +449,7 @@ def _assert_same(a, b) -> None:
 
 
 def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--data.num_train=32", "--data.num_val=16", "--data.num_test=12", "--data.batch_size=16"]
+    small = ["--data.num_train=32", "--data.num_val=8", "--data.num_test=6", "--data.batch_size=16"]
     results = quickstart(["--trainer.max_epochs=1", "--trainer.accelerator=cpu", *small, *QUIET])
     folder = Path("runs/quickstart")
     for name in ("results.json", "radii.csv", "attacks.csv", "report.md", "quickstart.safetensors"):
