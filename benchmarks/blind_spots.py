@@ -9,8 +9,9 @@
   weights have.
 - Nullity: all weights of torchvision/resnet50, and all its operators on images of 224 pixels. Seconds; the baseline is
   one forward and backward pass for one image.
-- Traversal: `attacks.level_set` on the confidence of ResNet-18 for 8 images of 64 pixels, both rules, beside the
-  very forward and backward passes that the walk makes, counted by its objective and made again alone.
+- Traversal: `attacks.level_set` on the confidence of ResNet-18 for 8 images of 64 pixels, and on a distance of the
+  bundled metric for 8 photographs of that size, a network whose passes are short; both rules, beside the very forward
+  and backward passes that the walk makes, counted by its objective and made again alone.
 
 One thread, processor time; each round runs baseline and case in turn, ratios are medians of the rounds. Two minutes.
 """
@@ -26,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lipsim
 from lipsim.analysis.models import load_model
 from lipsim.analysis.nullity import nullity
 from lipsim.analysis.operator_kernels import operator_kernels
-from lipsim.attacks import ConfidenceObjective, first_operator, level_set, null_space
+from lipsim.attacks import ConfidenceObjective, DistanceObjective, first_operator, level_set, null_space
 from lipsim.attacks.objectives import Objective
 from lipsim.data.builtin.photographs import load_photograph
 
@@ -84,19 +86,29 @@ def _walks(options: argparse.Namespace) -> None:
     x = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         labels = network(x).argmax(1)
-    for newton, rule in ((False, "published"), (True, "Newton-corrected")):
-        counted = _Counted(ConfidenceObjective(network, labels, x, drop=0.05))
+    photographs = torch.cat([_photograph(name, 64) for name in ("astronaut", "coffee", "chelsea", "rocket")] * 2)
+    cases: dict[str, tuple[Tensor, Callable[[], Objective]]] = {
+        "ResNet-18": (x, lambda: ConfidenceObjective(network, labels, x, drop=0.05)),
+        "the bundled metric": (
+            photographs,
+            lambda: DistanceObjective(lipsim.load("quickstart"), photographs, threshold=0.03),
+        ),
+    }
+    for name, (images, objective) in cases.items():
+        for newton, rule in ((False, "published"), (True, "Newton-corrected")):
+            _walk(name, rule, objective(), images, newton, options)
 
-        def walk(objective: Objective, newton: bool = newton) -> Tensor:
-            return level_set(objective, x, x.flip(0), steps=options.steps, newton=newton)
 
-        walk(counted)
-        calls = counted.calls
-        cases: dict[str, Callable[[], object]] = {
-            f"traversal, {rule} rule": lambda: walk(ConfidenceObjective(network, labels, x, drop=0.05))
-        }
-        label = f"{len(calls)} forward and {sum(backward for _, _, backward in calls)} backward passes alone"
-        _table(label, lambda calls=calls: _again(network, x, calls), cases, options.rounds)  # type: ignore[misc]
+def _walk(name: str, rule: str, objective: Objective, x: Tensor, newton: bool, options: argparse.Namespace) -> None:
+    def walk(objective: Objective) -> Tensor:
+        return level_set(objective, x, x.flip(0), steps=options.steps, newton=newton)
+
+    counted = _Counted(objective)
+    walk(counted)
+    calls = counted.calls
+    cases: dict[str, Callable[[], object]] = {f"traversal on {name}, {rule} rule": lambda: walk(objective)}
+    label = f"{len(calls)} forward and {sum(backward for _, _, backward in calls)} backward passes alone"
+    _table(label, lambda: _again(objective, x, calls), cases, options.rounds)
 
 
 class _Counted:
@@ -121,14 +133,13 @@ class _Counted:
         return _Counted(self.objective.select(rows), self.calls)
 
 
-def _again(network: nn.Module, x: Tensor, calls: list[list[int]]) -> None:
+def _again(objective: Objective, x: Tensor, calls: list[list[int]]) -> None:
     """The passes of a walk, without the walk."""
-    with torch.no_grad():
-        network(x)  # the clean confidence
     for count, graph, backward in calls:
         images = x[:count].clone().requires_grad_(bool(graph))
+        part = objective if count == len(x) else objective.select(torch.arange(count))
         with torch.set_grad_enabled(bool(graph)):
-            value = network(images).softmax(1)[:, 0].sum()
+            value = part(images).sum()
         if backward:
             torch.autograd.grad(value, images)
 

@@ -219,20 +219,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with cifar10-train.tar.gz, imagenet-sample/")
     parser.add_argument("--output", type=Path, required=True, help="folder for networks, results and tables")
-    parser.add_argument("--images", type=int, default=24, help="of CIFAR-10 (%(default)s)")
+    parser.add_argument("--images", type=int, default=24, help="of CIFAR-10; 0: without (%(default)s)")
     parser.add_argument("--photographs", type=int, default=3, help="for EfficientNet-Lite0; 0: without (%(default)s)")
-    parser.add_argument("--triplets", type=int, default=8, help="for the bundled metric (%(default)s)")
+    parser.add_argument("--triplets", type=int, default=8, help="for the bundled metric; 0: without (%(default)s)")
     options = parser.parse_args()
     output: Path = options.output
-    images, labels = cifar(options.shared / "cifar10-train.tar.gz", NUM_TRAIN + NUM_TEST)
     with Progress("level sets") as say:
-        networks = {name: trained(name, images, labels, output / "networks", say) for name in ADVERSARIES}
-        for name, protocol in {"small": LevelSetProtocol(), "newton": NEWTON}.items():
-            folder = output / name
-            found = protocol_of_small_networks(networks, images, labels, protocol, options.images, folder, say)
-            write_tables(folder, found, protocol)
-        protocol_of_a_metric(options.triplets, output / "metric", say)
-        grid_of_photographs(output, say)
+        if options.images:
+            images, labels = cifar(options.shared / "cifar10-train.tar.gz", NUM_TRAIN + NUM_TEST)
+            networks = {name: trained(name, images, labels, output / "networks", say) for name in ADVERSARIES}
+            for name, protocol in {"small": LevelSetProtocol(), "newton": NEWTON}.items():
+                folder = output / name
+                found = protocol_of_small_networks(networks, images, labels, protocol, options.images, folder, say)
+                write_tables(folder, found, protocol)
+        if options.triplets:
+            protocol_of_a_metric(options.triplets, output / "metric", say)
+            grid_of_photographs(output, say)
         if options.photographs:
             photographs = options.shared / "imagenet-sample" / "val"
             large = protocol_of_a_large_network(photographs, options.photographs, output / "large", say)

@@ -107,7 +107,7 @@ def project_to_kernel(
         linear = Weighted(linear, weight)
     with torch.no_grad():
         zeros = torch.zeros(len(v)).to(v)
-        y = _solve(linear, torch.ones_like(v), linear(v), zeros, zeros + tolerance, iterations)
+        y = solve_normal_equations(linear, torch.ones_like(v), linear(v), zeros, zeros + tolerance, iterations)
         return v - linear.adjoint(y)
 
 
@@ -166,7 +166,7 @@ def nearest_in_kernel(
         # Without anything clipped the equations are linear, and one step is enough.
         linearised = (delta == aimed).flatten(1).all(1)
         aim = torch.where(linearised, tolerance, residual.clamp(max=0.1)).clamp(min=tolerance)
-        newton = _solve(linear, free, image, 1e-4 * residual.clamp(max=1) * gain, aim / 2, iterations)
+        newton = solve_normal_equations(linear, free, image, 1e-4 * residual.clamp(max=1) * gain, aim / 2, iterations)
         y = _search(linear, v, low, high, y, newton, delta, image)
     return found, missing, dual
 
@@ -207,7 +207,9 @@ def _without(u: Tensor, directions: Tensor) -> Tensor:
     return u - torch.einsum("nmk,nm->nk", directions, along)
 
 
-def _solve(linear: LinearMap, free: Tensor, b: Tensor, damping: Tensor, tolerance: Tensor, iterations: int) -> Tensor:
+def solve_normal_equations(
+    linear: LinearMap, free: Tensor, b: Tensor, damping: Tensor, tolerance: Tensor, iterations: int
+) -> Tensor:
     """``(A D Aᵀ + damping) y = b`` with a diagonal ``D`` of zeros and ones, by conjugate gradients, per row.
 
     Each row stops once it has converged to its own ``tolerance`` ``(N,)``, whatever the others do, so that results do

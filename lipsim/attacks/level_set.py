@@ -20,8 +20,11 @@ from lipsim.utils.errors import LipsimError
 
 _BOX_STEPS = 3  # towards the step that the box leaves; where no pixel is clipped the first is exact
 _GROWTH = 1.25  # of a Newton-corrected step after one that was accepted
+_ENOUGH = 1e-6  # of a Newton-corrected step may be left of it beyond the boundary of the linear model
 _SAFETY = 1.5  # times the error of the last step is kept from the boundary
 _INSIDE = 1e-4  # of a Newton-corrected step is kept from the boundary at least
+_SQUARES = 1e4  # times the root of the least normal number: longer gradients have squares that do not underflow
+_FIRST = 64  # values of an image
 _SHORTEST = 1e-6  # of the first step; a sample that cannot take even that stands still
 
 
@@ -148,40 +151,52 @@ class Traversal:
         """One step of the samples at ``rows`` ``(M,)``, in place; ``(M,)`` bool, who stands still from now on."""
         x, gradient, push = (self._at(rows, tensor) for tensor in (self.x, self.gradient, self.push))
         way = target - x
-        unit, _ = _direction(gradient)
-        along = step_size * (way - expand(_dot(unit, way), x) * unit)
-        pushed = (push + correction / 2 * gradient).clamp(-correction, correction)
-        moved = _clip(x + along - pushed, box)
+        scaled, size, _ = _scaled(gradient)
+        along = _over(_over(_dot(scaled, way), size), size)
+        pushed = torch.add(push, gradient, alpha=correction / 2).clamp_(-correction, correction)
+        moved = torch.add(x, way, alpha=step_size).addcmul_(expand(-step_size * along, x), scaled).sub_(pushed)
+        if box is not None:
+            moved.clamp_(*box)
         nowhere, saturated = _equal(moved, x), _equal(pushed, push)
         accepted, _ = self._try(objective, rows, moved)
-        self.push[rows] = pushed
+        self._put(self.push, rows, pushed)
         # Where it was refused, the next step would be the same one; where it led nowhere, too.
         return (nowhere | ~accepted) & saturated
 
     def _newton_step(self, objective: Objective, rows: Tensor, target: Tensor, step_size: float, box: Box) -> Tensor:
         """One step of the samples at ``rows`` ``(M,)``, in place; ``(M,)`` bool, who stands still from now on."""
         x, gradient = self._at(rows, self.x), self._at(rows, self.gradient)
-        value, slack, length = self.value[rows], self.slack[rows], self.length[rows]
+        value, slack, length = (self._at(rows, tensor) for tensor in (self.value, self.slack, self.length))
         length = torch.where(length > 0, length.clamp(max=step_size), step_size)
-        straight = torch.lerp(x, target, expand(length, x))
-        unit, norm = _direction(gradient)
-        reach = sample_norm(straight - x)
+        scaled, size, norm = _scaled(gradient)
+        way = target - x
+        reach, ahead = length * _norm(way), _over(length * _dot(scaled, way), size)
         # Rounding refuses points on the boundary itself. Where the gradient nearly vanishes its linear model says
         # little: no way down that is longer than the step.
         excess = torch.minimum(_over(value + slack, norm) + _INSIDE * reach, reach)
-        moved = _into_half_space(x, straight, unit, excess, box)
-        expected = value + norm * _dot(unit, moved - x)
+        straight = torch.lerp(x, target, expand(length, x))
+        moved, along = _into_half_space(straight, ahead, scaled, size, excess, _ENOUGH * reach, box)
+        expected = value + norm * along
         nowhere = _equal(moved, x)
         accepted, reached = self._try(objective, rows, moved)
         # The objective bends away from its tangent with the square of the step; what the box left over counts too.
         scale = torch.where(accepted, (step_size / length).clamp(max=_GROWTH), 0.5)
         error = (reached - expected.clamp(max=0)).nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)
-        self.length[rows], self.slack[rows] = length * scale, _SAFETY * error * scale.square()
-        return torch.where(accepted, nowhere, length * scale < _SHORTEST * step_size)
+        length = length * scale
+        self._put(self.length, rows, length)
+        self._put(self.slack, rows, _SAFETY * error * scale.square())
+        return torch.where(accepted, nowhere, length < _SHORTEST * step_size)
 
     def _at(self, rows: Tensor, tensor: Tensor) -> Tensor:
         """The rows of one of the fields, to be read before :meth:`_try`; no copy where they are all."""
         return tensor if len(rows) == len(self.x) else tensor[rows]
+
+    def _put(self, tensor: Tensor, rows: Tensor, new: Tensor) -> None:
+        """Write the rows of one of the fields."""
+        if len(rows) == len(self.x):
+            tensor.copy_(new)
+        else:
+            tensor[rows] = new
 
     def _try(self, objective: Objective, rows: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """Go to the points ``(M, …)`` that are of the level set; ``(M,)`` who went, and the objective at all points.
@@ -192,11 +207,14 @@ class Traversal:
             moved = moved.detach().requires_grad_(True)
             value = objective(moved)
             accepted = value.detach() <= 0
-            if accepted.any():
+            if count := int(accepted.sum()):
                 (gradient,) = torch.autograd.grad(value.sum(), moved)
-                gone = rows[accepted]
-                self.x[gone], self.value[gone] = moved.detach()[accepted], value.detach()[accepted]
-                self.gradient[gone] = gradient[accepted].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+                gone, there, reached = rows, moved.detach(), value.detach()
+                if count < len(rows):
+                    gone, there, reached, gradient = (tensor[accepted] for tensor in (rows, there, reached, gradient))
+                self._put(self.x, gone, there)
+                self._put(self.value, gone, reached)
+                self._put(self.gradient, gone, gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
                 self.accepted[gone] += 1
         return accepted, value.detach()
 
@@ -271,35 +289,72 @@ def level_set(
     ).x
 
 
-def _direction(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of length 1, 0 where they vanish, and their lengths ``(N,)``."""
-    low, high = gradient.flatten(1).aminmax(dim=1)
-    largest = torch.maximum(high, -low)
-    # Divided by the largest entry first: squares of the gradients of a sure classifier underflow.
-    scaled = gradient / expand(torch.where(largest > 0, largest, 1.0), gradient)
-    norm = sample_norm(scaled)
-    return scaled / expand(torch.where(norm > 0, norm, 1.0), gradient), norm * largest
+def _scaled(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients over a number each, and the lengths ``(N,)`` of these quotients and of the gradients.
 
-
-def _into_half_space(x: Tensor, start: Tensor, unit: Tensor, excess: Tensor, box: Box) -> Tensor:
-    """The point of the box nearest to ``start`` with ``excess + ⟨unit, point − x⟩ ≤ 0``, where there is one.
-
-    By Newton's method on the multiplier ``λ`` of ``clip(start − λ unit)``, of which the left side is a convex
-    function, so that no step goes too far.
+    The number is 1 where squares of the gradient's entries can be added up, and its largest entry where they would
+    underflow, as those of a sure classifier do.
     """
-    multiplier, point = torch.zeros_like(excess), start
-    for _ in range(1 if box is None else _BOX_STEPS):
-        over = (excess + _dot(unit, point - x)).clamp(min=0)
-        free = torch.where(point == start - expand(multiplier, x) * unit, unit, 0.0)
-        size = sample_norm(free).square()
-        multiplier = multiplier + _over(over, size)
-        point = _clip(start - expand(multiplier, x) * unit, box)
-    return point
+    norm = _norm(gradient)
+    plain = (norm > _SQUARES * torch.finfo(norm.dtype).tiny ** 0.5) & (norm < torch.inf)
+    if plain.all():
+        return gradient, norm, norm
+    largest = sample_norm(gradient, "inf")
+    scale = torch.where(plain | ~(largest > 0), 1.0, largest)
+    scaled = gradient / expand(scale, gradient)
+    size = _norm(scaled)
+    return scaled, size, size * scale
+
+
+def _into_half_space(
+    start: Tensor, ahead: Tensor, normal: Tensor, size: Tensor, excess: Tensor, enough: Tensor, box: Box
+) -> tuple[Tensor, Tensor]:
+    """The point of the box nearest to ``start = x + step`` with ``excess + ⟨u, point − x⟩ ≤ 0``, if there is one.
+
+    By Newton's method on the multiplier ``λ`` of ``clip(start − λ u)``, of which the left side is a convex function,
+    so that no step goes too far.
+
+    Args:
+        start: ``(N, …)``.
+        ahead: ``(N,)``, ``⟨u, start − x⟩``, which is all that is asked of ``x``.
+        normal: like ``start``, ``u`` times its length before it was one.
+        size: ``(N,)``, that length; 0: ``u`` is 0.
+        excess: ``(N,)``.
+        enough: ``(N,)``, what the left side may be instead of 0 at the end.
+        box: the range of the point.
+
+    Returns:
+        The point, and ``⟨u, point − x⟩`` ``(N,)``.
+    """
+    multiplier = (excess + ahead).clamp(min=0)
+    steps = 1 if box is None else _BOX_STEPS
+    for step in range(steps):
+        free = torch.addcmul(start, normal, expand(-_over(multiplier, size), start))
+        point, along = _clip(free, box), ahead - multiplier
+        if box is None:
+            break
+        cut = point - free
+        taken = _over(_dot(normal, cut), size)
+        along = along + taken
+        # Where the box takes nothing away, the first multiplier is exact.
+        over = excess + along
+        again = (taken != 0) & (over > enough)
+        if step == steps - 1 or not again.any():
+            break
+        left = _over(_norm(normal.masked_fill(cut != 0, 0.0)), size).square()
+        multiplier = multiplier + torch.where(again, _over(over, left), 0.0)
+    return point, along
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     """A quotient that is 0 where the denominator is."""
-    return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0)
+    return (numerator / denominator).where(denominator > 0, 0.0)
+
+
+def _norm(a: Tensor) -> Tensor:
+    """Length of each sample, ``(N,)``."""
+    norm: Tensor = torch.linalg.vector_norm(a.flatten(1), dim=1)
+    return norm
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -308,8 +363,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
-    """``(N,)`` bool, where samples are equal."""
-    return (a == b).flatten(1).all(1)
+    """``(N,)`` bool, where samples are equal: where their first values are, the others are looked at."""
+    a, b = a.flatten(1), b.flatten(1)
+    same = (a[:, :_FIRST] == b[:, :_FIRST]).all(1)
+    return (a == b).all(1) if same.any() else same
 
 
 def _clip(x: Tensor, box: Box) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lipsim.attacks.first_operator import FirstOperator
 from lipsim.attacks.kernel_projection import Rows, Traced, nearest_in_kernel, project_to_kernel, walk_in_kernel
+from lipsim.attacks.kernel_splitting import split_in_kernel
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box, Norm, check_norm, expand, sample_norm
 from lipsim.utils.errors import LipsimError
@@ -25,7 +26,6 @@ _TRIVIAL = 1e-3  # share of a direction below which a kernel holds nothing but w
 _EXACT = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-6, 1e-5)}
 _PATIENCE = 20  # times the iterations of conjugate gradients where the usual number is not enough
 _NEWTON = 12  # steps
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of a direction, where Newton's steps do not converge for all of it
 _FEW = 64  # dimensions of a kernel up to which walking in it is cheaper than solving for the nearest point
 
 
@@ -128,9 +128,10 @@ def null_space_move(
     """Move to the point nearest to ``x + direction`` that ``operator`` cannot tell from ``x``.
 
     Clipping would destroy exactness. The box is a constraint of the projection instead
-    (:func:`lipsim.attacks.kernel_projection.nearest_in_kernel`), saturated pixels move inwards only, and what little
-    convergence may leave of an image is moved in proportion to each pixel's room, which is exact too. Patch embeddings
-    are solved patch by patch, in float64.
+    (:func:`lipsim.attacks.kernel_projection.nearest_in_kernel`), and saturated pixels move inwards only. Where too many
+    are for that to converge, :func:`lipsim.attacks.kernel_splitting.split_in_kernel` finds a point nearly as near, and
+    what it may leave of an image is moved in proportion to each pixel's room; both are exact too. Patch embeddings are
+    solved patch by patch, in float64.
 
     Args:
         operator: linear map ``A`` of changes of images, such as :func:`lipsim.attacks.first_operator` finds.
@@ -347,39 +348,17 @@ def _by_images(
     hard = (~trivial & (outside | ~exact(rows, found))).nonzero().flatten()
     if bounded and len(hard):
         v, least, most = where[hard] * direction[hard], low[hard] * where[hard], high[hard] * where[hard]
-        found[hard] = _nearest(operator, v, least, most, aim, accepted)
+        linear = Traced(operator, v)
+        solved, residual, _ = nearest_in_kernel(linear, v, least, most, tolerance=aim, steps=_NEWTON)
+        found[hard] = torch.where(expand(residual <= accepted, solved), solved, 0.0)
+        for i in (residual > accepted).nonzero().flatten().tolist():
+            one = slice(i, i + 1)
+            found[hard[one]] = split_in_kernel(Traced(operator, v[one]), v[one], least[one], most[one], aim)
         hard = hard[~exact(hard, found[hard]) | (sample_norm(found[hard]) == 0)]
         if len(hard):
             found[hard] = _in_proportion(operator, inside[hard], low[hard], high[hard], iterations)
     done = exact(rows, found) & ~trivial
     return torch.where(expand(done, found), found, 0.0) + unread, trivial & (unread == 0).flatten(1).all(1)
-
-
-def _nearest(
-    operator: Callable[[Tensor], Tensor], v: Tensor, low: Tensor, high: Tensor, aim: float, accepted: float
-) -> Tensor:
-    """The point nearest to ``v``, or to the largest tried share of it that Newton's steps converge for; 0 where none.
-
-    The more of an image is at its bounds the worse conditioned are the equations, so that a shorter direction may
-    converge where ``v`` does not. What converged for it is where the next larger one starts.
-    """
-    found, left = torch.zeros_like(v), torch.arange(len(v), device=v.device)
-    for shares in ((1.0,), _SHARES):
-        rows, dual = left, None
-        for share in shares:
-            aimed, linear = share * v[rows], Traced(operator, v[rows])
-            solved, residual, dual = nearest_in_kernel(
-                linear, aimed, low[rows], high[rows], tolerance=aim, steps=_NEWTON, start=dual
-            )
-            done = residual <= accepted
-            found[rows[done]] = solved[done]
-            rows, dual = rows[done], 2 * dual[done]
-            if not len(rows):
-                break
-        left = left[~torch.isin(left, rows)]
-        if not len(left):
-            break
-    return found
 
 
 def _in_proportion(

@@ -84,6 +84,32 @@ def test_wherever_there_is_a_kernel_images_move(conv: nn.Conv2d, size: int, dtyp
         assert found.x_adv.min() >= 0 and found.x_adv.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("conv", "size", "region", "least"),
+    [
+        (nn.Conv2d(3, 24, 7, stride=4, padding=3), 32, False, 8.0),
+        (nn.Conv2d(3, 8, 3, stride=2, padding=1), 24, True, 3.0),
+    ],
+    ids=["scattered", "region"],
+)
+def test_images_of_saturated_values_move(conv: nn.Conv2d, size: int, region: bool, least: float) -> None:
+    """Six values in ten are at a bound, where Newton's steps do not converge; the other way moved by 0 and by 1."""
+    torch.manual_seed(1)
+    conv.reset_parameters()
+    model = conv.double().eval().requires_grad_(False)
+    x, target = torch.rand(2, 1, 3, size, size, dtype=torch.float64)
+    if region:
+        x[..., : round(0.6 * size)] = 1.0
+    else:
+        x = torch.where(torch.rand_like(x) < 0.6, x.round(), x)
+    found = null_space_move(require_operator(model, size), x, target - x)
+    assert found.length > least and sample_norm(target - found.x_adv) < sample_norm(target - x)
+    assert found.x_adv.min() >= 0 and found.x_adv.max() <= 1
+    straight = model(target) - model(x)
+    share = found.length / sample_norm(target - x)
+    assert sample_norm(model(found.x_adv) - model(x)) <= 1e-6 * share * sample_norm(straight)
+
+
 def test_what_no_window_reads_moves_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stride of 2 leaves out the last row and column of even sizes, and 64 outputs see all of a window."""
     torch.manual_seed(0)

@@ -298,7 +298,11 @@ INSTANCES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*spectral_norm.*:FutureWarning")
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize(
+    "name",
+    # To import torch's compiler takes seconds; others with a forward of their own are among the rest.
+    [pytest.param(name, marks=pytest.mark.slow) if name == "compiled module" else name for name in INSTANCES],
+)
 def test_what_computes_more_than_its_class_is_refused(name: str) -> None:
     build, message = INSTANCES[name]
     with pytest.raises(UnboundedModuleError, match=message):

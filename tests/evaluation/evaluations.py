@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,3 +141,27 @@ def run_command(given: list[str]) -> None:
     """An evaluation in a process of its own, which may start others."""
     run = subprocess.run([*SCRIPT, *given], env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def fork_two(given: list[str]) -> None:
+    """An evaluation on two processes that are forked from this one, in an environment like torchrun's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_evaluate_as, args=(world, rank, given)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+
+
+def _evaluate_as(environment: dict[str, str], rank: int, given: list[str]) -> None:
+    os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    evaluate(given)

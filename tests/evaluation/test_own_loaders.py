@@ -205,6 +205,7 @@ def test_a_size_for_a_quick_run(cases: None) -> None:
 
 def test_old_pictures_go(cases: None) -> None:
     content = config(steps=1) | {"data": {"class_path": "lipsim.datamodules.Cases"}}
+    content["trainer"]["callbacks"][1]["init_args"]["queries"] = 1
     write_config(content)
     evaluate_case("dict", "run")
     written = {f"{kind}-{name}.png" for kind in ("attacked", "gallery", "null-space") for name in "xy"}
