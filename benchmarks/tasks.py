@@ -137,7 +137,7 @@ def builtin(make: Make, seconds: float, options: argparse.Namespace) -> dict[str
 
 def cifar(make: Make, seconds: float, options: argparse.Namespace) -> dict[str, list[float]]:
     """Semantic triplets of CIFAR-10 at 32 pixels; 5,000 of the training images are held out."""
-    images, labels = _read_cifar(options.shared / "cifar10-train.tar.gz")
+    images, labels = read_cifar(options.shared / "cifar10-train.tar.gz")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     known, held_out = order[:-5000], order[-5000:]
     encoder = _made(make, 32, 256, options)
@@ -223,7 +223,8 @@ def _semantic(classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     return rows, (chance[0] * same).argmax(1)[rows], (chance[1] * (classes[:, None] != classes)).argmax(1)[rows]
 
 
-def _read_cifar(archive: Path) -> tuple[Tensor, Tensor]:
+def read_cifar(archive: Path) -> tuple[Tensor, Tensor]:
+    """Images ``(N, 3, 32, 32)`` uint8 and numbers of their classes, from an archive of ``CLASS/IMAGE``."""
     images, names = [], []
     with tarfile.open(archive) as files:
         for member in files:

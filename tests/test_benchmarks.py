@@ -2,16 +2,141 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from lipsim.results.benchmark import benchmark_tables
+from lipsim.results.runs import load_runs
 from lipsim.students import SLLNetwork
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks can be imported by their names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.slow  # a quarter of a minute
+def test_the_benchmark_of_all_rows_ends_in_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import results  # type: ignore[import-not-found]
+
+    sizes = ["--train-triplets", "40", "--test-triplets", "12", "--attacked-triplets", "4", "--timed-batch", "4"]
+    sizes += ["--attack-steps", "2", "--queries", "2", "--smoothed-triplets", "2", "--samples", "30", "--alpha", "0.1"]
+    rows = ["--data", "builtin", "--image-size", "16", "--rows", "pixel,linear", "teacher-smoothed-1"]
+    rows += ["--minutes", "0.003"]
+    command = [*rows, *sizes, "--device", "cpu", "--threads", "1", "--workers", "0", "--output", str(tmp_path)]
+    assert results.main([*command, "--seeds", "0"]) == 0
+    assert results.main([*command, "--seeds", "0", "1", "--no-timing"]) == 0  # the first seed is there
+    assert "5 rows, 3 of them there" in capsys.readouterr().err
+    runs = load_runs([str(folder) for folder in sorted((tmp_path / "rows").iterdir())])
+    (_, scores), (_, costs) = benchmark_tables(runs)
+    pixel, linear, smoothed = scores
+    assert [row["metric"] for row in scores] == ["pixel ℓ2", "linear map", "teacher, smoothed, σ = 1"]
+    assert "±" in linear["natural"] and "±" not in pixel["natural"] and smoothed["abstains"]
+    assert float(pixel["36/255"]) <= float(pixel["natural"]) and not smoothed["attacked 1"]
+    assert [row["parameters"] for row in costs] == ["0", "197 k", "495 k"] and float(costs[0]["images/s"]) > 0
+    assert [row["passes an answer"] for row in costs] == ["", "3 ± 0", "132 ± 0"]
+    assert not sum(run.benchmark["sets"]["test"]["violations"] for run in runs if run.benchmark)
+    for option, message in ((["--rows", "ours,others"], "got others"), (["--seeds", "-1"], "at least 0")):
+        with pytest.raises(SystemExit):
+            results.main([*command, *option])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_triplets_over_shared_photographs() -> None:
+    from results_data import PER_CLASS, Task, Triplets, shared_triplets  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    classes = 5
+    embeddings = torch.nn.functional.normalize(torch.randn(classes * PER_CLASS, 3, dtype=torch.float64), dim=1)
+    ids, votes = shared_triplets(classes, embeddings)
+    near = torch.where(votes > 0.5, ids[:, 2], ids[:, 1])
+    far = torch.where(votes > 0.5, ids[:, 1], ids[:, 2])
+    semantic = (ids[:, 0] // PER_CLASS == near // PER_CLASS) & (ids[:, 0] // PER_CLASS != far // PER_CLASS)
+    cosines = [(embeddings[ids[:, 0]] * embeddings[rows]).sum(1) for rows in (near, far)]
+    assert bool((semantic | (cosines[0] >= cosines[1])).all()) and not bool((ids[:, :1] == ids[:, 1:]).any())
+    assert 0.75 < semantic.double().mean() < 0.9 and 0.45 < votes.mean() < 0.55
+    # Batches of a task: every image in the place that the triplets mean, here a constant of its number.
+    labels = torch.arange(60) % 5
+    images = torch.arange(60, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
+    own = Triplets(images, torch.tensor([[0, 5, 1]]), torch.zeros(1))
+    teacher = torch.nn.functional.normalize(torch.randn(60, 3), dim=1)
+    task = Task("t", 2, own, {}, 3, 1.0, 4, "none", None, images, teacher, teacher, labels)
+    batch = task.shared(torch.device("cpu"))()
+    numbers = [(part[:, 0, 0, 0] * 255).round().long() for part in (batch.reference, batch.left, batch.right)]
+    near = torch.where(batch.right_vote > 0.5, numbers[2], numbers[1])
+    assert 0.7 < (numbers[0] % 5 == near % 5).double().mean() < 0.95
+    assert [int(part[-1]) for part in numbers] == [0, 5, 1]
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_certified_classification_stays_below_the_attack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import cifar10  # type: ignore[import-not-found]
+    from PIL import Image
+
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
+        for number in range(60):
+            shade = (40 + 70 * (number % 3), 100, 200 - number)
+            content = io.BytesIO()
+            Image.new("RGB", (32, 32), shade).save(content, "PNG")
+            member = tarfile.TarInfo(f"train/class{number % 3}/{number}.png")
+            member.size = len(content.getvalue())
+            archive.addfile(member, io.BytesIO(content.getvalue()))
+    options = ["--minutes", "0.01", "--held-out", "20", "--attacked", "12", "--steps", "3", "--batch", "16"]
+    command = ["--images", str(tmp_path / "images.tar.gz"), *options, "--device", "cpu", "--output", str(tmp_path)]
+    assert cifar10.main([*command, "--widths", "16", "32", "--features", "16"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
+    certified, there, attacked = ([float(cell) for cell in row[-3:]] for row in rows)
+    assert all(low <= high for low, high in zip(there, attacked, strict=True))
+    assert float(rows[0][2]) >= certified[0] >= certified[2] >= 0
+    assert (tmp_path / "classifier.safetensors").is_file() and (tmp_path / "cifar10.md").is_file()
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_loss_of_the_classifier_is_a_smooth_hinge_on_the_radius() -> None:
+    import cifar10
+
+    from lipsim.certificates import class_radius
+
+    network = cifar10.Classifier(torch.nn.Flatten(), 12, 4).double()
+    x, labels = torch.randn(50, 12, dtype=torch.float64), torch.arange(50) % 4
+    answer, radius = class_radius(x, network.weight, network.bias)
+    signed = torch.where(answer == labels, radius, -torch.inf)
+    loss = cifar10.radius_loss(network(x), labels, network.weight, target=0.7, temperature=1e-3)
+    # At a low temperature the hinge of the worst class; of the right answers, that is the hinge on their radius.
+    logits = network(x)
+    apart = torch.cdist(network.weight, network.weight)[labels] + torch.eye(4, dtype=torch.float64)[labels]
+    worst = (
+        ((logits.gather(1, labels[:, None]) - logits) / apart)[torch.arange(4) != labels[:, None]].view(50, 3).amin(1)
+    )
+    torch.testing.assert_close(worst[signed >= 0], signed[signed >= 0])
+    torch.testing.assert_close(loss, (0.7 - worst).clamp(min=0).mean(), atol=2e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_images_move_by_whole_pixels() -> None:
+    import cifar10
+
+    torch.manual_seed(0)
+    x = torch.rand(40, 3, 6, 6)
+    for image, out in zip(x, cifar10.moved(x, shift=2), strict=True):
+        candidates = [
+            source[:, rows][:, :, columns]
+            for source in (image, image.flip(2))
+            for rows in (torch.arange(d, d + 6).clamp(0, 5) for d in range(-2, 3))
+            for columns in (torch.arange(d, d + 6).clamp(0, 5) for d in range(-2, 3))
+        ]
+        assert any(torch.equal(out, candidate) for candidate in candidates)
 
 
 def test_the_baseline_computes_what_the_student_computes() -> None:
@@ -62,6 +187,7 @@ def test_the_table_of_cached_steps_is_printed() -> None:
     assert float(row[2]) > 0 and float(row[4]) > 0
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_the_attack_tables_print_ratios_and_scores() -> None:
     options = ["--triplets", "2", "--steps", "2", "--rounds", "1", "--reach-triplets", "4", "--reach-steps", "1"]
     command = [sys.executable, str(BENCHMARKS / "attacks.py"), *options]

@@ -54,5 +54,5 @@ def test_packaged_configs_have_names(name: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["nights", "nights/finetun", "/configs/nights/finetune.yaml", "../nights/finetune"])
 def test_other_names_are_refused_with_a_list(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"no config {name}; .* bapps/finetune, .* quickstart/teacher$"):
+    with pytest.raises(FileNotFoundError, match=rf"no config {name}; .* bapps/finetune, .* table/finetune$"):
         find_config(name)
