@@ -174,7 +174,8 @@ class Traversal:
         # Rounding refuses points on the boundary itself. Where the gradient nearly vanishes its linear model says
         # little: no way down that is longer than the step.
         excess = torch.minimum(_over(value + slack, norm) + _INSIDE * reach, reach)
-        straight = torch.lerp(x, target, expand(length, x))
+        # Into the memory of the way: a batch of images costs more to allocate than to compute.
+        straight = torch.lerp(x, target, expand(length, x), out=way)
         moved, along = _into_half_space(straight, ahead, scaled, size, excess, _ENOUGH * reach, box)
         expected = value + norm * along
         nowhere = _equal(moved, x)
@@ -214,7 +215,8 @@ class Traversal:
                     gone, there, reached, gradient = (tensor[accepted] for tensor in (rows, there, reached, gradient))
                 self._put(self.x, gone, there)
                 self._put(self.value, gone, reached)
-                self._put(self.gradient, gone, gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+                self._put(self.gradient, gone, gradient)
+                self.gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
                 self.accepted[gone] += 1
         return accepted, value.detach()
 
@@ -333,7 +335,7 @@ def _into_half_space(
         point, along = _clip(free, box), ahead - multiplier
         if box is None:
             break
-        cut = point - free
+        cut = torch.sub(point, free, out=free)
         taken = _over(_dot(normal, cut), size)
         along = along + taken
         # Where the box takes nothing away, the first multiplier is exact.
