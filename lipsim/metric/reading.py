@@ -74,7 +74,8 @@ def _read(image: Image, preprocess: Callable[..., Tensor]) -> Tensor:
             return torch.stack([preprocess(_whole_numbers(one)) for one in _channels_last(image, preprocess)])
         if image.dtype not in (np.float16, np.float32, np.float64):
             raise LipsimError(f"expected values of 8 or 16 bits or floats in [0, 1], got {image.dtype}; {_REMEDY}")
-        image = torch.from_numpy(np.ascontiguousarray(image))  # tensors have no negative strides
+        # Copied where torch would refuse it, for negative strides, or warn, as it may not be written to.
+        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if not isinstance(image, Tensor):
         raise LipsimError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     if not image.dtype.is_floating_point:

@@ -143,6 +143,18 @@ def test_gradients_are_finite_at_identical_images(dtype: torch.dtype, anchor: fl
         assert second.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_finite_under_autocast(metric: PerceptualMetric, dtype: torch.dtype) -> None:
+    x, y = torch.rand(2, 3, 3, 16, 16)
+    for other in (x, y):
+        moving = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            distance = metric(moving, other, reduction="sum")
+        distance.backward()
+        assert moving.grad is not None and moving.grad.isfinite().all()
+        assert bool(moving.grad.any()) == (other is y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("anchor", [0.0, 1.0])
 def test_gradients_are_finite_at_zero_features(dtype: torch.dtype, anchor: float) -> None:

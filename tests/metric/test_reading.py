@@ -40,6 +40,7 @@ KINDS: dict[str, Callable[[np.ndarray], Any]] = {
     "array, mirrored twice": lambda p: p[:, ::-1].copy()[:, ::-1],
     "array of 16 bits": lambda p: p.astype(np.uint16) * 257,
     "array of floats": lambda p: p / np.float64(255),
+    "array of floats, not to be written to": lambda p: np.broadcast_to(p / np.float64(255), (2, *p.shape))[0],
     "array of floats of the other byte order": lambda p: (p / 255).astype(">f8"),
     "tensor of bytes": torch.from_numpy,
     "tensor of bytes, channels first": moved,
