@@ -83,6 +83,7 @@ class PerceptualMetric(nn.Module):
         resize: str = "float",
     ) -> None:
         super().__init__()
+        self._near_duplicates = NearDuplicates()
         check_count("image_size", image_size)
         if (own := declared_image_size(encoder)) is not None and own != image_size:
             raise LipsimError(f"expected the encoder's image_size {own}, got {image_size}")
@@ -92,7 +93,6 @@ class PerceptualMetric(nn.Module):
         self._bounds = EncoderBounds(lipschitz, feature_error)
         self.feature_error_kind = "declared" if feature_error else "none"
         self.preprocess = Preprocess(image_size, resize)
-        self._near_duplicates = NearDuplicates()
         if lipschitz is None:
             self.audit()
 

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import lipsim
 from lipsim import PerceptualMetric
@@ -177,6 +178,21 @@ def test_gradients_to_the_images_are_those_of_the_distance() -> None:
     assert torch.autograd.gradcheck(lambda t: metric(t, y), (x,))
     for other in (y, same):  # where the distance is 0, too
         assert torch.autograd.gradgradcheck(lambda t, other=other: metric(t, other), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, at the first forward derivative
+def test_forward_derivatives_pass_through_near_duplicates(metric: PerceptualMetric) -> None:
+    y, direction = torch.rand(2, 3, 3, 16, 16)
+    x = near_duplicates_of(y)
+    _, tangent = torch.func.jvp(lambda t: metric(t, y), (x,), (direction,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(metric(forward_ad.make_dual(x, direction), y)).tangent
+    moving = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(metric(moving, y).sum(), moving)
+    expected = (gradient * direction).flatten(1).sum(1)
+    assert expected.all()
+    torch.testing.assert_close(tangent, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(dual, expected, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
