@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from lipsim.certificates import TwoAFCCertificate
     from lipsim.certificates.errors import LipsimError
     from lipsim.metric import PerceptualMetric, load
+    from lipsim.metric.torchmetric import LipSimilarity
     from lipsim.training.run import train
 
 __all__ = [
+    "LipSimilarity",
     "LipsimError",
     "PerceptualMetric",
     "TwoAFCCertificate",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LipSimilarity": "lipsim.metric.torchmetric",
     "LipsimError": "lipsim.certificates.errors",
     "PerceptualMetric": "lipsim.metric",
     "TwoAFCCertificate": "lipsim.certificates",

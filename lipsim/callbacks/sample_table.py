@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipsim.evaluation.scores import unique_first
 from lipsim.utils import files
+from lipsim.utils.sampling import unique_first
 
 
 class SampleTable:

@@ -101,8 +101,12 @@ def scaled(z: Tensor, anchor: float, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled_norm(z: Tensor, constant: Tensor | None) -> Tensor:
-    """Norm of ``z`` and a constant; without the latter its gradient at 0 is 0 and not NaN."""
-    return torch.linalg.vector_norm(z, dim=-1) if constant is None else torch.sqrt(z.square().sum(-1) + constant**2)
+    """Norm of ``z`` and a constant; without the latter its derivatives at 0 are 0 and not NaN."""
+    if constant is not None:
+        return torch.sqrt(z.square().sum(-1) + constant**2)
+    zero = (z == 0).all(-1)
+    norm = torch.linalg.vector_norm(torch.where(zero.unsqueeze(-1), 1.0, z), dim=-1)
+    return torch.where(zero, 0.0, norm)
 
 
 def cosine_distance(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:

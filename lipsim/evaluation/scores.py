@@ -22,6 +22,7 @@ from lipsim.metric.distance import Distance
 from lipsim.results import eps_label
 from lipsim.results.schema import NaturalScores
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.sampling import unique_first
 
 
 class _PerSample(Metric):
@@ -53,14 +54,6 @@ class _PerSample(Metric):
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         _, first = unique_first(index)
         return rows[first]
-
-
-def unique_first(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted distinct values of ``index``, ``(N,)`` or rows ``(N, K)``, and the position at which each occurs first."""
-    values, inverse = torch.unique(index, return_inverse=True, dim=0 if index.ndim > 1 else None)
-    positions = torch.arange(len(index), device=index.device)
-    first = positions.new_full((len(values),), len(index)).scatter_reduce(0, inverse, positions, reduce="amin")
-    return values, first
 
 
 class TwoAFCScore(_PerSample):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lipsim.layers.fingerprint import bits
+from lipsim.layers.fingerprint import bits, single_bits
 from lipsim.utils.precision import full_precision
 
 _LOCK = RLock()  # of what threads share: modes of modules, and weights while they are folded
@@ -45,7 +45,8 @@ class FoldedLayer(LipschitzLayer):
 
     What was folded is used in evaluation mode only, and only while what it was derived from is the same, bit by bit:
     after an optimizer step, a loaded state, any edit, a move to another device or dtype, the layer derives its weights
-    again. A forward pass reads parameters once more for that, and a folded layer keeps a copy of them.
+    again. (Half precision, in which nothing is certified, rounds what was folded.) A forward pass reads parameters once
+    more for that, and a folded layer keeps a copy of them.
     """
 
     def __init__(self) -> None:
@@ -64,11 +65,40 @@ class FoldedLayer(LipschitzLayer):
         if self._pinned is not None:
             return self._pinned
         folded = self._folded  # once: another thread may unfold in between
-        return folded if folded and self._fold_is_valid() else self.derive()
+        if not folded or not self._fold_is_valid():
+            return self.derive()
+        return self._unless_changed(folded) if torch.compiler.is_dynamo_compiling() else folded
 
     def _fold_is_valid(self) -> bool:
         source = self._folded_from
         return source is not None and not self.training and source.is_that_of(self)
+
+    # torch.compile cannot trace it, and asks once, while it compiles. (This mark is what
+    # torch.compiler.assume_constant_result leaves, which takes a second to import.)
+    _fold_is_valid._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _unless_changed(self, folded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The folded weights in a compiled graph: NaN after a change of what they were derived from.
+
+        The graph cannot derive them again, and what it answers for other weights must not be taken for an answer.
+        """
+        assert self._folded_from is not None
+        same = [
+            (single_bits(tensor) == content.view(single_bits(tensor).dtype)).all()
+            for tensor, (_, _, content) in zip(_tensors(self), self._folded_from.tensors, strict=True)
+        ]
+        return tuple(torch.where(torch.stack(same).all(), weight, torch.nan) for weight in folded)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        folded = self._folded if self._fold_is_valid() else ()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if folded and not _HALVES & {weight.dtype for weight in folded}:
+            rounded = tuple(fn(weight) for weight in folded)
+            if _HALVES & {weight.dtype for weight in rounded}:
+                # Derived from rounded parameters they would be ten times as far off as what is rounded at the end.
+                with _LOCK, torch.no_grad():
+                    self._folded, self._folded_from = rounded, _Source(self)
+        return self
 
     def freeze(self) -> Self:
         if self._pinned is None:
@@ -148,6 +178,7 @@ def _attributes(layer: nn.Module) -> list[tuple[Any, ...]]:
 
 
 _PLAIN = (bool, int, float, str)
+_HALVES = {torch.float16, torch.bfloat16}
 
 
 @contextmanager

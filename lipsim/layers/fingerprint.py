@@ -91,6 +91,12 @@ def bits(tensor: Tensor) -> Tensor:
     return flat.view(torch.int64 if fits else _INTEGERS[size])
 
 
+def single_bits(tensor: Tensor) -> Tensor:
+    """:func:`bits` with one integer an element, of what is strided; torch.compile can trace it."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(_INTEGERS[flat.element_size()])
+
+
 class _Reader:
     """Collects what is plain as tokens, and tensors apart."""
 

@@ -110,16 +110,16 @@ def init_delta_orthogonal_(kernel: Tensor) -> Tensor:
 def orthonormal(weight: Tensor, passes: int = 1) -> Tensor:
     """A matrix with orthonormal rows and the span of ``(out, in)``, or orthonormal columns if ``out > in``.
 
-    Differentiable, computed in float32 at least. A matrix without full rank has no such factor: it gives zeros, which
-    are 1-Lipschitz.
+    Differentiable, in the dtype of the weight, computed in float32 at least. A matrix without full rank has no such
+    factor: it gives zeros, which are 1-Lipschitz.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
         tall = weight.shape[0] > weight.shape[1]
         rows = weight.mT if tall else weight
+        rows = rows.float() if weight.dtype in (torch.float16, torch.bfloat16) else rows
         for _ in range(passes):
             rows = _cholesky_qr(rows)
-        return rows.mT if tall else rows
+        return (rows.mT if tall else rows).to(weight.dtype)
 
 
 def _cholesky_qr(rows: Tensor) -> Tensor:

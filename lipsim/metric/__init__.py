@@ -10,12 +10,14 @@ from lipsim.metric.image_files import (
     original_radii,
     smooth_files,
 )
+from lipsim.metric.modules import ImageDistance
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.smoothed import SmoothedMetric
 
 __all__ = [
     "Distance",
     "FileCertificate",
+    "ImageDistance",
     "PerceptualMetric",
     "SmoothedFileCertificate",
     "SmoothedMetric",

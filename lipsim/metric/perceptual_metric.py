@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from copy import deepcopy
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,28 @@ from lipsim.certificates import TwoAFCCertificate, certify_triplets, geometry
 from lipsim.certificates.numbers import LARGEST_ANCHOR, check_count, check_number
 from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode, freeze
-from lipsim.layers.encoder import declared_image_size, dtype_of, first_weight
+from lipsim.layers.encoder import declared_image_size, dtype_of
+from lipsim.metric import inputs, reading
 from lipsim.metric.bounds import EncoderBounds
-from lipsim.utils.checks import check_images
+from lipsim.metric.near_duplicates import NearDuplicates
 from lipsim.utils.checks import check_range as _check_range
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
+
+Reduction = Literal["none", "mean", "sum"]
 
 
 class PerceptualMetric(nn.Module):
     """Cosine distance between anchored features, with certificates where the encoder has a Lipschitz bound.
 
-    Images are ``(N, 3, S, S)`` in [0, 1], and everything that takes them refuses others with the remedy: a metric
-    answers for pixels up to 255, or from -1 to 1, as plausibly as it does for images. Where other points are meant, as
-    in an attack without a box or in training, whose batches have been checked, ``check_range=False`` says so (as it has
-    to under :func:`torch.vmap`, where nothing has a value).
+    Images are ``(N, 3, S, S)`` in [0, 1], as :meth:`read` makes them of files, arrays and tensors of any size, and
+    everything that takes them refuses others with the remedy: a metric answers for pixels up to 255, or from -1 to 1,
+    as plausibly as it does for images. Where other points are meant, as in an attack without a box or in training,
+    whose batches have been checked, ``check_range=False`` says so (as it has to under :func:`torch.vmap`, where nothing
+    has a value).
+
+    Half precision is for distances only: ``metric.half()`` or ``metric.bfloat16()`` takes images in the same dtype, and
+    so does autocast; certificates refuse both.
 
     Args:
         encoder: maps images ``(N, 3, H, W)`` to features ``(N, D)``.
@@ -75,6 +83,7 @@ class PerceptualMetric(nn.Module):
         resize: str = "float",
     ) -> None:
         super().__init__()
+        self._near_duplicates = NearDuplicates()
         check_count("image_size", image_size)
         if (own := declared_image_size(encoder)) is not None and own != image_size:
             raise LipsimError(f"expected the encoder's image_size {own}, got {image_size}")
@@ -230,23 +239,74 @@ class PerceptualMetric(nn.Module):
         features: Tensor = self.encoder(x)
         return features
 
-    def forward(self, x: Tensor, y: Tensor, *, check_range: bool = True) -> Tensor:
-        """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)`` in [0, 1].
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        reduction: Reduction | None = "none",
+        normalize: bool = False,
+        check_range: bool = True,
+    ) -> Tensor:
+        """Distances ``(N,)`` in [0, 2] between images ``(N, 3, H, W)`` in [0, 1], or their mean or sum.
+
+        Those who come from other metrics: LPIPS takes [-1, 1] unless it is told ``normalize=True``, which there means
+        images in [0, 1], and returns ``(N, 1, 1, 1)``; torchmetrics' LPIPS reads ``normalize`` likewise and returns the
+        mean. DreamSim takes [0, 1] and returns ``(N,)``, as here. So what is ``lpips(x, y)`` on images in [-1, 1] is
+        ``metric(x, y, normalize=True)``, and what is ``lpips(x, y, normalize=True)`` is ``metric(x, y)``.
+
+        Without gradients, an audited metric in float32 computes distances below 0.01 in float64: they are the same in
+        any batch to a relative 1e-5, and 0 between equal images. As a loss it does not: half a dozen digits of a tiny
+        distance are no better gradient.
 
         Args:
             x: images.
             y: images to compare them with, each with its own or with the only one.
-            check_range: False takes any real numbers.
+            reduction: "none" (or None), "mean" or "sum".
+            normalize: the images are in [-1, 1], and are brought to [0, 1] here.
+            check_range: False takes any real numbers, and looks at no value.
 
         Raises:
-            ValueError: one is no such tensor, or their numbers differ.
+            ValueError: one is no such tensor, their numbers differ, or an unknown reduction.
         """
+        if reduction not in (None, "none", "mean", "sum"):
+            raise LipsimError(f"expected reduction 'none', 'mean' or 'sum', got {reduction!r}")
         for images in (x, y):
-            self.check_images(images, check_range=check_range)
+            self.check_images(images, check_range=False)
+            if check_range:
+                _check_range(images, signed=normalize)
         if len(x) != len(y) and 1 not in (len(x), len(y)):
             raise LipsimError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
+        if normalize:
+            x, y = (x + 1) / 2, (y + 1) / 2
         z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
-        return geometry.cosine_distance(z, z_other, self.anchor)
+        distance = geometry.cosine_distance(z, z_other, self.anchor)
+        if check_range and self.declared_lipschitz is None:  # of layers that are known to compute in float64
+            distance = self._near_duplicates.refine(distance, self.encoder, x, y, self.anchor)
+        return distance.mean() if reduction == "mean" else distance.sum() if reduction == "sum" else distance
+
+    def read(self, images: reading.Image | Iterable[reading.Image]) -> Tensor:
+        """Images of any size and kind as the input of this metric, ``(N, 3, S, S)`` on its device and in its dtype.
+
+        Each goes through :attr:`preprocess`. Files and 8-bit images are treated alike: an array gives what its PNG
+        file does. Floating-point tensors keep their gradient.
+
+        Args:
+            images: one, or a list (any iterable) of: the path of a file; a PIL image; an array or tensor ``(H, W)``,
+                ``(H, W, C)``, ``(C, H, W)`` or a batch of these with four dimensions, of 8 or 16 bits or
+                floating-point in [0, 1]. ``C`` is 1 (gray), 3, or 4, whose transparency is composited over white.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: one cannot be read, or its layout is not clear; the message says which.
+
+        Example:
+            >>> import lipsim, numpy
+            >>> metric = lipsim.load("quickstart")
+            >>> metric.read([numpy.zeros((300, 200, 3), dtype=numpy.uint8), torch.rand(3, 90, 90)]).shape
+            torch.Size([2, 3, 64, 64])
+        """
+        return reading.read(images, self.preprocess, self.device, self.dtype)
 
     @torch.no_grad()
     def certify(self, reference: Tensor, left: Tensor, right: Tensor, *, check_range: bool = True) -> TwoAFCCertificate:
@@ -303,36 +363,22 @@ class PerceptualMetric(nn.Module):
             z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
 
-    def check_precision(self, *inputs: Tensor) -> None:
+    def check_precision(self, *tensors: Tensor) -> None:
         """Refuse weights that nothing can be certified with, and images or features that an encoder without any passes.
 
         Raises:
-            ValueError: a parameter, a buffer or one of the inputs in half precision.
+            ValueError: a parameter, a buffer or one of ``tensors`` in half precision.
         """
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            if _is_half(tensor):
-                raise LipsimError(f"{name} is stored in half precision; certify with weights in float32 or float64")
-        for tensor in inputs:
-            if _is_half(tensor):
-                raise LipsimError(
-                    f"expected images or features in float32 or float64 to certify, got {tensor.dtype}, half "
-                    "precision, whose rounding no certificate covers; convert the images with .float() and embed again"
-                )
+        inputs.check_precision(self, *tensors)
 
     def _check_certifiable(self, *images: Tensor, check_range: bool) -> None:
         """Refuse images that no certificate of this metric is about."""
         self.check_precision(*images)
         in_range = check_range or self.feature_error > 0
         for x in images:
-            try:
-                self.check_images(x, check_range=in_range)
-            except ValueError as error:
-                if check_range:
-                    raise
-                raise LipsimError(
-                    f"{error} (check_range=False certifies points outside [0, 1] only where feature_error is 0: the "
-                    "error of float32 is known inside)"
-                ) from error
+            self.check_images(x, check_range=False)
+            if in_range:
+                inputs.check_certifiable_range(x, asked=check_range)
 
     def check_images(self, x: Tensor, *, check_range: bool = True) -> None:
         """Refuse what are no images of this metric.
@@ -340,15 +386,6 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: ``x`` is not ``(N, 3, image_size, image_size)`` of floating-point numbers in [0, 1].
         """
-        check_images(x, self.image_size)
-        weight = first_weight(self.encoder)
-        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise LipsimError(
-                f"expected images in {weight.dtype}, as the weights are, got {x.dtype}: x.to({weight.dtype})"
-            )
+        inputs.check_embeddable(self.encoder, self.image_size, x)
         if check_range:
             _check_range(x)
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed and the sample, not on batches or processes."""
+"""Samples told apart: random numbers that depend on the seed and the sample alone, and each sample counted once."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def sample_stream(seed: int, index: int) -> np.random.Generator:
     on how many numbers are asked for at once.
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed % 2**64, index % 2**64))))
+
+
+def unique_first(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct values of ``index``, ``(N,)`` or rows ``(N, K)``, and the position at which each occurs first."""
+    values, inverse = torch.unique(index, return_inverse=True, dim=0 if index.ndim > 1 else None)
+    positions = torch.arange(len(index), device=index.device)
+    first = positions.new_full((len(values),), len(index)).scatter_reduce(0, inverse, positions, reduce="amin")
+    return values, first
 
 
 def _sample(

@@ -56,14 +56,22 @@ def test_each_range_has_its_remedy(change, remedy: str) -> None:  # type: ignore
 @pytest.mark.parametrize(
     ("x", "remedy"),
     [
-        (torch.rand(3, 8, 8), "unsqueeze"),
+        (torch.rand(3, 8, 8), r"x\.unsqueeze\(0\)"),
+        (torch.rand(8, 8, 3), r"x\.permute\(2, 0, 1\)\.unsqueeze\(0\)"),
+        (torch.rand(8, 8), r"x\.expand\(3, -1, -1\)\.unsqueeze\(0\)"),
+        (torch.rand(1, 8, 8), r"x\.expand\(3, -1, -1\)\.unsqueeze\(0\)"),
+        (torch.rand(5, 8, 8), r"x\.unsqueeze\(1\)\.expand\(-1, 3, -1, -1\)"),
         (torch.rand(2, 8, 8, 3), r"permute\(0, 3, 1, 2\)"),
         (torch.rand(2, 1, 8, 8), r"expand\(-1, 3, -1, -1\)"),
         (torch.rand(2, 4, 8, 8), "transparency"),
-        (torch.rand(2, 3, 9, 8), "metric.preprocess"),
+        (torch.rand(2, 8, 8, 4), "transparency"),
+        (torch.rand(2, 9, 9, 3), r"metric\.read"),
+        (torch.rand(2, 3, 9, 8), r"metric\.read"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "divide 8-bit images by 255"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int64), "floating-point"),
-        (np.zeros((2, 3, 8, 8)), "got ndarray"),
+        (np.zeros((2, 3, 8, 8)), r"got ndarray; metric\.read"),
+        ([torch.rand(3, 8, 8)], r"got list; metric\.read"),
+        ("x.png", r"got str; metric\.read makes one of paths"),
     ],
 )
 def test_each_shape_has_its_remedy(x: torch.Tensor, remedy: str) -> None:
