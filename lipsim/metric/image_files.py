@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lipsim import certificates
 from lipsim.data.bit_depth import DeepImage
-from lipsim.data.transforms import load_image, read_image
+from lipsim.data.transforms import load_image, read_image, upright_size
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.smoothed import IMAGES, Moving, SmoothedMetric
+from lipsim.metric.tiles import TiledMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import text_table
@@ -92,7 +93,9 @@ def certify_files(
     if not metric.has_bound:
         raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
     pictures, images = _read(metric, reference, left, right)
-    options = metric.certificate_options
+    # Of one tile, where there are tiles: what the radii divide by and cover.
+    part = metric.tile if isinstance(metric, TiledMetric) else metric
+    options = part.certificate_options
     certificate = metric.certify(images["reference"], images["left"], images["right"])
     margin = float(certificate.margin)
     radii = {
@@ -254,8 +257,7 @@ def original_radii(
         return None
 
     def original(radius: float, picture: Picture) -> float:
-        # Its height and width in whichever order: the norm is symmetric in them.
-        own = certificates.original_radius(radius, (picture.height, picture.width), metric.image_size)
+        own = metric.preprocess.original_radius(radius, *upright_size(picture))
         return own / ((3**0.5 if picture.mode in _GRAY else 1.0) * (1 + 1e-12))
 
     return {
