@@ -40,6 +40,7 @@ class FileCertificate:
         image_size: side of what the metric sees.
         lipschitz: the bound that the radii divide by.
         feature_error: the error of an embedding that the radii cover.
+        framing: how the images came to the metric, see :class:`lipsim.data.Preprocess`.
     """
 
     answer: Literal["left", "right", "tie"]
@@ -51,6 +52,7 @@ class FileCertificate:
     image_size: int
     lipschitz: float
     feature_error: float
+    framing: str
 
     def facts(self) -> dict[str, Any]:
         """Every field, for JSON."""
@@ -65,7 +67,7 @@ class FileCertificate:
             for name, radius in self.radius.items()
         ]
         lines = [
-            f"answer: {self.answer} (margin {self.margin:.6g}, positive for left)",
+            f"answer: {self.answer} (margin {self.margin:.6g}, positive for left; framing {self.framing})",
             text_table(headings, rows),
             f"ℓ∞ radius of the reference {self.linf_radius:.6g} = {255 * self.linf_radius:.4g}/255",
             f"pixels of the reference that may take any colour: {self.pixels} of {size * size}",
@@ -114,6 +116,7 @@ def certify_files(
         image_size=metric.image_size,
         lipschitz=options["lipschitz"],
         feature_error=options["feature_error"] / 2,  # which counts it twice
+        framing=metric.preprocess.framing,
     )
 
 
