@@ -198,6 +198,19 @@ class Preprocess:
                 f"with the framing {framing!r}"
             )
 
+    @property
+    def way(self) -> str:
+        """How images become a square, in a word: "float" or "pil", where they are not stretched as "float, pad".
+
+        What is cut into tiles has been stretched.
+        """
+        return self.resize if self.framing in ("stretch", "tiles") else f"{self.resize}, {self.framing}"
+
+    @property
+    def label(self) -> str:
+        """:attr:`way`, and the tiles where there are some: "float, tiles 2 × 2"."""
+        return f"{self.way}, tiles {self.grid} × {self.grid}" if self.framing == "tiles" else self.way
+
     def frame(self, height: int, width: int) -> Frame:
         """What is seen of an image of this height and width, and where."""
         return frame_of(self.framing, height, width, self.image_size)

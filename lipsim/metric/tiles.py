@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipsim import audit, certificates
 from lipsim.certificates import TwoAFCCertificate, geometry
-from lipsim.certificates.numbers import check_count
+from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode
 from lipsim.metric.perceptual_metric import PerceptualMetric
@@ -62,6 +63,16 @@ class TiledEncoder(nn.Module):
         features: Tensor = (length[:, None, None] * units).flatten(1).to(z.dtype)
         return features
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tells encoders of the same weights apart; no file names this class, it names that of a tile."""
+        own = getattr(self.encoder, "config", None)
+        return {"tile": own, "tile_size": self.tile_size, "grid": self.grid, "anchor": self.anchor}
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"tile_size={self.tile_size}, grid={self.grid}, anchor={self.anchor}"
+
     def lipschitz_bound(self) -> float:
         """That of the encoder of a tile.
 
@@ -109,6 +120,7 @@ class TiledMetric(PerceptualMetric):
         encoder = TiledEncoder(tile.encoder, tile.image_size, grid, tile.anchor)
         super().__init__(encoder, encoder.image_size, anchor=0.0, lipschitz=math.inf)
         self.tile, self.grid = tile, grid
+        self._declared_error: float | None = None
         self.feature_error_kind = tile.feature_error_kind
         self.preprocess = Preprocess(encoder.image_size, tile.preprocess.resize, "tiles", grid)
         self.train(tile.training)
@@ -141,14 +153,22 @@ class TiledMetric(PerceptualMetric):
 
     @property
     def feature_error(self) -> float:
-        """The error of one embedding, from that of a tile's features: set that of :attr:`tile` to declare another."""
+        """The error of one embedding, from that of a tile's features, which :meth:`certify` covers.
+
+        Set it to declare another of the embedding; 0 is one of the tile as well.
+        """
+        if self._declared_error is not None:
+            return self._declared_error
         # Of all tiles together, and that of rounding the vector, which is less than a quarter of the former: a search
         # finds no less than half a digit of the longest features, and enlarges it.
         return 1.5 * self.grid * self._unchanged().feature_error
 
     @feature_error.setter
     def feature_error(self, error: float) -> None:
-        raise LipsimError("the error of a metric of tiles follows from that of a tile: set metric.tile.feature_error")
+        self._declared_error = check_number("feature_error", error)
+        self.feature_error_kind = "declared" if error else "none"
+        if not error:
+            self.tile.feature_error = 0.0
 
     @property
     def declared_lipschitz(self) -> float | None:
@@ -157,8 +177,9 @@ class TiledMetric(PerceptualMetric):
 
     @property
     def declared_feature_error(self) -> float:
-        """As of the tile."""
-        return self.tile.declared_feature_error
+        """:attr:`feature_error` as it was declared, here or of the tile, without a search."""
+        own = self._declared_error
+        return 1.5 * self.grid * self.tile.declared_feature_error if own is None else own
 
     @property
     def certificate_options(self) -> dict[str, float]:
@@ -175,6 +196,7 @@ class TiledMetric(PerceptualMetric):
 
     def require_feature_error(self, floor: float) -> None:
         """As of the tile."""
+        self._declared_error = None
         self.tile.require_feature_error(floor)
         self.feature_error_kind = self.tile.feature_error_kind
 

@@ -163,8 +163,8 @@ def test_refusals() -> None:
         TiledMetric(metric.tile, 0)
     with pytest.raises(ValueError, match=r"set metric\.tile\.lipschitz"):
         metric.lipschitz = 2.0
-    with pytest.raises(ValueError, match=r"set metric\.tile\.feature_error"):
-        metric.feature_error = 2.0
+    metric.feature_error = 2.0
+    assert metric.certificate_options["feature_error"] == 4.0 and metric.feature_error_kind == "declared"
     with pytest.raises(ValueError, match="the anchor of its tile"):
         metric.anchor = 2.0
     with pytest.raises(ValueError, match=r"expected images of shape \(N, 3, 16, 16\)"):
