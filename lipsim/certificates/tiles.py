@@ -206,7 +206,13 @@ def _around(low: Tensor, high: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tiled_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> Tensor:
-    """Mean over the tiles of ``d(x, x1) − d(x, x0)``, ``(N,)`` float64, from features ``(N, T, D)``."""
+    """Mean over the tiles of ``d(x, x1) − d(x, x0)``, ``(N,)`` float64, from features ``(N, T, D)``.
+
+    Example:
+        >>> z, z0, z1 = (torch.tensor([[p, [1.0, 0.0]]]) for p in ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> tiled_margin(z, z0, z1, anchor=0.0)  # 1 in one tile, 0 in the other
+        tensor([0.5000], dtype=torch.float64)
+    """
     e, e0, e1 = (Anchored(features, anchor) for features in (z, z0, z1))
     return along(e.unit, e0.unit, e1.unit).mean(-1)
 
@@ -349,6 +355,11 @@ def tiled_threshold_radius(
 
     Raises:
         ValueError: the threshold is outside [0, 2].
+
+    Example:
+        >>> z, y = torch.tensor([[[1.0, 0.0]] * 2]), torch.tensor([[[0.0, 1.0]] * 2])
+        >>> print(f"{tiled_threshold_radius(z, y, 0.5, anchor=0.0).item():.4f}")  # from 90° to 60° in both: √2·sin 30°
+        0.7071
     """
     threshold = check_number("threshold in [0, 2], the range of the distance,", threshold, 0, 2)
     check_constants(anchor, lipschitz, feature_error)

@@ -139,6 +139,10 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
     if framing not in (None, *FRAMINGS):
         raise LipsimError(f"expected framing to be one of {', '.join(FRAMINGS)}, got {framing!r}")
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    if grid is not None:
+        check_count("grid", grid)
+        if (given := header.get("framing", "stretch") if framing is None else framing) != "tiles":
+            raise LipsimError(f"a grid is of the framing tiles, got the framing {given!r}; pass framing='tiles'")
     try:
         if header["encoder"] not in registered_names():
             raise LipsimError(
@@ -150,8 +154,6 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
         if own not in FRAMINGS:
             raise LipsimError(f"it names the framing {own!r}, which this version does not have; update lipsim")
         framing = own if framing is None else framing
-        if grid is not None and framing != "tiles":
-            raise LipsimError(f"a grid is of the framing tiles, got the framing {framing!r}; pass framing='tiles'")
         grid = check_count("grid", own_grid if grid is None else grid)
         declared = header["lipschitz"]
         floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
