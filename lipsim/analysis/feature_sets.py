@@ -212,6 +212,10 @@ def _prepare(
 ) -> tuple[_Maker, Path, dict[str, Any]]:
     """What makes the images, the folder of the set, and its manifest."""
     device = torch.device("cpu") if fabric is None else fabric.device
+    if model.framing != "stretch":
+        raise LipsimError(
+            f"feature sets are made of stretched images, got {model.name} with the framing {model.framing!r}"
+        )
     source = LabelledFolder(images, Preprocess(model.image_size, model.resize))
     folder = user_path(output) / recipe.kind
     freeze(model.module.to(device).requires_grad_(False))

@@ -201,7 +201,7 @@ def run_evaluation(
             "checkpoint": module.checkpoint,
             "checkpoint_sha256": module.checkpoint_sha256,
             "image_size": module.metric.image_size,
-            "resize": module.metric.preprocess.resize,
+            "resize": module.metric.preprocess.label,
             "triplets": remaining.triplets,
             "sample_seed": sample_seed,
         }

@@ -55,6 +55,7 @@ from lipsim.certificates.smoothing import (
     smoothed_mean_interval,
     smoothed_radius,
 )
+from lipsim.certificates.tiles import certify_tiles, tiled_distance_interval, tiled_margin, tiled_threshold_radius
 from lipsim.certificates.triangles import TriangleCertificate, barycentric_grid, certify_triangles
 from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
 
@@ -75,6 +76,7 @@ __all__ = [
     "certify_counts",
     "certify_segments",
     "certify_stars",
+    "certify_tiles",
     "certify_triangles",
     "certify_triplets",
     "class_radius",
@@ -100,4 +102,7 @@ __all__ = [
     "smoothed_radius",
     "spearman_interval",
     "threshold_radius",
+    "tiled_distance_interval",
+    "tiled_margin",
+    "tiled_threshold_radius",
 ]

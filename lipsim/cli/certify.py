@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from lipsim.cli.parser import natural_int, positive_int
-from lipsim.metric import load
-from lipsim.metric.files import DEFAULT
+from lipsim.cli.parser import add_metric_argument, load_metric, natural_int, positive_int
 from lipsim.metric.image_files import FileCertificate, SmoothedFileCertificate, certify_files, smooth_files
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -23,12 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "errors. --smooth certifies by randomized smoothing instead, also metrics without a bound: the answer under "
         "noise, and only with probability 1 − alpha; a thousand passes of the network, a second to a minute."
     )
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEFAULT,
-        help="a .safetensors file, or the name of a bundled metric (%(default)s)",
-    )
+    add_metric_argument(parser)
     for name in ("reference", "left", "right"):
         parser.add_argument(name, type=user_path, help="an image file")
     smoothing = parser.add_argument_group("randomized smoothing")
@@ -54,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     certificate: FileCertificate | SmoothedFileCertificate
     with Progress("certifying") as progress:
         progress("loading and auditing the metric")
-        metric = load(options.checkpoint)
+        metric = load_metric(options)
         if options.smooth is None:
             progress("images and rounding errors")
             certificate = certify_files(metric, *files)

@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
         metric = load(options.model).to(dtype) if is_metric or options.model.endswith(".safetensors") else None
         if metric is not None:
             metric.encoder.load_state_dict(model.network.state_dict())
-        preprocess = Preprocess(model.image_size, model.resize)
+        preprocess = Preprocess(model.image_size, model.resize, model.framing)
         x = load_image(options.image, preprocess).to(dtype)[None]
         target = None if options.target is None else load_image(options.target, preprocess).to(dtype)[None]
         direction = directions(x, target, options.seed)

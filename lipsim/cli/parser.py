@@ -11,11 +11,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lipsim.utils.framings import DEFAULT_GRID, FRAMINGS
 from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import one_line, speak_any_encoding
 
 if TYPE_CHECKING:
     import torch
+
+    from lipsim.metric import PerceptualMetric
+
+DEFAULT_METRIC = "photos"  # lipsim.metric.files.DEFAULT, without loading torch
 
 
 def budget(text: str) -> float:
@@ -88,6 +93,37 @@ def device(name: str) -> torch.device:
     except (RuntimeError, TypeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"cannot use {name!r} ({str(error).splitlines()[0]})") from error
     return torch.device(name)
+
+
+def add_metric_argument(parser: argparse.ArgumentParser, name: str = "checkpoint", *, option: bool = False) -> None:
+    """The file of a metric, and how images come to it: what :func:`load_metric` reads.
+
+    Args:
+        parser: of a command.
+        name: of the argument.
+        option: ``--name`` in the place of an optional positional argument.
+    """
+    help_text = "a .safetensors file, or the name of a bundled metric (%(default)s)"
+    if option:
+        parser.add_argument(f"--{name}", dest="checkpoint", default=DEFAULT_METRIC, help=help_text)
+    else:
+        parser.add_argument("checkpoint", metavar=name, nargs="?", default=DEFAULT_METRIC, help=help_text)
+    parser.add_argument(
+        "--framing",
+        choices=FRAMINGS,
+        help="how an image comes to the metric: stretched, its centred square, padded, or in tiles whose distances are "
+        "averaged (as the file says)",
+    )
+    parser.add_argument(
+        "--grid", type=positive_int, help=f"of --framing tiles: that many a side (the file's, or {DEFAULT_GRID})"
+    )
+
+
+def load_metric(options: argparse.Namespace) -> PerceptualMetric:
+    """The metric that the arguments of :func:`add_metric_argument` name."""
+    from lipsim.metric import load  # torch, which `lipsim --help` does without
+
+    return load(options.checkpoint, framing=options.framing, grid=options.grid)
 
 
 # By their names, so that neither torch nor Lightning is loaded to refuse an argument.

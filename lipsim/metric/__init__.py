@@ -13,6 +13,7 @@ from lipsim.metric.image_files import (
 from lipsim.metric.modules import ImageDistance
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.smoothed import SmoothedMetric
+from lipsim.metric.tiles import TiledMetric
 
 __all__ = [
     "Distance",
@@ -21,6 +22,7 @@ __all__ = [
     "PerceptualMetric",
     "SmoothedFileCertificate",
     "SmoothedMetric",
+    "TiledMetric",
     "certify_files",
     "load",
     "original_radii",

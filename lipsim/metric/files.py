@@ -15,9 +15,11 @@ from lipsim.layers import freeze
 from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
+from lipsim.metric.tiles import TiledMetric
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
+from lipsim.utils.framings import DEFAULT_GRID, FRAMINGS
 from lipsim.utils.paths import packaged, user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
@@ -53,8 +55,9 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         True
     """
     path = user_path(path)
+    framing, metric = _framing(metric), _of_a_tile(metric)
     encoder = merged(metric.encoder)
-    header = {**describe(metric, encoder), "notes": notes or {}}
+    header = {**describe(metric, encoder), **framing, "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
@@ -94,15 +97,34 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
         "feature_error": metric.declared_feature_error,
         "feature_error_kind": metric.feature_error_kind,
         "resize": metric.preprocess.resize,
+        **_framing(metric),
     }
 
 
-def load(path: str | Path = DEFAULT) -> PerceptualMetric:
+def _framing(metric: PerceptualMetric) -> dict[str, Any]:
+    """What a header says of how images come to a metric, besides their size and resize."""
+    if isinstance(metric, TiledMetric):
+        return {"framing": "tiles", "grid": metric.grid}
+    return {"framing": metric.preprocess.framing}
+
+
+def _of_a_tile(metric: PerceptualMetric) -> PerceptualMetric:
+    """The metric whose weights a file holds: of one tile, where there are tiles."""
+    return metric.tile if isinstance(metric, TiledMetric) else metric
+
+
+def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | None = None) -> PerceptualMetric:
     """Load a metric, in evaluation mode and with folded weights.
 
     Args:
         path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
             bundled metric ("photos", the default, or "quickstart").
+        framing: how images come to it, "stretch", "center-crop", "pad" or "tiles" (see
+            :class:`lipsim.data.Preprocess`); None: as the file says, "stretch" where it says nothing.
+        grid: of tiles, how many there are a side; None: as the file says, or 2.
+
+    Returns:
+        The metric, a :class:`lipsim.metric.TiledMetric` with "tiles".
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
@@ -114,7 +136,13 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
         (64, 1.0, '1.0000')
     """
     file = resolve(path)
+    if framing not in (None, *FRAMINGS):
+        raise LipsimError(f"expected framing to be one of {', '.join(FRAMINGS)}, got {framing!r}")
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    if grid is not None:
+        check_count("grid", grid)
+        if (given := header.get("framing", "stretch") if framing is None else framing) != "tiles":
+            raise LipsimError(f"a grid is of the framing tiles, got the framing {given!r}; pass framing='tiles'")
     try:
         if header["encoder"] not in registered_names():
             raise LipsimError(
@@ -122,6 +150,11 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
                 "the module that registers it first"
             )
         check_count("image_size", header["image_size"])
+        own, own_grid = header.get("framing", "stretch"), header.get("grid", DEFAULT_GRID)
+        if own not in FRAMINGS:
+            raise LipsimError(f"it names the framing {own!r}, which this version does not have; update lipsim")
+        framing = own if framing is None else framing
+        grid = check_count("grid", own_grid if grid is None else grid)
         declared = header["lipschitz"]
         floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
         encoder = build_encoder(header["encoder"], header["config"], state)
@@ -132,6 +165,7 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
             lipschitz=math.inf,
             feature_error=header["feature_error"],
             resize=header["resize"],
+            framing="stretch" if framing == "tiles" else framing,
         )
     except KeyError as error:
         raise LipsimError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
@@ -147,7 +181,7 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
         # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
         metric.require_lipschitz(floor)
         metric.require_feature_error(metric.declared_feature_error)
-    return metric
+    return TiledMetric(metric, grid) if framing == "tiles" else metric
 
 
 def holds(path: Path, metric: PerceptualMetric) -> bool:
@@ -156,7 +190,7 @@ def holds(path: Path, metric: PerceptualMetric) -> bool:
         _, state = _read_export(path)
     except ValueError:
         return False
-    own = merged(metric.encoder).state_dict()
+    own = merged(_of_a_tile(metric).encoder).state_dict()
     return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), tensor) for name, tensor in state.items())
 
 

@@ -48,6 +48,8 @@ class PerceptualMetric(nn.Module):
         feature_error: largest error of a float32 embedding of images in [0, 1], in feature units, that certificates
             cover; 0: they hold for exact arithmetic only.
         resize: how :attr:`preprocess` brings an image to ``image_size``: see :class:`lipsim.data.Preprocess`.
+        framing: what of an image it shows, "stretch", "center-crop" or "pad"; with "tiles" a metric is a
+            :class:`lipsim.metric.TiledMetric`.
 
     Attributes:
         feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
@@ -81,6 +83,7 @@ class PerceptualMetric(nn.Module):
         lipschitz: float | None = None,
         feature_error: float = 0.0,
         resize: str = "float",
+        framing: str = "stretch",
     ) -> None:
         super().__init__()
         self._near_duplicates = NearDuplicates()
@@ -92,7 +95,7 @@ class PerceptualMetric(nn.Module):
         self.anchor = anchor
         self._bounds = EncoderBounds(lipschitz, feature_error)
         self.feature_error_kind = "declared" if feature_error else "none"
-        self.preprocess = Preprocess(image_size, resize)
+        self.preprocess = Preprocess(image_size, resize, framing)
         if lipschitz is None:
             self.audit()
 
