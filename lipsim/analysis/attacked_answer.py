@@ -69,7 +69,7 @@ class AttackedAnswer:
         if self.before == "tie":
             return "A tie: both candidates are at one distance, there is no answer to attack."
         if self.is_certified:
-            return f"{budget} is inside the certified radius: no change of this size can turn the answer, nor did this."
+            return f"{budget} is inside the certified radius: no change of this size turns the answer."
         if self.holds:
             return f"{budget} is beyond the certified radius: nothing is proven there, and this attack failed as well."
         return f"{budget} is beyond the certified radius, and the attack turned the answer to “{self.after}”."
