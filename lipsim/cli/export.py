@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--graphs", nargs="+", choices=list(GRAPHS), help="of onnx and torch (all that there are)")
     parser.add_argument(
+        "--double",
+        action="store_true",
+        help="programs of torch compute in float64 inside: twice the time, the results of exact arithmetic",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="run what was written on constant, random and smooth images beside the metric, in onnxruntime for onnx: "
@@ -57,7 +62,9 @@ def _run(options: argparse.Namespace) -> int:
     if is_one_file and (output.suffix != ".safetensors" or output.is_dir()):
         raise UsageError(f"expected an output file ending in .safetensors, got {output}")
     if is_one_file and options.graphs:
-        raise UsageError("--graphs are of the formats onnx and torch; safetensors holds the whole metric")
+        raise UsageError("--graphs are of the formats onnx and torch; safetensors holds the metric itself")
+    if options.double and options.format != "torch":
+        raise UsageError("--double is of the format torch: onnxruntime has no convolutions in float64")
     checks: list[GraphCheck] = []
     with Progress("exporting") as progress:
         progress("loading and auditing the metric")
@@ -66,8 +73,11 @@ def _run(options: argparse.Namespace) -> int:
         if is_one_file:
             files = {"metric": save(folded_copy(metric), output, notes_on_folding(metric))}
         else:
-            write = export_onnx if options.format == "onnx" else export_torch
-            written = write(metric, output, tuple(options.graphs) if options.graphs else None)
+            graphs = tuple(options.graphs) if options.graphs else None
+            if options.format == "onnx":
+                written = export_onnx(metric, output, graphs)
+            else:
+                written = export_torch(metric, output, graphs, double=options.double)
             files = dict(written)  # type: ignore[arg-type]
         if options.check:
             progress("comparing with the metric")

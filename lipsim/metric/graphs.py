@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.certificates.rounding import rounding_error
-from lipsim.layers import explicit_copy
+from lipsim.layers import exact_copy, explicit_copy
+from lipsim.layers.encoder import dtype_of
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import merged
 from lipsim.utils.errors import LipsimError
@@ -34,6 +35,18 @@ GRAPHS: dict[GraphName, Signature] = {
 }
 
 
+class _Doubled(nn.Module):
+    """An encoder in float64 that takes images of any floating-point dtype."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = exact_copy(encoder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.encoder(x.double())
+        return features
+
+
 class _Graph(nn.Module):
     """Embeds several batches in one pass, and projects their features in float64."""
 
@@ -43,6 +56,7 @@ class _Graph(nn.Module):
         super().__init__()
         self.encoder, self.is_anchored = encoder, anchor > 0
         self.constant("anchor", anchor)
+        self.dtype = dtype_of(encoder)
 
     def constant(self, name: str, value: float) -> None:
         """A number in float64: numbers in the code of a graph may become float32 on the way to another runtime."""
@@ -69,7 +83,7 @@ class DistanceGraph(_Graph):
         distance = ((unit[0] - unit[1]).square().sum(-1) / 2).clamp(max=2)
         if not self.is_anchored:
             distance = torch.where((norm == 0).any(0), torch.ones_like(distance), distance)
-        return distance.to(x.dtype)
+        return distance.to(self.dtype)
 
 
 class EmbeddingGraph(_Graph):
@@ -146,7 +160,9 @@ def default_graphs(metric: PerceptualMetric) -> tuple[GraphName, ...]:
     return tuple(name for name in GRAPHS if name != "radius" or metric.has_bound)
 
 
-def metric_graphs(metric: PerceptualMetric, names: tuple[GraphName, ...] | None = None) -> MetricGraphs:
+def metric_graphs(
+    metric: PerceptualMetric, names: tuple[GraphName, ...] | None = None, *, double: bool = False
+) -> MetricGraphs:
     """The graphs of a metric, on the CPU, with explicit weights.
 
     They take images as they come out of ``metric.preprocess``, of any number, and do not look at their values: whoever
@@ -155,6 +171,8 @@ def metric_graphs(metric: PerceptualMetric, names: tuple[GraphName, ...] | None 
     Args:
         metric: the metric.
         names: among "distance", "embedding" and "radius"; None: all that it has.
+        double: compute in float64 inside, with the same weights: twice the time, and the results of exact arithmetic
+            to a relative 1e-9; those in float32 differ by how each runtime rounds.
 
     Raises:
         ValueError: a radius of a metric without a bound, or weights in half precision.
@@ -168,6 +186,7 @@ def metric_graphs(metric: PerceptualMetric, names: tuple[GraphName, ...] | None 
     metric.check_precision()
     options = metric.certificate_options if metric.has_bound else {}
     encoder = explicit_copy(merged(metric.encoder)).to("cpu")
+    encoder = _Doubled(encoder) if double else encoder
     image = torch.full((3, metric.image_size, metric.image_size), 0.5, dtype=metric.dtype)
     with torch.no_grad():
         features = encoder(image.unsqueeze(0)).shape[-1]
@@ -180,6 +199,7 @@ def metric_graphs(metric: PerceptualMetric, names: tuple[GraphName, ...] | None 
         "lipsim_version": __version__,
         "encoder": type(metric.encoder).__name__,
         "state_sha256": state_fingerprint(metric.encoder.state_dict()),
+        "arithmetic": "float64" if double else str(metric.dtype).removeprefix("torch."),
         "anchor": metric.anchor,
         "images": f"(N, 3, {metric.image_size}, {metric.image_size}), RGB, values in [0, 1], which is not checked",
         "preprocess": metric.preprocess,

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipsim.metric.graphs import GRAPHS, GraphName, metric_graphs
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.torch_export import exported_program
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_file
 from lipsim.utils.paths import user_path
 
@@ -36,7 +37,8 @@ def export_onnx(
 
     Raises:
         ImportError: onnxscript is not installed.
-        ValueError: a radius of a metric without a bound, or weights in half precision.
+        ValueError: a radius of a metric without a bound, weights in half precision, or weights in float64, for which
+            onnxruntime has no convolutions.
         OSError: a file cannot be written.
 
     Example:
@@ -45,6 +47,11 @@ def export_onnx(
         {'distance': PosixPath('photos-onnx/distance.onnx'), …}
     """
     _require("onnxscript")
+    if metric.dtype == torch.float64:
+        raise LipsimError(
+            "expected weights in float32, got float64, for which onnxruntime has no convolutions; export "
+            "metric.float(), or with export_torch"
+        )
     content = metric_graphs(metric, graphs)
     files = {}
     for name, module in content.modules.items():

@@ -16,7 +16,11 @@ from lipsim.utils.paths import user_path
 
 
 def export_torch(
-    metric: PerceptualMetric, folder: str | Path, graphs: tuple[GraphName, ...] | None = None
+    metric: PerceptualMetric,
+    folder: str | Path,
+    graphs: tuple[GraphName, ...] | None = None,
+    *,
+    double: bool = False,
 ) -> dict[GraphName, Path]:
     """Write graphs of a metric as ``FOLDER/NAME.pt2``, for any number of images.
 
@@ -28,6 +32,7 @@ def export_torch(
         metric: the metric.
         folder: made where it is missing.
         graphs: among "distance", "embedding" and "radius"; None: all that the metric has.
+        double: compute in float64 inside, see :func:`lipsim.metric.graphs.metric_graphs`.
 
     Returns:
         The name of each graph → its file.
@@ -36,7 +41,7 @@ def export_torch(
         ValueError: a radius of a metric without a bound, or weights in half precision.
         OSError: a file cannot be written.
     """
-    content = metric_graphs(metric, graphs)
+    content = metric_graphs(metric, graphs, double=double)
     extra = {f"lipsim/{key}": value for key, value in content.metadata.items()}
     files = {}
     for name, module in content.modules.items():

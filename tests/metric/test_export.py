@@ -36,6 +36,7 @@ from lipsim.layers import (
     OrthogonalLinear,
     SLLConv2d,
     SLLLinear,
+    exact_copy,
     explicit_copy,
     freeze,
 )
@@ -234,7 +235,7 @@ def test_a_large_file_is_refused_at_the_first_use_of_its_bound(tmp_path: Path, m
     assert liar.lipschitz == pytest.approx(3)
 
 
-def _modules(metric: PerceptualMetric) -> dict[Any, Any]:
+def _modules(metric: PerceptualMetric, **options: Any) -> dict[Any, Any]:
     def run(module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         def call(*images: Tensor) -> tuple[Tensor, ...]:
             found = module(*images)
@@ -242,7 +243,7 @@ def _modules(metric: PerceptualMetric) -> dict[Any, Any]:
 
         return call
 
-    return {name: run(module) for name, module in metric_graphs(metric).modules.items()}
+    return {name: run(module) for name, module in metric_graphs(metric, **options).modules.items()}
 
 
 @pytest.mark.parametrize("anchor", [0.0, 1.0])
@@ -260,6 +261,20 @@ def test_graphs_compute_what_the_metric_does(anchor: float) -> None:
     certificate = metric.certify(x, left, right)
     torch.testing.assert_close(radius, certificate.radius, rtol=1e-12, atol=0)
     assert torch.equal(prefers_left, certificate.prefers_left)
+
+
+def test_graphs_in_float64_of_a_metric_in_float32() -> None:
+    metric = _metric()
+    graphs = _modules(metric, double=True)
+    for check in check_graphs(metric, graphs):
+        assert check.difference < 1e-9, check
+    x, y = check_images(18, 10).chunk(2)
+    near = (x + 1e-5 * torch.randn_like(x)).clamp(0, 1)
+    exact = PerceptualMetric(exact_copy(metric.encoder), 18, lipschitz=1.0)
+    for other in (y, near):
+        distance = graphs["distance"](x, other)[0]
+        assert distance.dtype == torch.float64
+        torch.testing.assert_close(distance, exact(x.double(), other.double()), rtol=1e-9, atol=1e-25)
 
 
 def test_the_radius_of_a_graph_is_that_of_the_certificate() -> None:
@@ -324,6 +339,8 @@ def test_onnx_in_onnxruntime(tmp_path: Path) -> None:
     from lipsim.metric.onnx import OnnxGraph, export_onnx
 
     metric = _metric("projection")
+    with pytest.raises(ValueError, match="expected weights in float32, got float64"):
+        export_onnx(metric.frozen_copy(torch.float64), tmp_path)
     written = export_onnx(metric, tmp_path, ("radius",))
     (check,) = check_onnx(metric, written)
     assert check.passed and check.used < 0.5, check
@@ -403,7 +420,7 @@ def test_the_command_writes_a_folded_file(tmp_path: Path, capsys: pytest.Capture
     facts = json.loads(capsys.readouterr().out)
     assert stop.value.code == 0 and len(facts["checks"]) == 3 and all(check["passed"] for check in facts["checks"])
     assert type(load(facts["files"]["metric"]).encoder) is FoldedNetwork
-    for arguments in (["--output", "m.onnx"], ["--graphs", "radius"]):
+    for arguments in (["--output", "m.onnx"], ["--graphs", "radius"], ["--double", "--format", "onnx"]):
         with pytest.raises(SystemExit) as stop:
             main(["export", str(file), *arguments])
         assert stop.value.code == 1
