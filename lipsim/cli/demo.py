@@ -32,9 +32,9 @@ OFFLINE = {
 _INTRODUCTION = """# lipsim: an answer, its certificate, and an attack
 
 Drop a **reference** and one or two other images. With two others the metric answers which is nearer to the reference;
-with one, whether the two are the same by a threshold. The *certified radius* is the length (ℓ2, values in [0, 1]) of
-the shortest change of the reference that could turn the answer: no attack is shorter. The slider is the budget of an
-attack on the reference that really runs.
+with one, whether the two are the same by a threshold. No change of the reference that is shorter than the *certified
+radius* (ℓ2, values in [0, 1]) turns the answer, which is proven. The slider is the budget of an attack on the reference
+that really runs.
 """
 
 

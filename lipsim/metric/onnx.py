@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from lipsim.metric.torch_export import exported_program
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_file
 from lipsim.utils.paths import user_path
+
+# Bytes of weights; protobuf allows two gigabytes. Beyond, they are in NAME.onnx.data beside the graph.
+_ONE_FILE = 2**31 - 2**24
 
 
 def export_onnx(
@@ -68,8 +70,11 @@ def export_onnx(
                 output_names=signature.outputs,
             )
         program.model.metadata_props.update(content.metadata)
-        # One file up to the two gigabytes that protobuf allows; beyond, torch writes the weights beside it.
-        write_file(path, partial(program.save, include_initializers=True))
+        if sum(tensor.nbytes for tensor in module.state_dict().values()) <= _ONE_FILE:
+            write_file(path, program.save)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            program.save(path, external_data=True)  # which names the file of weights: it cannot be renamed
         files[name] = path
     return files
 

@@ -33,6 +33,9 @@ def test_a_triplet_inside_and_beyond_its_radius(metric: PerceptualMetric, images
     assert inside.is_certified and inside.holds and inside.is_sound and inside.radius == radius
     assert 0 < inside.length <= 0.99 * radius * (1 + 1e-9)
     assert "is inside the certified radius" in inside.verdict
+    # Nearly all of the way: an attack of 99 % of the radius leaves a hundredth of the margin.
+    margin = [abs(b - a) for a, b in zip(*inside.distances.values(), strict=True)]
+    assert margin[1] < 0.1 * margin[0]
     # The map is affine, so the radius is exact and an attack needs hardly more.
     beyond = attacked_triplet(metric, *images, eps=1.05 * radius, steps=20)
     assert {beyond.before, beyond.after} == {"left", "right"} and beyond.before == inside.before

@@ -354,6 +354,21 @@ def test_onnx_in_onnxruntime(tmp_path: Path) -> None:
         assert stored[name].dtype == "float64" and float(stored[name]) == value
 
 
+@pytest.mark.slow  # torch's exporter
+@OTHERS_DEPRECATE
+def test_onnx_with_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from lipsim.metric import onnx
+
+    monkeypatch.setattr(onnx, "_ONE_FILE", 0)
+    metric = _metric("projection")
+    written = onnx.export_onnx(metric, tmp_path / "folder", ("embedding",))
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["embedding.onnx", "embedding.onnx.data"]
+    (check,) = check_onnx(metric, written)
+    assert check.passed
+
+
 @pytest.mark.slow  # a minute: three graphs of each class, and torch's exporter is slow
 @OTHERS_DEPRECATE
 @pytest.mark.parametrize("name", ["photos", "quickstart", *ENCODERS])
