@@ -22,6 +22,7 @@ from lipsim.metric.files import DEFAULT
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
+EXAMPLES = ("lipsim demo", "lipsim demo runs/mine/metric.safetensors --port 8000 --open")
 _SHOWN = 320  # pixels, of pictures that are smaller
 _LARGEST_EPS = 5.0
 OFFLINE = {

@@ -18,6 +18,11 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 FORMATS = ("safetensors", "onnx", "torch")
+EXAMPLES = (
+    "lipsim export photos --output photos-folded.safetensors",
+    "lipsim export runs/mine/metric.safetensors --format onnx --output mine-onnx --check",
+    "lipsim export photos --format torch --graphs distance --output photos-torch",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -175,8 +175,13 @@ def metric_graphs(
             to a relative 1e-9; those in float32 differ by how each runtime rounds.
 
     Raises:
-        ValueError: a radius of a metric without a bound, or weights in half precision.
+        ValueError: a radius of a metric without a bound, weights in half precision, or a metric of another class.
     """
+    if type(metric) is not PerceptualMetric:
+        raise LipsimError(
+            f"a {type(metric).__name__} has no graphs: its distance and its radius are not those of one embedding with "
+            "an anchor; export the metric that it is made of"
+        )
     names = default_graphs(metric) if names is None else names
     unknown = [name for name in names if name not in GRAPHS]
     if unknown or not names:

@@ -326,6 +326,12 @@ def test_what_has_no_graph() -> None:
     with pytest.raises(ValueError, match="half precision"):
         metric_graphs(_metric().half())
 
+    class Other(PerceptualMetric):
+        pass
+
+    with pytest.raises(ValueError, match="a Other has no graphs"):
+        metric_graphs(Other(vit, 16, lipschitz=1.0))
+
 
 def _constants(content: MetricGraphs) -> dict[str, float]:
     return {name: float(value) for name, value in content.modules["radius"].named_buffers() if value.ndim == 0}
