@@ -26,6 +26,8 @@ COMMANDS = {
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
     "export-teacher": "write a DreamSim model or a backbone as a metric that distillation takes",
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
+    "export": "a metric for other runtimes: folded safetensors, ONNX or torch.export",
+    "demo": "a page in the browser: an answer, its certificate, and an attack on it",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 # These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.

@@ -28,6 +28,7 @@ VERSION = 1
 AUDITED = "audited"
 BUNDLED = packaged("checkpoints")
 DEFAULT = "photos"  # of the bundled metrics
+_AUDITED_NOW = 2**24  # parameters that an audit takes two seconds for, at most; 0.1 of them for the bundled metrics
 
 
 def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
@@ -128,7 +129,9 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
-        ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
+        ValueError: the file is truncated, of another kind, its weights do not fit the encoder it names, or it claims a
+            smaller Lipschitz bound than they have. Networks of more than 16 million parameters are audited at the
+            first use of their bound, and refused then.
 
     Example:
         >>> metric = load()
@@ -179,7 +182,8 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
     freeze(metric)
     if declared is not None:
         # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
-        metric.require_lipschitz(floor)
+        now = sum(parameter.numel() for parameter in encoder.parameters()) <= _AUDITED_NOW
+        metric.require_lipschitz(floor, f"the metric in {file}" if floor else "", now=now)
         metric.require_feature_error(metric.declared_feature_error)
     return TiledMetric(metric, grid) if framing == "tiles" else metric
 

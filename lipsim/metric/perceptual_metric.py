@@ -179,9 +179,19 @@ class PerceptualMetric(nn.Module):
         """
         return self._bounds.audit(self.encoder, self.image_size)
 
-    def require_lipschitz(self, floor: float) -> None:
-        """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
-        self._bounds.require_lipschitz(floor, self.encoder, self.image_size)
+    def require_lipschitz(self, floor: float, source: str = "", *, now: bool = True) -> None:
+        """Audit, and never use a bound below ``floor``: what the file of a metric says about it.
+
+        Args:
+            floor: the bound.
+            source: what to call the file where it is refused, since its weights have more; empty: nothing is claimed.
+            now: audit here, and not at the first use of the bound.
+
+        Raises:
+            lipsim.audit.UnboundedModuleError: there is no bound.
+            ValueError: the weights exceed the claim by more than :data:`lipsim.metric.bounds.CLAIM_TOLERANCE`.
+        """
+        self._bounds.require_lipschitz(floor, self.encoder, self.image_size, source, now=now)
 
     def require_feature_error(self, floor: float) -> None:
         """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.
