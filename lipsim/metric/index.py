@@ -23,6 +23,7 @@ from lipsim.certificates.ranking import Ranking, rank
 from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import load_image
 from lipsim.layers.base import evaluation_mode
+from lipsim.metric.files import load
 from lipsim.metric.index_files import Records, embedding_fingerprint, gather, read_records, write_records
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
@@ -236,24 +237,29 @@ class ImageIndex:
         return written
 
     @classmethod
-    def load(cls, path: str | Path, metric: PerceptualMetric) -> Self:
+    def load(cls, path: str | Path, metric: PerceptualMetric | None = None) -> Self:
         """Read an index that :meth:`save` wrote.
 
         Args:
             path: the file.
-            metric: the metric that it was built with, or an export of equal weights.
+            metric: the metric that it was built with, or an export of equal weights; None: the file of the metric, or
+                the bundled name, that the index says it is of.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or no such metric.
             ValueError: it is no index, damaged, or of a metric with other embeddings.
         """
         records, header, skipped = read_records(user_path(path))
+        if metric is None:
+            if not header["metric"]:
+                raise LipsimError(f"{path} does not say where its metric is; give the metric")
+            metric = load(header["metric"])
         own = embedding_fingerprint(metric)
         if header["fingerprint"] != own:
             named = f" ({header['metric']})" if header["metric"] else ""
             raise LipsimError(
                 f"{path} has embeddings of another metric{named}, or of images prepared in another way; give that one, "
-                "or index the images again"
+                "or index the images again into another file"
             )
         index = cls(metric, None if header["root"] is None else Path(header["root"]))
         index.records, index.skipped = records, skipped
