@@ -45,6 +45,7 @@ class TripletCallback(RowCallback):
     """
 
     files: tuple[str, ...] = ()  # patterns of what a test writes into its directory besides results.json
+    batches: type[Any] = Triplet  # of which `see` is called
     differentiates = False  # whether `see` takes gradients with respect to images, which Lightning's cannot have
 
     def __init__(self, directory: Path | None = None, validate: bool = True) -> None:
@@ -210,7 +211,7 @@ class TripletCallback(RowCallback):
         dataloader_idx: int = 0,
     ) -> None:
         # Batches without triplets (a folder of images in distillation) have nothing to certify or attack.
-        if self._works(trainer) and isinstance(batch, Triplet):
+        if self._works(trainer) and isinstance(batch, self.batches):
             with outside_inference_mode():
                 name = module.set_name(dataloader_idx)
                 self.position = position = module.positions(batch, batch_idx, dataloader_idx)
