@@ -137,9 +137,8 @@ class EvaluatedImages:
     features: Tensor
 
 
-Evaluation = (
-    dict[str, EvaluatedBatch] | dict[str, EvaluatedImages]
-)  # what Lightning hands from a step to the callbacks has to be a mapping
+# What Lightning hands from a step to the callbacks has to be a mapping.
+Evaluation = dict[str, EvaluatedBatch] | dict[str, EvaluatedImages]
 
 
 class EvaluationModule(L.LightningModule):
