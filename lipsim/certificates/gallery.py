@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from lipsim.certificates.errors import LipsimError
-from lipsim.certificates.geometry import anchored_norm, project
+from lipsim.certificates.geometry import Anchored, project
 from lipsim.certificates.numbers import check_constants
 from lipsim.certificates.rounding import rounding_error
 
@@ -49,19 +48,21 @@ class Gallery:
             )
         self.features, self.anchor = features, anchor
         count, size = features.shape
-        self._mean = torch.zeros(size + 1, dtype=torch.float64, device=features.device)
-        self.least_norm = math.inf
-        for start, unit in self._chunks():
-            self._mean += unit.sum(0) / count
-            self.least_norm = min(self.least_norm, self._least_norm(start, start + len(unit)))
-        if not bool(torch.isfinite(self._mean).all()):
-            self._mean.zero_()
+        # Of some items, evenly spaced: near the mean is as good, and what is taken off is known exactly.
+        some = features[
+            torch.linspace(0, count - 1, min(count, _ROWS), dtype=torch.float64, device=features.device).long()
+        ]
+        mean = unit_vectors(some, anchor).mean(0)
+        self._mean = torch.where(torch.isfinite(mean).all(), mean, 0.0)
         self._offsets = torch.empty(count, size + 1, dtype=torch.float32, device=features.device)
-        longest = 0.0
-        for start, unit in self._chunks():
-            offset = (unit - self._mean).nan_to_num()
-            self._offsets[start : start + len(unit)] = offset
+        longest, self.least_norm = 0.0, math.inf
+        for start in range(0, count, _ROWS):
+            rows = Anchored(features[start : start + _ROWS], anchor)
+            offset = (torch.cat([rows.unit[0], rows.unit[1].unsqueeze(-1)], -1) - self._mean).nan_to_num()
+            self._offsets[start : start + len(offset)] = offset
             longest = max(longest, float(torch.linalg.vector_norm(offset, dim=-1).amax()))
+            least = torch.where(torch.isfinite(rows.z).all(-1), rows.norm, 0.0).amin()
+            self.least_norm = min(self.least_norm, float(least))
         # Both vectors are rounded to float32, and so is their product where it was computed in float64.
         self.slack = 1.01 * (size + 8) * _UNIT_ROUNDOFF * longest + 4 * rounding_error(features)
 
@@ -86,14 +87,6 @@ class Gallery:
             if _products_are_exact(unit.device):
                 return unit.float() @ self._offsets.mT
             return torch.cat([(unit @ rows.double().mT).float() for rows in self._offsets.split(_ROWS)], 1)
-
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, len(self), _ROWS):
-            yield start, unit_vectors(self.features[start : start + _ROWS], self.anchor)
-
-    def _least_norm(self, start: int, stop: int) -> float:
-        rows = self.features[start:stop].double()
-        return float(torch.where(torch.isfinite(rows).all(-1), anchored_norm(rows, self.anchor), 0.0).amin())
 
 
 def unit_vectors(features: Tensor, anchor: float) -> Tensor:
