@@ -339,11 +339,12 @@ class ImageIndex:
         count = min(len(self), _CANDIDATES * k + 100)
         if self._approximate is None:
             unit = unit_vectors(self.records.features, self.metric.anchor).float().numpy()
-            cells = max(1, round(math.sqrt(len(self))))
+            # As many as faiss trains well: it wants 39 points for each.
+            cells = max(1, min(round(math.sqrt(len(self))), len(self) // 39))
             self._approximate = faiss.index_factory(unit.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
             self._approximate.train(unit)
             self._approximate.add(unit)
-            self._approximate.nprobe = max(1, cells // 16)
+            self._approximate.nprobe = min(cells, max(8, cells // 8))
         _, found = self._approximate.search(unit_vectors(z, self.metric.anchor).float().numpy(), count)
         parts = []
         fewest = count

@@ -222,6 +222,8 @@ def test_approximate_search_says_what_it_certifies(metric: PerceptualMetric, fol
     found, exact = index.search(query, 1, approximate=True), index.search(query, 1)
     assert found.compared <= found.total == 10
     assert (found.distance >= exact.distance - 1e-12).all()
+    # All of so few images are candidates, so that their certificates are those of the index.
+    torch.testing.assert_close(found.rank_radius, exact.rank_radius)
 
 
 def test_the_commands(
