@@ -85,14 +85,14 @@ def knn_radius(
 ) -> tuple[Tensor, Tensor]:
     """The label that most of the ``k`` nearest items have, and a radius within which they do.
 
-    An item can leave the ``k`` nearest no sooner than one outside overtakes it (at its ``min_j r_ij``), and one can
-    come in no sooner than it overtakes one inside (``min_i r_ij``). Within ε at most ``A`` can leave and ``B`` come in,
-    by label. If ``m`` change places, the lead of the winner ``c`` over ``c'`` shrinks most when those that leave have
-    the label ``c`` and those that come in ``c'`` as far as there are such: by ``min(A_c, m) + min(B_c', m)`` with ``m``
-    as many as can leave without a ``c'`` among them and come in without a ``c``. The radius is the smallest ε at which
-    that reaches the lead over some ``c'``: a lower bound, and where no two labels are equally frequent at least the
-    radius of the whole set of neighbours among those that are compared. For ``k = 1`` any item of the label may be the
-    nearest, as in :func:`recall_radius`.
+    If ``m`` of the ``k`` nearest are replaced, each of those that leave is behind all ``m`` that come in. So an item
+    can leave no sooner than the ``m``-th of those outside overtakes it (the ``m``-th smallest ``r_ij`` over ``j``), and
+    one can come in no sooner than it overtakes the ``m``-th of those inside. Within ε at most ``A`` can leave and ``B``
+    come in, by label. The lead of the winner ``c`` over ``c'`` shrinks by ``min(A_c, m) + min(B_c', m)`` at most, less
+    what has to leave of the label ``c'`` and to come in of ``c`` where there are too few others. The radius is the
+    smallest ε at which that reaches the lead over some ``c'`` for some ``m``: a lower bound, and where no two labels
+    are equally frequent at least the radius of the whole set of neighbours among those that are compared. For ``k = 1``
+    any item of the label may be the nearest, as in :func:`recall_radius`.
 
     Args:
         z: queries ``(N, D)``.
@@ -126,9 +126,9 @@ def knn_radius(
             winner = labels[inside][(votes[labels[inside]] == votes.max()).nonzero()[0, 0]]
             winners[row, column] = winner
             pairs = torch.cat([among[:k, k:], behind[:k]], 1)
-            outside = torch.cat([items[k:], others])
-            leaves, comes = (pairs.amin(1), labels[inside]), (pairs.amin(0), labels[outside])
-            found[row, column] = torch.minimum(_first_flip(leaves, comes, votes, int(winner)), farther)
+            outside = labels[torch.cat([items[k:], others])]
+            flip = _first_flip(pairs, labels[inside], outside, votes, int(winner))
+            found[row, column] = min(flip, float(farther))
     if 1 in ks:
         column = list(ks).index(1)
         options = {"lipschitz": lipschitz, "feature_error": feature_error}
@@ -137,35 +137,56 @@ def knn_radius(
     return winners, _known(found, z, gallery, lipschitz, feature_error)
 
 
-def _first_flip(leaves: tuple[Tensor, Tensor], comes: tuple[Tensor, Tensor], votes: Tensor, winner: int) -> Tensor:
-    """The smallest ε at which the winner's lead over some other label may be gone, by bisection; ∞ where there is none.
+def _first_flip(pairs: Tensor, inside: Tensor, outside: Tensor, votes: Tensor, winner: int) -> float:
+    """The smallest ε at which the winner's lead over some other label may be gone; ∞ where there is none.
 
     Args:
-        leaves: from which ε on each item inside can leave, and its label.
-        comes: from which on each item outside can come in, and its label.
-        votes: by label.
+        pairs: ``(k, M)``, from which ε on each item outside is before each item inside.
+        inside: labels ``(k,)``.
+        outside: labels ``(M,)``.
+        votes: by label, of those inside.
         winner: the label with most of them.
     """
     lead = votes[winner] - votes
     others = torch.ones_like(lead, dtype=torch.bool)
     others[winner] = False
     if not bool(others.any()):
-        return leaves[0].new_full((), math.inf)
+        return math.inf
+    smallest = int(lead[others].min())
+    if smallest == 0:
+        return 0.0
+    most = min(pairs.shape)
+    leaves = pairs.topk(most, dim=1, largest=False).values.mT
+    comes = pairs.mT.topk(most, dim=1, largest=False).values.mT
+    best = math.inf
+    for m in range((smallest + 1) // 2, most + 1):
+        leave, come = leaves[m - 1], comes[m - 1]
 
-    def flips(eps: Tensor) -> bool:
-        away, there = (torch.bincount(own[radius <= eps], minlength=len(votes)) for radius, own in (leaves, comes))
-        most = torch.minimum(away.sum() - away, there.sum() - there[winner])
-        loss = torch.minimum(away[winner], most) + torch.minimum(there, most)
-        return bool((loss >= lead)[others].any())
+        def flips(away: Tensor, there: Tensor, m: int = m) -> bool:
+            """Whether items inside and outside in these masks can change the vote by ``m`` exchanges."""
+            gone, new = (
+                torch.bincount(own[mask], minlength=len(votes)) for own, mask in ((inside, away), (outside, there))
+            )
+            if int(gone.sum()) < m or int(new.sum()) < m:
+                return False
+            loss = gone[winner].clamp(max=m) + new.clamp(max=m)
+            loss -= (m - gone.sum() + gone).clamp(min=0) + (m - new.sum() + new[winner]).clamp(min=0)
+            return bool((loss >= lead)[others].any())
 
-    events: Tensor = torch.cat([leaves[0], comes[0]]).unique()
-    if flips(events.new_full((), -1.0)):
-        return events.new_zeros(())
-    low, high = 0, len(events)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if flips(events[middle]) else (middle + 1, high)
-    return events[low] if low < len(events) else events.new_full((), math.inf)
+        if int((leave < best).sum()) < m:  # and of more exchanges even fewer can leave
+            break
+        if not flips(leave < best, come < best):
+            continue
+        events: Tensor = torch.cat([leave, come]).unique()
+        low, high = 0, int((events < best).sum()) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if flips(leave <= events[middle], come <= events[middle]):
+                high = middle
+            else:
+                low = middle + 1
+        best = float(events[low])
+    return best
 
 
 class _Neighbourhood:
