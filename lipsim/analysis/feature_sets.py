@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from lipsim.analysis.feature_maps import FeatureMap
 from lipsim.analysis.feature_matching import FeatureObjective, LikelihoodObjective, ascend_by_equal_steps
-from lipsim.analysis.labelled_folder import LabelledFolder, to_8bit
 from lipsim.analysis.models import Model
 from lipsim.attacks.objectives import logits_of
 from lipsim.certificates.numbers import check_count
+from lipsim.data.sets.labelled_folder import LabelledFolder, to_8bit
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze
 from lipsim.utils.checks import taking_images

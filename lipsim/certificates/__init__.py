@@ -32,6 +32,7 @@ from lipsim.certificates.decisions import (
     signed_reference_radius,
 )
 from lipsim.certificates.distances import distance_interval, threshold_radius
+from lipsim.certificates.gallery import Gallery
 from lipsim.certificates.geometry import Anchored
 from lipsim.certificates.level_sets import (
     ClosestApproach,
@@ -44,8 +45,10 @@ from lipsim.certificates.level_sets import (
     closest_approach,
     same_radius,
 )
+from lipsim.certificates.neighbours import knn_radius, recall_radius
 from lipsim.certificates.pixels import certified_pixels, l1_radius, linf_radius, original_radius, resize_norm
 from lipsim.certificates.rank_correlation import kendall_interval, pearson_interval, spearman_interval
+from lipsim.certificates.ranking import Ranking, nearest, rank
 from lipsim.certificates.retrieval import retrieval_radius
 from lipsim.certificates.smoothing import (
     SmoothedCertificate,
@@ -62,6 +65,8 @@ from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
 __all__ = [
     "Anchored",
     "ClosestApproach",
+    "Gallery",
+    "Ranking",
     "SegmentCertificate",
     "SignedRadius",
     "SmoothedCertificate",
@@ -84,14 +89,18 @@ __all__ = [
     "distance_interval",
     "joint_radius",
     "kendall_interval",
+    "knn_radius",
     "l1_radius",
     "linear_margin",
     "linf_radius",
     "margin",
     "mean_interval",
+    "nearest",
     "original_radius",
     "pearson_interval",
     "published_radius",
+    "rank",
+    "recall_radius",
     "reference_radius",
     "resize_norm",
     "retrieval_radius",

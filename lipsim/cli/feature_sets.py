@@ -19,10 +19,10 @@ from lipsim.analysis.feature_sets import (
     check_feature_set,
     make_feature_set,
 )
-from lipsim.analysis.labelled_folder import LabelledFolder
 from lipsim.analysis.models import NAMES, Model, load_model
 from lipsim.analysis.small_networks import ARCHITECTURES, small_network
 from lipsim.cli.parser import UsageError, budget, natural_int, output_folder, positive_int
+from lipsim.data.sets.labelled_folder import LabelledFolder
 from lipsim.data.transforms import Preprocess
 from lipsim.results.formats import write_table
 from lipsim.results.tables import Row, print_table

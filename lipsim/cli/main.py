@@ -14,6 +14,8 @@ from lipsim.utils.version import __version__
 COMMANDS = {
     "audit": "bound a metric's Lipschitz constant, layer by layer",
     "certify": "certify the answer to one triplet of image files",
+    "index": "embed the images of a folder, to search in them",
+    "search": "the images of an index that are most like one, and how far that answer is certified",
     "verify": "attack every certificate of a metric",
     "attack": "attack a metric on one pair or triplet of image files",
     "attack-tables": "many metrics side by side, natural and attacked",

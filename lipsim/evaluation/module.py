@@ -126,7 +126,19 @@ class EvaluatedBatch:
         return certificates.candidate_radii(e, e0, e1, **self.options)[0 if target == "left" else 1]
 
 
-Evaluation = dict[str, EvaluatedBatch]  # what Lightning hands from a step to the callbacks has to be a mapping
+@dataclass(frozen=True, eq=False)
+class EvaluatedImages:
+    """A batch of images with labels as callbacks get it.
+
+    Attributes:
+        features: ``(N, D)``, in full precision, before anchor and projection.
+    """
+
+    features: Tensor
+
+
+# What Lightning hands from a step to the callbacks has to be a mapping.
+Evaluation = dict[str, EvaluatedBatch] | dict[str, EvaluatedImages]
 
 
 class EvaluationModule(L.LightningModule):
