@@ -22,22 +22,30 @@ _LOADS = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a warning, such as a link to nothing or a page that the navigation lacks, fails the build."""
+def test_public_classes_and_functions_are_described() -> None:
+    for module in (lipsim, *(importlib.import_module(f"lipsim.{room}") for room in ROOMS)):
+        for name in getattr(module, "__all__", []):
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
+                assert (value.__doc__ or "").strip(), f"{module.__name__}.{name}"
+
+
+def test_the_site_builds_and_is_whole(tmp_path: Path) -> None:
+    """One test, as building takes seconds: without a warning, such as a link to nothing or a page in no menu."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder))
+        config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
         config.plugins.on_startup(command="build", dirty=False)
         build(config)
-    return folder
+    _every_public_name_is_in_the_reference(tmp_path)
+    _pages_load_nothing_from_elsewhere(tmp_path)
+    _formulas_and_docstrings_are_translated(tmp_path)
 
 
-def test_every_public_name_is_in_the_reference(site: Path) -> None:
+def _every_public_name_is_in_the_reference(site: Path) -> None:
     own = [name for name in lipsim.__all__ if name not in (*ROOMS, "__version__")]
     rooms = {"lipsim": ("reference/index.html", own)}
     for room in ROOMS:
@@ -50,15 +58,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     assert not missing, f"no description of {missing}"
 
 
-def test_public_classes_and_functions_are_described() -> None:
-    for module in (lipsim, *(importlib.import_module(f"lipsim.{room}") for room in ROOMS)):
-        for name in getattr(module, "__all__", []):
-            value = getattr(module, name)
-            if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
-                assert (value.__doc__ or "").strip(), f"{module.__name__}.{name}"
-
-
-def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+def _pages_load_nothing_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
     for page in pages:
@@ -68,7 +68,7 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
 
-def test_formulas_and_roles_are_translated(site: Path) -> None:
+def _formulas_and_docstrings_are_translated(site: Path) -> None:
     theory = (site / "theory/index.html").read_text(encoding="utf-8")
     assert theory.count("<math ") > 20
     assert "\\(" not in theory and "\\[" not in theory
