@@ -171,6 +171,25 @@ def test_blocks_say_their_language_and_why_they_do_not_run() -> None:
         assert len(fences) == 2 * len(blocks(page)), f"{page.name}: a block that does not end where it began"
 
 
+def test_marks_and_commands_are_read(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- slow: hours -->\n```python\na = 1\n```\n"
+        '=== "tab"\n\n    <!-- not run: another package -->\n    ```python\n    b = 2\n    ```\n'
+        "<!-- not run: too far above -->\n\n```bash\nuv run lipsim audit x  # why\n"
+        "A=1 srun --nodes 2 uv run python scripts/train.py \\\n    --data.root d && lipsim info\n```\n"
+    )
+    slow, tab, bash = blocks(page)
+    assert (slow.line, slow.mark, slow.reason, slow.code) == (2, "slow", "hours", "a = 1\n")
+    assert (tab.mark, tab.code) == ("not run", "b = 2\n")
+    assert bash.mark is None
+    assert [block.runs(slow=False) for block in (slow, tab, bash)] == [False, False, True]
+    assert [block.runs(slow=True) for block in (slow, tab, bash)] == [True, False, True]
+    found = commands(bash)
+    assert found == [["lipsim", "audit", "x"], [*"python scripts/train.py --data.root d".split()], ["lipsim", "info"]]
+    assert own(found[1], "") == ["train", "--data.root", "d"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_nothing_hides_in_indentation(page: Path) -> None:
     """A command in an indented block would be neither run nor parsed."""
