@@ -1,7 +1,8 @@
 """Every command and snippet of the README and the site runs, or says why it does not and is parsed.
 
-Blocks of a page run in order, Python ones in one namespace, in a folder with ``x.png``, ``y.png``, ``z.png``, the
-folders ``photos`` and ``pictures``, and what the quickstart leaves. A comment directly above a block may say
+A page runs from top to bottom, Python in one namespace, in a folder with ``x.png``, ``y.png``, ``z.png`` and
+``query.png``, the folders ``photos`` and ``pictures``, and what the quickstart leaves. A comment directly above a block
+may say
 
 - ``<!-- not run: REASON -->``: it needs data, hours, a cluster or another package; it is parsed all the same;
 - ``<!-- slow: REASON -->``: it takes seconds, and runs with ``-m slow``;
@@ -42,7 +43,8 @@ from lipsim.teachers import SmallViT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TESTED = {"python", "bash", "yaml"}
+SHELL = {"bash", "console"}  # of the latter the lines after $, the others are output
+TESTED = {"python", "yaml", *SHELL}
 SHOWN = {"text", "csv", "json", "html", "bibtex"}
 MARKS = {"not run", "slow", "needs"}
 _FENCE = re.compile(
@@ -118,8 +120,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages speak of: three images, folders of images, and the files that the quickstart leaves."""
     folder = tmp_path_factory.mktemp("docs")
     triplets, rng = BuiltinTriplets("test", num_triplets=3, image_size=64), np.random.default_rng(0)
-    for name, image in zip("xyz", triplets[0].images(), strict=True):
+    for name, image in zip(("x", "y", "z"), triplets[0].images(), strict=True):
         save_image(folder / f"{name}.png", image)
+    shutil.copy(folder / "x.png", folder / "query.png")
     for number in range(3):
         for name, image in zip(("reference", "left", "right"), triplets[number].images(), strict=True):
             save_image(folder / "pictures" / f"{name}-{number}.png", image)
@@ -183,6 +186,8 @@ def test_marks_and_commands_are_read(tmp_path: Path) -> None:
     assert (slow.line, slow.mark, slow.reason, slow.code) == (2, "slow", "hours", "a = 1\n")
     assert (tab.mark, tab.code) == ("not run", "b = 2\n")
     assert bash.mark is None
+    console = Block(page, 1, "console", "$ lipsim info > facts.txt\nencoder SLLNetwork\n", None, None)
+    assert commands(console) == [["lipsim", "info"]]
     assert [block.runs(slow=False) for block in (slow, tab, bash)] == [False, False, True]
     assert [block.runs(slow=True) for block in (slow, tab, bash)] == [True, False, True]
     found = commands(bash)
@@ -198,25 +203,39 @@ def test_nothing_hides_in_indentation(page: Path) -> None:
     assert not hidden, hidden
 
 
-# --- Python
+# --- what runs
 
 
-def run_python(page: Path, slow: bool) -> None:
+def run_page(page: Path, slow: bool) -> None:
+    """All blocks that can run here, in their order."""
     space: dict[str, Any] = {"__name__": "__docs__"}
     for block in blocks(page):
         if block.language == "python" and block.runs(slow):
             exec(compile("\n" * block.line + block.code, str(page), "exec"), space)
+        elif block.language in SHELL and block.runs(slow):
+            for words in commands(block):
+                args = own(words, block.place)
+                assert args is not None, f"{block.place}: {words[0]} is not run; say so above the block"
+                try:
+                    status = lipsim_main(args)
+                except SystemExit as stop:
+                    status = stop.code
+                answered_no = args[0] == "same" and status == 1
+                assert status in (0, None) or answered_no, f"{block.place}: {' '.join(words)}"
 
 
-@pytest.mark.parametrize("page", pages_of("python"), ids=name_of)
-def test_python_runs(page: Path, at_home: Path) -> None:
-    run_python(page, slow=False)
+@pytest.mark.parametrize("page", pages_of("python", *SHELL), ids=name_of)
+def test_the_page_runs(page: Path, at_home: Path) -> None:
+    run_page(page, slow=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_of("python", mark="slow"), ids=name_of)
-def test_slow_python_runs(page: Path, at_home: Path) -> None:
-    run_python(page, slow=True)
+@pytest.mark.parametrize("page", pages_of("python", *SHELL, mark="slow"), ids=name_of)
+def test_the_page_runs_with_what_is_slow(page: Path, at_home: Path) -> None:
+    run_page(page, slow=True)
+
+
+# --- Python and YAML
 
 
 @pytest.mark.parametrize("block", of("python"), ids=lambda block: block.place)
@@ -265,11 +284,14 @@ def check_config(value: Any, block: Block) -> None:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a block in words, without comments, variables set for them and what starts them."""
+    """The commands of a block in words: without comments, where output goes, variables and what starts them."""
     found = []
     for line in block.code.replace("\\\n", " ").splitlines():
-        for part in re.split(r" && ", line):
-            words = shlex.split(part.removeprefix("$ "), comments=True)
+        if block.language == "console" and not line.startswith("$ "):
+            continue
+        for part in line.removeprefix("$ ").split(" && "):
+            words = shlex.split(part, comments=True)
+            words = words[: next((i for i, word in enumerate(words) if word in ("|", ">", "2>", "||")), None)]
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]
             if words[:2] == ["uv", "run"]:
@@ -334,41 +356,16 @@ def understood(args: list[str]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("page", pages_of("bash"), ids=name_of)
+@pytest.mark.parametrize("page", pages_of(*SHELL), ids=name_of)
 def test_commands_are_understood(
     page: Path, at_home: Path, parse_only: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for block in blocks(page):
-        if block.language == "bash":
+        if block.language in SHELL:
             for words in commands(block):
                 args = own(words, block.place)
                 if args is not None:
                     assert understood(args), f"{block.place}: {' '.join(words)}: {capsys.readouterr().err}"
-
-
-def run_commands(page: Path, slow: bool) -> None:
-    for block in blocks(page):
-        if block.language == "bash" and block.runs(slow):
-            for words in commands(block):
-                args = own(words, block.place)
-                assert args is not None, f"{block.place}: {words[0]} is not run; say so above the block"
-                try:
-                    status = lipsim_main(args)
-                except SystemExit as stop:
-                    status = stop.code
-                answered_no = args[0] == "same" and status == 1
-                assert status in (0, None) or answered_no, f"{block.place}: {' '.join(words)}"
-
-
-@pytest.mark.parametrize("page", pages_of("bash"), ids=name_of)
-def test_commands_run(page: Path, at_home: Path) -> None:
-    run_commands(page, slow=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", pages_of("bash", mark="slow"), ids=name_of)
-def test_slow_commands_run(page: Path, at_home: Path) -> None:
-    run_commands(page, slow=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
