@@ -1,8 +1,8 @@
 """Every command and snippet of the README and the site runs, or says why it does not and is parsed.
 
-A page runs from top to bottom, Python in one namespace, in a folder with ``x.png``, ``y.png``, ``z.png`` and
-``query.png``, the folders ``photos`` and ``pictures``, and what the quickstart leaves. A comment directly above a block
-may say
+A page runs from top to bottom, Python in one namespace, in a folder with ``x.png``, ``y.png``, ``z.png``,
+``query.png``, the table ``triplets.csv``, the folders ``photos`` and ``pictures``, and what the quickstart leaves. A
+comment directly above a block may say
 
 - ``<!-- not run: REASON -->``: it needs data, hours, a cluster or another package; it is parsed all the same;
 - ``<!-- slow: REASON -->``: it takes seconds, and runs with ``-m slow``;
@@ -123,6 +123,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, image in zip(("x", "y", "z"), triplets[0].images(), strict=True):
         save_image(folder / f"{name}.png", image)
     shutil.copy(folder / "x.png", folder / "query.png")
+    (folder / "triplets.csv").write_text("reference,left,right,right_vote\nx.png,y.png,z.png,0.2\n")
     for number in range(3):
         for name, image in zip(("reference", "left", "right"), triplets[number].images(), strict=True):
             save_image(folder / "pictures" / f"{name}-{number}.png", image)
