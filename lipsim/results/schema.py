@@ -8,6 +8,7 @@ of one kind, ``dict[str, …]``: never both.
 from typing import Literal, NotRequired, TypedDict
 
 SCHEMA = 2
+"""The version of results.json that this package writes; a change of meaning has a new number."""
 
 # Label of a budget (see `lipsim.results.eps_label`) → score; null where no triplet had a majority of votes.
 Scores = dict[str, float | None]
