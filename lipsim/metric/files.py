@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from lipsim.layers import freeze
 from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
+from lipsim.metric.thresholds import Threshold
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_safetensors
+from lipsim.utils.files import file_sha256, write_safetensors
 from lipsim.utils.paths import packaged, user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
@@ -58,6 +60,8 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
+    if metric.threshold is not None:
+        header["threshold"] = metric.threshold.header()
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
     write_safetensors(path, encoder.state_dict(), metadata)
     return path
@@ -97,12 +101,14 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path = DEFAULT) -> PerceptualMetric:
+def load(path: str | Path = DEFAULT, *, audit: bool = True) -> PerceptualMetric:
     """Load a metric, in evaluation mode and with folded weights.
 
     Args:
         path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
             bundled metric ("photos", the default, or "quickstart").
+        audit: bound the weights now, which is half a minute for large networks. False: at the first certificate, which
+            distances alone do without.
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
@@ -133,6 +139,8 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
             feature_error=header["feature_error"],
             resize=header["resize"],
         )
+        if (threshold := header.get("threshold")) is not None:
+            metric.threshold = Threshold.from_header(threshold)
     except KeyError as error:
         raise LipsimError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
@@ -145,9 +153,63 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
     freeze(metric)
     if declared is not None:
         # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
-        metric.require_lipschitz(floor)
+        metric.require_lipschitz(floor, audit=audit)
         metric.require_feature_error(metric.declared_feature_error)
     return metric
+
+
+def write_threshold(source: str | Path, path: str | Path, threshold: Threshold) -> Path:
+    """Copy the file of a metric with a threshold in its header; all else in it stays as it is, bit by bit.
+
+    Args:
+        source: a ``.safetensors`` file, a training checkpoint, which is exported first, or a bundled name.
+        path: ``….safetensors``, perhaps the same; it is replaced as a whole or not at all.
+        threshold: what the header has from now on.
+
+    Raises:
+        FileNotFoundError: no such metric.
+        ValueError: the file is no metric.
+        OSError: the file cannot be written.
+    """
+    file, path = resolve(source), user_path(path)
+    if file.suffix == ".ckpt":
+        metric = load(file)
+        metric.threshold = threshold
+        return save(metric, path)
+    header, state = _read_export(file)
+    _, metadata = read_safetensors(file)
+    metadata["metric"] = json.dumps({**header, "threshold": threshold.header()})
+    write_safetensors(path, state, metadata)
+    return path
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the file of a metric says about it.
+
+    Attributes:
+        file: where it is.
+        sha256: of the file.
+        header: what rebuilds the metric; see :func:`describe`.
+        values: how many numbers its tensors have, buffers included.
+    """
+
+    file: Path
+    sha256: str
+    header: dict[str, Any]
+    values: int
+
+
+def read_facts(path: str | Path = DEFAULT) -> FileFacts:
+    """What a file says about the metric in it, which is not built.
+
+    Raises:
+        FileNotFoundError: no such file, nor a bundled metric of that name.
+        ValueError: the file is truncated or of another kind.
+    """
+    file = resolve(path)
+    header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    return FileFacts(file, file_sha256(file), header, sum(tensor.numel() for tensor in state.values()))
 
 
 def holds(path: Path, metric: PerceptualMetric) -> bool:

@@ -17,6 +17,7 @@ from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode, freeze
 from lipsim.layers.encoder import declared_image_size, dtype_of, first_weight
 from lipsim.metric.bounds import EncoderBounds
+from lipsim.metric.thresholds import Threshold
 from lipsim.utils.checks import check_images
 from lipsim.utils.checks import check_range as _check_range
 from lipsim.utils.errors import LipsimError
@@ -42,6 +43,8 @@ class PerceptualMetric(nn.Module):
         resize: how :attr:`preprocess` brings an image to ``image_size``: see :class:`lipsim.data.Preprocess`.
 
     Attributes:
+        threshold: the distance up to which two images count as the same; None where none was chosen
+            (:func:`lipsim.evaluation.thresholds.calibrate`).
         feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
             (:mod:`lipsim.audit.arithmetic`; it proves nothing), "declared" by whoever set it, or "none".
 
@@ -84,6 +87,7 @@ class PerceptualMetric(nn.Module):
         self._bounds = EncoderBounds(lipschitz, feature_error)
         self.feature_error_kind = "declared" if feature_error else "none"
         self.preprocess = Preprocess(image_size, resize)
+        self.threshold: Threshold | None = None
         if lipschitz is None:
             self.audit()
 
@@ -167,9 +171,16 @@ class PerceptualMetric(nn.Module):
         """
         return self._bounds.audit(self.encoder, self.image_size)
 
-    def require_lipschitz(self, floor: float) -> None:
-        """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
-        self._bounds.require_lipschitz(floor, self.encoder, self.image_size)
+    def require_lipschitz(self, floor: float, *, audit: bool = True) -> None:
+        """Audit, and never use a bound below ``floor``: what the file of a metric says about it.
+
+        Args:
+            floor: the bound that is claimed.
+            audit: now; False: at the first certificate.
+        """
+        self._bounds.require_lipschitz(floor)
+        if audit:
+            self.audit()
 
     def require_feature_error(self, floor: float) -> None:
         """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.
