@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "write the metric with it. Pairs are a CSV file with the columns left, right and same (1 or 0), paths relative "
         "to its folder, or two folders: images of one name are the same, and pairs across names are drawn. Shows how "
         "many pairs are answered right: of themselves, provably for every change of the left image up to ε, and after "
-        "attacks within ε. Each image is embedded once; 100 attacked pairs take the bundled metric half a minute."
+        "attacks within ε. Each image is embedded once; 100 attacked pairs take the bundled metric a minute. "
+        "Exit status 1 where an attack breaks a certificate."
     )
     parser.add_argument("pairs", nargs="+", type=user_path, help="a CSV file, or two folders")
     add_metric(parser)
@@ -110,7 +111,9 @@ def _run(options: argparse.Namespace) -> int:
         print(
             f"written {options.output}" if options.output else "nothing written; --output keeps it in a metric's file"
         )
-    return 0
+    if found.violations:
+        print(f"FAILED: attacks broke {found.violations} pairs within their certified radius", file=sys.stderr)
+    return int(found.violations > 0)
 
 
 def _data(options: argparse.Namespace) -> LabelledPairs:

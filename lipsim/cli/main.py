@@ -60,7 +60,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = build_parser([name for name in COMMANDS if name == chosen])
     with one_line_errors(2 if chosen in ANSWERING else 1):
         options = parser.parse_args(args)
-        sys.exit(options.run(options))
+        status = options.run(options)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        sys.exit(status)
 
 
 def build_parser(loaded: Collection[str]) -> argparse.ArgumentParser:

@@ -160,7 +160,6 @@ def one_line_errors(status: int = 1) -> Iterator[None]:
     speak_any_encoding()
     try:
         yield
-        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more in the end
         raise SystemExit(141) from None  # as a shell has it for SIGPIPE

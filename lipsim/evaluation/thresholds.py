@@ -60,6 +60,7 @@ class Calibration:
         different: rates of the different pairs.
         attacked_same: rates of those that were attacked too; None where none were.
         attacked_different: the same of the different pairs.
+        violations: how many attacked pairs were broken at an ε that they are certified at; 0, or a certificate is none.
     """
 
     threshold: Threshold
@@ -69,6 +70,7 @@ class Calibration:
     different: Rates
     attacked_same: Rates | None
     attacked_different: Rates | None
+    violations: int
 
     def facts(self) -> dict[str, Any]:
         """Every field, for JSON."""
@@ -153,7 +155,7 @@ def calibrate(
     same, radius, _ = decide(metric, z, y, value)
     right = same == data.same
     radius = torch.where(right, radius, -1.0)  # what is wrong is certified at no ε
-    broken_at = torch.zeros_like(radius)
+    broken_at = torch.full_like(radius, math.inf)
     chosen = torch.zeros_like(right)
     for kind in (True, False):
         those = (data.same == kind).nonzero().flatten()
@@ -189,6 +191,7 @@ def calibrate(
         different=rates(~data.same, False),
         attacked_same=rates(data.same & chosen, True) if attack_pairs else None,
         attacked_different=rates(~data.same & chosen, True) if attack_pairs else None,
+        violations=int((chosen & right & (broken_at < radius)).sum()),
     )
 
 

@@ -16,7 +16,7 @@ from lipsim.certificates import geometry
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.transforms import load_image, read_image
 from lipsim.layers.base import evaluation_mode
-from lipsim.metric.image_files import original_radii
+from lipsim.metric.image_files import FileCertificate, certify_files, original_radii
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -148,6 +148,51 @@ def rank_files(
     return Comparison(
         tuple(compared.distances[i] for i in order), tuple(compared.places[i] for i in order), compared.broken
     )
+
+
+@dataclass(frozen=True)
+class TripletAnswers:
+    """Certificates of triplets of image files.
+
+    Attributes:
+        certificates: of the triplets whose files could be read, in their order.
+        places: where each of them was among the triplets.
+        broken: place of a triplet that could not be → why.
+    """
+
+    certificates: tuple[FileCertificate, ...]
+    places: tuple[int, ...]
+    broken: dict[int, str]
+
+
+def certify_many(
+    metric: PerceptualMetric,
+    triplets: Sequence[tuple[str | Path, ...]],
+    advance: Callable[[int], None] | None = None,
+) -> TripletAnswers:
+    """Certify triplets of image files one after the other, as :func:`lipsim.metric.certify_files` does.
+
+    Args:
+        metric: a metric with a bound.
+        triplets: files, reference, left and right.
+        advance: called with how many more are done.
+
+    Raises:
+        ValueError: the metric has no bound, or weights in half precision.
+    """
+    if not metric.has_bound:
+        raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
+    metric.check_precision()
+    found: dict[int, FileCertificate] = {}
+    broken: dict[int, str] = {}
+    for place, (reference, left, right) in enumerate(triplets):
+        try:
+            found[place] = certify_files(metric, reference, left, right)
+        except (LipsimError, OSError) as error:
+            broken[place] = str(error)
+        if advance is not None:
+            advance(1)
+    return TripletAnswers(tuple(found.values()), tuple(found), broken)
 
 
 @dataclass(frozen=True)

@@ -140,23 +140,26 @@ def match_names(left: FoundImages, right: FoundImages) -> FilePairs:
     return FilePairs(tuple(pairs.values()), tuple(pairs), alone, skipped)
 
 
-def read_pairs(file: str | Path, columns: Mapping[str, str] | None = None) -> FilePairs:
-    """The pairs of a CSV file with the columns ``left`` and ``right``, paths relative to its folder.
+def read_pairs(file: str | Path) -> FilePairs:
+    """The pairs of a CSV file with the columns ``left`` and ``right``; see :func:`read_paths`."""
+    pairs = tuple((left, right) for left, right in read_paths(file, COLUMNS))
+    folder = user_path(file).parent
+    return FilePairs(pairs, tuple(", ".join(path.relative_to(folder).as_posix() for path in pair) for pair in pairs))
+
+
+def read_paths(file: str | Path, columns: Sequence[str]) -> list[tuple[Path, ...]]:
+    """The files in some columns of a CSV file, row by row; paths in it are relative to its folder.
 
     Raises:
         FileNotFoundError: no such file, or images that it names are missing; the message has the lines.
         ValueError: it is no such table, or anything is wrong with a row.
     """
-    names = choose_columns(columns, COLUMNS)
-    rows = read_rows(file, names, columns)
-    require_columns(file, rows, names, COLUMNS)
-    paths = [tuple(row.path(name) for name in COLUMNS) for row in rows]
+    names = choose_columns(None, columns)
+    rows = read_rows(file, names)
+    require_columns(file, rows, names, columns)
+    paths = [tuple(row.path(name) for name in columns) for row in rows]
     refuse_problems(file, rows)
-    folder = user_path(file).parent
-    return FilePairs(
-        tuple((folder / left, folder / right) for left, right in paths),
-        tuple(f"{left}, {right}" for left, right in paths),
-    )
+    return [tuple(user_path(file).parent / path for path in row) for row in paths]
 
 
 def _stems(files: Mapping[str, Path], taken: Mapping[str, str]) -> dict[str, str]:
