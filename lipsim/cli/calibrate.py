@@ -9,19 +9,20 @@ import sys
 from rich.console import Console
 
 from lipsim.cli.parser import (
-    add_metric,
+    add_metric_argument,
     add_output,
     budget,
     column,
     device,
+    load_metric,
     metric_file,
     natural_int,
     positive_int,
     share,
-)  # fmt: skip
+)
 from lipsim.data.sets.labelled import DIFFERENT_PER_SAME, LabelledPairs
 from lipsim.evaluation.thresholds import EPS, calibrate
-from lipsim.metric.files import load, write_threshold
+from lipsim.metric.files import write_threshold
 from lipsim.results.tables import print_table
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit status 1 where an attack breaks a certificate."
     )
     parser.add_argument("pairs", nargs="+", type=user_path, help="a CSV file, or two folders")
-    add_metric(parser)
+    add_metric_argument(parser, "metric", option=True)
     parser.add_argument("--far", type=share, default=0.01, help="false-accept rate, as 0.01 or 1/1000 (%(default)s)")
     parser.add_argument(
         "--output", type=metric_file, metavar="OUTPUT.safetensors", help="the metric with its threshold"
@@ -84,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"without a partner, in no pair: {', '.join(map(str, data.alone))}", file=sys.stderr)
     with Progress("calibrating") as progress:
         progress("loading the metric")
-        metric = load(options.metric).to(options.device)
+        metric = load_metric(options).to(options.device)
         found = calibrate(
             metric,
             data,
@@ -97,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
             progress=progress,
         )
     if options.output is not None:
-        write_threshold(options.metric, options.output, found.threshold)
+        write_threshold(options.checkpoint, options.output, found.threshold)
     rows = found.rows()
     if options.json:
         print(

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lipsim.cli.parser import add_metric, add_output, natural_int, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, load_metric, natural_int, positive_int
 from lipsim.data.sets.matching import read_paths
-from lipsim.metric import load
 from lipsim.metric.comparisons import certify_many
 from lipsim.metric.image_files import FileCertificate, SmoothedFileCertificate, certify_files, smooth_files
 from lipsim.metric.perceptual_metric import PerceptualMetric
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", type=user_path, metavar="IMAGE", help="reference, left and right; or a CSV file"
     )
-    add_metric(parser)
+    add_metric_argument(parser, "metric", option=True)
     smoothing = parser.add_argument_group("randomized smoothing")
     smoothing.add_argument(
         "--smooth", type=float, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"
@@ -72,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     with Progress("certifying") as progress:
         progress("loading and auditing the metric")
-        metric = load(options.metric)
+        metric = load_metric(options)
         certificate = _certificate(metric, options, progress)
     if options.json:
         print(json.dumps(certificate.facts(), indent=1))
@@ -118,7 +117,7 @@ def _run_table(options: argparse.Namespace) -> int:
     triplets = read_paths(file, IMAGES)
     with Progress("certifying") as progress:
         progress("loading and auditing the metric")
-        found = certify_many(load(options.metric), triplets, progress.counter(len(triplets), "triplets"))
+        found = certify_many(load_metric(options), triplets, progress.counter(len(triplets), "triplets"))
     for place, why in found.broken.items():
         print(f"left out, triplet {place + 1}: {why}", file=sys.stderr)
     if not found.certificates:
@@ -126,7 +125,7 @@ def _run_table(options: argparse.Namespace) -> int:
     rows = [_row(triplets[place], one) for place, one in zip(found.places, found.certificates, strict=True)]
     if options.json:
         content = {
-            "metric": str(options.metric),
+            "metric": str(options.checkpoint),
             "triplets": [
                 {**dict(zip(IMAGES, map(str, triplets[place]), strict=True)), **one.facts()}
                 for place, one in zip(found.places, found.certificates, strict=True)

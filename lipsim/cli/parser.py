@@ -17,6 +17,10 @@ from lipsim.utils.terminal import one_line, speak_any_encoding
 if TYPE_CHECKING:
     import torch
 
+    from lipsim.metric import PerceptualMetric
+
+DEFAULT_METRIC = "photos"  # lipsim.metric.files.DEFAULT, without loading torch
+
 
 def budget(text: str) -> float:
     """A number or a fraction such as 8/255."""
@@ -98,13 +102,26 @@ def share(text: str) -> float:
     return value
 
 
-def add_metric(parser: argparse.ArgumentParser) -> None:
-    """The option ``--metric`` of commands that use one."""
-    from lipsim.metric.files import DEFAULT  # torch, which `lipsim --help` does without
+def add_metric_argument(parser: argparse.ArgumentParser, name: str = "checkpoint", *, option: bool = False) -> None:
+    """The file of a metric: what :func:`load_metric` reads.
 
-    parser.add_argument(
-        "--metric", default=DEFAULT, help="a .safetensors file, or the name of a bundled metric (%(default)s)"
-    )
+    Args:
+        parser: of a command.
+        name: of the argument.
+        option: ``--name`` in the place of an optional positional argument.
+    """
+    help_text = "a .safetensors file, or the name of a bundled metric (%(default)s)"
+    if option:
+        parser.add_argument(f"--{name}", dest="checkpoint", default=DEFAULT_METRIC, help=help_text)
+    else:
+        parser.add_argument("checkpoint", metavar=name, nargs="?", default=DEFAULT_METRIC, help=help_text)
+
+
+def load_metric(options: argparse.Namespace) -> PerceptualMetric:
+    """The metric that the arguments of :func:`add_metric_argument` name."""
+    from lipsim.metric import load  # torch, which `lipsim --help` does without
+
+    return load(options.checkpoint)
 
 
 def add_output(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:

@@ -7,10 +7,9 @@ import json
 import sys
 
 from lipsim.cli.distance import tell_broken
-from lipsim.cli.parser import add_metric, add_output, budget, device, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, budget, device, load_metric, positive_int
 from lipsim.data.sets.matching import pair_files
 from lipsim.metric.comparisons import rank_files
-from lipsim.metric.files import load
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("reference", type=user_path, help="an image file")
     parser.add_argument("images", nargs="+", help="a folder, images, or patterns in quotes")
-    add_metric(parser)
+    add_metric_argument(parser, "metric", option=True)
     parser.add_argument("--top", type=positive_int, help="only the nearest so many")
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
@@ -49,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         print(pairs.skipped, file=sys.stderr)
     with Progress("ranking") as progress:
         progress("loading the metric")
-        metric = load(options.metric, audit=False).to(options.device)
+        metric = load_metric(options).to(options.device)
         ranked = rank_files(
             metric,
             options.reference,
@@ -68,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         content = {
             "reference": str(options.reference),
-            "metric": str(options.metric),
+            "metric": str(options.checkpoint),
             **({} if options.eps is None else {"eps": options.eps}),
             "ranking": rows,
             "images": len(ranked.distances),

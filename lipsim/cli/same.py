@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from lipsim.cli.parser import add_metric, add_output, budget
+from lipsim.cli.parser import add_metric_argument, add_output, budget, load_metric
 from lipsim.metric.comparisons import same_files, threshold_of
-from lipsim.metric.files import load
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("left", type=user_path, help="an image file")
     parser.add_argument("right", type=user_path, help="another")
-    add_metric(parser)
+    add_metric_argument(parser, "metric", option=True)
     parser.add_argument("--threshold", type=budget, help="the largest distance of the same, instead of the file's")
     add_output(parser, rows=False)
     parser.set_defaults(run=_run)
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     with Progress("comparing") as progress:
         progress("loading the metric")
-        metric = load(options.metric, audit=False)
+        metric = load_metric(options)
         threshold = threshold_of(metric, options.threshold)
         progress("auditing the metric, and searching for rounding errors")
         certificate = same_files(metric, options.left, options.right, threshold)

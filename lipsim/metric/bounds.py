@@ -69,10 +69,11 @@ class EncoderBounds:
         self._declared = check_number("Lipschitz bound", bound, above=True, finite=False)
         self._least, self._audited = 0.0, None
 
-    def require_lipschitz(self, least: float) -> None:
-        """Audit from now on, at the first use, and never use a bound below ``least``."""
-        self._least = check_number("Lipschitz bound", least)
-        self._declared = self._audited = None
+    def require_lipschitz(self, least: float, encoder: nn.Module, image_size: int) -> None:
+        """Audit from now on, and never use a bound below ``least``."""
+        check_number("Lipschitz bound", least)
+        self.audit(encoder, image_size)
+        self._least = least
 
     def declare_feature_error(self, error: float) -> None:
         """Use this error from now on, whatever the encoder."""

@@ -54,14 +54,14 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         >>> torch.allclose(again(x, 1 - x), metric(x, 1 - x), atol=1e-6)
         True
     """
-    path = user_path(path)
+    path, threshold = user_path(path), metric.threshold
     encoder = merged(metric.encoder)
     header = {**describe(metric, encoder), "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
-    if metric.threshold is not None:
-        header["threshold"] = metric.threshold.header()
+    if threshold is not None:
+        header["threshold"] = threshold.header()
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
     write_safetensors(path, encoder.state_dict(), metadata)
     return path
@@ -101,14 +101,12 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path = DEFAULT, *, audit: bool = True) -> PerceptualMetric:
+def load(path: str | Path = DEFAULT) -> PerceptualMetric:
     """Load a metric, in evaluation mode and with folded weights.
 
     Args:
         path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
             bundled metric ("photos", the default, or "quickstart").
-        audit: bound the weights now, which is half a minute for large networks. False: at the first certificate, which
-            distances alone do without.
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
@@ -139,8 +137,8 @@ def load(path: str | Path = DEFAULT, *, audit: bool = True) -> PerceptualMetric:
             feature_error=header["feature_error"],
             resize=header["resize"],
         )
-        if (threshold := header.get("threshold")) is not None:
-            metric.threshold = Threshold.from_header(threshold)
+        claimed = header.get("threshold")
+        threshold = None if claimed is None else Threshold.from_header(claimed)
     except KeyError as error:
         raise LipsimError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
@@ -153,8 +151,9 @@ def load(path: str | Path = DEFAULT, *, audit: bool = True) -> PerceptualMetric:
     freeze(metric)
     if declared is not None:
         # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
-        metric.require_lipschitz(floor, audit=audit)
+        metric.require_lipschitz(floor)
         metric.require_feature_error(metric.declared_feature_error)
+    metric.threshold = threshold
     return metric
 
 

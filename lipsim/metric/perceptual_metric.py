@@ -171,16 +171,9 @@ class PerceptualMetric(nn.Module):
         """
         return self._bounds.audit(self.encoder, self.image_size)
 
-    def require_lipschitz(self, floor: float, *, audit: bool = True) -> None:
-        """Audit, and never use a bound below ``floor``: what the file of a metric says about it.
-
-        Args:
-            floor: the bound that is claimed.
-            audit: now; False: at the first certificate.
-        """
-        self._bounds.require_lipschitz(floor)
-        if audit:
-            self.audit()
+    def require_lipschitz(self, floor: float) -> None:
+        """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
+        self._bounds.require_lipschitz(floor, self.encoder, self.image_size)
 
     def require_feature_error(self, floor: float) -> None:
         """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.

@@ -186,7 +186,7 @@ def test_calibrate_on_a_table(folder: Path, run: Run) -> None:
 def test_a_broken_certificate_fails_a_calibration(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = load("m.safetensors")
     original.lipschitz = 0.01
-    monkeypatch.setattr("lipsim.cli.calibrate.load", lambda name: original)
+    monkeypatch.setattr("lipsim.cli.calibrate.load_metric", lambda options: original)
     status, _, err = run("calibrate a b --metric m.safetensors --attack-pairs 4 --steps 10 --eps 0.5 2")
     assert status == 1 and "FAILED: attacks broke" in err
 
