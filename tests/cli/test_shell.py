@@ -289,8 +289,8 @@ def test_completion_knows_every_option(shell: str, run: Run, tmp_path: Path) -> 
     if shell == "bash":
         (tmp_path / "completion").write_text(script)
         asked = (
-            f"source {tmp_path / 'completion'}; COMP_WORDS=(lipsim calibrate --f); COMP_CWORD=2; "
-            "_shtab_lipsim lipsim --f calibrate; echo ${COMPREPLY[@]}"
+            f"source {tmp_path / 'completion'}; COMP_WORDS=(lipsim calibrate --fa); COMP_CWORD=2; "
+            "_shtab_lipsim lipsim --fa calibrate; echo ${COMPREPLY[@]}"
         )
         found = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
         assert found.stdout.split() == ["--far"]
