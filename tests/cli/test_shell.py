@@ -272,15 +272,6 @@ def test_examples_of_every_command_parse(name: str) -> None:
     assert command.epilog in command.format_help()  # line by line, not filled to the width
 
 
-def test_commands_in_the_documentation_parse() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "shell.md").read_text(encoding="utf-8")
-    lines = [line.removeprefix("$ ").partition(" | ")[0] for line in text.splitlines() if line.startswith("$ lipsim")]
-    assert len(lines) > 9
-    for line in lines:
-        words = shlex.split(line)[1:]
-        assert build_parser(words[:1]).parse_args(words).run
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion_knows_every_option(shell: str, run: Run, tmp_path: Path) -> None:
     status, script, _ = run(f"--print-completion {shell}")
