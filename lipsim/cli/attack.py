@@ -17,6 +17,12 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim attack x.png y.png --goal alike --eps 1",
+    "lipsim attack reference.png left.png right.png --eps 0.5 1 2 --output attacked",
+    "lipsim attack reference.png left.png right.png --norm inf --eps 4/255 8/255 --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim attack` takes."""

@@ -26,6 +26,10 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+EXAMPLES = (
+    "lipsim collide x.png --target y.png",
+    "lipsim collide x.png --model resnet50 --eps 1 --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

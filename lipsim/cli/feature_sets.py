@@ -31,6 +31,11 @@ from lipsim.utils.files import write_json
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim feature-sets photos/ --kind robust --model photos --output sets",
+    "lipsim feature-sets photos/ --output sets --held-out others/ --epochs 5",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim feature-sets` takes."""

@@ -19,6 +19,11 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim traverse x.png y.png",
+    "lipsim traverse x.png y.png --threshold 0.1 --steps 100 --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim traverse` takes."""

@@ -11,6 +11,12 @@ from lipsim.evaluation.verify import verify
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim verify",
+    "lipsim verify runs/m.safetensors --samples 2 --steps 10",
+    "lipsim verify quickstart --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim verify` takes."""

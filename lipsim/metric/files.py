@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from lipsim.layers import freeze
 from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
+from lipsim.metric.thresholds import Threshold
 from lipsim.metric.tiles import TiledMetric
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_safetensors
+from lipsim.utils.files import file_sha256, write_safetensors
 from lipsim.utils.framings import DEFAULT_GRID, FRAMINGS
 from lipsim.utils.paths import packaged, user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
@@ -55,13 +57,15 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         >>> torch.allclose(again(x, 1 - x), metric(x, 1 - x), atol=1e-6)
         True
     """
-    path = user_path(path)
+    path, threshold = user_path(path), metric.threshold
     framing, metric = _framing(metric), _of_a_tile(metric)
     encoder = merged(metric.encoder)
     header = {**describe(metric, encoder), **framing, "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
+    if threshold is not None:
+        header["threshold"] = threshold.header()
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
     write_safetensors(path, encoder.state_dict(), metadata)
     return path
@@ -170,6 +174,8 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
             resize=header["resize"],
             framing="stretch" if framing == "tiles" else framing,
         )
+        claimed = header.get("threshold")
+        threshold = None if claimed is None else Threshold.from_header(claimed)
     except KeyError as error:
         raise LipsimError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
@@ -185,7 +191,65 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
         now = sum(parameter.numel() for parameter in encoder.parameters()) <= _AUDITED_NOW
         metric.require_lipschitz(floor, f"the metric in {file}" if floor else "", now=now)
         metric.require_feature_error(metric.declared_feature_error)
-    return TiledMetric(metric, grid) if framing == "tiles" else metric
+    if framing == "tiles":
+        metric = TiledMetric(metric, grid)
+    # It was chosen on images that came to the metric as its file says.
+    metric.threshold = threshold if (framing, grid) == (own, own_grid) else None
+    return metric
+
+
+def write_threshold(source: str | Path, path: str | Path, threshold: Threshold) -> Path:
+    """Copy the file of a metric with a threshold in its header; all else in it stays as it is, bit by bit.
+
+    Args:
+        source: a ``.safetensors`` file, a training checkpoint, which is exported first, or a bundled name.
+        path: ``….safetensors``, perhaps the same; it is replaced as a whole or not at all.
+        threshold: what the header has from now on.
+
+    Raises:
+        FileNotFoundError: no such metric.
+        ValueError: the file is no metric.
+        OSError: the file cannot be written.
+    """
+    file, path = resolve(source), user_path(path)
+    if file.suffix == ".ckpt":
+        metric = load(file)
+        metric.threshold = threshold
+        return save(metric, path)
+    header, state = _read_export(file)
+    _, metadata = read_safetensors(file)
+    metadata["metric"] = json.dumps({**header, "threshold": threshold.header()})
+    write_safetensors(path, state, metadata)
+    return path
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the file of a metric says about it.
+
+    Attributes:
+        file: where it is.
+        sha256: of the file.
+        header: what rebuilds the metric; see :func:`describe`.
+        values: how many numbers its tensors have, buffers included.
+    """
+
+    file: Path
+    sha256: str
+    header: dict[str, Any]
+    values: int
+
+
+def read_facts(path: str | Path = DEFAULT) -> FileFacts:
+    """What a file says about the metric in it, which is not built.
+
+    Raises:
+        FileNotFoundError: no such file, nor a bundled metric of that name.
+        ValueError: the file is truncated or of another kind.
+    """
+    file = resolve(path)
+    header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    return FileFacts(file, file_sha256(file), header, sum(tensor.numel() for tensor in state.values()))
 
 
 def holds(path: Path, metric: PerceptualMetric) -> bool:

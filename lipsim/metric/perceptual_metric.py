@@ -20,6 +20,7 @@ from lipsim.layers.encoder import declared_image_size, dtype_of
 from lipsim.metric import inputs, reading
 from lipsim.metric.bounds import EncoderBounds
 from lipsim.metric.near_duplicates import NearDuplicates
+from lipsim.metric.thresholds import Threshold
 from lipsim.utils.checks import check_range as _check_range
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
@@ -52,6 +53,8 @@ class PerceptualMetric(nn.Module):
             :class:`lipsim.metric.TiledMetric`.
 
     Attributes:
+        threshold: the distance up to which two images count as the same; None where none was chosen
+            (:func:`lipsim.evaluation.thresholds.calibrate`).
         feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
             (:mod:`lipsim.audit.arithmetic`; it proves nothing), "declared" by whoever set it, or "none".
 
@@ -96,6 +99,7 @@ class PerceptualMetric(nn.Module):
         self._bounds = EncoderBounds(lipschitz, feature_error)
         self.feature_error_kind = "declared" if feature_error else "none"
         self.preprocess = Preprocess(image_size, resize, framing)
+        self.threshold: Threshold | None = None
         if lipschitz is None:
             self.audit()
 

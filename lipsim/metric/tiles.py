@@ -190,9 +190,9 @@ class TiledMetric(PerceptualMetric):
         """Bound the encoder of a tile with its present weights, and use this bound from now on."""
         return self.tile.audit()
 
-    def require_lipschitz(self, floor: float) -> None:
+    def require_lipschitz(self, floor: float, source: str = "", *, now: bool = True) -> None:
         """As of the tile."""
-        self.tile.require_lipschitz(floor)
+        self.tile.require_lipschitz(floor, source, now=now)
 
     def require_feature_error(self, floor: float) -> None:
         """As of the tile."""

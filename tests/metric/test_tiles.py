@@ -206,7 +206,7 @@ def test_files_are_certified_in_their_own_pixels(
         "reference": pytest.approx(metric.preprocess.original_radius(1.0, 40, 30), rel=1e-9)
     }
     with pytest.raises(SystemExit) as done:
-        main(["certify", str(checkpoint), *map(str, files.values()), "--framing", framing, "--json"])
+        main(["certify", "--metric", str(checkpoint), *map(str, files.values()), "--framing", framing, "--json"])
     assert done.value.code == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["framing"] == framing and facts["radius"] == pytest.approx(found.radius, rel=1e-5)
