@@ -39,9 +39,9 @@ from lipsim.analysis.feature_set_scores import (
     transfer_correlation,
 )
 from lipsim.analysis.feature_sets import FeatureSetRecipe, Kind, make_feature_set
-from lipsim.analysis.labelled_folder import LabelledFolder
 from lipsim.analysis.models import Model, Normalized
 from lipsim.analysis.small_networks import ARCHITECTURES, small_network
+from lipsim.data.sets.labelled_folder import LabelledFolder
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import OrthogonalLinear, freeze
 from lipsim.results.formats import markdown_table, write_table

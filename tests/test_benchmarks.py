@@ -199,3 +199,12 @@ def test_the_attack_tables_print_ratios_and_scores() -> None:
     assert all(0 <= float(cell) <= 100 for row in scores for cell in row[3:9])
     # A step, and a look at the clean images and at the last point.
     assert all((float(row[9]), float(row[10])) == (3, 1) for row in scores)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_certified_search_is_compared_with_a_product() -> None:
+    from use_search import search_ratio  # type: ignore[import-not-found]
+
+    found = search_ratio(items=400, features=8, rounds=3)
+    for count in (1, 32):
+        assert found[f"ratio_{count}"] == found[f"search_{count}"] / found[f"product_{count}"] > 0

@@ -54,6 +54,10 @@ def test_a_metric_is_used_without_what_trains_it(tmp_path: Path) -> None:
         "load": "import lipsim; lipsim.load('quickstart')",
         "audit": HELP.format(arguments=["audit", "--help"]),
         "certify": HELP.format(arguments=["certify", "--help"]),
+        "distance": f"from PIL import Image; Image.new('RGB', (70, 70)).save({str(tmp_path / 'x.png')!r})"
+        + HELP.format(arguments=["distance", *[str(tmp_path / "x.png")] * 2]),
+        "same": HELP.format(arguments=["same", *[str(tmp_path / "x.png")] * 2, "--threshold", "0.1"]),
+        "info": HELP.format(arguments=["info"]),
     }
     for step, loaded in loaded_after(steps, tmp_path).items():
         assert "torch" in loaded

@@ -282,7 +282,7 @@ def _tensors(output: object) -> list[Tensor]:
 def in_precision(model: Model, dtype: torch.dtype) -> Model:
     """A copy of a model in another precision."""
     network, module = copy.deepcopy((model.network, model.module))
-    return Model(model.name, network.to(dtype), module.to(dtype), model.image_size, model.resize)
+    return Model(model.name, network.to(dtype), module.to(dtype), model.image_size, model.resize, model.framing)
 
 
 def layer_table(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from lipsim.analysis.feature_maps import FeatureMap
 from lipsim.analysis.feature_matching import FeatureObjective, LikelihoodObjective, ascend_by_equal_steps
-from lipsim.analysis.labelled_folder import LabelledFolder, to_8bit
 from lipsim.analysis.models import Model
 from lipsim.attacks.objectives import logits_of
 from lipsim.certificates.numbers import check_count
+from lipsim.data.sets.labelled_folder import LabelledFolder, to_8bit
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze
 from lipsim.utils.checks import taking_images
@@ -212,6 +212,10 @@ def _prepare(
 ) -> tuple[_Maker, Path, dict[str, Any]]:
     """What makes the images, the folder of the set, and its manifest."""
     device = torch.device("cpu") if fabric is None else fabric.device
+    if model.framing != "stretch":
+        raise LipsimError(
+            f"feature sets are made of stretched images, got {model.name} with the framing {model.framing!r}"
+        )
     source = LabelledFolder(images, Preprocess(model.image_size, model.resize))
     folder = user_path(output) / recipe.kind
     freeze(model.module.to(device).requires_grad_(False))

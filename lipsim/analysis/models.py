@@ -35,6 +35,7 @@ class Model:
         module: images ``(N, 3, H, W)`` in [0, 1] to whatever it answers, in evaluation mode.
         image_size: side of the images that it is usually given.
         resize: how image files become its input (:class:`lipsim.data.transforms.Preprocess`).
+        framing: what of them it sees, likewise; "stretch" too where a metric cuts its input into tiles.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Model:
     module: nn.Module
     image_size: int
     resize: str = "float"
+    framing: str = "stretch"
 
 
 class Normalized(nn.Module):
@@ -112,7 +114,9 @@ def load_model(
             model = _function(name, image_size)
         else:
             metric = _metric(name)
-            model = Model(name, metric.encoder, metric.encoder, metric.image_size, metric.preprocess.resize)
+            images = metric.preprocess
+            framing = "stretch" if images.framing == "tiles" else images.framing
+            model = Model(name, metric.encoder, metric.encoder, images.image_size, images.resize, framing)
     if image_size is not None and image_size != model.image_size:
         raise LipsimError(f"expected --image-size {model.image_size}, which {name} has, got {image_size}")
     if weights is not None:

@@ -121,7 +121,6 @@ def _smallest(objective: Objective, x: Tensor, task: Task) -> Tensor:
     )
 
 
-# In the order in which a suite runs them and tables show them.
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
@@ -133,6 +132,7 @@ ATTACKS: dict[str, Attack] = {
         Attack("mi_fgsm", "MI-FGSM", NORMS, gradients=True, budget=True, in_suite=False, attack=_with_steps(mi_fgsm)),
     )
 }
+"""The attacks by name, in the order in which a suite runs them and tables show them."""
 
 
 def attacks_in(norm: Norm) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which im
 from lipsim.callbacks.attack_robustness import AttackRobustness
 from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
+from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
@@ -14,6 +15,7 @@ from lipsim.callbacks.triplet_gallery import TripletGallery
 __all__ = [
     "AttackRobustness",
     "CertifyRadii",
+    "CertifyRetrieval",
     "CertifySmoothed",
     "ExportMetric",
     "NullSpaceRobustness",

@@ -17,6 +17,7 @@ from lipsim.callbacks.sample_table import SampleTable, csv_columns, gather_objec
 from lipsim.certificates.numbers import check_number
 from lipsim.data import Triplet
 from lipsim.data.check import images_of
+from lipsim.data.labelled import LabelledBatch
 from lipsim.data.loading import check_count, data_fingerprint, num_samples, read_batch
 from lipsim.evaluation.journal import RowCallback
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders, outside_inference_mode
@@ -45,6 +46,7 @@ class TripletCallback(RowCallback):
     """
 
     files: tuple[str, ...] = ()  # patterns of what a test writes into its directory besides results.json
+    batches: type[Any] = Triplet  # of which `see` is called
     differentiates = False  # whether `see` takes gradients with respect to images, which Lightning's cannot have
 
     def __init__(self, directory: Path | None = None, validate: bool = True) -> None:
@@ -210,7 +212,12 @@ class TripletCallback(RowCallback):
         dataloader_idx: int = 0,
     ) -> None:
         # Batches without triplets (a folder of images in distillation) have nothing to certify or attack.
-        if self._works(trainer) and isinstance(batch, Triplet):
+        if isinstance(batch, LabelledBatch) and self.batches is not LabelledBatch:
+            raise LipsimError(
+                f"{type(self).__name__} is about triplets, and these data have no triplets but images with labels; "
+                "choose lipsim.callbacks.CertifyRetrieval, or other data"
+            )
+        if self._works(trainer) and isinstance(batch, self.batches):
             with outside_inference_mode():
                 name = module.set_name(dataloader_idx)
                 self.position = position = module.positions(batch, batch_idx, dataloader_idx)

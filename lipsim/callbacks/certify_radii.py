@@ -146,7 +146,7 @@ class CertifyRadii(TripletCallback):
             "feature_error_kind": metric.feature_error_kind,
             "feature_error_sample": self.error_sample,
             "feature_error_factor": self.error_factor,
-            "resize": metric.preprocess.resize,
+            "resize": metric.preprocess.label,
             "precision": f"features {dtype} with TF32 and autocast off, geometry float64",
             "eps": self.eps,
             "sets": sets,

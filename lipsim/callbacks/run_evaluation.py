@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lipsim.callbacks.attack_robustness import AttackRobustness
 from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
+from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.run_options import (
@@ -37,7 +38,7 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, remove_leftovers, state_fingerprint
 from lipsim.utils.paths import user_path
 
-_KINDS = (CertifyRadii, CertifySmoothed, AttackRobustness, NullSpaceRobustness, TripletGallery)
+_KINDS = (CertifyRadii, CertifyRetrieval, CertifySmoothed, AttackRobustness, NullSpaceRobustness, TripletGallery)
 
 
 def evaluate(
@@ -201,7 +202,7 @@ def run_evaluation(
             "checkpoint": module.checkpoint,
             "checkpoint_sha256": module.checkpoint_sha256,
             "image_size": module.metric.image_size,
-            "resize": module.metric.preprocess.resize,
+            "resize": module.metric.preprocess.label,
             "triplets": remaining.triplets,
             "sample_seed": sample_seed,
         }

@@ -23,9 +23,11 @@ from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
 from lipsim.callbacks.certify_radii import CertifyRadii
+from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
+from lipsim.results.retrieval import retrieval_rows
 from lipsim.results.tables import certified_rows, print_table, smoothed_rows
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.slurm import check_slurm
@@ -164,3 +166,6 @@ def print_certified(trainer: L.Trainer) -> None:
             about = f"smoothed: σ = {found['sigma']:g}, n = {found['n']}, α = {found['alpha']:g} for each answer"
             if rows := smoothed_rows(found):
                 print_table(Console(), rows, f"{title}; {about}")
+        elif isinstance(callback, CertifyRetrieval) and callback.results:
+            if rows := retrieval_rows(callback.results):
+                print_table(Console(), rows, "Searches: score in %, natural, certified and attacked at ℓ2 budgets ε")

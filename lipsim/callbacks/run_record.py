@@ -95,7 +95,7 @@ def describe(value: Any) -> Any:
 def _arguments(value: Any) -> dict[str, Any]:
     if isinstance(value, PerceptualMetric):  # its other arguments are computed where they are asked for
         own = {name: describe(getattr(value, name)) for name in ("encoder", "image_size", "anchor")}
-        return {**own, "resize": value.preprocess.resize}
+        return {**own, "resize": value.preprocess.resize, "framing": value.preprocess.framing}
     if isinstance(config := getattr(value, "config", None), Mapping):
         return {key: describe(item) for key, item in config.items()}
     if type(value).__init__ is object.__init__:

@@ -32,6 +32,7 @@ from lipsim.certificates.decisions import (
     signed_reference_radius,
 )
 from lipsim.certificates.distances import distance_interval, threshold_radius
+from lipsim.certificates.gallery import Gallery
 from lipsim.certificates.geometry import Anchored
 from lipsim.certificates.level_sets import (
     ClosestApproach,
@@ -44,8 +45,10 @@ from lipsim.certificates.level_sets import (
     closest_approach,
     same_radius,
 )
+from lipsim.certificates.neighbours import knn_radius, recall_radius
 from lipsim.certificates.pixels import certified_pixels, l1_radius, linf_radius, original_radius, resize_norm
 from lipsim.certificates.rank_correlation import kendall_interval, pearson_interval, spearman_interval
+from lipsim.certificates.ranking import Ranking, nearest, rank
 from lipsim.certificates.retrieval import retrieval_radius
 from lipsim.certificates.smoothing import (
     SmoothedCertificate,
@@ -55,12 +58,15 @@ from lipsim.certificates.smoothing import (
     smoothed_mean_interval,
     smoothed_radius,
 )
+from lipsim.certificates.tiles import certify_tiles, tiled_distance_interval, tiled_margin, tiled_threshold_radius
 from lipsim.certificates.triangles import TriangleCertificate, barycentric_grid, certify_triangles
 from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
 
 __all__ = [
     "Anchored",
     "ClosestApproach",
+    "Gallery",
+    "Ranking",
     "SegmentCertificate",
     "SignedRadius",
     "SmoothedCertificate",
@@ -75,6 +81,7 @@ __all__ = [
     "certify_counts",
     "certify_segments",
     "certify_stars",
+    "certify_tiles",
     "certify_triangles",
     "certify_triplets",
     "class_radius",
@@ -82,14 +89,18 @@ __all__ = [
     "distance_interval",
     "joint_radius",
     "kendall_interval",
+    "knn_radius",
     "l1_radius",
     "linear_margin",
     "linf_radius",
     "margin",
     "mean_interval",
+    "nearest",
     "original_radius",
     "pearson_interval",
     "published_radius",
+    "rank",
+    "recall_radius",
     "reference_radius",
     "resize_norm",
     "retrieval_radius",
@@ -100,4 +111,7 @@ __all__ = [
     "smoothed_radius",
     "spearman_interval",
     "threshold_radius",
+    "tiled_distance_interval",
+    "tiled_margin",
+    "tiled_threshold_radius",
 ]

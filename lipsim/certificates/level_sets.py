@@ -29,8 +29,8 @@ from lipsim.certificates.geometry import Anchored, along, project, unit_angle
 from lipsim.certificates.numbers import check_count
 from lipsim.certificates.rounding import EPS
 
-# Points (M, …) and the sample (M,) that each belongs to → signed radii (M,).
 SignedRadius = Callable[[Tensor, Tensor], Tensor]
+"""Points ``(M, …)`` and the sample ``(M,)`` that each belongs to, to signed radii ``(M,)``."""
 _BATCH = 64  # points at a time
 _SHORTEST = 1e-12  # of a segment: no shorter gap is looked into
 

@@ -69,42 +69,51 @@ def certified_pixels(x: Tensor, radius: Tensor) -> Tensor:
     return (total < square.unsqueeze(-1)).sum(-1)
 
 
-def resize_norm(original: tuple[int, int], image_size: int) -> float:
-    """ℓ2 operator norm of the antialiased bicubic resize from ``(H, W)`` to a square of ``image_size``, rounded up.
+def resize_norm(original: tuple[int, int], resized: int | tuple[int, int]) -> float:
+    """ℓ2 operator norm of the antialiased bicubic resize from ``(H, W)`` to ``(h, w)``, rounded up.
 
     The resize is linear and separable, so its norm is the product of those of two one-dimensional maps, each from an
     SVD in float64. :class:`lipsim.data.Preprocess` resizes in float64, too; that of float32 has a norm of its own, up
     to 4e-6 larger. See :func:`original_radius` for what the norm is worth in the pixels of a file.
 
+    Args:
+        original: height and width before.
+        resized: height and width after, or the side of a square.
+
     Example:
         >>> print(f"{resize_norm((64, 64), 64):.4f}")  # nothing is resized
         1.0000
     """
-    return math.prod(_axis_norm(size, image_size) for size in original)
+    return math.prod(map(_axis_norm, original, _pair(resized)))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 @lru_cache
-def _axis_norm(size: int, image_size: int) -> float:
+def _axis_norm(size: int, resized: int) -> float:
     rows = []
     for start in range(0, size, 256):  # of the identity, which for a large photograph is too large as a whole
         basis = torch.eye(min(256, size - start), size - start, dtype=torch.float64)
         basis = F.pad(basis, (start, 0)).unsqueeze(1).unsqueeze(1)
-        rows.append(F.interpolate(basis, size=(1, image_size), mode="bicubic", antialias=True).flatten(1))
+        rows.append(F.interpolate(basis, size=(1, resized), mode="bicubic", antialias=True).flatten(1))
     # An SVD is off by a modest multiple of n roundings.
-    return float(torch.linalg.matrix_norm(torch.cat(rows), ord=2)) * (1 + 8 * (size + image_size) * EPS)
+    return float(torch.linalg.matrix_norm(torch.cat(rows), ord=2)) * (1 + 8 * (size + resized) * EPS)
 
 
-def original_radius(radius: float, original: tuple[int, int], image_size: int) -> float:
-    """Radius in the pixels of an RGB file of ``(H, W)`` that one in the metric's input implies.
+def original_radius(radius: float, original: tuple[int, int], resized: int | tuple[int, int]) -> float:
+    """Radius in the pixels of an RGB file that one in the metric's input implies.
 
     The file's values over 255 (or 65535) are exact in the file, and rounded to float32 twice on their way: when read,
     and when resized (in float64; images of the right size are not). Both roundings count twice, for the file and for
     the changed one.
 
     Args:
-        radius: in the space of the encoder's input, ``(3, image_size, image_size)``.
-        original: height and width of the file, of which any order has the same norm.
-        image_size: side of the input, reached by :class:`lipsim.data.Preprocess` with the resize "float".
+        radius: in the space of the encoder's input.
+        original: height and width of the part of the file that is seen, which may be all of it.
+        resized: height and width that this part is resized to, or the side of a square, by
+            :class:`lipsim.data.Preprocess` with the resize "float". What it adds around is constant and has no part.
 
     Returns:
         The radius, at least 0.
@@ -113,8 +122,9 @@ def original_radius(radius: float, original: tuple[int, int], image_size: int) -
         >>> print(f"{original_radius(0.5, (64, 64), 64):.4f}")
         0.5000
     """
-    read = 2 * _FLOAT32_STEP * math.sqrt(3 * original[0] * original[1])
-    if tuple(original) == (image_size, image_size):
+    size = _pair(resized)
+    read = 2 * _FLOAT32_STEP * math.sqrt(3 * math.prod(original))
+    if tuple(original) == size:
         return max(0.0, radius - read) * (1 - 4 * EPS)
-    resized = 2 * _FLOAT32_STEP * math.sqrt(3) * image_size
-    return max(0.0, max(0.0, radius - resized) / resize_norm(original, image_size) - read) * (1 - 4 * EPS)
+    made = 2 * _FLOAT32_STEP * math.sqrt(3 * math.prod(size))
+    return max(0.0, max(0.0, radius - made) / resize_norm(original, size) - read) * (1 - 4 * EPS)

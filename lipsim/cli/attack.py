@@ -11,13 +11,17 @@ from lipsim.attacks.images import GOALS, attack_pair, attack_triplet
 from lipsim.attacks.objectives import TARGETS
 from lipsim.attacks.projections import NORMS, Norm
 from lipsim.attacks.registry import ATTACKS
-from lipsim.cli.parser import budget, positive_int
+from lipsim.cli.parser import add_metric_argument, budget, load_metric, positive_int
 from lipsim.data.transforms import load_image
-from lipsim.metric import load
-from lipsim.metric.files import DEFAULT
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
+
+EXAMPLES = (
+    "lipsim attack x.png y.png --goal alike --eps 1",
+    "lipsim attack reference.png left.png right.png --eps 0.5 1 2 --output attacked",
+    "lipsim attack reference.png left.png right.png --norm inf --eps 4/255 8/255 --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "metric for each budget that does not suffice: seconds for the bundled metric, minutes for a ViT on a CPU."
     )
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE", help="two or three image files")
-    parser.add_argument("--checkpoint", default=DEFAULT, help="a .safetensors file or a bundled name (%(default)s)")
+    add_metric_argument(parser, option=True)
     parser.add_argument("--goal", choices=GOALS, default="different", help="of a pair (%(default)s)")
     parser.add_argument("--target", choices=TARGETS, default="reference", help="of a triplet (%(default)s)")
     parser.add_argument(
@@ -56,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     common: dict[str, Any] = {"norm": norm, "steps": options.steps, "restarts": options.restarts, "seed": options.seed}
     with Progress("attacking") as progress:
         progress("loading the metric")
-        metric = load(options.checkpoint)
+        metric = load_metric(options)
         images = [load_image(path, metric.preprocess).to(metric.dtype) for path in options.images]
         if is_pair:
             progress(f"apgd, {options.goal}")

@@ -15,6 +15,11 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim attack-tables student=runs/m.safetensors quickstart --samples 50",
+    "lipsim attack-tables quickstart --eps 36/255 108/255 --output tables",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim attack-tables` takes."""

@@ -15,6 +15,12 @@ from lipsim.metric.files import DEFAULT
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim audit",
+    "lipsim audit runs/m.safetensors --require 1.00001 --json",
+    "lipsim audit quickstart --images photos/ --samples 16",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim audit` takes."""

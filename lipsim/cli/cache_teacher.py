@@ -11,6 +11,11 @@ from lipsim.evaluation.processes import ProcessFailed
 from lipsim.training.teacher_cache import cache_teacher, check_cache
 from lipsim.utils.paths import user_path
 
+EXAMPLES = (
+    "lipsim cache-teacher --teacher teacher.safetensors --images data/imagenet --output runs/cache",
+    "lipsim cache-teacher --teacher teacher.safetensors --images data/imagenet --output runs/cache --verify",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim cache-teacher` takes."""

@@ -26,6 +26,10 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+EXAMPLES = (
+    "lipsim collide x.png --target y.png",
+    "lipsim collide x.png --model resnet50 --eps 1 --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
         metric = load(options.model).to(dtype) if is_metric or options.model.endswith(".safetensors") else None
         if metric is not None:
             metric.encoder.load_state_dict(model.network.state_dict())
-        preprocess = Preprocess(model.image_size, model.resize)
+        preprocess = Preprocess(model.image_size, model.resize, model.framing)
         x = load_image(options.image, preprocess).to(dtype)[None]
         target = None if options.target is None else load_image(options.target, preprocess).to(dtype)[None]
         direction = directions(x, target, options.seed)

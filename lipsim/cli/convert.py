@@ -11,6 +11,11 @@ from lipsim.metric.published import convert
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim convert lipsim.pth converted.safetensors",
+    "lipsim convert lipsim.pth converted.safetensors --image-size 224 --anchor 0",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim convert` takes."""

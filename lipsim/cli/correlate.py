@@ -23,6 +23,11 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
 EPS = (36 / 255, 72 / 255, 108 / 255)
+EXAMPLES = (
+    "lipsim correlate scores.csv",
+    "lipsim correlate scores.csv --metric ours=runs/m.safetensors --baselines --eps 0.1",
+    "lipsim correlate tid.csv --columns mos=MOS reference=ref --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,11 @@ from lipsim.teachers.named import named_teacher
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim export-teacher ensemble teacher.safetensors --weights checkpoints/dreamsim",
+    "lipsim export-teacher efficientnet_lite0 lite0.safetensors --image-size 64 --input-size 128 --resize float",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim export-teacher` takes."""

@@ -19,10 +19,10 @@ from lipsim.analysis.feature_sets import (
     check_feature_set,
     make_feature_set,
 )
-from lipsim.analysis.labelled_folder import LabelledFolder
 from lipsim.analysis.models import NAMES, Model, load_model
 from lipsim.analysis.small_networks import ARCHITECTURES, small_network
 from lipsim.cli.parser import UsageError, budget, natural_int, output_folder, positive_int
+from lipsim.data.sets.labelled_folder import LabelledFolder
 from lipsim.data.transforms import Preprocess
 from lipsim.results.formats import write_table
 from lipsim.results.tables import Row, print_table
@@ -30,6 +30,11 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_json
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
+
+EXAMPLES = (
+    "lipsim feature-sets photos/ --kind robust --model photos --output sets",
+    "lipsim feature-sets photos/ --output sets --held-out others/ --epochs 5",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

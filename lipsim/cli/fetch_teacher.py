@@ -9,6 +9,11 @@ from lipsim.teachers.catalogue import BACKBONES, VARIANTS
 from lipsim.teachers.download import fetch_teacher
 from lipsim.utils.paths import user_path
 
+EXAMPLES = (
+    "lipsim fetch-teacher ensemble",
+    "lipsim fetch-teacher dino_vitb16 --to ~/weights",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim fetch-teacher` takes."""

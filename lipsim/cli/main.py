@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lipsim.cli.parser import OneLineParser, one_line_errors
 from lipsim.utils.version import __version__
@@ -12,8 +13,15 @@ from lipsim.utils.version import __version__
 # A command is the module of its name here (- is _), which is imported when the command is given and not before: most
 # load torch, some Lightning as well, and `lipsim --help` needs neither.
 COMMANDS = {
+    "distance": "how alike two images look, one and many, or two folders",
+    "same": "whether two images are the same, by a calibrated threshold, and how far that cannot change",
+    "rank": "the images of a folder by their distance from one",
+    "certify": "certify which of two images is more like a reference",
+    "info": "what a metric is, and what it can prove",
+    "calibrate": "choose the threshold of `same` on labelled pairs",
     "audit": "bound a metric's Lipschitz constant, layer by layer",
-    "certify": "certify the answer to one triplet of image files",
+    "index": "embed the images of a folder, to search in them",
+    "search": "the images of an index that are most like one, and how far that answer is certified",
     "verify": "attack every certificate of a metric",
     "attack": "attack a metric on one pair or triplet of image files",
     "attack-tables": "many metrics side by side, natural and attacked",
@@ -26,6 +34,8 @@ COMMANDS = {
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
     "export-teacher": "write a DreamSim model or a backbone as a metric that distillation takes",
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
+    "export": "a metric for other runtimes: folded safetensors, ONNX or torch.export",
+    "demo": "a page in the browser: an answer, its certificate, and an attack on it",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 # These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.
@@ -33,6 +43,15 @@ STAGES = {
     "train": "train a stage from a config; without options, the quickstart",
     "evaluate": "certify and attack a metric on the test sets of a data module",
 }
+# Whose exit status 1 is an answer, which scripts have to tell from an error.
+ANSWERING = ("distance", "same", "rank")
+_STATUS = f"""exit status:
+  0    done; of `same`: the same
+  1    the answer is no (`same`: different), a check failed (`audit`, `verify`),
+       or files were left out (`distance`, `rank`, a table of `certify`);
+       of all but {", ".join(ANSWERING)}: bad input or usage too
+  2    of {", ".join(ANSWERING)}: bad input or usage
+  130  interrupted"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -41,14 +60,51 @@ def main(args: Sequence[str] | None = None) -> None:
     if args and args[0] in STAGES:
         importlib.import_module(f"lipsim.cli.{args[0]}").main(args[1:], f"lipsim {args[0]}")
         return
-    parser = OneLineParser(prog="lipsim", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"lipsim {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chosen = next((argument for argument in args if not argument.startswith("-")), None)
+    parser = build_parser([name for name in COMMANDS if name == chosen])
+    with one_line_errors(2 if chosen in ANSWERING else 1):
+        options = parser.parse_args(args)
+        status = options.run(options)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        sys.exit(status)
+
+
+def build_parser(loaded: Collection[str]) -> argparse.ArgumentParser:
+    """The parser of the whole command.
+
+    Args:
+        loaded: the commands whose modules are imported, so that their options are known.
+    """
+    parser = OneLineParser(prog="lipsim", description=__doc__, epilog=_STATUS)
+    parser.add_argument("--version", action="version", version=f"lipsim {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print what lets a shell complete commands and options, and exit",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, purpose in {**STAGES, **COMMANDS}.items():
         command = commands.add_parser(name, help=purpose)
-        if name == chosen and name in COMMANDS:
-            importlib.import_module(f"lipsim.cli.{name.replace('-', '_')}").add_arguments(command)
-    with one_line_errors():
-        options = parser.parse_args(args)
-        sys.exit(options.run(options))
+        if name in loaded:
+            module = importlib.import_module(f"lipsim.cli.{name.replace('-', '_')}")
+            module.add_arguments(command)
+            if examples := getattr(module, "EXAMPLES", ()):
+                command.epilog = "\n  ".join(["examples:", *examples])
+    return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints the completion of a shell and ends."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        from lipsim.cli.completion import completion  # with a package that nothing else needs
+
+        print(completion(build_parser(COMMANDS), str(values)))
+        parser.exit()

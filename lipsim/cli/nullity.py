@@ -19,6 +19,11 @@ from lipsim.utils.files import write_text
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim nullity quickstart",
+    "lipsim nullity resnet50 vgg16 --output nullity",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim nullity` takes."""

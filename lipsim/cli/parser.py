@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from lipsim.utils.framings import DEFAULT_GRID, FRAMINGS
 from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import one_line, speak_any_encoding
 
 if TYPE_CHECKING:
     import torch
+
+    from lipsim.metric import PerceptualMetric
+
+DEFAULT_METRIC = "photos"  # lipsim.metric.files.DEFAULT, without loading torch
 
 
 def budget(text: str) -> float:
@@ -90,6 +95,53 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def share(text: str) -> float:
+    """A number in [0, 1], or a fraction such as 1/1000."""
+    value = budget(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text!r}")
+    return value
+
+
+def add_metric_argument(parser: argparse.ArgumentParser, name: str = "checkpoint", *, option: bool = False) -> None:
+    """The file of a metric, and how images come to it: what :func:`load_metric` reads.
+
+    Args:
+        parser: of a command.
+        name: of the argument.
+        option: ``--name`` in the place of an optional positional argument.
+    """
+    help_text = "a .safetensors file, or the name of a bundled metric (%(default)s)"
+    if option:
+        parser.add_argument(f"--{name}", dest="checkpoint", default=DEFAULT_METRIC, help=help_text)
+    else:
+        parser.add_argument("checkpoint", metavar=name, nargs="?", default=DEFAULT_METRIC, help=help_text)
+    parser.add_argument(
+        "--framing",
+        choices=FRAMINGS,
+        help="how an image comes to the metric: stretched, its centred square, padded, or in tiles whose distances are "
+        "averaged (as the file says)",
+    )
+    parser.add_argument(
+        "--grid", type=positive_int, help=f"of --framing tiles: that many a side (the file's, or {DEFAULT_GRID})"
+    )
+
+
+def load_metric(options: argparse.Namespace) -> PerceptualMetric:
+    """The metric that the arguments of :func:`add_metric_argument` name."""
+    from lipsim.metric import load  # torch, which `lipsim --help` does without
+
+    return load(options.checkpoint, framing=options.framing, grid=options.grid)
+
+
+def add_output(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
+    """``--json``, and ``--csv`` where there are rows."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    if rows:
+        group.add_argument("--csv", action="store_true", help="print a table of comma-separated values")
+
+
 # By their names, so that neither torch nor Lightning is loaded to refuse an argument.
 _CLEAR = {"LipsimError", "MisconfigurationException", "UsageError"}
 
@@ -98,8 +150,24 @@ class UsageError(ValueError):
     """The arguments of a command cannot be used."""
 
 
+# How texts begin whose lines are kept as they are, and not filled to the width of the terminal.
+_LINES = ("examples:", "exit status:")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help with lists at its end."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(_LINES):
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser of the command line that says what is wrong in one line, through :func:`one_line_errors`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
@@ -107,15 +175,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn errors that are the user's to mend into one line on stderr and exit status 1.
+def one_line_errors(status: int = 1) -> Iterator[None]:
+    """Turn errors that are the user's to mend into one line on stderr and an exit status.
 
     ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead. Other classes of exceptions pass unchanged. Within, stdout
-    and stderr write whatever they cannot encode in plain signs.
+    and stderr write whatever they cannot encode in plain signs. Whoever reads stdout may stop to, as ``head`` does.
+
+    Args:
+        status: of such errors.
     """
     speak_any_encoding()
     try:
         yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more in the end
+        raise SystemExit(141) from None  # as a shell has it for SIGPIPE
     except Exception as error:
         if os.environ.get("LIPSIM_TRACEBACK") or not _is_the_users(error):
             raise
@@ -124,7 +198,7 @@ def one_line_errors() -> Iterator[None]:
         # the line says how to see it.
         clear = isinstance(error, OSError) or _is_clear(error)
         print(f"error: {text}" + ("" if clear else " (LIPSIM_TRACEBACK=1 shows where)"), file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(status) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -11,6 +11,12 @@ from rich.console import Console
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim report runs/quickstart",
+    "lipsim report ours=runs/a ours=runs/b --seeds --output report",
+    "lipsim report runs/a runs/b --radius certified joint",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim report` takes."""

@@ -19,6 +19,11 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
 
+EXAMPLES = (
+    "lipsim traverse x.png y.png",
+    "lipsim traverse x.png y.png --threshold 0.1 --steps 100 --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim traverse` takes."""
@@ -75,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
             preprocess, dtype = metric.preprocess, metric.dtype
         else:
             model = load_model(options.model, options.weights, options.image_size, options.seed)
-            preprocess, dtype = Preprocess(model.image_size, model.resize), torch.float32
+            preprocess, dtype = Preprocess(model.image_size, model.resize, model.framing), torch.float32
         files = {"source": options.source, "target": options.target, "second": options.second, "than": options.than}
         images = {name: load_image(path, preprocess).to(dtype) for name, path in files.items() if path is not None}
         level: Level

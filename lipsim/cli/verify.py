@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 
-from lipsim.cli.parser import device, positive_int
+from lipsim.cli.parser import add_metric_argument, device, load_metric, positive_int
 from lipsim.data.registry import DATA, sample_triplets
 from lipsim.evaluation.verify import verify
-from lipsim.metric import load
-from lipsim.metric.files import DEFAULT
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
+
+EXAMPLES = (
+    "lipsim verify",
+    "lipsim verify runs/m.safetensors --samples 2 --steps 10",
+    "lipsim verify quickstart --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "metric takes 2.5 minutes of processor time, nearly all of it gradients in float64; more with --samples and "
         "--steps. Exit status 1 where a certificate breaks or a planted fault is missed."
     )
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEFAULT,
-        help="a .safetensors file, or the name of a bundled metric (%(default)s)",
-    )
+    add_metric_argument(parser)
     parser.add_argument("--data", choices=DATA, default="builtin", help="triplets (%(default)s)")
     parser.add_argument("--root", type=user_path, help="folder of the data")
     parser.add_argument("--samples", type=positive_int, default=4, help="how many triplets (%(default)s)")
@@ -49,12 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     with Progress("verifying") as progress:
         progress("loading the metric and the triplets")
-        metric = load(options.checkpoint).to(options.device)
+        metric = load_metric(options).to(options.device)
         triplets = sample_triplets(
             options.data,
             options.samples,
             metric.image_size,
             resize=metric.preprocess.resize,
+            framing=metric.preprocess.framing,
             root=options.root,
             seed=options.seed,
         )

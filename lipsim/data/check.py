@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipsim.data.labelled import LabelledBatch
 from lipsim.data.triplet import Triplet
 from lipsim.utils.checks import check_range
 from lipsim.utils.errors import LipsimError
 
 
 def images_of(batch: Any) -> Tensor:
-    """All images of a batch, ``(M, 3, H, W)``: of triplets, of ``(images, labels)``, or the batch itself."""
+    """All images of a batch, ``(M, 3, H, W)``: of triplets, of images with labels, or the batch itself."""
     if isinstance(batch, Triplet):
         return torch.cat(batch.images())
+    if isinstance(batch, LabelledBatch):
+        return batch.images
     images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
     return images
 

@@ -80,8 +80,8 @@ class TripletDataModule(Protocol):
     def test_groups(self) -> Mapping[str, Parts]:
         """Set name → part name → ``(N,)`` bool mask over the set."""
 
-    def follow(self, resize: str) -> None:
-        """Resize as a metric expects, unless told otherwise when made; to be called before :meth:`setup`."""
+    def follow(self, preprocess: Preprocess) -> None:
+        """Resize and frame as a metric expects, unless told otherwise when made; to be called before :meth:`setup`."""
 
     def setup(self, stage: str) -> None: ...
 
@@ -123,10 +123,13 @@ def groups_of(dataset: object) -> Parts:
 
 
 def resizes_of(dataset: object) -> set[str]:
-    """How a data set resizes its image files, through torch's subsets and concatenations; empty where nobody says."""
+    """How a data set resizes its image files, :attr:`lipsim.data.Preprocess.way`; empty where nobody says.
+
+    Through torch's subsets and concatenations.
+    """
     if isinstance(dataset, Subset):
         return resizes_of(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return {resize for part in dataset.datasets for resize in resizes_of(part)}
     preprocess = dataset.preprocess if isinstance(dataset, Resized) else None
-    return {preprocess.resize} if isinstance(preprocess, Preprocess) else set()
+    return {preprocess.way} if isinstance(preprocess, Preprocess) else set()

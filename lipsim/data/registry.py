@@ -116,7 +116,14 @@ DATA = tuple(SOURCES)
 
 
 def open_sets(
-    data: str, parts: Sequence[str], *, image_size: int, resize: str, root: Path | None = None, **options: Any
+    data: str,
+    parts: Sequence[str],
+    *,
+    image_size: int,
+    resize: str,
+    framing: str = "stretch",
+    root: Path | None = None,
+    **options: Any,
 ) -> Sets:
     """Some parts of a data set, by name.
 
@@ -126,6 +133,7 @@ def open_sets(
         image_size: side of the images.
         resize: of image files, what ``metric.preprocess.resize`` says of the metric that will see them: "float" or
             "pil", as in :class:`lipsim.data.transforms.Preprocess`.
+        framing: likewise, ``metric.preprocess.framing``.
         root: folder of the data, of a table its file; built-in ones have none.
         **options: of :class:`BuiltinTriplets`, :class:`NightsTriplets`, :class:`BappsTriplets` or
             :class:`TableTriplets`; for Material, of :func:`load_material_answers` and :func:`split_material`; for
@@ -142,11 +150,18 @@ def open_sets(
         raise LipsimError(f"expected parts of {data} among {', '.join(source.parts)}, got {', '.join(unknown)}")
     if source.on_disk and root is None:
         raise LipsimError(f"the data of {data} lie in a folder: pass it as --root")
-    return source.open(parts, Preprocess(image_size, resize), root, **options)
+    return source.open(parts, Preprocess(image_size, resize, framing), root, **options)
 
 
 def sample_triplets(
-    data: str, count: int, image_size: int, *, resize: str, root: Path | None = None, seed: int = 0
+    data: str,
+    count: int,
+    image_size: int,
+    *,
+    resize: str,
+    framing: str = "stretch",
+    root: Path | None = None,
+    seed: int = 0,
 ) -> Triplet:
     """Some triplets to verify or attack on, drawn from what no stage trains on.
 
@@ -157,6 +172,7 @@ def sample_triplets(
         count: how many.
         image_size: side of the images.
         resize: as in :func:`open_sets`.
+        framing: as in :func:`open_sets`.
         root: folder of the data, of a table its file; built-in ones have none.
         seed: of the draw.
 
@@ -168,8 +184,9 @@ def sample_triplets(
         raise LipsimError(f"expected at least 1 sample, got {count}")
     source = _source(data)
     # What is made to measure is drawn as it is made.
-    options = {} if source.on_disk else {"num_triplets": count, "seed": seed}
-    found = open_sets(data, [source.held_out], image_size=image_size, resize=resize, root=root, **options)
+    options: dict[str, Any] = {} if source.on_disk else {"num_triplets": count, "seed": seed}
+    images: dict[str, Any] = {"image_size": image_size, "resize": resize, "framing": framing}
+    found = open_sets(data, [source.held_out], root=root, **images, **options)
     triplets = found[source.held_out]
     rows = list(range(count))
     if source.on_disk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipsim import certificates
 from lipsim.certificates.numbers import check_count
 from lipsim.data.bit_depth import (
     DECODER_ERRORS,
@@ -18,9 +20,11 @@ from lipsim.data.bit_depth import (
     DeepImage,
     UnsupportedImageError,
     decode,
+    orientation,
     read_in_full,
     upright,
 )
+from lipsim.data.framing import FILL, Frame, frame_of
 from lipsim.utils.checks import check_range
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -119,6 +123,12 @@ def to_tensor(image: Image.Image | DeepImage) -> Tensor:
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float() / 255
 
 
+def upright_size(image: Image.Image | DeepImage) -> tuple[int, int]:
+    """Height and width of an image as :func:`to_tensor` shows it, turned as its EXIF orientation wants it."""
+    turned = isinstance(image, Image.Image) and orientation(image) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def _gray16(image: Image.Image) -> np.ndarray:
     values = np.asarray(image, dtype=np.float64)
     if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
@@ -148,31 +158,97 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 class Preprocess:
-    """An image to the input of a metric, ``(3, image_size, image_size)`` in [0, 1]; the aspect ratio is not kept.
+    """An image of any shape to the input of a metric, ``(3, image_size, image_size)`` in [0, 1].
 
     It takes a PIL image, the path of a file, a uint8 array ``(H, W)``, ``(H, W, 3)`` or ``(H, W, 4)``, or a
-    floating-point tensor ``(3, H, W)`` in [0, 1].
+    floating-point tensor ``(3, H, W)`` in [0, 1], through which it is differentiable.
 
     Args:
         image_size: side of the output.
         resize: "float" resizes the float image (bicubic, antialiased) and clamps, a map of known norm
-            (:func:`lipsim.certificates.resize_norm`), in float64 and then rounded to float32; "pil" resizes in 8 bits
+            (:meth:`norm`), in float64 and then rounded to float32; "pil" resizes in 8 bits
             as DreamSim does, which rounds. The first is torchvision's resize of float tensors, the second its resize
             of PIL images. DreamSim and LipSim drop transparency and EXIF orientation, which :func:`to_rgb` heeds.
+        framing: what of an image is seen, see :func:`lipsim.data.framing.frame_of`: "stretch", the whole image,
+            whose aspect ratio is not kept; "center-crop", its centred square; "pad", the whole image with a mid-gray
+            border, whose aspect ratio is kept; "tiles", as "stretch", to a square that the metric cuts into tiles
+            (:class:`lipsim.metric.TiledMetric`). On square images the first three are the same.
+        grid: of "tiles", how many there are along a side.
 
     Raises:
-        ValueError: an unknown ``resize``, or a size below 1.
+        ValueError: an unknown ``resize`` or ``framing``, a size below 1, or one that the grid does not divide.
 
     Example:
         >>> Preprocess(64)(np.zeros((300, 200, 3), dtype=np.uint8)).shape
         torch.Size([3, 64, 64])
+        >>> print(f"{Preprocess(64, framing='pad').norm(300, 200):.4f}")  # of a change of the file's pixels
+        0.2169
     """
 
-    def __init__(self, image_size: int, resize: str = "float") -> None:
+    def __init__(self, image_size: int, resize: str = "float", framing: str = "stretch", grid: int = 1) -> None:
         if resize not in RESIZES:
             raise LipsimError(f"expected resize to be one of {', '.join(RESIZES)}, got {resize!r}")
         self.image_size = check_count("image_size", image_size)
         self.resize = resize
+        self.framing, self.grid = framing, check_count("grid", grid)
+        frame_of(framing, 1, 1, image_size)  # checks the framing
+        if image_size % grid or (grid > 1 and framing != "tiles"):
+            raise LipsimError(
+                f"expected a grid of 1, or one of tiles that divides the image_size {image_size}, got a grid of {grid} "
+                f"with the framing {framing!r}"
+            )
+
+    @property
+    def way(self) -> str:
+        """How images become a square, in a word: "float" or "pil", where they are not stretched as "float, pad".
+
+        What is cut into tiles has been stretched.
+        """
+        return self.resize if self.framing in ("stretch", "tiles") else f"{self.resize}, {self.framing}"
+
+    @property
+    def label(self) -> str:
+        """:attr:`way`, and the tiles where there are some: "float, tiles 2 × 2"."""
+        return f"{self.way}, tiles {self.grid} × {self.grid}" if self.framing == "tiles" else self.way
+
+    def frame(self, height: int, width: int) -> Frame:
+        """What is seen of an image of this height and width, and where."""
+        return frame_of(self.framing, height, width, self.image_size)
+
+    def norm(self, height: int, width: int) -> float:
+        """By how much a change of an RGB file of ``height`` × ``width`` grows at most in ℓ2: exact, rounded up.
+
+        It is that of the resize of what is seen: what is cut off adds nothing, and a border does not change. Of "pil",
+        which rounds, it is the norm of the resize without the rounding.
+        """
+        frame = self.frame(height, width)
+        return certificates.resize_norm(frame.seen, frame.resized) if frame.seen != frame.resized else 1.0
+
+    def original_radius(self, radius: float, height: int, width: int) -> float:
+        """:func:`lipsim.certificates.original_radius` of a file of ``height`` × ``width``, for the resize "float".
+
+        Raises:
+            ValueError: the resize is "pil", which has no norm.
+        """
+        if self.resize != "float":
+            raise LipsimError(
+                "a resize in 8 bits rounds, so no radius in the file's own pixels follows from one behind it"
+            )
+        frame = self.frame(height, width)
+        return certificates.original_radius(radius, frame.seen, frame.resized)
+
+    def describe(self) -> dict[str, Any]:
+        """How an image comes to the metric (JSON): framing, size and resize, fill of a border, grid of tiles."""
+        described: dict[str, Any] = {
+            "framing": self.framing,
+            "image_size": self.image_size,
+            "resize": self.resize,
+        }
+        if self.framing == "pad":
+            described["fill"] = FILL
+        if self.framing == "tiles":
+            described["grid"] = [self.grid, self.grid]
+        return described
 
     def __call__(self, image: Image.Image | DeepImage | str | Path | np.ndarray | Tensor) -> Tensor:
         """The image as ``(3, image_size, image_size)`` float32 in [0, 1].
@@ -190,25 +266,31 @@ class Preprocess:
                 "expected one image: a PIL image, a path, a uint8 array (H, W, 3) or a floating-point tensor "
                 f"(3, H, W), got {type(image).__name__}; several are torch.stack([preprocess(x) for x in images])"
             )
-        size = (self.image_size, self.image_size)
         if isinstance(image, Tensor):
-            return self._resized(self._checked(image))
+            return self._framed(self._checked(image))
         if self.resize == "pil":
-            return to_tensor(to_rgb(image).resize(size, Image.Resampling.BICUBIC))
-        return self._resized(to_tensor(image))
+            image = to_rgb(image)
+            frame = self.frame(image.height, image.width)
+            (height, width), (rows, columns) = frame.seen, frame.resized
+            box = (frame.left, frame.top, frame.left + width, frame.top + height)
+            resized = image.crop(box).resize((columns, rows), Image.Resampling.BICUBIC)
+            return F.pad(to_tensor(resized), frame.border, value=FILL)
+        return self._framed(to_tensor(image))
 
-    def _resized(self, x: Tensor) -> Tensor:
-        """``(3, H, W)`` in [0, 1] to the size of the input, float32."""
-        size = (self.image_size, self.image_size)
-        if x.shape[1:] == size:
-            return x.float()
-        # The norm of a resize in float32 is not that of the exact one, and radii in a file's own pixels divide by it.
-        # Channel by channel, so that a large photograph takes no more memory than in float32.
-        channels = [
-            F.interpolate(channel.double()[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
-            for channel in x
-        ]
-        return torch.stack(channels).clamp(0, 1).float()
+    def _framed(self, x: Tensor) -> Tensor:
+        """``(3, H, W)`` in [0, 1] to the input of the metric, float32."""
+        frame = self.frame(*x.shape[1:])
+        height, width = frame.seen
+        x = x[:, frame.top : frame.top + height, frame.left : frame.left + width]
+        if frame.seen != frame.resized:
+            # The norm of a resize in float32 is not that of the exact one, and radii in a file's own pixels divide by
+            # it. Channel by channel, so that a large photograph takes no more memory than in float32.
+            channels = [
+                F.interpolate(channel.double()[None, None], size=frame.resized, mode="bicubic", antialias=True)[0, 0]
+                for channel in x
+            ]
+            x = torch.stack(channels).clamp(0, 1)
+        return F.pad(x.float(), frame.border, value=FILL)
 
     def _checked(self, x: Tensor) -> Tensor:
         """A tensor that is one image.
@@ -226,14 +308,16 @@ class Preprocess:
         if not x.numel():
             raise LipsimError(f"expected an image with pixels, got a tensor of shape {tuple(x.shape)}")
         check_range(x[None])
-        if self.resize == "pil" and x.shape[1:] != (self.image_size, self.image_size):
+        frame = self.frame(*x.shape[1:])
+        if self.resize == "pil" and frame.seen != frame.resized:
             raise LipsimError(
                 "resize 'pil' works in 8 bits, which a float image has not; give a PIL image, a path or a uint8 array"
             )
         return x.clamp(0, 1)
 
     def __repr__(self) -> str:
-        return f"Preprocess(image_size={self.image_size}, resize={self.resize!r})"
+        grid = f", grid={self.grid}" if self.framing == "tiles" else ""
+        return f"Preprocess(image_size={self.image_size}, resize={self.resize!r}, framing={self.framing!r}{grid})"
 
 
 class CentralCrop:

@@ -5,6 +5,7 @@ from lipsim.datamodules.bapps import BappsData
 from lipsim.datamodules.base import TripletData
 from lipsim.datamodules.builtin import BuiltinData
 from lipsim.datamodules.folder import ImageFolderData
+from lipsim.datamodules.labelled import LabelledFolderData
 from lipsim.datamodules.material import MaterialData
 from lipsim.datamodules.nights import NightsData
 from lipsim.datamodules.photos import PhotoData
@@ -14,6 +15,7 @@ __all__ = [
     "BappsData",
     "BuiltinData",
     "ImageFolderData",
+    "LabelledFolderData",
     "MaterialData",
     "NightsData",
     "PhotoData",

@@ -25,13 +25,20 @@ class TripletData(L.LightningDataModule):
         image_size: side to which image files are resized; None: nothing is resized.
         resize: "float" or "pil", as in :class:`lipsim.data.Preprocess`; None: as the metric expects that is evaluated,
             and "float" where one is trained.
+        framing: "stretch", "center-crop" or "pad", as in :class:`lipsim.data.Preprocess`; None: as the metric expects
+            that is evaluated, and "stretch" where one is trained.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
     """
 
     def __init__(
-        self, batch_size: int, num_workers: int = 0, image_size: int | None = None, resize: str | None = None
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        resize: str | None = None,
+        framing: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -43,16 +50,27 @@ class TripletData(L.LightningDataModule):
         self.collate: Callable[[Any], Any] = collate_triplets
         self.preprocess: Preprocess | None = None
         if image_size is not None:
-            self.preprocess = Preprocess(image_size, "float" if resize is None else resize)
-        self._follows = resize is None
+            self.preprocess = Preprocess(
+                image_size, "float" if resize is None else resize, "stretch" if framing is None else framing
+            )
+        self._told = resize, framing
 
-    def follow(self, resize: str) -> None:
-        """Resize as a metric expects, unless told otherwise when made; to be called before :meth:`setup`.
+    def follow(self, preprocess: Preprocess) -> None:
+        """Resize and frame as a metric expects, unless told otherwise when made; to be called before :meth:`setup`.
 
         Sets that were opened with another way of resizing are opened again then.
         """
-        if self.preprocess is not None and self._follows and self.preprocess.resize != resize:
-            self.preprocess = Preprocess(self.preprocess.image_size, resize)
+        if self.preprocess is None:
+            return
+        resize, framing = self._told
+        framing = preprocess.framing if framing is None else framing
+        followed = Preprocess(
+            self.preprocess.image_size,
+            preprocess.resize if resize is None else resize,
+            "stretch" if framing == "tiles" else framing,  # the metric cuts them itself
+        )
+        if followed.way != self.preprocess.way:
+            self.preprocess = followed
             self.train_set, self.val_sets, self.test_sets = None, {}, {}
 
     @property
@@ -81,8 +99,16 @@ class TripletData(L.LightningDataModule):
     def _open(self, data: str, parts: Sequence[str], root: Path, **options: Any) -> dict[str, TripletSet]:
         """Parts of a set of :mod:`lipsim.data.registry` in a folder, resized as this module has it."""
         assert self.preprocess is not None
-        size, resize = self.preprocess.image_size, self.preprocess.resize
-        return open_sets(data, parts, image_size=size, resize=resize, root=root, **options)
+        images = self.preprocess
+        return open_sets(
+            data,
+            parts,
+            image_size=images.image_size,
+            resize=images.resize,
+            framing=images.framing,
+            root=root,
+            **options,
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_set is not None

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, default_collate
 
+from lipsim.data import Preprocess
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder
 from lipsim.data.sets.folder import FolderImages
@@ -59,10 +60,10 @@ class ImageFolderData(TripletData):
         """The images come first."""
         return ["images", *super().val_names]
 
-    def follow(self, resize: str) -> None:
+    def follow(self, preprocess: Preprocess) -> None:
         """Have the triplets resized as a metric expects, unless told otherwise when they were made."""
         if self.triplets is not None:
-            self.triplets.follow(resize)
+            self.triplets.follow(preprocess)
             self.preprocess = self.triplets.preprocess
 
     def setup(self, stage: str) -> None:

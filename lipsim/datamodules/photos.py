@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
+from lipsim.data import Preprocess
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photo_batches import HumanVotes, PhotoBatches, SharedImages
 from lipsim.data.sets.photos import PhotoTriplets
@@ -89,11 +90,11 @@ class PhotoData(TripletData):
                 f"expected human votes on images of {image_size} pixels, got {size}; set image_size alike"
             )
 
-    def follow(self, resize: str) -> None:
+    def follow(self, preprocess: Preprocess) -> None:
         """As of :class:`TripletData`; the human votes follow as well."""
-        super().follow(resize)
+        super().follow(preprocess)
         if self.human is not None:
-            self.human.follow(resize)
+            self.human.follow(preprocess)
 
     def setup(self, stage: str) -> None:
         """Read the images that the stage needs."""

@@ -19,6 +19,7 @@ class TableData(TripletData):
         file: the table; its paths are relative to its folder.
         image_size: side to which the images are resized.
         resize: "float" or "pil", as in :class:`TripletData`.
+        framing: "stretch", "center-crop" or "pad", as in :class:`TripletData`.
         batch_size: triplets in a batch of one process.
         num_workers: loading processes of each loader.
         columns: what columns are called in the file, where not by our names, such as ``{"reference": "img_pivot"}``.
@@ -33,6 +34,7 @@ class TableData(TripletData):
         file: Path = Path("data/triplets.csv"),
         image_size: int = 64,
         resize: str | None = None,
+        framing: str | None = None,
         batch_size: int = 32,
         num_workers: int = 4,
         columns: dict[str, str] | None = None,
@@ -41,7 +43,7 @@ class TableData(TripletData):
         seed: int = 0,
         name: str = "table",
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize)
+        super().__init__(batch_size, num_workers, image_size, resize, framing)
         self.file, self.set_name = user_path(file), name
         self.columns, self.seed = columns, seed
         self.val_fraction, self.test_fraction = val_fraction, test_fraction

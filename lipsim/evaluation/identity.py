@@ -31,6 +31,8 @@ def metric_fingerprint(metric: PerceptualMetric) -> str:
         "resize": metric.preprocess.resize,
         "lipschitz": f"{metric.lipschitz:.9g}" if metric.has_bound else None,
     }
+    if metric.preprocess.framing != "stretch":  # so that others are called as before there were any
+        content["framing"] = metric.preprocess.describe()
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -126,7 +126,19 @@ class EvaluatedBatch:
         return certificates.candidate_radii(e, e0, e1, **self.options)[0 if target == "left" else 1]
 
 
-Evaluation = dict[str, EvaluatedBatch]  # what Lightning hands from a step to the callbacks has to be a mapping
+@dataclass(frozen=True, eq=False)
+class EvaluatedImages:
+    """A batch of images with labels as callbacks get it.
+
+    Attributes:
+        features: ``(N, D)``, in full precision, before anchor and projection.
+    """
+
+    features: Tensor
+
+
+# What Lightning hands from a step to the callbacks has to be a mapping.
+Evaluation = dict[str, EvaluatedBatch] | dict[str, EvaluatedImages]
 
 
 class EvaluationModule(L.LightningModule):
@@ -163,9 +175,9 @@ class EvaluationModule(L.LightningModule):
                 "(certificates are computed in float64 in any case)"
             )
         preprocess = self._facts().preprocess
-        if stage == "fit" and preprocess is not None and preprocess.resize != self.metric.preprocess.resize:
-            rank_zero_info(f"the metric expects images resized by {preprocess.resize!r} from now on, as these data are")
-            self.metric.preprocess = Preprocess(self.metric.image_size, preprocess.resize)
+        if stage == "fit" and preprocess is not None and preprocess.way != self.metric.preprocess.way:
+            rank_zero_info(f"the metric expects images resized by {preprocess.way!r} from now on, as these data are")
+            self.metric.preprocess = Preprocess(self.metric.image_size, preprocess.resize, preprocess.framing)
 
     def check_resizes(self, metric: PerceptualMetric, name: str = "the metric") -> None:
         """Refuse sets whose images are resized in another way than a metric expects.
@@ -175,7 +187,7 @@ class EvaluationModule(L.LightningModule):
         """
         preprocess = self._facts().preprocess
         for set_name, loader in zip(self.set_names(), evaluation_loaders(self.trainer), strict=True):
-            given = served_resizes(loader) or (set() if preprocess is None else {preprocess.resize})
+            given = served_resizes(loader) or (set() if preprocess is None else {preprocess.way})
             check_resize(metric, name, given, set_name)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -388,18 +400,25 @@ def check_resize(metric: PerceptualMetric, name: str, given: Set[str], source: s
     Args:
         metric: the metric.
         name: what the message calls it.
-        given: how they are resized, "float" or "pil"; empty where nobody says, or nothing is.
+        given: how they are resized, :attr:`lipsim.data.Preprocess.way`; empty where nobody says, or nothing is.
         source: what serves them.
 
     Raises:
         ValueError: they are.
     """
-    expected = metric.preprocess.resize
+    expected, resize = metric.preprocess.way, metric.preprocess.resize
     if given - {expected}:
+        framed = all(way.startswith(resize) for way in given)
+        remedy = f"load the metric with framing={_framing_of(given)!r}" if framed else f"pass --data.resize={resize}"
         raise LipsimError(
             f"expected images resized by {expected!r}, which {name} is for, got {source} with images resized by "
-            f"{' and '.join(map(repr, sorted(given)))}; pass --data.resize={expected}"
+            f"{' and '.join(map(repr, sorted(given)))}; {remedy}"
         )
+
+
+def _framing_of(ways: Set[str]) -> str:
+    """The framing of images whose :attr:`lipsim.data.Preprocess.way` this is."""
+    return sorted(ways)[0].partition(", ")[2] or "stretch"
 
 
 def evaluation_loaders(trainer: L.Trainer) -> list[DataLoader[Any]]:

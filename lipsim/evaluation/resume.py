@@ -52,7 +52,7 @@ class RemainingData(L.LightningDataModule):
         self.test_names: list[str] = []
         self.triplets: dict[str, TripletCount] = {}
         self.fingerprints: dict[str, str] = {}
-        self._own_resize: str | None = None
+        self._own: Preprocess | None = None
 
     @property
     def test_groups(self) -> Mapping[str, Parts]:
@@ -73,16 +73,16 @@ class RemainingData(L.LightningDataModule):
         Raises:
             ValueError: it was told to resize in another way.
         """
-        expected = self._metric().preprocess.resize
+        expected = self._metric().preprocess
         if isinstance(self.data, TripletDataModule):
-            self._own_resize = None if self.preprocess is None else self.preprocess.resize
+            self._own = self.preprocess
             self.data.follow(expected)
         if self.preprocess is not None:  # now, before anything is read
-            check_resize(self._metric(), "the metric", {self.preprocess.resize}, "data")
+            check_resize(self._metric(), "the metric", {self.preprocess.way}, "data")
         if not facts_of(self.data, "test").tells_resize:
             rank_zero_info(
                 f"{type(self.data).__name__} has no attribute preprocess that says how its images are resized; the "
-                f"metric is for {expected!r}"
+                f"metric is for {expected.way!r}"
             )
         self.data.trainer = self.trainer
         self.data.setup(stage)
@@ -93,8 +93,8 @@ class RemainingData(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.data.teardown(stage)
-        if self._own_resize is not None and isinstance(self.data, TripletDataModule):
-            self.data.follow(self._own_resize)  # what it does for others, a training for one
+        if self._own is not None and isinstance(self.data, TripletDataModule):
+            self.data.follow(self._own)  # what it does for others, a training for one
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One process's share of each test set, :class:`lipsim.data.loading.Finished` for what is finished.

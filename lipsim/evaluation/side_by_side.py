@@ -101,7 +101,7 @@ def common_images(metrics: Mapping[str, Distance], data: str) -> Preprocess:
     sizes = {preprocess.image_size for preprocess in expected.values()}
     if len(sizes) != 1:
         raise LipsimError(f"expected metrics of one image size, got {list(expected)} at {sorted(sizes)}")
-    resizes = {name: preprocess.resize for name, preprocess in expected.items()}
+    resizes = {name: preprocess.way for name, preprocess in expected.items()}
     if len(set(resizes.values())) > 1 and registry.SOURCES[data].on_disk:
         raise LipsimError(
             "expected metrics whose images are resized in one way, got "
@@ -143,7 +143,13 @@ def attack_tables(
     images = common_images(metrics, data)
     place = None if root is None else user_path(root)
     triplets = registry.sample_triplets(
-        data, samples, images.image_size, resize=images.resize, root=place, seed=settings.seed
+        data,
+        samples,
+        images.image_size,
+        resize=images.resize,
+        framing=images.framing,
+        root=place,
+        seed=settings.seed,
     )
     measured = measure(metrics, triplets, settings, progress)
     update_results(folder / "results.json", {"attack_tables": {"data": data, **measured}})

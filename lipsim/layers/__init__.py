@@ -5,6 +5,7 @@ from lipsim.layers.adapters import AOCConv2d, ExplicitConv2d, ExplicitLinear, Sp
 from lipsim.layers.aol import AOLConv2d, AOLLinear
 from lipsim.layers.base import LipschitzLayer, evaluation_mode, exact_copy, freeze, unfreeze
 from lipsim.layers.cpl import CPLConv2d, CPLLinear
+from lipsim.layers.explicit import FoldedResidualConv2d, FoldedResidualLinear, explicit_copy
 from lipsim.layers.mixing import Branches, ParallelMixing, ResidualMixing
 from lipsim.layers.orthogonal import OrthogonalLinear, OrthogonalPatches
 from lipsim.layers.reshape import (
@@ -30,6 +31,8 @@ __all__ = [
     "ChannelShift",
     "ExplicitConv2d",
     "ExplicitLinear",
+    "FoldedResidualConv2d",
+    "FoldedResidualLinear",
     "GroupSort",
     "Householder",
     "L2NormPool2d",
@@ -48,6 +51,7 @@ __all__ = [
     "Truncation",
     "evaluation_mode",
     "exact_copy",
+    "explicit_copy",
     "freeze",
     "unfreeze",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,33 +127,20 @@ class ResidualConv2d(FoldedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, output = self.weights()
-        bias, kernel_size = self.bias.flatten(), self.kernel.shape[-1]
-        if self.padding_mode == "circular":
-            inner = F.relu_(F.conv2d(self._wrap(x), kernel, bias))
-            return x + F.conv2d(self._wrap(inner), output)
-        if self.stride > 1:
-            inner = F.relu_(F.conv2d(x, kernel, bias, self.stride, self.padding))
-            rest = [(size + 2 * self.padding - kernel_size) % self.stride for size in x.shape[2:]]
-            return x + F.conv_transpose2d(inner, output, None, self.stride, self.padding, rest)
-        paddings = self.padding, kernel_size - 1 - self.padding
-        if self.training:
-            return _fused(x, kernel, bias, output, *paddings)
-        inner = F.relu_(F.conv2d(x, kernel, bias, padding=paddings[0]))
-        return F.conv2d(inner, output, padding=paddings[1]).add_(x)
+        if self.training and self.stride == 1 and self.padding_mode != "circular":
+            out_padding = self.kernel.shape[-1] - 1 - self.padding
+            return _fused(x, kernel, self.bias.flatten(), output, self.padding, out_padding)
+        return residual_conv2d(x, kernel, self.bias.flatten(), output, self.stride, self.padding, self.padding_mode)
 
     def lipschitz_bound(self) -> float:
-        kernel_size = self.kernel.shape[-1]
-        if self.padding_mode == "circular" and not _is_adjoint_circular(kernel_size, self.stride, self.padding):
-            return math.inf  # edited since, and no exact adjoint any more
-        kernel, output = (t.detach().double() for t in self.weights())
-        output = output if self.stride > 1 else _flipped(output)
-        stride = (self.stride, self.stride)
-        return residual_bound(
-            kernel.flatten(1),
-            output.flatten(1),
-            lambda scale: self.gain(kernel, scale),
-            conv_norm_bound(kernel, stride),
-            taps=kernel[0, 0].numel(),
+        kernel, output = self.weights()
+        return residual_conv2d_bound(
+            kernel,
+            output,
+            lambda scale: self.gain(kernel.detach().double(), scale),
+            self.stride,
+            self.padding,
+            self.padding_mode,
         )
 
     def extra_repr(self) -> str:
@@ -162,8 +150,47 @@ class ResidualConv2d(FoldedLayer):
             f"padding={self.padding}, padding_mode={self.padding_mode}"
         )
 
-    def _wrap(self, x: Tensor) -> Tensor:
-        return F.pad(x, (self.padding,) * 4, mode="circular") if self.padding else x
+
+def residual_conv2d(
+    x: Tensor, kernel: Tensor, bias: Tensor, output: Tensor, stride: int, padding: int, padding_mode: str
+) -> Tensor:
+    """``x`` plus the output convolution of ``relu(conv(x))``, ``(N, C, H, W)`` to the same shape.
+
+    Args:
+        x: the input.
+        kernel: ``W``, ``(inner, C, k, k)``.
+        bias: ``(inner,)``.
+        output: the kernel that leads back: ``(C, inner, k, k)``, of a convolution, at stride 1; ``(inner, C, k, k)``,
+            of a transposed one, above.
+        stride: of ``W``.
+        padding: of ``W``.
+        padding_mode: "zeros" or "circular".
+    """
+    kernel_size = kernel.shape[-1]
+    if padding_mode == "circular":
+        inner = F.relu_(F.conv2d(_wrap(x, padding), kernel, bias))
+        return x + F.conv2d(_wrap(inner, padding), output)
+    inner = F.relu_(F.conv2d(x, kernel, bias, stride, padding))
+    if stride > 1:
+        rest = [(size + 2 * padding - kernel_size) % stride for size in x.shape[2:]]
+        return x + F.conv_transpose2d(inner, output, None, stride, padding, rest)
+    return F.conv2d(inner, output, padding=kernel_size - 1 - padding).add_(x)
+
+
+def residual_conv2d_bound(
+    kernel: Tensor, output: Tensor, gain: Callable[[Tensor], float], stride: int, padding: int, padding_mode: str
+) -> float:
+    """Bound of :func:`residual_conv2d` with these weights; ``gain`` as in :func:`residual_bound`."""
+    if padding_mode == "circular" and not _is_adjoint_circular(kernel.shape[-1], stride, padding):
+        return math.inf  # edited since, and no exact adjoint any more
+    kernel, output = kernel.detach().double(), output.detach().double()
+    output = output if stride > 1 else _flipped(output)
+    norm = conv_norm_bound(kernel, (stride, stride))
+    return residual_bound(kernel.flatten(1), output.flatten(1), gain, norm, taps=kernel[0, 0].numel())
+
+
+def _wrap(x: Tensor, padding: int) -> Tensor:
+    return F.pad(x, (padding,) * 4, mode="circular") if padding else x
 
 
 def _is_adjoint_circular(kernel_size: int, stride: int, padding: int) -> bool:
@@ -171,7 +198,9 @@ def _is_adjoint_circular(kernel_size: int, stride: int, padding: int) -> bool:
     return stride == 1 and 2 * padding == kernel_size - 1
 
 
-def residual_bound(weight: Tensor, output: Tensor, gain: Any, norm: float, taps: int = 1) -> float:
+def residual_bound(
+    weight: Tensor, output: Tensor, gain: Callable[[Tensor], float], norm: float, taps: int = 1
+) -> float:
     """Bound of ``x + Uᵀ relu(W x + b)`` from the float64 weights that are really used.
 
     Args:

@@ -38,7 +38,7 @@ class SLLLinear(ResidualLinear):
         return reciprocal(_row_sums(_Gram.apply(self.weight, dtype), self.q))
 
     def gain(self, weight: Tensor, scale: Tensor) -> float:
-        return _gain(weight @ weight.mT, self.q, scale)
+        return dominance_gain(weight @ weight.mT, self.q, scale)
 
 
 class SLLConv2d(ResidualConv2d):
@@ -74,15 +74,10 @@ class SLLConv2d(ResidualConv2d):
         self.q = nn.Parameter(torch.zeros(inner_channels))
 
     def scale(self) -> Tensor:
-        return reciprocal(_row_sums(self._absolute_gram(self.kernel), self.q))
+        return reciprocal(_row_sums(absolute_gram(self.kernel, self.stride), self.q))
 
     def gain(self, kernel: Tensor, scale: Tensor) -> float:
-        return _gain(self._absolute_gram(kernel), self.q, scale)
-
-    def _absolute_gram(self, kernel: Tensor) -> Tensor:
-        with torch.autocast(kernel.device.type, enabled=False):
-            reach = (kernel.shape[-1] - 1) // self.stride * self.stride
-            return F.conv2d(kernel, kernel, stride=self.stride, padding=reach).abs().sum((2, 3))
+        return dominance_gain(absolute_gram(kernel, self.stride), self.q, scale)
 
 
 class _Gram(torch.autograd.Function):
@@ -119,10 +114,18 @@ class _Gram(torch.autograd.Function):
         return half + half.mT
 
 
+def absolute_gram(kernel: Tensor, stride: int) -> Tensor:
+    """``|W Wᵀ|`` of a convolution ``(inner, C, k, k)``, summed over space, ``(inner, inner)``."""
+    with torch.autocast(kernel.device.type, enabled=False):
+        reach = (kernel.shape[-1] - 1) // stride * stride
+        return F.conv2d(kernel, kernel, stride=stride, padding=reach).abs().sum((2, 3))
+
+
 def _row_sums(gram: Tensor, q: Tensor) -> Tensor:
     """``Σ_j |W Wᵀ|_ij q_j/q_i``, ``(inner,)``, whose reciprocals are the diagonal of ``T``; ``q`` is its logarithm."""
     return (gram.abs() * torch.exp(q.unsqueeze(0) - q.unsqueeze(1))).sum(1)
 
 
-def _gain(gram: Tensor, q: Tensor, scale: Tensor) -> float:
+def dominance_gain(gram: Tensor, q: Tensor, scale: Tensor) -> float:
+    """A ``c`` with ``T W Wᵀ T ⪯ c·T``, for any ``q``, from ``W Wᵀ`` and the diagonal of ``T``, in float64."""
     return float(torch.where(scale > 0, scale * _row_sums(gram, q.detach().double()), 0.0).max())

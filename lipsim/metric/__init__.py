@@ -1,5 +1,6 @@
 """The perceptual metric: distances with certificates, and the files that hold it."""
 
+from lipsim.metric.comparisons import Comparison, FileDistance, SameCertificate, compare_files, rank_files, same_files
 from lipsim.metric.distance import Distance
 from lipsim.metric.encoders import register_encoder
 from lipsim.metric.files import load, save
@@ -13,18 +14,28 @@ from lipsim.metric.image_files import (
 from lipsim.metric.modules import ImageDistance
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.smoothed import SmoothedMetric
+from lipsim.metric.thresholds import Threshold
+from lipsim.metric.tiles import TiledMetric
 
 __all__ = [
+    "Comparison",
     "Distance",
     "FileCertificate",
+    "FileDistance",
     "ImageDistance",
     "PerceptualMetric",
+    "SameCertificate",
     "SmoothedFileCertificate",
     "SmoothedMetric",
+    "Threshold",
+    "TiledMetric",
     "certify_files",
+    "compare_files",
     "load",
     "original_radii",
+    "rank_files",
     "register_encoder",
+    "same_files",
     "save",
     "smooth_files",
 ]

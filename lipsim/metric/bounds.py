@@ -11,6 +11,31 @@ from lipsim import audit
 from lipsim.audit.arithmetic import ERROR_FACTOR, largest_feature_error
 from lipsim.certificates.numbers import check_number
 from lipsim.layers.fingerprint import Fingerprint, fingerprint
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import state_fingerprint
+
+# Relative, of a claimed bound below an audited one. Weights that are derived again in float32 on another machine are
+# not the same to the last digit: what bounds exceed 1 by is that rounding, 9e-6 in a network of 27 layers.
+CLAIM_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A bound that a file states for some weights."""
+
+    source: str
+    bound: float
+    weights: str | None  # their fingerprint on any device; None: those at hand
+
+    def check(self, audited: float, encoder: nn.Module) -> None:
+        """Refuse a claim below what was audited; nothing was claimed of weights that have changed since."""
+        if audited <= self.bound * (1 + CLAIM_TOLERANCE):
+            return
+        if self.weights is None or self.weights == state_fingerprint(encoder.state_dict()):
+            raise LipsimError(
+                f"{self.source} claims the Lipschitz bound {self.bound:.9g}, but its weights have {audited:.9g}: it is "
+                "damaged or was altered; export the metric again"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,7 @@ class EncoderBounds:
     def __init__(self, lipschitz: float | None, feature_error: float) -> None:
         self._declared: float | None = None  # the Lipschitz bound; None: it is audited
         self._least = 0.0  # what is used in place of a smaller audited one
+        self._claim: _Claim | None = None  # to hold against the next audit
         self._audited: _Found | None = None
         self._error = 0.0  # of an embedding; the least, where it is searched for
         self._searches = False
@@ -67,13 +93,29 @@ class EncoderBounds:
     def declare_lipschitz(self, bound: float) -> None:
         """Use this bound from now on, whatever the encoder."""
         self._declared = check_number("Lipschitz bound", bound, above=True, finite=False)
-        self._least, self._audited = 0.0, None
+        self._least, self._audited, self._claim = 0.0, None, None
 
-    def require_lipschitz(self, least: float, encoder: nn.Module, image_size: int) -> None:
-        """Audit from now on, and never use a bound below ``least``."""
-        check_number("Lipschitz bound", least)
-        self.audit(encoder, image_size)
-        self._least = least
+    def require_lipschitz(
+        self, least: float, encoder: nn.Module, image_size: int, source: str = "", *, now: bool = True
+    ) -> None:
+        """Audit, and never use a bound below ``least``.
+
+        Args:
+            least: the bound.
+            encoder: what it is about.
+            image_size: of the encoder.
+            source: the file that claims it of these weights, and is refused where they have more; empty: none does.
+            now: audit here, and not at the first use.
+
+        Raises:
+            ValueError: the claim is below what the weights have.
+        """
+        self._least = check_number("Lipschitz bound", least)
+        self._declared, self._audited, self._claim = None, None, None
+        if source:
+            self._claim = _Claim(source, least, None if now else state_fingerprint(encoder.state_dict()))
+        if now:
+            self.audit(encoder, image_size)
 
     def declare_feature_error(self, error: float) -> None:
         """Use this error from now on, whatever the encoder."""
@@ -90,9 +132,13 @@ class EncoderBounds:
 
         Raises:
             lipsim.audit.UnboundedModuleError: there is none.
+            ValueError: a file claims less of these very weights.
         """
         content = fingerprint(encoder, image_size)  # before: a change during the audit must not be taken for audited
         report = audit.lipschitz_bound(encoder, image_size)
+        if self._claim is not None:
+            self._claim.check(report.total, encoder)
+            self._claim = None
         self._declared, self._audited = None, _Found(report.total, content)
         return report
 

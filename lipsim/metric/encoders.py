@@ -13,6 +13,7 @@ from lipsim.utils.errors import LipsimError
 
 # Each with its room, which is loaded when a file names it: some take seconds to import.
 _OURS = {
+    "FoldedNetwork": "lipsim.students",
     "OrthogonalProjection": "lipsim.students",
     "OrthogonalShiftNetwork": "lipsim.students",
     "SLLNetwork": "lipsim.students",

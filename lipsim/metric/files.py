@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from lipsim.layers import freeze
 from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
+from lipsim.metric.thresholds import Threshold
+from lipsim.metric.tiles import TiledMetric
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_safetensors
+from lipsim.utils.files import file_sha256, write_safetensors
+from lipsim.utils.framings import DEFAULT_GRID, FRAMINGS
 from lipsim.utils.paths import packaged, user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
@@ -26,6 +30,7 @@ VERSION = 1
 AUDITED = "audited"
 BUNDLED = packaged("checkpoints")
 DEFAULT = "photos"  # of the bundled metrics
+_AUDITED_NOW = 2**24  # parameters that an audit takes two seconds for, at most; 0.1 of them for the bundled metrics
 
 
 def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | None = None) -> Path:
@@ -52,12 +57,15 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         >>> torch.allclose(again(x, 1 - x), metric(x, 1 - x), atol=1e-6)
         True
     """
-    path = user_path(path)
+    path, threshold = user_path(path), metric.threshold
+    framing, metric = _framing(metric), _of_a_tile(metric)
     encoder = merged(metric.encoder)
-    header = {**describe(metric, encoder), "notes": notes or {}}
+    header = {**describe(metric, encoder), **framing, "notes": notes or {}}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
+    if threshold is not None:
+        header["threshold"] = threshold.header()
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
     write_safetensors(path, encoder.state_dict(), metadata)
     return path
@@ -94,19 +102,40 @@ def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
         "feature_error": metric.declared_feature_error,
         "feature_error_kind": metric.feature_error_kind,
         "resize": metric.preprocess.resize,
+        **_framing(metric),
     }
 
 
-def load(path: str | Path = DEFAULT) -> PerceptualMetric:
+def _framing(metric: PerceptualMetric) -> dict[str, Any]:
+    """What a header says of how images come to a metric, besides their size and resize."""
+    if isinstance(metric, TiledMetric):
+        return {"framing": "tiles", "grid": metric.grid}
+    return {"framing": metric.preprocess.framing}
+
+
+def _of_a_tile(metric: PerceptualMetric) -> PerceptualMetric:
+    """The metric whose weights a file holds: of one tile, where there are tiles."""
+    return metric.tile if isinstance(metric, TiledMetric) else metric
+
+
+def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | None = None) -> PerceptualMetric:
     """Load a metric, in evaluation mode and with folded weights.
 
     Args:
         path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
             bundled metric ("photos", the default, or "quickstart").
+        framing: how images come to it, "stretch", "center-crop", "pad" or "tiles" (see
+            :class:`lipsim.data.Preprocess`); None: as the file says, "stretch" where it says nothing.
+        grid: of tiles, how many there are a side; None: as the file says, or 2.
+
+    Returns:
+        The metric, a :class:`lipsim.metric.TiledMetric` with "tiles".
 
     Raises:
         FileNotFoundError: no such file, nor a bundled metric of that name.
-        ValueError: the file is truncated, of another kind, or its weights do not fit the encoder it names.
+        ValueError: the file is truncated, of another kind, its weights do not fit the encoder it names, or it claims a
+            smaller Lipschitz bound than they have. Networks of more than 16 million parameters are audited at the
+            first use of their bound, and refused then.
 
     Example:
         >>> metric = load()
@@ -114,7 +143,13 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
         (64, 1.0, '1.0000')
     """
     file = resolve(path)
+    if framing not in (None, *FRAMINGS):
+        raise LipsimError(f"expected framing to be one of {', '.join(FRAMINGS)}, got {framing!r}")
     header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    if grid is not None:
+        check_count("grid", grid)
+        if (given := header.get("framing", "stretch") if framing is None else framing) != "tiles":
+            raise LipsimError(f"a grid is of the framing tiles, got the framing {given!r}; pass framing='tiles'")
     try:
         if header["encoder"] not in registered_names():
             raise LipsimError(
@@ -122,6 +157,11 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
                 "the module that registers it first"
             )
         check_count("image_size", header["image_size"])
+        own, own_grid = header.get("framing", "stretch"), header.get("grid", DEFAULT_GRID)
+        if own not in FRAMINGS:
+            raise LipsimError(f"it names the framing {own!r}, which this version does not have; update lipsim")
+        framing = own if framing is None else framing
+        grid = check_count("grid", own_grid if grid is None else grid)
         declared = header["lipschitz"]
         floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
         encoder = build_encoder(header["encoder"], header["config"], state)
@@ -132,7 +172,10 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
             lipschitz=math.inf,
             feature_error=header["feature_error"],
             resize=header["resize"],
+            framing="stretch" if framing == "tiles" else framing,
         )
+        claimed = header.get("threshold")
+        threshold = None if claimed is None else Threshold.from_header(claimed)
     except KeyError as error:
         raise LipsimError(f"cannot rebuild the metric in {file}: its header has no {error}") from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # sizes that no layer can have, too
@@ -145,9 +188,68 @@ def load(path: str | Path = DEFAULT) -> PerceptualMetric:
     freeze(metric)
     if declared is not None:
         # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
-        metric.require_lipschitz(floor)
+        now = sum(parameter.numel() for parameter in encoder.parameters()) <= _AUDITED_NOW
+        metric.require_lipschitz(floor, f"the metric in {file}" if floor else "", now=now)
         metric.require_feature_error(metric.declared_feature_error)
+    if framing == "tiles":
+        metric = TiledMetric(metric, grid)
+    # It was chosen on images that came to the metric as its file says.
+    metric.threshold = threshold if (framing, grid) == (own, own_grid) else None
     return metric
+
+
+def write_threshold(source: str | Path, path: str | Path, threshold: Threshold) -> Path:
+    """Copy the file of a metric with a threshold in its header; all else in it stays as it is, bit by bit.
+
+    Args:
+        source: a ``.safetensors`` file, a training checkpoint, which is exported first, or a bundled name.
+        path: ``….safetensors``, perhaps the same; it is replaced as a whole or not at all.
+        threshold: what the header has from now on.
+
+    Raises:
+        FileNotFoundError: no such metric.
+        ValueError: the file is no metric.
+        OSError: the file cannot be written.
+    """
+    file, path = resolve(source), user_path(path)
+    if file.suffix == ".ckpt":
+        metric = load(file)
+        metric.threshold = threshold
+        return save(metric, path)
+    header, state = _read_export(file)
+    _, metadata = read_safetensors(file)
+    metadata["metric"] = json.dumps({**header, "threshold": threshold.header()})
+    write_safetensors(path, state, metadata)
+    return path
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the file of a metric says about it.
+
+    Attributes:
+        file: where it is.
+        sha256: of the file.
+        header: what rebuilds the metric; see :func:`describe`.
+        values: how many numbers its tensors have, buffers included.
+    """
+
+    file: Path
+    sha256: str
+    header: dict[str, Any]
+    values: int
+
+
+def read_facts(path: str | Path = DEFAULT) -> FileFacts:
+    """What a file says about the metric in it, which is not built.
+
+    Raises:
+        FileNotFoundError: no such file, nor a bundled metric of that name.
+        ValueError: the file is truncated or of another kind.
+    """
+    file = resolve(path)
+    header, state = _read_checkpoint(file) if file.suffix == ".ckpt" else _read_export(file)
+    return FileFacts(file, file_sha256(file), header, sum(tensor.numel() for tensor in state.values()))
 
 
 def holds(path: Path, metric: PerceptualMetric) -> bool:
@@ -156,7 +258,7 @@ def holds(path: Path, metric: PerceptualMetric) -> bool:
         _, state = _read_export(path)
     except ValueError:
         return False
-    own = merged(metric.encoder).state_dict()
+    own = merged(_of_a_tile(metric).encoder).state_dict()
     return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), tensor) for name, tensor in state.items())
 
 

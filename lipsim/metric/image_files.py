@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lipsim import certificates
 from lipsim.data.bit_depth import DeepImage
-from lipsim.data.transforms import load_image, read_image
+from lipsim.data.transforms import load_image, read_image, upright_size
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.smoothed import IMAGES, Moving, SmoothedMetric
+from lipsim.metric.tiles import TiledMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import text_table
@@ -39,6 +40,7 @@ class FileCertificate:
         image_size: side of what the metric sees.
         lipschitz: the bound that the radii divide by.
         feature_error: the error of an embedding that the radii cover.
+        framing: how the images came to the metric, see :class:`lipsim.data.Preprocess`.
     """
 
     answer: Literal["left", "right", "tie"]
@@ -50,6 +52,7 @@ class FileCertificate:
     image_size: int
     lipschitz: float
     feature_error: float
+    framing: str
 
     def facts(self) -> dict[str, Any]:
         """Every field, for JSON."""
@@ -64,7 +67,7 @@ class FileCertificate:
             for name, radius in self.radius.items()
         ]
         lines = [
-            f"answer: {self.answer} (margin {self.margin:.6g}, positive for left)",
+            f"answer: {self.answer} (margin {self.margin:.6g}, positive for left; framing {self.framing})",
             text_table(headings, rows),
             f"ℓ∞ radius of the reference {self.linf_radius:.6g} = {255 * self.linf_radius:.4g}/255",
             f"pixels of the reference that may take any colour: {self.pixels} of {size * size}",
@@ -92,7 +95,9 @@ def certify_files(
     if not metric.has_bound:
         raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
     pictures, images = _read(metric, reference, left, right)
-    options = metric.certificate_options
+    # Of one tile, where there are tiles: what the radii divide by and cover.
+    part = metric.tile if isinstance(metric, TiledMetric) else metric
+    options = part.certificate_options
     certificate = metric.certify(images["reference"], images["left"], images["right"])
     margin = float(certificate.margin)
     radii = {
@@ -111,6 +116,7 @@ def certify_files(
         image_size=metric.image_size,
         lipschitz=options["lipschitz"],
         feature_error=options["feature_error"] / 2,  # which counts it twice
+        framing=metric.preprocess.framing,
     )
 
 
@@ -254,8 +260,7 @@ def original_radii(
         return None
 
     def original(radius: float, picture: Picture) -> float:
-        # Its height and width in whichever order: the norm is symmetric in them.
-        own = certificates.original_radius(radius, (picture.height, picture.width), metric.image_size)
+        own = metric.preprocess.original_radius(radius, *upright_size(picture))
         return own / ((3**0.5 if picture.mode in _GRAY else 1.0) * (1 + 1e-12))
 
     return {

@@ -20,6 +20,7 @@ from lipsim.layers.encoder import declared_image_size, dtype_of
 from lipsim.metric import inputs, reading
 from lipsim.metric.bounds import EncoderBounds
 from lipsim.metric.near_duplicates import NearDuplicates
+from lipsim.metric.thresholds import Threshold
 from lipsim.utils.checks import check_range as _check_range
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
@@ -48,8 +49,12 @@ class PerceptualMetric(nn.Module):
         feature_error: largest error of a float32 embedding of images in [0, 1], in feature units, that certificates
             cover; 0: they hold for exact arithmetic only.
         resize: how :attr:`preprocess` brings an image to ``image_size``: see :class:`lipsim.data.Preprocess`.
+        framing: what of an image it shows, "stretch", "center-crop" or "pad"; with "tiles" a metric is a
+            :class:`lipsim.metric.TiledMetric`.
 
     Attributes:
+        threshold: the distance up to which two images count as the same; None where none was chosen
+            (:func:`lipsim.evaluation.thresholds.calibrate`).
         feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
             (:mod:`lipsim.audit.arithmetic`; it proves nothing), "declared" by whoever set it, or "none".
 
@@ -81,6 +86,7 @@ class PerceptualMetric(nn.Module):
         lipschitz: float | None = None,
         feature_error: float = 0.0,
         resize: str = "float",
+        framing: str = "stretch",
     ) -> None:
         super().__init__()
         self._near_duplicates = NearDuplicates()
@@ -92,7 +98,8 @@ class PerceptualMetric(nn.Module):
         self.anchor = anchor
         self._bounds = EncoderBounds(lipschitz, feature_error)
         self.feature_error_kind = "declared" if feature_error else "none"
-        self.preprocess = Preprocess(image_size, resize)
+        self.preprocess = Preprocess(image_size, resize, framing)
+        self.threshold: Threshold | None = None
         if lipschitz is None:
             self.audit()
 
@@ -176,9 +183,19 @@ class PerceptualMetric(nn.Module):
         """
         return self._bounds.audit(self.encoder, self.image_size)
 
-    def require_lipschitz(self, floor: float) -> None:
-        """Audit, and never use a bound below ``floor``: what the file of a metric says about it."""
-        self._bounds.require_lipschitz(floor, self.encoder, self.image_size)
+    def require_lipschitz(self, floor: float, source: str = "", *, now: bool = True) -> None:
+        """Audit, and never use a bound below ``floor``: what the file of a metric says about it.
+
+        Args:
+            floor: the bound.
+            source: what to call the file where it is refused, since its weights have more; empty: nothing is claimed.
+            now: audit here, and not at the first use of the bound.
+
+        Raises:
+            lipsim.audit.UnboundedModuleError: there is no bound.
+            ValueError: the weights exceed the claim by more than :data:`lipsim.metric.bounds.CLAIM_TOLERANCE`.
+        """
+        self._bounds.require_lipschitz(floor, self.encoder, self.image_size, source, now=now)
 
     def require_feature_error(self, floor: float) -> None:
         """Search for the error of an embedding at the first certificate, and cover ``floor`` at least.

@@ -238,7 +238,14 @@ Number = tuple[str, str, str, str, str, float | None]
 
 def numbers(runs: Sequence[Run]) -> Iterable[tuple[str, str, str, str, str, float | None, float | None, int]]:
     """Every score: set, run, metric, kind of score, ε, value in [0, 1], its standard error, and of how many runs."""
-    groups = by_name((number[:5], number[5]) for number in _single_numbers(runs))
+    return seed_means(_single_numbers(runs))
+
+
+def seed_means(
+    single: Iterable[Number],
+) -> Iterable[tuple[str, str, str, str, str, float | None, float | None, int]]:
+    """Scores of runs that differ in their seed alone, as one."""
+    groups = by_name((number[:5], number[5]) for number in single)
     for (name, run, metric, kind, label), values in groups.items():
         mean, error = mean_and_error(values)
         yield name, run, metric, kind, label, mean, error, len(values)

@@ -16,10 +16,12 @@ from lipsim.results.comparison import (
     curves,
     null_space_tables,
     numbers,
+    seed_means,
     smoothing,
 )
 from lipsim.results.formats import html_page, latex_table, markdown_table
 from lipsim.results.plots import plot_scores
+from lipsim.results.retrieval import retrieval_numbers, retrieval_tables
 from lipsim.results.runs import Run, set_names, warnings
 from lipsim.results.tables import Row
 from lipsim.utils.files import write_csv, write_text
@@ -52,6 +54,7 @@ def write_report(
         name: [*certified_tables(runs, name, kinds), *attacked_tables(runs, name), *null_space_tables(runs, name)]
         for name in sets
     }
+    tables |= {name: [*tables.get(name, []), *found] for name, found in retrieval_tables(runs).items()}
     benchmark = [ScoreTable(heading, "", [], rows) for heading, rows in benchmark_tables(runs)]
     said, notes = [*warnings(runs), *benchmark_warnings(runs)], benchmark_lines(runs)
     pictures = {name: output / (f"curves-{_file_name(name)}" if len(sets) > 1 else "curves") for name in sets}
@@ -64,7 +67,7 @@ def write_report(
     write_text(markdown or output / "report.md", "\n\n".join([f"# {title}", *said, *notes, *parts]) + "\n")
     latex = [latex_table(table.rows, table.title, table.eps, table.heading) for table in flat]
     write_text(output / "report.tex", "\n\n".join([r"% \usepackage{booktabs,multirow}", *latex]) + "\n")
-    write_csv(output / "report.csv", _COLUMNS, numbers(runs))
+    write_csv(output / "report.csv", _COLUMNS, [*numbers(runs), *seed_means(retrieval_numbers(runs))])
     if benchmark:
         rows = [(table.title, *cell) for table in benchmark for row in table.rows for cell in _cells(row)]
         write_csv(output / "benchmark.csv", ("table", "metric", "column", "cell"), rows)
@@ -103,7 +106,7 @@ def _facts(run: Run) -> list[Row]:
     if evaluation := results.get("evaluation"):
         facts["checkpoint"] = evaluation["checkpoint"]
         facts["checkpoint SHA-256"] = evaluation["checkpoint_sha256"]
-    if section := run.certified or run.smoothed or run.attacked:
+    if section := run.certified or run.smoothed or run.attacked or run.retrieval:
         facts["weights SHA-256"] = section["weights_sha256"]
     if certified := run.certified:
         facts["Lipschitz bound"] = certified["lipschitz"]

@@ -14,6 +14,8 @@ from lipsim.results.schema import (
     CertifiedSection,
     CertifiedSet,
     Results,
+    RetrievalSection,
+    RetrievalSet,
     SmoothedSection,
     SmoothedSet,
 )
@@ -51,6 +53,16 @@ class Run:
         return self.results.get("benchmark")
 
     @property
+    def retrieval(self) -> RetrievalSection | None:
+        """What searches found, if there were any."""
+        return self.results.get("retrieval")
+
+    @property
+    def searched_sets(self) -> Mapping[str, RetrievalSet]:
+        """Set of queries → what searches with it found; empty where there were none."""
+        return self.retrieval["sets"] if self.retrieval else {}
+
+    @property
     def certified_sets(self) -> Mapping[str, CertifiedSet]:
         """Test set → what is certified there; empty where nothing was."""
         return self.certified["sets"] if self.certified else {}
@@ -84,7 +96,7 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
             name, place = "", path
         file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
         run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
-        if not _sets(run) and not run.benchmark:
+        if not _sets(run) and not run.searched_sets and not run.benchmark:
             raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
         runs.append(run)
     names = [run.name for run in runs]
@@ -102,13 +114,17 @@ def set_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in _sets(run)))
 
 
+def _searched(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.searched_sets))
+
+
 def _sets(run: Run) -> list[str]:
     return [*run.certified_sets, *run.smoothed_sets, *run.attacked_sets]
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What a reader of the tables has to know: sets of different data under one name, one result under two seeds."""
-    different = [line for name in set_names(runs) if (line := different_data(runs, name))]
+    different = [line for name in [*set_names(runs), *_searched(runs)] if (line := different_data(runs, name))]
     return [*different, *_repeated_weights(runs)]
 
 
@@ -117,7 +133,9 @@ def _repeated_weights(runs: Sequence[Run]) -> list[str]:
     lines = []
     for name, group in by_name((run.name, run) for run in runs).items():
         hashes = [
-            section["weights_sha256"] for run in group if (section := run.certified or run.smoothed or run.attacked)
+            section["weights_sha256"]
+            for run in group
+            if (section := run.certified or run.smoothed or run.attacked or run.retrieval)
         ]
         if len(set(hashes)) < len(hashes):
             lines.append(f"Runs called {name} have the same weights: they are no different seeds.")

@@ -8,6 +8,7 @@ of one kind, ``dict[str, …]``: never both.
 from typing import Literal, NotRequired, TypedDict
 
 SCHEMA = 2
+"""The version of results.json that this package writes; a change of meaning has a new number."""
 
 # Label of a budget (see `lipsim.results.eps_label`) → score; null where no triplet had a majority of votes.
 Scores = dict[str, float | None]
@@ -117,6 +118,42 @@ class Smoothing(TypedDict):
 
 class SmoothedSection(Source, Smoothing):
     """Smoothing of these weights, and of others, on these data."""
+
+
+class RetrievalScores(TypedDict):
+    """Recall or k-NN accuracy on a set of queries, at one k."""
+
+    natural: float | None
+    certified: Scores
+    attacked: Scores
+
+
+class RetrievalSet(TypedDict):
+    """What a search in a gallery finds for a set of queries, by the number of neighbours."""
+
+    num_queries: int
+    num_gallery: int
+    num_classes: int
+    num_attacked: int
+    violations: int
+    recall: dict[str, RetrievalScores]
+    knn: dict[str, RetrievalScores]
+
+
+class Retrieval(TypedDict):
+    """What :class:`lipsim.callbacks.CertifyRetrieval` finds out."""
+
+    lipschitz: float | None
+    feature_error: float | None
+    ks: list[int]
+    eps: list[float]
+    steps: int
+    seed: int
+    sets: dict[str, RetrievalSet]
+
+
+class RetrievalSection(Source, Retrieval):
+    """Searches with these weights, on these data."""
 
 
 class AttackedMetric(TypedDict):
@@ -328,6 +365,7 @@ class Sections(TypedDict, total=False):
     evaluation: EvaluationSection
     certified: CertifiedSection
     smoothed: SmoothedSection
+    retrieval: RetrievalSection
     attacked: AttackedSection
     null_space: NullSpaceSection
     attack_tables: AttackTablesSection

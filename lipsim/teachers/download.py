@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import time
 import zipfile
 import zlib
 from http.client import HTTPException
@@ -15,14 +16,13 @@ from urllib.request import Request, urlopen
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS, where_to_get
 from lipsim.teachers.locate import REPOSITORY_FILES
 from lipsim.teachers.lora import CONFIG
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import file_sha256, put_in_place, write_text
+from lipsim.utils.progress import Progress, duration
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -84,8 +84,9 @@ def _receipt(folder: Path, name: str) -> Path:
 
 
 def _unpack_once(archive: Path, folder: Path, name: str, sha256: str = "") -> list[Path]:
-    checksum = check_sha256(archive, sha256)
-    members = unpack(archive, folder)
+    with Progress(f"unpacking {archive.name}"):
+        checksum = check_sha256(archive, sha256)
+        members = unpack(archive, folder)
     write_text(_receipt(folder, name), f"{checksum}  {name}\n")
     return members
 
@@ -131,11 +132,11 @@ def _continue(url: str, partial: Path, tag: Path) -> None:
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         tag.write_text(_version(response), encoding="utf-8")
-        with open(partial, "ab" if have else "wb") as file, _progress() as progress:
-            task = progress.add_task(partial.stem, total=total, completed=have)
+        with open(partial, "ab" if have else "wb") as file, Progress(f"downloading {partial.stem}") as progress:
+            start = time.monotonic()
             while block := response.read(_CHUNK):
                 file.write(block)
-                progress.advance(task, len(block))
+                progress(_amount(file.tell(), have, total, time.monotonic() - start))
             if total is not None and file.tell() != total:
                 raise OSError(f"it broke off after {file.tell()} of {total} bytes")
 
@@ -162,9 +163,12 @@ def _version(response: Any) -> str:
     return str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+def _amount(done: int, before: int, total: int | None, seconds: float) -> str:
+    """How many megabytes of all are there, and how long the rest will take, from those that came in some seconds."""
+    if total is None:
+        return f"{done / 1e6:.0f} MB"
+    left = seconds / max(done - before, 1) * (total - done)
+    return f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {duration(left)} left"
 
 
 def fetch_repository(repository: str, folder: Path, sha256: str = "", endpoint: str | None = None) -> Path:

@@ -21,7 +21,7 @@ from lipsim.data import Preprocess, Triplet
 from lipsim.data.check import check_images
 from lipsim.evaluation.module import EvaluationModule, weights_are_finite
 from lipsim.layers.encoder import ResizingEncoder, declared_image_size
-from lipsim.metric import PerceptualMetric, load
+from lipsim.metric import PerceptualMetric, TiledMetric, load
 from lipsim.metric.files import FORMAT, describe
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.schedules import Schedule
@@ -29,7 +29,7 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
 
 DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
-_RESIZE = "lipsim-resize"  # key in a checkpoint
+_RESIZE, _FRAMING = "lipsim-resize", "lipsim-framing"  # keys in a checkpoint
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -140,7 +140,11 @@ class Stage(EvaluationModule):
                 f"weights are NaN or infinite at step {self.trainer.global_step}, so no checkpoint is written over the "
                 f"last one; {DIVERGED}"
             )
-        checkpoint[_RESIZE] = self.metric.preprocess.resize  # also of an encoder that cannot be described
+        preprocess = self.metric.preprocess
+        checkpoint[_RESIZE], checkpoint[_FRAMING] = (
+            preprocess.resize,
+            preprocess.framing,
+        )  # also of an encoder that cannot be described
         try:
             checkpoint[FORMAT] = json.dumps(describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
@@ -151,12 +155,18 @@ class Stage(EvaluationModule):
         saved = checkpoint.get(_RESIZE)
         if saved is None and FORMAT in checkpoint:  # of an earlier version
             saved = json.loads(checkpoint[FORMAT])["resize"]
-        if saved is None or saved == self.metric.preprocess.resize:
+        if saved is None:
+            return
+        before, now = (
+            Preprocess(self.metric.image_size, saved, checkpoint.get(_FRAMING, "stretch")),
+            self.metric.preprocess,
+        )
+        if before.way == now.way:
             return
         if self.trainer.training:
-            rank_zero_info(f"resuming on images resized by {self.metric.preprocess.resize!r}; before it was {saved!r}")
+            rank_zero_info(f"resuming on images resized by {now.way!r}; before it was {before.way!r}")
         else:
-            self.metric.preprocess = Preprocess(self.metric.image_size, saved)
+            self.metric.preprocess = before
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_images(batch)
@@ -223,24 +233,30 @@ def save_batch(batch: Any, path: Path) -> Path:
     return path
 
 
-def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> tuple[nn.Module, str]:
+def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> tuple[nn.Module, Preprocess]:
     """The encoder that a stage trains: one given by class, or one loaded from an exported metric.
 
     Returns:
-        The encoder, and how the images that it expects are resized, "float" where nobody says.
+        The encoder, and how images come to it, stretched and by a resize in "float" where nobody says.
 
     Raises:
-        ValueError: both are given, or none.
+        ValueError: both are given, or none; or a metric of tiles, which are not trained on.
     """
     if (module is None) == (path is None):
         raise LipsimError(
             f"expected either a {role} (class_path and init_args) or a file to start from, not both or none"
         )
     if module is not None:
-        return module, module.resize if isinstance(module, ResizingEncoder) else "float"
+        resize = module.resize if isinstance(module, ResizingEncoder) else "float"
+        return module, Preprocess(image_size_of(module), resize)
     assert path is not None
     metric = load(path)
-    return metric.encoder.train().requires_grad_(True), metric.preprocess.resize
+    if isinstance(metric, TiledMetric):
+        raise LipsimError(
+            f"{path} is a metric of tiles, and stages train on whole images; save the metric of a tile first: "
+            "lipsim.metric.save(lipsim.load(path, framing='stretch'), other_path)"
+        )
+    return metric.encoder.train().requires_grad_(True), metric.preprocess
 
 
 def image_size_of(encoder: nn.Module) -> int:

@@ -74,9 +74,11 @@ class Distillation(Stage):
         cache: Path | None = None,
         principal_axes: int | None = None,
     ) -> None:
-        encoder, resize = encoder_from(student, init_from, "student")
+        encoder, images = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor, resize=resize),
+            PerceptualMetric(
+                encoder, image_size_of(encoder), anchor=anchor, resize=images.resize, framing=images.framing
+            ),
             optimizer,
             schedule or WarmupCosine(),
             acceleration,
@@ -115,10 +117,10 @@ class Distillation(Stage):
         """
         super().setup(stage)
         preprocess, teacher = facts_of(self.trainer.datamodule, "val").preprocess, self.teacher  # type: ignore[attr-defined]
-        if preprocess is not None and teacher is not None and teacher.preprocess.resize != preprocess.resize:
+        if preprocess is not None and teacher is not None and teacher.preprocess.way != preprocess.way:
             rank_zero_info(
-                f"the teacher expects images resized by {teacher.preprocess.resize!r}, student and teacher see them "
-                f"resized by {preprocess.resize!r}; pass --data.resize={teacher.preprocess.resize} to have both so"
+                f"the teacher expects images resized by {teacher.preprocess.way!r}, student and teacher see them "
+                f"resized by {preprocess.way!r}; pass --data.resize={teacher.preprocess.resize} to have both so"
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage not in ("fit", "validate"):

@@ -41,9 +41,11 @@ class FineTuning(Stage):
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
-        encoder, resize = encoder_from(student, init_from, "student")
+        encoder, images = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(encoder, image_size_of(encoder), anchor=anchor, resize=resize),
+            PerceptualMetric(
+                encoder, image_size_of(encoder), anchor=anchor, resize=images.resize, framing=images.framing
+            ),
             optimizer,
             schedule or Triangular(),
             acceleration,

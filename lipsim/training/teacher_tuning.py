@@ -79,7 +79,7 @@ class TeacherTuning(Stage):
             )
         if batch_statistics and tune != "all":
             raise LipsimError(f"batch statistics change with all weights only, not where {tune} is tuned")
-        encoder, resize = encoder_from(teacher, init_from, "teacher")
+        encoder, images = encoder_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
         elif tune == "head":
@@ -94,7 +94,8 @@ class TeacherTuning(Stage):
             image_size_of(encoder),
             anchor=0.0,
             lipschitz=math.inf,
-            resize=resize,
+            resize=images.resize,
+            framing=images.framing,
         )
         super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration)
         self.loss = loss or MarginHinge(0.05)

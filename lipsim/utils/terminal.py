@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import io
 import re
 import sys
@@ -60,6 +61,11 @@ def one_line(message: str) -> str:
     reasons = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines]
     reasons = [reason for reason in reasons if reason and not _WRAPPING.match(reason)]
     return ": ".join([".".join(dict.fromkeys(keys)), "; ".join(dict.fromkeys(reasons))]).removeprefix(": ")
+
+
+def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table of comma-separated values; floats keep the digits that bring them back."""
+    csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
 
 
 def text_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

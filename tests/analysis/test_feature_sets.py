@@ -17,8 +17,8 @@ from torchvision.datasets import ImageFolder
 from lipsim.analysis.feature_maps import FeatureMap
 from lipsim.analysis.feature_matching import FeatureObjective, LikelihoodObjective, ascend_by_equal_steps
 from lipsim.analysis.feature_sets import MANIFEST, FeatureSetRecipe, make_feature_set, read_note
-from lipsim.analysis.labelled_folder import LabelledFolder
 from lipsim.analysis.models import Model, load_model
+from lipsim.data.sets.labelled_folder import LabelledFolder
 from lipsim.data.transforms import Preprocess
 from lipsim.evaluation.processes import ProcessFailed
 

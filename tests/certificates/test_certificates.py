@@ -368,26 +368,6 @@ def test_signed_joint_radius_has_the_sign_of_the_margin(features: Features) -> N
     torch.testing.assert_close(C.signed_joint_radius(features[0], features[2], features[1]), -signed)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 2**24])
-def test_retrieval_in_chunks_is_the_minimum_over_swaps(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lipsim.certificates.retrieval._CHUNK", chunk)
-    query, gallery = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
-    gallery[7] = gallery[2]
-    options = {"anchor": 1.0, "lipschitz": 1.3, "feature_error": 1e-4}
-    for k in (1, 3):
-        expected = []
-        for q in query:
-            order = cosine_distance(q[None], gallery, 1.0).argsort(stable=True).tolist()
-            swaps = [
-                C.reference_radius(q[None], gallery[i][None], gallery[j][None], **options)
-                for i in order[:k]
-                for j in order[k:]
-            ]
-            expected.append(torch.cat(swaps).min())
-        radius = C.retrieval_radius(query, gallery, k=k, **options)
-        torch.testing.assert_close(radius, torch.stack(expected))
-
-
 def test_joint_gradients_are_finite_where_vectors_have_no_length_and_at_the_cap() -> None:
     z, z0, z1 = (torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
     z[0], z1[1] = 0, 0

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = """
 import sys
 from lipsim.cli.main import main
-for arguments in (["certify", "metric.safetensors", *["a.png"] * 3], ["report", "ünlü=run"]):
+for arguments in (["certify", "--metric", "metric.safetensors", *["a.png"] * 3], ["report", "ünlü=run"]):
     try:
         main(arguments)
     except SystemExit as stop:

@@ -175,11 +175,11 @@ def test_gray_files_have_smaller_radii_and_palettes_none(
     with Image.open(pictures[1]) as picture:  # 16 × 16, not resized
         picture.convert("L").save(gray)
         picture.convert("P").save(palette)
-    assert _run("certify", checkpoint, gray, pictures[1], pictures[2], "--json") == 0
+    assert _run("certify", "--metric", checkpoint, gray, pictures[1], pictures[2], "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     expected = certificates.original_radius(facts["radius"]["reference"], (16, 16), 16) / 3**0.5
     assert facts["original_radius"]["reference"] == pytest.approx(expected, rel=1e-9)
-    assert _run("certify", checkpoint, palette, pictures[1], pictures[2]) == 0
+    assert _run("certify", "--metric", checkpoint, palette, pictures[1], pictures[2]) == 0
     assert "none in the file's own pixels" in capsys.readouterr().out
 
 
@@ -191,7 +191,7 @@ def test_sixteen_bits_are_certified_in_full(
     pixels = np.random.default_rng(0).integers(0, 65536, (30, 40, 3), dtype=np.uint16)
     for name, values in (("full", pixels), ("high", pixels & 0xFF00)):
         (tmp_path / f"{name}.png").write_bytes(imagecodecs.png_encode(values))
-        assert _run("certify", checkpoint, tmp_path / f"{name}.png", *pictures[1:], "--json") == 0
+        assert _run("certify", "--metric", checkpoint, tmp_path / f"{name}.png", *pictures[1:], "--json") == 0
         facts.append(json.loads(capsys.readouterr().out))
         x = torch.from_numpy((values / 65535).astype(np.float32)).permute(2, 0, 1)[None]
         x = nn.functional.interpolate(x, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
@@ -202,7 +202,7 @@ def test_sixteen_bits_are_certified_in_full(
     found = facts[0]["original_radius"]["reference"]
     assert found == pytest.approx(facts[0]["radius"]["reference"] / resize, rel=1e-4)
     tifffile.imwrite(tmp_path / "signed.tif", pixels[..., 0].view(np.int16))
-    assert _run("certify", checkpoint, tmp_path / "signed.tif", *pictures[1:]) == 1
+    assert _run("certify", "--metric", checkpoint, tmp_path / "signed.tif", *pictures[1:]) == 1
     error = capsys.readouterr().err
     assert "signed.tif: a TIFF of signed integers" in error and error.count("\n") == 1
 
@@ -212,7 +212,7 @@ def test_certify_agrees_with_the_metric(
 ) -> None:
     metric = load(checkpoint)
     expected = metric.certify(*(metric.preprocess(read_image(file)).unsqueeze(0) for file in pictures))
-    assert _run("certify", checkpoint, *pictures, "--json") == 0
+    assert _run("certify", "--metric", checkpoint, *pictures, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["answer"] == ("left" if expected.prefers_left else "right") and facts["margin"] == expected.margin
     radii = [expected.radius, expected.left_radius, expected.right_radius, expected.joint_radius]
@@ -225,7 +225,7 @@ def test_certify_agrees_with_the_metric(
         assert original[name] == pytest.approx(certificates.original_radius(facts["radius"][name], size, 16), rel=1e-9)
     joint = min(certificates.original_radius(facts["radius"]["joint"], size, 16) for size in sizes.values())
     assert original["joint"] == pytest.approx(joint, rel=1e-9)
-    assert _run("certify", checkpoint, *pictures) == 0
+    assert _run("certify", "--metric", checkpoint, *pictures) == 0
     output = capsys.readouterr().out
     assert f"answer: {facts['answer']}" in output and f"{original['reference']:.6g}" in output
 
@@ -235,7 +235,7 @@ def test_smoothing_certifies_files_of_any_metric(pictures: list[Path], capsys: p
     encoder = SmallViT(image_size=16, patch_size=8, width=16, depth=1)
     file = save(PerceptualMetric(encoder, 16, lipschitz=math.inf), pictures[0].parent / "teacher.safetensors")
     options = ["--smooth", "0.2", "--samples", "40", "--selection", "10", "--alpha", "0.01"]
-    assert _run("certify", file, *pictures, *options, "--json") == 0
+    assert _run("certify", "--metric", file, *pictures, *options, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     images = [load(file).preprocess(read_image(picture)).unsqueeze(0) for picture in pictures]
     expected = SmoothedMetric(load(file), 0.2, samples=40, selection=10, alpha=0.01).certify(*images)
@@ -245,10 +245,10 @@ def test_smoothing_certifies_files_of_any_metric(pictures: list[Path], capsys: p
     assert radius == float(expected.radius)
     original = certificates.original_radius(radius, (30, 40), 16)
     assert facts["original_radius"]["reference"] == pytest.approx(original, rel=1e-9)
-    assert _run("certify", file, *pictures, *options, "--moving", "all") == 0
+    assert _run("certify", "--metric", file, *pictures, *options, "--moving", "all") == 0
     output = capsys.readouterr().out
     assert "all three, each: R =" in output and "holds with probability 0.99;" in output
-    assert _run("certify", file, *pictures, "--smooth", "0") == 1
+    assert _run("certify", "--metric", file, *pictures, "--smooth", "0") == 1
     assert "expected a finite sigma > 0" in capsys.readouterr().err
 
 
@@ -271,10 +271,10 @@ def test_certify_of_a_tie_and_of_8_bit_resizing(
 ) -> None:
     metric = PerceptualMetric(OrthogonalProjection(16, 8), 16, resize="pil")
     file = save(metric, tmp_path / "pil.safetensors")
-    assert _run("certify", file, pictures[0], pictures[1], pictures[1], "--json") == 0
+    assert _run("certify", "--metric", file, pictures[0], pictures[1], pictures[1], "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["answer"] == "tie" and set(facts["radius"].values()) == {0.0} and facts["original_radius"] is None
-    assert _run("certify", file, *pictures) == 0
+    assert _run("certify", "--metric", file, *pictures) == 0
     assert "resized in 8 bits" in capsys.readouterr().out
 
 
@@ -285,10 +285,10 @@ def test_certify_refuses_in_one_line(
     save(teacher, tmp_path / "teacher.safetensors")
     (tmp_path / "text.png").write_text("hello")
     for args, message in (
-        ([tmp_path / "teacher.safetensors", *pictures], "has no Lipschitz bound"),
-        ([checkpoint, "nowhere.png", *pictures[1:]], "no image file nowhere.png"),
-        ([checkpoint, tmp_path / "text.png", *pictures[1:]], "cannot read the image"),
-        (pictures[1:], "required: right"),
+        (["--metric", tmp_path / "teacher.safetensors", *pictures], "has no Lipschitz bound"),
+        (["--metric", checkpoint, "nowhere.png", *pictures[1:]], "no image file nowhere.png"),
+        (["--metric", checkpoint, tmp_path / "text.png", *pictures[1:]], "cannot read the image"),
+        (pictures[1:], "expected three images"),
     ):
         assert _run("certify", *args) == 1
         error = capsys.readouterr().err
@@ -304,5 +304,5 @@ def test_home_folders(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("HOME", str(checkpoint.parent))
     Image.new("RGB", (20, 20)).save(checkpoint.parent / "x.png")
     x = "~/x.png"
-    assert _run("certify", f"~/{checkpoint.name}", x, x, x) == 0
+    assert _run("certify", "--metric", f"~/{checkpoint.name}", x, x, x) == 0
     assert capsys.readouterr().out.startswith("answer: tie")

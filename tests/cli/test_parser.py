@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lipsim.cli.main import COMMANDS, main
+from lipsim.cli.main import ANSWERING, COMMANDS, build_parser, main
 from lipsim.cli.parser import budget, metric_file, named_file, natural_int, positive_int
 
 
@@ -43,11 +44,20 @@ def test_refusals_say_what_was_expected(read: Callable[[str], object], text: str
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_and_refuses_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_examples_and_refuses_in_one_line(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
-    assert stop.value.code == 0 and f"usage: lipsim {name}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and f"usage: lipsim {name}" in text
+    examples = text.partition("\nexamples:\n")[2].splitlines()  # line by line, not filled to the width
+    assert examples
+    for line in examples:
+        words = shlex.split(line.partition(" && ")[0])
+        assert words[:2] == ["lipsim", name] and build_parser([name]).parse_args(words[1:]).run
     with pytest.raises(SystemExit) as stop:
         main([name, "--no-such-option"])
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert stop.value.code == (2 if name in ANSWERING else 1)
+    assert error.startswith("error: ") and error.count("\n") == 1

@@ -154,13 +154,13 @@ def _with_short_attacks(config: Path) -> str:
     """A copy of a config with attacks of one step and few images to find errors on: what is tested is around them."""
     content = yaml.safe_load(config.read_text())
     for callback in content["trainer"]["callbacks"]:
-        if callback["class_path"].endswith((".AttackRobustness", ".TripletGallery")):
+        if callback["class_path"].endswith((".AttackRobustness", ".TripletGallery", ".CertifyRetrieval")):
             callback.setdefault("init_args", {})["steps"] = 1
         if callback["class_path"].endswith(".AttackRobustness"):
             callback["init_args"]["queries"] = 2
         if callback["class_path"].endswith(".NullSpaceRobustness"):
             callback.setdefault("init_args", {})["max_triplets"] = 6  # the same ones on any number of processes
-        if callback["class_path"].endswith(".CertifyRadii"):
+        if callback["class_path"].endswith((".CertifyRadii", ".CertifyRetrieval")):
             callback.setdefault("init_args", {})["error_sample"] = 4
     copy = Path(config.name)
     copy.write_text(yaml.safe_dump(content))
@@ -217,15 +217,18 @@ def test_every_evaluation_runs(config: Path, request: pytest.FixtureRequest) -> 
         "bapps": ["--data.image_size=64", "--data.batch_size=2", "--data.num_workers=0"],
         "photos": ["--data.num_test=4"],
         "table": ["--data.batch_size=2", "--data.num_workers=0"],
+        "search": ["--data.batch_size=2", "--data.num_workers=0", "--trainer.callbacks.ks=[1,3]"],
     }[config.stem]
     if config.stem != "builtin":
         where = "file" if config.stem == "table" else "root"
-        options.append(f"--data.{where}={request.getfixturevalue(config.stem)}")
+        images = "photos" if config.stem == "search" else config.stem
+        options.append(f"--data.{where}={request.getfixturevalue(images)}")
     short = _with_short_attacks(config)
     args = ["--config", short, "--checkpoint=metric.safetensors", "--trainer.accelerator=cpu", *options, *QUIET]
     cli = evaluate([*args, "--trainer.limit_test_batches=1"])
     results = read_results(Path(cli.trainer.default_root_dir) / "results.json")
-    assert set(cli.datamodule.test_names) <= set(results["certified"]["sets"])
+    section = "retrieval" if config.stem == "search" else "certified"
+    assert set(cli.datamodule.test_names) <= set(results[section]["sets"])
 
 
 def test_every_config_says_what_it_costs() -> None:

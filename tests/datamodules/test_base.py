@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from lipsim.data import BuiltinTriplets, TripletDataModule
+from lipsim.data import BuiltinTriplets, Preprocess, TripletDataModule
 from lipsim.data.contracts import facts_of, resizes_of
 from lipsim.datamodules import (
     BappsData,
@@ -44,7 +44,7 @@ def test_a_module_follows_the_metric_unless_told_otherwise(kind: type[NightsData
         for outer in (lambda data: data, lambda data: ImageFolderData(triplets=data)):
             data = outer(kind(image_size=16, resize=resize))
             assert data.preprocess.resize == (resize or "float")
-            data.follow("pil")
+            data.follow(Preprocess(8, "pil"))
             assert data.preprocess.resize == followed and data.preprocess.image_size == 16
     with pytest.raises(ValueError, match="resize to be one of"):
         kind(resize="nearest")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lipsim.data import TripletDataModule
+from lipsim.data import Preprocess, TripletDataModule
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photos import PhotoTriplets
 from lipsim.datamodules import BuiltinData, MaterialData, PhotoData
@@ -44,7 +44,7 @@ def test_every_kind_is_scored_apart_whatever_is_trained_on(photos: Path, photo_c
 def test_human_votes_are_mixed_in_and_scored_besides(photos: Path, material: Path) -> None:
     human = MaterialData(material, 16, val_triplets=50)
     data = _data(photos, human=human, human_share=0.5)
-    data.follow("pil")
+    data.follow(Preprocess(16, "pil"))
     assert human.preprocess is not None and human.preprocess.resize == "pil"
     data.setup("fit")
     data.setup("test")

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from lipsim import PerceptualMetric
@@ -16,8 +17,8 @@ from lipsim.callbacks import AttackRobustness, CertifyRadii
 from lipsim.cli.evaluate import evaluate
 from lipsim.data import NightsTriplets, Preprocess, Triplet, collate_triplets
 from lipsim.data.contracts import groups_of, resizes_of
-from lipsim.datamodules import BuiltinData, NightsData
-from lipsim.metric import load, save
+from lipsim.datamodules import BuiltinData, NightsData, TableData
+from lipsim.metric import TiledMetric, load, save
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
 
@@ -125,6 +126,36 @@ def test_metrics_to_compare_with_see_the_same_images(nights: Path) -> None:
     data = NightsData(nights, image_size=SIZE, resize="float", num_workers=0)
     with pytest.raises(ValueError, match="resized by 'pil', which published is for, got nights"):
         _trainer(callbacks=[attack]).test(FineTuning(OrthogonalProjection(SIZE, 8)), data, verbose=False)
+
+
+@pytest.mark.parametrize("framing", ["pad", "tiles"])
+def test_a_table_is_framed_as_the_metric_expects(
+    framing: str, tmp_path: Path, seen: list[Triplet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of images of any shape: an evaluation follows the file of a metric, and says so."""
+    names = [f"{name}.png" for name in ("reference", "left", "right")]
+    for number, name in enumerate(names):
+        colours = torch.randint(0, 256, (10 + number, 24, 3), dtype=torch.uint8)
+        Image.fromarray(colours.numpy()).save(tmp_path / name)
+    Path("study.csv").write_text(f"reference,left,right,right_vote\n{','.join(names)},1\n")
+    metric = PerceptualMetric(OrthogonalProjection(SIZE, 8), SIZE, framing="stretch" if framing == "tiles" else framing)
+    metric = TiledMetric(metric, 2) if framing == "tiles" else metric
+    file, side = str(save(metric.eval(), "framed.safetensors")), metric.image_size
+    given = ["--data=lipsim.datamodules.TableData", "--data.file=study.csv", "--data.test_fraction=1"]
+    options = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.num_workers=0"]
+    certify = ["--trainer.callbacks=lipsim.callbacks.CertifyRadii", f"--data.image_size={side}"]
+    evaluate([*given, *options, *certify, "--trainer.default_root_dir=out", f"--checkpoint={file}"])
+    expected = torch.stack([metric.preprocess(tmp_path / name) for name in names])
+    assert torch.equal(torch.cat(seen[0].images()), expected)
+    results = json.loads(Path("out", "results.json").read_text())
+    assert results["certified"]["resize"] == ("float, pad" if framing == "pad" else "float, tiles 2 × 2")
+    if framing == "pad":
+        other = TableData(Path("study.csv"), SIZE, framing="center-crop", num_workers=0, test_fraction=1.0)
+        with pytest.raises(ValueError, match="load the metric with framing='center-crop'"):
+            _trainer().test(FineTuning(init_from=Path(file)), other, verbose=False)
+    else:
+        with pytest.raises(ValueError, match="a metric of tiles, and stages train on whole images"):
+            FineTuning(init_from=Path(file))
 
 
 class OwnSet(torch.utils.data.Dataset[Triplet]):

@@ -94,8 +94,8 @@ def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: P
 def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
 
-    def sample(data: str, count: int, size: int, *, resize: str, root: Path, seed: int) -> Triplet:
-        seen.update(data=data, count=count, size=size, root=root, seed=seed, resize=resize)
+    def sample(data: str, count: int, size: int, *, resize: str, framing: str, root: Path, seed: int) -> Triplet:
+        seen.update(data=data, count=count, size=size, root=root, seed=seed, resize=resize, framing=framing)
         images = [torch.rand(2, 3, 16, 16) for _ in range(3)]
         return Triplet(*images, torch.tensor([0.0, 1.0]), torch.arange(2))
 
@@ -103,7 +103,15 @@ def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPa
     metric = PerceptualMetric(OrthogonalProjection(16, 8), 16, lipschitz=1.0, resize="pil").requires_grad_(False)
     settings = Settings(eps=(0.1,), steps=1, queries=1, seed=5)
     shown = attack_tables({"m": metric}, tmp_path, data="nights", root="x", samples=2, settings=settings)
-    assert seen == {"data": "nights", "count": 2, "size": 16, "root": Path("x"), "seed": 5, "resize": "pil"}
+    assert seen == {
+        "data": "nights",
+        "count": 2,
+        "size": 16,
+        "root": Path("x"),
+        "seed": 5,
+        "resize": "pil",
+        "framing": "stretch",
+    }
     assert len(shown) == 4 and all(rows[0].get("metric", rows[0].get("made on")) == "m" for rows in shown.values())
     measured = read_results(tmp_path / "results.json")["attack_tables"]
     assert measured["data"] == "nights" and measured["alone_eps"] == 1.0

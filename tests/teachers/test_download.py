@@ -20,6 +20,7 @@ from lipsim.cli.main import main
 from lipsim.metric import load
 from lipsim.teachers import DreamSim, catalogue, download
 from lipsim.teachers.catalogue import Source, Variant
+from lipsim.utils.progress import Progress
 
 
 @dataclass
@@ -257,3 +258,25 @@ def test_export_teacher_writes_what_distillation_takes(
     assert metric.preprocess.resize == "pil" and metric.lipschitz == float("inf") and metric.anchor == 0
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(metric.embed(x), small.eval()(x))
+
+
+def test_a_download_tells_how_far_it_is(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there of all, the part of an earlier try included; a terminal shows it, and a log has it in lines."""
+    told: list[str] = []
+
+    class Recorded(Progress):
+        def __call__(self, message: str) -> None:
+            told.append(f"{self.title}: {message}")
+
+    monkeypatch.setattr(download, "Progress", Recorded)
+    server.files["/weights.pth"], server.break_after = bytes(5_000_000), 3_000_000
+    url, target = f"{server.url}/weights.pth", tmp_path / "weights.pth"
+    with pytest.raises(OSError, match="continues where it was"):
+        download.download(url, target)
+    assert told[-1].startswith("downloading weights.pth: 3 of 5 MB, ") and told[-1].endswith(" left")
+    server.break_after = None
+    told.clear()
+    download.download(url, target)
+    assert told[0].startswith("downloading weights.pth: 4 of 5 MB") and told[-1].endswith("5 of 5 MB, 0 s left")
+    assert download._amount(3_000_000, 1_000_000, 7_000_000, 10.0) == "3 of 7 MB, 20 s left"
+    assert download._amount(3_000_000, 0, None, 10.0) == "3 MB"

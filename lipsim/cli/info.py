@@ -1,0 +1,83 @@
+"""`lipsim info`: what a metric is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from lipsim.cli.parser import add_output
+from lipsim.metric.files import AUDITED, DEFAULT, read_facts
+from lipsim.utils.terminal import text_table
+
+EXAMPLES = ("lipsim info", "lipsim info quickstart", "lipsim info runs/m.safetensors --json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `lipsim info` takes."""
+    parser.description = (
+        "What the file of a metric says: the encoder, how images come to it, the Lipschitz bound that radii divide by, "
+        "the threshold of `lipsim same`, and the notes of whoever made it. Nothing is computed: `lipsim audit` bounds "
+        "the weights, as every certificate does, whatever the file claims."
+    )
+    parser.add_argument(
+        "metric",
+        nargs="?",
+        default=DEFAULT,
+        help="a .safetensors file, a training checkpoint, or the name of a bundled metric (%(default)s)",
+    )
+    add_output(parser, rows=False)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    found = read_facts(options.metric)
+    facts = {"file": str(found.file), "sha256": found.sha256, "values": found.values, **found.header}
+    if options.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    print(text_table(("", ""), _lines(facts)).lstrip("\n"))
+    return 0
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person reads, name by name."""
+    header = dict(facts)
+    size = header.pop("image_size", "?")
+    bound, error = header.pop("lipschitz", None), header.pop("feature_error", None)
+    kind, framing = header.pop("feature_error_kind", "declared"), header.pop("framing", "stretch")
+    threshold, notes = header.pop("threshold", None), header.pop("notes", None) or {}
+    claims = {None: "none, nothing is certified", AUDITED: "audited when it is loaded"}
+    lines = [
+        ("file", str(header.pop("file"))),
+        ("SHA-256", str(header.pop("sha256"))),
+        ("encoder", str(header.pop("encoder", "?"))),
+        *((f"  {name}", _text(value)) for name, value in (header.pop("config", None) or {}).items()),
+        ("numbers in it", f"{header.pop('values'):,}"),
+        (
+            "images",
+            f"{size} × {size}, {framing}, resized in {'8 bits' if header.pop('resize', '') == 'pil' else 'float'}",
+        ),
+        ("anchor", _text(header.pop("anchor", "?"))),
+        ("Lipschitz bound", claims[bound] if bound in claims else f"{bound:.9g}, audited again by every certificate"),
+        ("feature error", f"{error:.3g} ({kind})" if isinstance(error, float) and error else "none declared"),
+        ("threshold", _threshold(threshold)),
+        *((name, _text(value)) for name, value in header.items()),
+        *((f"note: {name}", _text(value)) for name, value in notes.items()),
+    ]
+    return lines
+
+
+def _threshold(threshold: Any) -> str:
+    if not isinstance(threshold, dict):
+        return "none; lipsim calibrate chooses one"
+    pairs = threshold.get("pairs", {})
+    return (
+        f"{threshold.get('value'):.6g}, false-accept rate ≤ {threshold.get('far'):g} on {pairs.get('different')} "
+        f"different pairs, {pairs.get('same')} same ones"
+    )
+
+
+def _text(value: Any) -> str:
+    """A value in one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

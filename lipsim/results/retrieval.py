@@ -1,0 +1,78 @@
+"""Searches with labels as tables: recall and k-NN accuracy, natural, certified and under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from lipsim.results.comparison import Number, ScoreTable
+from lipsim.results.file import eps_label
+from lipsim.results.runs import Run
+from lipsim.results.schema import Retrieval, RetrievalScores, RetrievalSet
+from lipsim.results.seeds import by_name, percent_cell, percent_cells, seeds_note
+from lipsim.results.tables import Row, percent, percents
+
+
+def retrieval_rows(found: Retrieval) -> list[Row]:
+    """One row a set and score from the section "retrieval" of results.json: natural and certified scores in %."""
+    return [
+        {
+            "set": f"{name}: {what}",
+            "natural": percent(scores["natural"]),
+            **percents(scores["certified"]),
+            **{f"attacked, {label}": percent(score) for label, score in scores["attacked"].items()},
+        }
+        for name, of_set in found["sets"].items()
+        for what, scores in _scores(of_set)
+    ]
+
+
+def retrieval_tables(runs: Sequence[Run]) -> dict[str, list[ScoreTable]]:
+    """By set of queries, a table of certified scores and one of those under attack; none where no run searched."""
+    tables: dict[str, list[ScoreTable]] = {}
+    for name in dict.fromkeys(name for run in runs for name in run.searched_sets):
+        sets = [(run, run.searched_sets[name]) for run in runs if name in run.searched_sets]
+        groups = by_name((f"{run.name}: {what}", scores) for run, found in sets for what, scores in _scores(found))
+        eps = list(
+            dict.fromkeys(
+                eps_label(e) for e in sorted({e for run, _ in sets if run.retrieval for e in run.retrieval["eps"]})
+            )
+        )
+        first = sets[0][1]
+        title = f"{name}: %, {first['num_queries']} queries, gallery of {first['num_gallery']} images in "
+        title += f"{first['num_classes']} classes"
+        note = seeds_note(groups)
+        certified: list[Row] = [_row(key, found, [s["certified"] for s in found], eps) for key, found in groups.items()]
+        tables[name] = [ScoreTable(f"{title}, certified at ℓ2 budgets ε{note}", "Certified score", eps, certified)]
+        if any(score["attacked"] for found in groups.values() for score in found):
+            rows: list[Row] = [_row(key, found, [s["attacked"] for s in found], eps) for key, found in groups.items()]
+            count = ", ".join(dict.fromkeys(str(found["num_attacked"]) for _, found in sets))
+            violations = sum(found["violations"] for _, found in sets)
+            title += f", under attack at ℓ2 budgets ε ({count} queries; {violations} certificates violated){note}"
+            tables[name].append(ScoreTable(title, "Score under attack", eps, rows))
+    return tables
+
+
+def retrieval_numbers(runs: Sequence[Run]) -> Iterable[Number]:
+    """Every score, as :func:`lipsim.results.comparison.numbers` has those of triplets."""
+    for run in runs:
+        for name, found in run.searched_sets.items():
+            for what, scores in _scores(found):
+                yield name, run.name, "metric", what, "", scores["natural"]
+                for kind, values in (("certified", scores["certified"]), ("attacked", scores["attacked"])):
+                    for label, value in values.items():
+                        yield name, run.name, "metric", f"{what}, {kind}", label, value
+
+
+def _row(
+    title: str, found: Sequence[RetrievalScores], scores: Sequence[Mapping[str, float | None]], eps: list[str]
+) -> Row:
+    return {
+        "metric": title,
+        "natural": percent_cell(score["natural"] for score in found),
+        **percent_cells([dict(score) for score in scores], eps),
+    }
+
+
+def _scores(found: RetrievalSet) -> Iterable[tuple[str, RetrievalScores]]:
+    yield from ((f"recall@{k}", scores) for k, scores in found["recall"].items())
+    yield from ((f"{k}-NN", scores) for k, scores in found["knn"].items())
