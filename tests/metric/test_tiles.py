@@ -161,6 +161,8 @@ def test_refusals() -> None:
         TiledMetric(metric)
     with pytest.raises(ValueError, match="grid ≥ 1"):
         TiledMetric(metric.tile, 0)
+    with pytest.raises(ValueError, match=r"is lipsim\.metric\.TiledMetric"):
+        PerceptualMetric(metric.tile.encoder, SIDE, framing="tiles")
     with pytest.raises(ValueError, match=r"set metric\.tile\.lipschitz"):
         metric.lipschitz = 2.0
     metric.feature_error = 2.0
