@@ -61,7 +61,7 @@ def draw(metrics: dict[str, PerceptualMetric], image: Tensor, path: Path) -> Non
             axis.axvline(shown.shape[2] / 2 - 0.5, color="white")
     figure.tight_layout(pad=0.4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, pil_kwargs={"quality": 85})
+    figure.savefig(path, dpi=110, bbox_inches="tight", pil_kwargs={"quality": 85})
 
 
 def main() -> None:

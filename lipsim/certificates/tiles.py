@@ -37,7 +37,7 @@ from lipsim.certificates.triplets import TwoAFCCertificate
 _MULTIPLIERS, _ZOOMS = 24, 7  # of the search for the best multiplier, on a logarithmic scale
 _NEWTON = 20
 _BRACKET = 1e-12  # relative width around the root of a derivative
-_STEPS, _CLOSE = 40, 1e-8  # of the search for a radius, and its relative width
+_STEPS, _CLOSE = 24, 1e-8  # of the search for a radius, and its relative width
 _SHAVE = 1 - 1e-11  # more than the roundings of sums over tiles are worth
 
 

@@ -93,6 +93,8 @@ class PerceptualMetric(nn.Module):
         check_count("image_size", image_size)
         if (own := declared_image_size(encoder)) is not None and own != image_size:
             raise LipsimError(f"expected the encoder's image_size {own}, got {image_size}")
+        if framing == "tiles":
+            raise LipsimError("a metric of tiles is lipsim.metric.TiledMetric(metric_of_one_tile, grid)")
         self.encoder = encoder
         self.image_size = image_size
         self.anchor = anchor
