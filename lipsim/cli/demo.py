@@ -126,6 +126,11 @@ def launch(page: Any, gradio: Any, *, host: str, port: int | None, browser: bool
     return str(address)
 
 
+def _digits(distance: float) -> str:
+    """A distance to five places; a smaller one, as between near-duplicates, is not shown as 0."""
+    return f"{distance:.2g}" if 0 < distance < 5e-6 else f"{distance:.5f}"
+
+
 def page_error(error: Exception, *files: str | None) -> str:
     """What an error says, as HTML, with uploads called by their names alone and not by where the page keeps them."""
     text = str(error)
@@ -231,7 +236,7 @@ def _markdown(found: AttackedAnswer, radii: dict[str, float] | None, gain: float
     inside = "inside" if found.is_certified else "beyond"
     rows = [
         ("answer", f"**{found.before}**", f"**{found.after}**"),
-        *((name, f"{before:.5f}", f"{after:.5f}") for name, (before, after) in found.distances.items()),
+        *((name, _digits(before), _digits(after)) for name, (before, after) in found.distances.items()),
     ]
     facts = [
         f"certified radius **{found.radius:.4g}** in the metric's {size}×{size} pixels"
@@ -241,7 +246,7 @@ def _markdown(found: AttackedAnswer, radii: dict[str, float] | None, gain: float
         f"× {gain:.3g}",
     ]
     if found.interval is not None:
-        facts.append(f"within ε the distance is certain to stay in [{found.interval[0]:.5f}, {found.interval[1]:.5f}]")
+        facts.append(f"within ε the distance is certain to stay in [{', '.join(map(_digits, found.interval))}]")
     table = ["| | before | after the attack |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
     return "\n".join([f"### {found.verdict}", "", *table, "", *(f"- {fact}" for fact in facts)])
 

@@ -45,6 +45,12 @@ def test_two_and_three_files(tmp_path: Path) -> None:
         demo.attacked_files(metric, str(tmp_path / "no.png"), files["left"], None, eps=0.1, threshold=0.1)
 
 
+def test_a_small_distance_is_not_shown_as_none() -> None:
+    assert [demo._digits(d) for d in (0.0, 5.69e-8, 6e-6, 0.00247, 0.52837)] == [
+        "0.00000", "5.7e-08", "0.00001", "0.00247", "0.52837"
+    ]  # fmt: skip
+
+
 def test_an_error_calls_a_file_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "uploads" / "no <i>image.png"
     file.parent.mkdir()
