@@ -91,7 +91,7 @@ def _start(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{name}.png") for name in ("astronaut", "coffee")]
         for file in files:
-            Image.fromarray(load_photograph(file.stem)).resize((256, 256)).save(file)
+            Image.fromarray((255 * load_photograph(file.stem)).round().astype("uint8")).resize((256, 256)).save(file)
         program = Path(sys.executable).with_name("lipsim")
         commands = {
             'python -c "import torch"': [sys.executable, "-c", "import torch"],
