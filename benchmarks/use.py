@@ -2,12 +2,13 @@
 
     python benchmarks/use.py [--only distances start search] [--rounds 5]
 
-Distances: pairs of images a second of the bundled metric against LPIPS with AlexNet and the DreamSim ensemble, each at
-its own size and with random weights, whose values do not matter to time, at batches of 1 and 32. LPIPS takes any size:
-224 is its backbone's, 64 that of the patches it was trained on. Start: `lipsim distance A B` from the shell to its end
-against `python -c "import torch"`. Search: 100,000 embeddings with the radius of every rank against the plain matrix
-product (benchmarks/use_search.py). One thread; what is compared takes turns, a ratio is the median over rounds of the
-ratio within the round. About four minutes of one core, nearly all of them DreamSim's; wants a quiet machine.
+Distances: pairs of photographs a second of the bundled metric against LPIPS with AlexNet and the DreamSim ensemble,
+each at its own size and with random weights, whose values do not matter to time, at batches of 1 and 32. LPIPS takes
+any size: 224 is its backbone's, 64 that of the patches it was trained on. Start: `lipsim distance A B` from the shell
+to its end against `python -c "import torch"`. Search: 100,000 embeddings with the radius of every rank against the
+plain matrix product (benchmarks/use_search.py). One thread; what is compared takes turns, a ratio is the median over
+rounds of the ratio within the round. About four minutes of one core, nearly all of them DreamSim's; wants a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models import alexnet
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,6 +38,7 @@ from lipsim.metric.deep_distances import FILES, LPIPS
 from lipsim.teachers import DreamSim
 
 BATCHES = (1, 32)
+NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 CASES = ("distances", "start", "search")
 _LONGEST = 60.0  # seconds of one part
 
@@ -68,13 +71,25 @@ def _distances(rounds: int) -> None:
     for batch in BATCHES:
         parts = {}
         for name, (distance, side) in cases.items():
-            x, y = torch.rand(2, batch, 3, side, side)
+            x = photographs(batch, side)
+            y = x.roll(1, 0) if batch > 1 else photographs(2, side)[1:]
             parts[name] = lambda distance=distance, x=x, y=y: distance(x, y)
         seconds = alternate(parts, rounds)
         own = next(iter(seconds.values()))
         for name, values in seconds.items():
             ratio = statistics.median(value / ours for value, ours in zip(values, own, strict=False))
             print(f"| {name} | {batch} | {batch / statistics.median(values):.3g} | {ratio:.3g} |", flush=True)
+
+
+def photographs(count: int, size: int) -> Tensor:
+    """Different parts of photographs, ``(N, 3, S, S)``: random images all look alike to a metric of photographs."""
+    draw = torch.Generator().manual_seed(0)
+    parts = []
+    for number in range(count):
+        image = torch.from_numpy(load_photograph(NAMES[number % len(NAMES)]).copy()).permute(2, 0, 1)
+        top, left = (int(torch.randint(side - 255, (), generator=draw)) for side in image.shape[1:])
+        parts.append(image[:, top : top + 256, left : left + 256])
+    return F.interpolate(torch.stack(parts), (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def _random_lpips() -> LPIPS:
