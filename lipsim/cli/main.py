@@ -26,6 +26,7 @@ COMMANDS = {
     "fetch-teacher": "download the weights of a DreamSim model, a backbone or a Hugging Face repository",
     "export-teacher": "write a DreamSim model or a backbone as a metric that distillation takes",
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
+    "data": "check a data set on disk, or pack its images: decoded and resized once",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 # These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.
