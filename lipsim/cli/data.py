@@ -112,7 +112,8 @@ def check_text(check: DataCheck) -> str:
     read = f"{check.files:,} files, {check.read:,} of them read now in {check.seconds:.1f} s"
     if check.journal is None:
         read += "; nothing can be written beside the data, so that the next check reads all again (--journal FOLDER)"
-    verdict = f"{len(check.problems):,} problems" if check.problems else "sound: every file is there and decodes"
+    number = f"{len(check.problems):,} problem{'s' * (len(check.problems) > 1)}"
+    verdict = number if check.problems else "sound: every file is there and decodes"
     return "\n\n".join([*parts, f"{read}\n{verdict}"])
 
 

@@ -403,6 +403,8 @@ def check_cache(
         cache = EmbeddingCache(output)
         metric = load(teacher).to(processes(accelerator).device)
         cache.check_teacher(metric.encoder, teacher)
+        pack = open_pack(images, cache.description.transform)
+        cache.check_rounded(pack is not None and pack.rounded)
         listed = _listed(images).names
         rows = cache.find(listed)
         faults = _fault("images are not in the cache", listed[rows < 0])

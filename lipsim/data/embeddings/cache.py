@@ -230,8 +230,16 @@ class EmbeddingCache:
             ValueError: another frame or view, or one of both is of images that a pack rounded and the other is not.
         """
         self.check_view(images.transform, images.views)
-        if images.rounded != self.description.rounded:
-            theirs, ours = ("a pack" if rounded else "files" for rounded in (self.description.rounded, images.rounded))
+        self.check_rounded(images.rounded)
+
+    def check_rounded(self, rounded: bool) -> None:
+        """Refuse images of a pack that rounded them where the embeddings are of files, and the other way round.
+
+        Raises:
+            ValueError: they are.
+        """
+        if rounded != self.description.rounded:
+            theirs, ours = ("a pack" if of_pack else "files" for of_pack in (self.description.rounded, rounded))
             raise LipsimError(
                 f"the cache {self.folder} is of images of {theirs} and the data has images of {ours}, which differ by "
                 f"up to half a grey level; give the same ones, or make another cache with {COMMAND}"

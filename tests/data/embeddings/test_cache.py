@@ -191,7 +191,7 @@ def test_unreadable_descriptions(root: Path) -> None:
     file = root / "cache" / "cache.json"
     content = json.loads(file.read_text())
     for change in (
-        {"version": 3},
+        {"version": 4},
         {"format": "something"},
         {"views": ["plain", "upside down"]},
         {"dtype": "int8"},
