@@ -6,7 +6,7 @@ Packs what it reads into a temporary folder. Each row reads the same images in t
 ``(3, S, S)`` float32 tensors in [0, 1]; rows take turns. Images a second are of processor time of one thread, medians
 over rounds, from the page cache of the system (a first reading from the disk is a row of its own, on the clock).
 Behind them is how many GPUs that each take 1,000 images a second a node of so many cores can feed, when every core
-does nothing else. The last table has batches of a DataLoader on the clock.
+does nothing else.
 """
 
 from __future__ import annotations
@@ -23,26 +23,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from lipsim.data.pack import ImagePack
 from lipsim.data.packing import pack_images
-from lipsim.data.sets.folder import FolderImages, list_images
+from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import CentralCrop, Preprocess, load_image
 from lipsim.utils.files import write_text
 
 GPU = 1000  # images a second
-Read = Callable[[int], object]
+BATCH = 64
+Read = Callable[[int], torch.Tensor]
+ReadAll = Callable[[np.ndarray], None]
 
 
-def measure(rows: dict[str, Read], order: np.ndarray, rounds: int) -> dict[str, float]:
+def one_by_one(read: Read) -> ReadAll:
+    """Read images that nobody keeps."""
+
+    def read_all(order: np.ndarray) -> None:
+        for index in order.tolist():
+            read(index)
+
+    return read_all
+
+
+def in_batches(read: Read) -> ReadAll:
+    """Read batches, as a process of a DataLoader makes them."""
+
+    def read_all(order: np.ndarray) -> None:
+        for start in range(0, len(order), BATCH):
+            torch.stack([read(index) for index in order[start : start + BATCH].tolist()])
+
+    return read_all
+
+
+def measure(rows: dict[str, ReadAll], order: np.ndarray, rounds: int) -> dict[str, float]:
     """Images a second of processor time of each row, medians; rows take turns, the first of which is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(-1, rounds):
-        for name, read in rows.items():
+        for name, read_all in rows.items():
             start = time.process_time()
-            for index in order:
-                read(int(index))
+            read_all(order)
             if number >= 0:
                 seconds[name].append(time.process_time() - start)
     return {name: len(order) / statistics.median(values) for name, values in seconds.items()}
@@ -60,24 +80,6 @@ def from_disk(files: list[Path], read: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def read_all(folder: Path, order: np.ndarray) -> None:
-    """Open a pack and read images of it."""
-    pack = ImagePack(folder)
-    for index in order:
-        pack.image(int(index))
-
-
-def loaded(dataset: FolderImages, rows: np.ndarray, workers: int, batch_size: int) -> float:
-    """Images a second on the clock of a loader that is running already."""
-    loader = DataLoader(dataset, batch_size, sampler=rows.tolist(), num_workers=workers, persistent_workers=workers > 0)
-    for _ in loader:  # starts the processes
-        pass
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return len(rows) / (time.perf_counter() - start)
-
-
 def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +88,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="images that are read (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each row reads them (%(default)s)")
     parser.add_argument("--cores", type=int, nargs="+", default=[8, 32, 128], help="of a node (%(default)s)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes of a loader (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file with the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -105,16 +106,18 @@ def main() -> None:
         # First, since pages that a process has mapped stay in memory.
         disk = {
             "files, Preprocess, float": from_disk(files, lambda: [load_image(f, Preprocess(size)) for f in files]),
-            "pack, whole images": from_disk(shards, lambda: read_all(root / "whole", order)),
+            "pack": from_disk(shards, lambda: one_by_one(ImagePack(root / "whole").image)(order)),
         }
         stored = {"files": sum(file.stat().st_size for file in files), "pack": packed.size}
         whole, crop = ImagePack(root / "whole"), ImagePack(root / "crop")
-        rows: dict[str, Read] = {
-            "files, Preprocess, float": lambda i: load_image(files[i], Preprocess(size)),
-            "files, Preprocess, pil": lambda i: load_image(files[i], Preprocess(size, "pil")),
-            "files, CentralCrop, short side resized": lambda i: load_image(files[i], CentralCrop(size, size)),
-            "pack, whole images": whole.image,
-            "pack, crops": crop.image,
+        central = CentralCrop(size, size)
+        rows = {
+            "files, Preprocess, float": one_by_one(lambda i: load_image(files[i], Preprocess(size))),
+            "files, Preprocess, pil": one_by_one(lambda i: load_image(files[i], Preprocess(size, "pil"))),
+            "files, CentralCrop": one_by_one(lambda i: load_image(files[i], central)),
+            f"files, CentralCrop, batches of {BATCH}": in_batches(lambda i: load_image(files[i], central)),
+            "pack": one_by_one(whole.image),
+            f"pack, batches of {BATCH}": in_batches(crop.image),
         }
         if importlib.util.find_spec("litdata") is not None:
             import litdata
@@ -125,7 +128,7 @@ def main() -> None:
             def streamed(i: int) -> torch.Tensor:
                 return torch.frombuffer(bytearray(stream[i]), dtype=torch.uint8).reshape(shape).float() / 255
 
-            rows["pack, read through litdata"] = streamed
+            rows["pack, read through litdata"] = one_by_one(streamed)
         speeds = measure(rows, order, options.rounds)
         first = next(iter(speeds.values()))
         print(f"{len(files)} images of {options.images.name} at {size} pixels; GPUs that take {GPU:,} images/s each")
@@ -138,21 +141,10 @@ def main() -> None:
         print("\n| after the page cache was dropped | images/s on the clock | bytes an image |\n| --- | ---: | ---: |")
         for name, seconds in disk.items():
             print(f"| {name} | {len(files) / seconds:,.0f} | {stored[name.split(',')[0]] / len(files):,.0f} |")
-        plain = FolderImages(root / "images", size, short_side=size)
-        loaders = {
-            f"{name}, {workers} processes": loaded(dataset, order, workers, 64)
-            for workers in options.workers
-            for name, dataset in {
-                "files": plain, "pack": FolderImages(root / "crop", size, short_side=size)
-            }.items()
-        }  # fmt: skip
-        print("\n| batches of 64 crops by a DataLoader | images/s on the clock |\n| --- | ---: |")
-        for name, speed in loaders.items():
-            print(f"| {name} | {speed:,.0f} |")
         if options.output is not None:
             content = {
                 "images": options.images.name, "count": len(files), "size": size, "per_core": speeds,
-                "from_disk": {name: len(files) / seconds for name, seconds in disk.items()}, "loader": loaders,
+                "from_disk": {name: len(files) / seconds for name, seconds in disk.items()},
                 "bytes": {name: total / len(files) for name, total in stored.items()},
             }  # fmt: skip
             write_text(options.output, json.dumps(content, indent=1) + "\n")

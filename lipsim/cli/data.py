@@ -8,10 +8,9 @@ import json
 
 from lipsim.cli.parser import column, natural_int, output_folder, positive_int
 from lipsim.data.check import KINDS, DataCheck, check_data
-from lipsim.data.pack import COMMAND
+from lipsim.data.pack import COMMAND, FRAMES
 from lipsim.data.packing import pack_images
 from lipsim.data.transforms import RESIZES
-from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_csv
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -57,9 +56,10 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Decode and resize every image under a folder once and keep the pixels in eight bits, by the path of each "
         f"file: {COMMAND} data/nights packs/nights-224 --size 224. Given again, it continues, or reads what has "
-        "changed. Sets of triplets take a pack as data.pack, folders for distillation and cache-teacher (with --crop) "
-        "as their folder. Where an image was resized, it is rounded by up to half a grey level: figures on packed and "
-        "on plain images differ a little, and results and embedding caches tell the two apart."
+        "changed. Sets of triplets take a pack as data.pack; distillation and cache-teacher (--frame crop) and "
+        "triplets of photographs (--frame square) as their folder. Where an image was resized, it is rounded by up to "
+        "half a grey level: figures on packed and on plain images differ a little, and results and embedding caches "
+        "tell the two apart."
     )
     parser.add_argument("root", type=user_path, help="folder of the images, at any depth")
     parser.add_argument("output", type=output_folder, help="folder of the pack")
@@ -68,11 +68,13 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "--resize", choices=RESIZES, default="float", help="what metric.preprocess.resize says (%(default)s)"
     )
     parser.add_argument(
-        "--crop",
-        action="store_true",
-        help="the centre of each image, as distillation and cache-teacher show it, instead of the whole",
+        "--frame",
+        choices=FRAMES,
+        default="whole",
+        help="whole: as triplets show an image; crop: its centre, as distillation and cache-teacher show it; square: "
+        "its centred square, as triplets of photographs show it (%(default)s)",
     )
-    parser.add_argument("--short-side", type=positive_int, help="with --crop: resize the short side to this first")
+    parser.add_argument("--short-side", type=positive_int, help="of a crop: resize the short side to this first")
     parser.add_argument(
         "--stream",
         metavar="URL",
@@ -124,14 +126,12 @@ def _published(number: int | None, rounded_to: int) -> str:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    if options.short_side is not None and not options.crop:
-        raise LipsimError("--short-side is of a crop; add --crop")
     with Progress("packing") as progress:
         packed = pack_images(
             options.root,
             options.output,
             options.size,
-            frame="crop" if options.crop else "whole",
+            frame=options.frame,
             resize=options.resize,
             short_side=options.short_side,
             stream=options.stream,

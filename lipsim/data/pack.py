@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.numbers import check_count
-from lipsim.data.transforms import CentralCrop, Preprocess
+from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-pack"
 VERSION = 1
-FRAMES = ("whole", "crop")
+FRAMES = ("whole", "crop", "square")
 COMMAND = "lipsim data pack"  # named by errors, as what mends them
 DESCRIPTION, SHARDS = "pack.json", "index.json"
 MAX_SHARD_BYTES = 2**32 - 1  # offsets are of 32 bits
@@ -55,7 +55,7 @@ _LITDATA = {
     "item_loader": "PyTreeLoader",
 }
 
-Transform = Preprocess | CentralCrop
+Transform = Preprocess | CentralCrop | CentredSquare
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class PackDescription:
     Attributes:
         image_size: their side.
         frame: "whole": all of each image, by :class:`lipsim.data.Preprocess`, as sets of triplets show it; "crop": its
-            centre, by :class:`lipsim.data.CentralCrop`, as folders for distillation show it.
-        resize: of the whole, "float" or "pil"; crops are resized in float.
+            centre, by :class:`lipsim.data.CentralCrop`, as folders for distillation show it; "square": its centred
+            square, by :class:`lipsim.data.transforms.CentredSquare`, as triplets of photographs show it.
+        resize: of the whole or the square, "float" or "pil"; crops are resized in float.
         short_side: of the crop, what the short side is resized to before; None: nothing.
         stream: where the shards are that are not in the folder, an address that litdata knows, such as
             ``s3://bucket/pack``; None: nowhere.
@@ -82,8 +83,8 @@ class PackDescription:
         check_count("image_size", self.image_size)
         if self.frame not in FRAMES:
             raise LipsimError(f"expected a frame among {', '.join(FRAMES)}, got {self.frame!r}")
-        if self.frame == "whole" and self.short_side is not None:
-            raise LipsimError("a whole image is resized to its square; short_side is of a crop")
+        if self.frame != "crop" and self.short_side is not None:
+            raise LipsimError(f"short_side is of the frame crop, got it for {self.frame}; leave it out")
         if self.frame == "crop" and self.resize != "float":
             raise LipsimError(f"crops are resized in float, got resize {self.resize!r}")
         _ = self.transform  # refuses other impossible values
@@ -91,9 +92,10 @@ class PackDescription:
     @property
     def transform(self) -> Transform:
         """From an image file to what is stored, but for the rounding."""
-        if self.frame == "whole":
-            return Preprocess(self.image_size, self.resize)
-        return CentralCrop(self.image_size, self.short_side)
+        if self.frame == "crop":
+            return CentralCrop(self.image_size, self.short_side)
+        preprocess = Preprocess(self.image_size, self.resize)
+        return preprocess if self.frame == "whole" else CentredSquare(preprocess)
 
     @classmethod
     def read(cls, folder: Path) -> PackDescription:
@@ -183,7 +185,7 @@ class ImagePack:
         if repr(transform) != repr(self.transform):
             raise LipsimError(
                 f"the pack {self.folder} has images under {self.transform!r}, expected {transform!r}; set the size and "
-                f"the resize alike, or make another pack with {COMMAND}"
+                f"the resize alike, or make another pack with {COMMAND} (--size, --resize, --frame, --short-side)"
             )
 
     def find(self, paths: np.ndarray) -> np.ndarray:
@@ -191,6 +193,18 @@ class ImagePack:
         rows = np.searchsorted(self.paths, paths)
         found = self.paths[np.minimum(rows, len(self) - 1)] == paths
         return np.where(found, rows, -1)
+
+    def names(self, prefix: str) -> np.ndarray:
+        """Paths that begin with a prefix, such as ``train/``, without it: ``(M,)`` sorted bytes.
+
+        Raises:
+            FileNotFoundError: none does.
+        """
+        start = os.fsencode(prefix)
+        names = [path[len(start) :] for path in self.paths.tolist() if path.startswith(start)]
+        if not names:
+            raise FileNotFoundError(f"no images in the pack {self.folder} whose paths begin with {prefix}")
+        return np.array(names)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Which of some images are not in the pack, in their order."""

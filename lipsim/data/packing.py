@@ -107,8 +107,8 @@ def pack_images(
         root: folder of the images, at any depth.
         output: folder of the pack.
         image_size: side of the images.
-        frame: "whole" or "crop", see :class:`lipsim.data.pack.PackDescription`.
-        resize: of the whole, "float" or "pil".
+        frame: "whole", "crop" or "square", see :class:`lipsim.data.pack.PackDescription`.
+        resize: of the whole or the square, "float" or "pil".
         short_side: of the crop, what the short side is resized to before.
         stream: where the shards will be read from where they are not in the folder, such as ``s3://bucket/pack``.
         max_shard_bytes: of a shard.

@@ -27,7 +27,7 @@ class ImageFolderData(TripletData):
 
     Args:
         root: folder that has train/ and val/; nothing is downloaded. Or a pack of such a folder (``lipsim data pack
-            --crop``) of this ``image_size`` and ``short_side``.
+            --frame crop``) of this ``image_size`` and ``short_side``.
         image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
         short_side: what the short side is resized to before; None: nothing, as published.
         views: names of :data:`lipsim.data.sets.folder.VIEWS`; training shows one at a time, validation "plain".

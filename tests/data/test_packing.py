@@ -26,7 +26,8 @@ from lipsim.data.pack import find_pack, index_file, read_index, shard_bytes, sha
 from lipsim.data.packing import Packed
 from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.sets.folder import list_images
-from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.data.sets.image_store import load_image_store
+from lipsim.data.transforms import CentralCrop, CentredSquare, load_image
 from lipsim.datamodules import ImageFolderData, NightsData
 from lipsim.utils.errors import LipsimError
 
@@ -51,6 +52,7 @@ def numbers(pack: Path) -> list[int]:
         ({"resize": "pil"}, Preprocess(SIZE, "pil")),
         ({"frame": "crop", "short_side": 12}, CentralCrop(SIZE, 12)),
         ({"frame": "crop"}, CentralCrop(SIZE)),
+        ({"frame": "square"}, CentredSquare(Preprocess(SIZE))),
     ],
 )
 def test_images_come_back_by_path_to_half_a_grey_level(
@@ -218,7 +220,7 @@ def test_what_cannot_be_packed_there_is_refused(photos: Path, tmp_path: Path) ->
         pack_images(photos, tmp_path / "pack", 8)
     with pytest.raises(LipsimError, match="expected a pack, or no folder, or an empty one"):
         pack_images(photos, photos / "train")
-    with pytest.raises(LipsimError, match="short_side is of a crop"):
+    with pytest.raises(LipsimError, match="short_side is of the frame crop"):
         pack_images(photos, tmp_path / "other", short_side=12)
     with pytest.raises(LipsimError, match="at least 316 bytes"):
         pack_images(photos, tmp_path / "other", max_shard_bytes=100)
@@ -301,6 +303,20 @@ def test_a_folder_for_distillation_is_a_pack(photos: Path, tmp_path: Path) -> No
         FolderImages(pack / "train", SIZE, short_side=14)
 
 
+@pytest.mark.parametrize("resize", ["float", "pil"])
+def test_photographs_in_memory_are_the_same_of_a_pack(photos: Path, tmp_path: Path, resize: str) -> None:
+    pack_images(photos, tmp_path / "pack", frame="square", resize=resize)
+    for options in ({}, {"num_images": 5, "seed": 3, "num_workers": 2}):
+        plain, packed = (
+            load_image_store(root / "train", Preprocess(SIZE, resize), **options)  # type: ignore[arg-type]
+            for root in (photos, tmp_path / "pack")
+        )
+        assert packed.names.tolist() == plain.names.tolist() and len(plain) == options.get("num_images", 12)
+        assert torch.equal(packed.images, plain.images) and torch.equal(packed.sha256, plain.sha256)
+    with pytest.raises(LipsimError, match=r"has images under CentredSquare\(Preprocess"):
+        load_image_store(tmp_path / "pack/train", Preprocess(SIZE + 1, resize))
+
+
 def _cache(folder: Path, pack: ImagePack, rounded: bool) -> EmbeddingCache:
     CacheDescription("f" * 64, "Vit", 5, SIZE, 12, ("plain",), "float32", "float32", rounded).write(folder)
     embeddings = np.random.default_rng(0).normal(size=(len(pack), 1, 5)).astype(np.float32)
@@ -343,4 +359,4 @@ def test_the_command_packs_and_packs_again(photos: Path, tmp_path: Path, capsys:
     ]
     with pytest.raises(SystemExit) as stop:
         main([*command, "--short-side", "9"])
-    assert stop.value.code != 0 and "add --crop" in capsys.readouterr().err
+    assert stop.value.code != 0 and "of the frame crop, got it for whole" in capsys.readouterr().err

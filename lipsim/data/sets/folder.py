@@ -98,11 +98,8 @@ class FolderImages(Dataset[Tensor]):
     def _open_pack(self, folder: Path, prefix: str) -> None:
         self.pack = ImagePack(folder)
         self.pack.check_transform(self.transform)
-        start = os.fsencode(prefix)
-        self._rows = np.flatnonzero(np.strings.startswith(self.pack.paths, start))
-        if not len(self._rows):
-            raise FileNotFoundError(f"no images in the pack {folder} whose paths begin with {prefix}")
-        self.names = np.array([name[len(start) :] for name in self.pack.paths[self._rows].tolist()])
+        self.names = self.pack.names(prefix)
+        self._rows = self.pack.find(np.strings.add(os.fsencode(prefix), self.names))
         self.skipped = ""
 
     def draw_view(self) -> str:
