@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +73,15 @@ def from_disk(files: list[Path], read: Callable[[], object]) -> float:
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):  # elsewhere the row is one of the page cache
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
     start = time.perf_counter()
     read()
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each row reads them (%(default)s)")
     parser.add_argument("--cores", type=int, nargs="+", default=[8, 32, 128], help="of a node (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file with the figures")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -199,3 +200,15 @@ def test_the_attack_tables_print_ratios_and_scores() -> None:
     assert all(0 <= float(cell) <= 100 for row in scores for cell in row[3:9])
     # A step, and a look at the clean images and at the last point.
     assert all((float(row[9]), float(row[10])) == (3, 1) for row in scores)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_reading_images_is_measured(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import data as reading  # type: ignore[import-not-found]
+
+    sizes = ["--size", "8", "--count", "6", "--rounds", "1", "--cores", "4"]
+    reading.main(["--images", str(photos), *sizes, "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["count"] == 6 and min(figures["per_core"].values()) > 0
+    assert figures["bytes"]["pack"] == 4 + 4 + 3 * 8 * 8 + 8 / 6  # length, offset, pixels, and a share of the header
+    assert f"| pack | {figures['per_core']['pack']:,.0f} |" in capsys.readouterr().out
