@@ -36,6 +36,7 @@ COMMANDS = {
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
     "export": "a metric for other runtimes: folded safetensors, ONNX or torch.export",
     "demo": "a page in the browser: an answer, its certificate, and an attack on it",
+    "data": "check a data set on disk, or pack its images: decoded and resized once",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 # These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.

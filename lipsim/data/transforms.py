@@ -320,6 +320,29 @@ class Preprocess:
         return f"Preprocess(image_size={self.image_size}, resize={self.resize!r}, framing={self.framing!r}{grid})"
 
 
+class CentredSquare:
+    """PIL image to its centred square, as large as the short side, resized: ``(3, image_size, image_size)`` in [0, 1].
+
+    What :class:`CentralCrop` of an image with that short side shows; here the square is cut out before it is resized,
+    in eight bits, so that nothing outside it counts.
+
+    Args:
+        preprocess: how the square is resized, as a metric's has it.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+
+    def __call__(self, image: Image.Image | DeepImage) -> Tensor:
+        rgb = to_rgb(image)
+        side = min(rgb.size)
+        left, top = ((length - side) // 2 for length in rgb.size)
+        return self.preprocess(rgb.crop((left, top, left + side, top + side)))
+
+    def __repr__(self) -> str:
+        return f"CentredSquare({self.preprocess!r})"
+
+
 class CentralCrop:
     """PIL image to its central pixels, ``(3, image_size, image_size)`` in [0, 1]; the aspect ratio is kept.
 
