@@ -157,6 +157,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
+def _resized(channel: Tensor, size: tuple[int, int]) -> Tensor:
+    """One channel ``(H, W)`` resized (bicubic, antialiased), not clamped."""
+    height, width = size
+    x = channel[None, None]
+    if width > 1:
+        return F.interpolate(x, size=size, mode="bicubic", antialias=True)[0, 0]
+    # For a result one pixel wide, torch's pass over rows (2.14, CPU) sums up other pixels: a map of another norm.
+    column = F.interpolate(x, size=(x.shape[2], 1), mode="bicubic", antialias=True)
+    return F.interpolate(column.mT, size=(1, height), mode="bicubic", antialias=True)[0, 0].mT
+
+
 class Preprocess:
     """An image of any shape to the input of a metric, ``(3, image_size, image_size)`` in [0, 1].
 
@@ -285,11 +296,7 @@ class Preprocess:
         if frame.seen != frame.resized:
             # The norm of a resize in float32 is not that of the exact one, and radii in a file's own pixels divide by
             # it. Channel by channel, so that a large photograph takes no more memory than in float32.
-            channels = [
-                F.interpolate(channel.double()[None, None], size=frame.resized, mode="bicubic", antialias=True)[0, 0]
-                for channel in x
-            ]
-            x = torch.stack(channels).clamp(0, 1)
+            x = torch.stack([_resized(channel.double(), frame.resized) for channel in x]).clamp(0, 1)
         return F.pad(x.float(), frame.border, value=FILL)
 
     def _checked(self, x: Tensor) -> Tensor:
