@@ -11,6 +11,7 @@ from torch import Tensor
 from lipsim import certificates
 from lipsim.attacks.images import AttackedImages, attack_pair, attack_triplet
 from lipsim.metric import PerceptualMetric
+from lipsim.metric.pairs import pair_geometry
 from lipsim.utils.errors import LipsimError
 
 Answer = Literal["left", "right", "tie", "same", "different"]
@@ -145,8 +146,8 @@ def attacked_pair(
     """
     _check_bound(metric)
     lower, upper = metric.distance_bounds(image[None], other[None], eps)
-    z, z_other = (metric.embed(x[None]).double() for x in (image, other))
-    radius = certificates.threshold_radius(z, z_other, threshold, **metric.certificate_options)
+    compare = pair_geometry(metric)
+    _, radius, _ = compare.decide(compare.embed(image[None]), compare.embed(other[None]), threshold)
     distance = float(metric(image[None], other[None]))
     is_same = distance <= threshold
     attacked = None
@@ -162,7 +163,7 @@ def attacked_pair(
         distances={"d": (distance, after)},
         interval=(float(lower), float(upper)),
         radius=float(radius),
-        pixels=int(certificates.certified_pixels(image[None], radius)),
+        pixels=int(certificates.certified_pixels(image[None].cpu(), radius)),
         eps=eps,
         length=_length(attacked),
         clean=image,

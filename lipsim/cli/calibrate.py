@@ -22,7 +22,7 @@ from lipsim.cli.parser import (
 )
 from lipsim.data.sets.labelled import DIFFERENT_PER_SAME, LabelledPairs
 from lipsim.evaluation.thresholds import EPS, calibrate
-from lipsim.metric.files import save, write_threshold
+from lipsim.metric.files import write_threshold
 from lipsim.results.tables import print_table
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit status 1 where an attack breaks a certificate."
     )
     parser.add_argument("pairs", nargs="+", type=user_path, help="a CSV file, or two folders")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--far", type=share, default=0.01, help="false-accept rate, as 0.01 or 1/1000 (%(default)s)")
     parser.add_argument(
         "--output", type=metric_file, metavar="OUTPUT.safetensors", help="the metric with its threshold"
@@ -98,11 +98,7 @@ def _run(options: argparse.Namespace) -> int:
             progress=progress,
         )
     if options.output is not None:
-        if options.framing is None:
-            write_threshold(options.checkpoint, options.output, found.threshold)
-        else:  # which the file has to say too
-            metric.threshold = found.threshold
-            save(metric, options.output)
+        write_threshold(options.metric, options.output, found.threshold, metric)
     rows = found.rows()
     if options.json:
         print(

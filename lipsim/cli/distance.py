@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", nargs="?", help="an image, a folder, or a pattern in quotes")
     parser.add_argument("right", nargs="*", help="the same; several beside one image")
     parser.add_argument("--pairs", type=user_path, help="instead: a CSV file with the columns left and right")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="pairs at a time (%(default)s)")
     parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
@@ -90,7 +90,7 @@ def tell_broken(compared: Comparison) -> None:
 def _print_one(found: FileDistance, options: argparse.Namespace) -> None:
     facts = found.facts()
     if options.json:
-        print(json.dumps({**facts, "metric": str(options.checkpoint), **_eps(options)}, indent=1))
+        print(json.dumps({**facts, "metric": str(options.metric), **_eps(options)}, indent=1))
     elif options.csv:
         print_csv(list(facts), [list(facts.values())])
     else:
@@ -104,7 +104,7 @@ def _print_many(compared: Comparison, names: list[str], alone: list[str], option
     rows = [one.facts() for one in compared.distances]
     if options.json:
         content = {
-            "metric": str(options.checkpoint),
+            "metric": str(options.metric),
             **_eps(options),
             "pairs": rows,
             "mean": compared.mean,

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("reference", type=user_path, help="an image file")
     parser.add_argument("images", nargs="+", help="a folder, images, or patterns in quotes")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--top", type=positive_int, help="only the nearest so many")
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         content = {
             "reference": str(options.reference),
-            "metric": str(options.checkpoint),
+            "metric": str(options.metric),
             **({} if options.eps is None else {"eps": options.eps}),
             "ranking": rows,
             "images": len(ranked.distances),

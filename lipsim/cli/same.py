@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("left", type=user_path, help="an image file")
     parser.add_argument("right", type=user_path, help="another")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--threshold", type=budget, help="the largest distance of the same, instead of the file's")
     add_output(parser, rows=False)
     parser.set_defaults(run=_run)
