@@ -9,11 +9,11 @@ import sys
 from rich.console import Console
 
 from lipsim.cli.parser import (
+    add_columns,
     add_metric_argument,
     add_output,
+    add_running,
     budget,
-    column,
-    device,
     load_metric,
     metric_file,
     natural_int,
@@ -63,16 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of two folders: how many different pairs to draw ({DIFFERENT_PER_SAME} for each of the same)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of draws and attacks (%(default)s)")
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        type=column,
-        default=[],
-        metavar="OURS=THEIRS",
-        help="what columns are called in the file, such as same=is_match",
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_columns(parser, "same=is_match")
+    add_running(parser, "images")
     add_output(parser)
     parser.set_defaults(run=_run)
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from lipsim.cli.parser import add_metric_argument, add_output, budget, device, load_metric, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, add_running, budget, load_metric
 from lipsim.data.sets.matching import FilePairs, pair_files, read_pairs
 from lipsim.metric.comparisons import Comparison, FileDistance, compare_files
 from lipsim.utils.errors import LipsimError
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=user_path, help="instead: a CSV file with the columns left and right")
     add_metric_argument(parser, option=True)
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="pairs at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_running(parser, "pairs")
     add_output(parser)
     parser.set_defaults(run=_run)
 

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from lipsim.cli.parser import add_metric_argument, add_output, device, load_metric, metric_file, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, add_running, load_metric, metric_file
 from lipsim.metric.files import resolve
 from lipsim.metric.index import ImageIndex
 from lipsim.utils.paths import user_path
@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=user_path, help="folder of images")
     add_metric_argument(parser, option=True)
     parser.add_argument("--output", type=metric_file, default=OUTPUT, help="the index (%(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_running(parser, "images")
     add_output(parser, rows=False)
     parser.set_defaults(run=_run)
 

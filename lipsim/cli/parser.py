@@ -156,6 +156,24 @@ def add_output(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
         group.add_argument("--csv", action="store_true", help="print a table of comma-separated values")
 
 
+def add_running(parser: argparse.ArgumentParser, items: str, metrics: str = "the metric runs") -> None:
+    """``--batch-size``, of ``items``, and ``--device``."""
+    parser.add_argument("--batch-size", type=positive_int, default=32, help=f"{items} at a time (%(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help=f"where {metrics} (%(default)s)")
+
+
+def add_columns(parser: argparse.ArgumentParser, example: str) -> None:
+    """``--columns``, what the columns of a table are called in its file."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=column,
+        default=[],
+        metavar="OURS=THEIRS",
+        help=f"what columns are called in the file, such as {example}",
+    )
+
+
 # By their names, so that neither torch nor Lightning is loaded to refuse an argument.
 _CLEAR = {"LipsimError", "MisconfigurationException", "UsageError"}
 

@@ -7,7 +7,7 @@ import json
 import sys
 
 from lipsim.cli.distance import tell_broken
-from lipsim.cli.parser import add_metric_argument, add_output, budget, device, load_metric, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, add_running, budget, load_metric, positive_int
 from lipsim.data.sets.matching import pair_files
 from lipsim.metric.comparisons import rank_files
 from lipsim.utils.errors import LipsimError
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_metric_argument(parser, option=True)
     parser.add_argument("--top", type=positive_int, help="only the nearest so many")
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_running(parser, "images")
     add_output(parser)
     parser.set_defaults(run=_run)
 

@@ -142,12 +142,15 @@ def calibrate(
     check_number("false-accept rate", far, 0, 1)
     budgets = sorted({check_number("eps", budget) for budget in eps})
     compare = pair_geometry(metric)
-    features = []
-    positions = torch.arange(len(data.images))
-    for batch in positions.split(batch_size):
-        say(f"embedding, {int(batch[0])} of {len(positions)} images done")
-        features.append(compare.embed(data.load(batch.tolist(), metric.preprocess)))
-    z, y = torch.cat(features)[data.pairs].unbind(1)
+    say(f"embedding {len(data.images)} images")
+    embedded = 0
+
+    def advance(more: int) -> None:
+        nonlocal embedded
+        embedded += more
+        say(f"embedding, {embedded} of {len(data.images)} images done")
+
+    z, y = compare.embed_all(data.load, len(data.images), batch_size, advance)[data.pairs].unbind(1)
     distances = compare.distance(z, y)
     value = choose_threshold(distances[~data.same], far)
     say("hashing the images")

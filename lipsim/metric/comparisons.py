@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.numbers import check_count, check_number
-from lipsim.data.transforms import load_image, read_image
+from lipsim.data.transforms import load_image, load_images, read_image
 from lipsim.metric.image_files import FileCertificate, certify_files, original_radii
 from lipsim.metric.pairs import PairGeometry, pair_geometry
 from lipsim.metric.perceptual_metric import PerceptualMetric
@@ -255,9 +255,8 @@ def same_files(
     """
     value = threshold_of(metric, threshold)
     files = {"left": user_path(left), "right": user_path(right)}
-    images = [load_image(file, metric.preprocess) for file in files.values()]
     compare = pair_geometry(metric)
-    z, y = compare.embed(torch.stack(images)).unsqueeze(1)
+    z, y = compare.embed(load_images(files.values(), metric.preprocess)).unsqueeze(1)
     (same,), (radius,), (other_radius,) = compare.decide(z, y, value)
     radii = {"left": float(radius), "right": float(other_radius)} if metric.has_bound else None
     pictures = {name: read_image(file) for name, file in files.items()}

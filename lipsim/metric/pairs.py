@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from lipsim import certificates
 from lipsim.certificates import geometry
+from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.tiles import TiledMetric
@@ -29,6 +32,28 @@ class PairGeometry:
         """Features of images ``(N, 3, H, W)``, computed in full precision."""
         with full_precision(), evaluation_mode(self.metric.encoder):
             return self._features(images.to(self.metric.device, self.metric.dtype)).double().cpu()
+
+    def embed_all(
+        self,
+        load: Callable[[Sequence[int], Preprocess], Tensor],
+        count: int,
+        batch_size: int,
+        advance: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Features of ``count`` images, a batch at a time.
+
+        Args:
+            load: from the positions of some of them, and what prepares them, to ``(M, 3, H, W)``.
+            count: at least 1.
+            batch_size: images at a time.
+            advance: called with how many more are done.
+        """
+        features = []
+        for positions in torch.arange(count).split(batch_size):
+            features.append(self.embed(load(positions.tolist(), self.metric.preprocess)))
+            if advance is not None:
+                advance(len(positions))
+        return torch.cat(features)
 
     def distance(self, z: Tensor, y: Tensor) -> Tensor:
         """Distances ``(N,)``."""

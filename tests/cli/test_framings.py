@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from torch import Tensor
 import lipsim
 from lipsim import PerceptualMetric, certificates
 from lipsim.cli.demo import THRESHOLD, first_threshold
-from lipsim.cli.main import main
 from lipsim.metric import TiledMetric, save
 from lipsim.metric.files import BUNDLED, read_facts
 from lipsim.metric.thresholds import Threshold, choose_threshold
@@ -36,9 +34,9 @@ def tiled() -> TiledMetric:
     return metric
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line beside folders of wide images, nearly equal where names are: status, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where commands run: two folders of wide images, nearly equal where names are."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(1)
     for number in range(4):
@@ -48,14 +46,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             large = np.asarray(Image.fromarray(image).resize((150, 90), Image.Resampling.BICUBIC), np.int16)
             near = (large + rng.integers(-5, 6, large.shape)).clip(0, 255).astype(np.uint8)
             Image.fromarray(near).save(f"{name}/{number}.png")
-
-    def run(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(shlex.split(line))
-        found = capsys.readouterr()
-        return stop.value.code, found.out, found.err  # type: ignore[return-value]
-
-    return run
 
 
 def _images(metric: PerceptualMetric, *files: str) -> list[Tensor]:
