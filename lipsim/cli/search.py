@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "The nearest images of an index, and certified ℓ2 radii for the image searched with, for values in [0, 1]: of "
         "each rank (every shorter change leaves this image at this rank; rank 1 is the top-1 answer) and of the whole "
-        "set. They are about all images of the index."
+        "set. They are about all images of the index. The bundled metric takes a fifth of a second besides loading "
+        "torch, and 100,000 images hundredths of a second more."
     )
     parser.add_argument("image", type=user_path, help="an image file")
     parser.add_argument("--index", type=user_path, default=OUTPUT, help="of `lipsim index` (%(default)s)")
