@@ -81,6 +81,11 @@ def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: byt
         raise
 
 
+def load_images(paths: Iterable[str | Path], preprocess: Callable[..., Tensor]) -> Tensor:
+    """Image files as :func:`load_image` reads them, ``(N, 3, S, S)``; at least one."""
+    return torch.stack([load_image(path, preprocess) for path in paths])
+
+
 def missing_files(root: Path, names: Iterable[str]) -> list[str]:
     """Which of the relative paths ``names`` are not under ``root``, in their order.
 

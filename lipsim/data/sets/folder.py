@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipsim.data.pack import ImagePack, find_pack
-from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.data.transforms import CentralCrop, load_image, load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -168,7 +168,7 @@ def load_first_images(folder: Path, count: int, preprocess: Callable[..., Tensor
     """
     listed = list_images(folder)
     files = [folder / os.fsdecode(bytes(name)) for name in listed.names[:count]]
-    return torch.stack([load_image(file, preprocess) for file in files]), listed.skipped
+    return load_images(files, preprocess), listed.skipped
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...], skip: Callable[[str, str], None]) -> Iterator[str]:
