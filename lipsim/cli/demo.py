@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import importlib
 import os
 import tempfile
@@ -64,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     os.environ.update(OFFLINE)  # before gradio is imported, which reads them then
-    gradio = import_gradio()
     with Progress("starting") as progress:
+        progress("loading gradio")
+        gradio = import_gradio()
         progress("loading and auditing the metric")
         metric = load_metric(options)
         if not metric.has_bound:
@@ -126,6 +128,15 @@ def launch(page: Any, gradio: Any, *, host: str, port: int | None, browser: bool
     return str(address)
 
 
+def page_error(error: Exception, *files: str | None) -> str:
+    """What an error says, as HTML, with uploads called by their names alone and not by where the page keeps them."""
+    text = str(error)
+    for file in files:
+        if file:
+            text = text.replace(file, Path(file).name)
+    return html.escape(text, quote=False)  # gradio shows it as it is, and a file may be called anything
+
+
 def build_page(
     metric: PerceptualMetric, folder: Path, *, eps: float = 0.5, threshold: float = THRESHOLD, steps: int = 50
 ) -> Any:
@@ -144,7 +155,8 @@ def build_page(
         try:
             text, pictures = attacked_files(metric, reference, left, right, eps=eps, threshold=threshold, steps=steps)
         except (LipsimError, OSError) as error:
-            raise gradio.Error(str(error)) from error
+            # On the page, and not as a traceback in the terminal: it is for whoever dropped the file.
+            raise gradio.Error(page_error(error, reference, left, right), print_exception=False) from error
         return text, *pictures
 
     files = example_images(folder)

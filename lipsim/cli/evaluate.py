@@ -82,4 +82,7 @@ def evaluate(args: Sequence[str], prog: str = "evaluate.py") -> EvaluationCLI:
 def main(args: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     """Entry point of scripts/evaluate.py and of `lipsim evaluate`."""
     with one_line_errors():
-        evaluate(sys.argv[1:] if args is None else args, prog)
+        cli = evaluate(sys.argv[1:] if args is None else args, prog)
+        if cli.trainer.is_global_zero:
+            folder = cli.trainer.default_root_dir
+            print(f"results.json, tables and plots are in {folder}; lipsim report {folder} shows them, attacks too")

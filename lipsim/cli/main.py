@@ -76,7 +76,8 @@ def build_parser(loaded: Collection[str]) -> argparse.ArgumentParser:
     Args:
         loaded: the commands whose modules are imported, so that their options are known.
     """
-    parser = OneLineParser(prog="lipsim", description=__doc__, epilog=_STATUS)
+    about = "Perceptual similarity metrics that come with a proof."
+    parser = OneLineParser(prog="lipsim", description=about, epilog=_STATUS)
     parser.add_argument("--version", action="version", version=f"lipsim {__version__}")
     parser.add_argument(
         "--print-completion",

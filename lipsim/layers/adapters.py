@@ -148,7 +148,7 @@ class AOCConv2d(ExplicitConv2d):
         bias: whether to add a learned bias.
 
     Raises:
-        ImportError: orthogonium is not installed.
+        ValueError: orthogonium is not installed.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class AOCConv2d(ExplicitConv2d):
         try:
             from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
         except ImportError as error:
-            raise ImportError("AOCConv2d needs the package orthogonium: pip install 'lipsim[aoc]'") from error
+            raise LipsimError("AOCConv2d needs the package orthogonium: pip install 'lipsim[aoc]'") from error
         super().__init__(
             AdaptiveOrthoConv2d(
                 in_channels,

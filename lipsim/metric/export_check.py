@@ -149,7 +149,7 @@ def check_onnx(metric: PerceptualMetric, files: Mapping[GraphName, Path]) -> lis
     """:func:`check_graphs` of files of :func:`lipsim.metric.onnx.export_onnx`, in onnxruntime.
 
     Raises:
-        ImportError: onnxruntime is not installed.
+        ValueError: onnxruntime is not installed.
     """
     from lipsim.metric.onnx import OnnxGraph
 

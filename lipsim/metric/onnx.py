@@ -38,9 +38,8 @@ def export_onnx(
         The name of each graph → its file.
 
     Raises:
-        ImportError: onnxscript is not installed.
-        ValueError: a radius of a metric without a bound, weights in half precision, or weights in float64, for which
-            onnxruntime has no convolutions.
+        ValueError: onnxscript is not installed, a radius of a metric without a bound, weights in half precision, or
+            weights in float64, for which onnxruntime has no convolutions.
         OSError: a file cannot be written.
 
     Example:
@@ -86,7 +85,7 @@ class OnnxGraph:
         path: the file.
 
     Raises:
-        ImportError: onnxruntime is not installed.
+        ValueError: onnxruntime is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -110,4 +109,4 @@ def _require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"ONNX needs the package {package}: pip install 'lipsim[onnx]'") from error
+        raise LipsimError(f"ONNX needs the package {package}: pip install 'lipsim[onnx]'") from error

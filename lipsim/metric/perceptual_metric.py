@@ -22,6 +22,7 @@ from lipsim.metric.bounds import EncoderBounds
 from lipsim.metric.near_duplicates import NearDuplicates
 from lipsim.metric.thresholds import Threshold
 from lipsim.utils.checks import check_range as _check_range
+from lipsim.utils.checks import check_tensor
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
@@ -394,6 +395,8 @@ class PerceptualMetric(nn.Module):
 
     def _check_certifiable(self, *images: Tensor, check_range: bool) -> None:
         """Refuse images that no certificate of this metric is about."""
+        for x in images:
+            check_tensor(x)
         self.check_precision(*images)
         in_range = check_range or self.feature_error > 0
         for x in images:

@@ -16,17 +16,26 @@ from lipsim.utils.errors import LipsimError
 RANGE_TOLERANCE = 1e-5
 
 
-def check_images(images: Tensor, image_size: int) -> None:
-    """Refuse a tensor that is no batch of images ``(N, 3, S, S)`` of floating-point numbers.
+def check_tensor(images: Tensor) -> None:
+    """Refuse what is no tensor, such as the path of an image.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is none.
     """
     if not isinstance(images, Tensor):
         raise LipsimError(
             f"expected a tensor of images, got {type(images).__name__}; metric.read makes one of paths, PIL images, "
             "arrays, tensors and lists of them"
         )
+
+
+def check_images(images: Tensor, image_size: int) -> None:
+    """Refuse a tensor that is no batch of images ``(N, 3, S, S)`` of floating-point numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check_tensor(images)
     expected = (3, image_size, image_size)
     if images.ndim != 4 or images.shape[1:] != expected:
         raise LipsimError(

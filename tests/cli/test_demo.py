@@ -45,6 +45,17 @@ def test_two_and_three_files(tmp_path: Path) -> None:
         demo.attacked_files(metric, str(tmp_path / "no.png"), files["left"], None, eps=0.1, threshold=0.1)
 
 
+def test_an_error_calls_a_file_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "uploads" / "no <i>image.png"
+    file.parent.mkdir()
+    file.write_text("no image")
+    metric: Any = PerceptualMetric(OrthogonalProjection(16, 12), 16)
+    with pytest.raises(ValueError, match="uploads") as refused:
+        demo.attacked_files(metric, str(file), str(file), None, eps=0.1, threshold=0.1)
+    said = demo.page_error(refused.value, str(file), str(file), None)
+    assert said.startswith("cannot read the image no &lt;i&gt;image.png (") and str(tmp_path) not in said
+
+
 def test_a_metric_without_a_bound_has_no_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,7 @@ def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [row["builtin_early"] for row in csv.DictReader(file)] == ["1"] * 4 + ["0"] * (COUNT - 4)
 
 
-def test_the_record_of_a_run_runs_again() -> None:
+def test_the_record_of_a_run_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load((ROOT / "configs/evaluate/builtin.yaml").read_text())
     for callback in content["trainer"]["callbacks"]:
         if callback["class_path"].endswith(".AttackRobustness"):
@@ -157,4 +157,5 @@ def test_the_record_of_a_run_runs_again() -> None:
     assert set(results) == {"schema", "certified", "attacked", "versions", "evaluation"}
     assert results["evaluation"]["checkpoint_sha256"] == file_sha256(resolve("quickstart"))
     lipsim_main(["evaluate", "--config", str(folder / "config.yaml")])
+    assert f"are in {folder}; lipsim report {folder} shows them" in capsys.readouterr().out
     assert (folder / "results.json").read_bytes() == first

@@ -449,6 +449,16 @@ def test_the_command_writes_a_folded_file(tmp_path: Path, capsys: pytest.Capture
     assert "expected an output file ending in .safetensors" in capsys.readouterr().err
 
 
+def test_onnx_without_its_packages_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as where it is not installed
+    with pytest.raises(SystemExit):
+        main(["export", "quickstart", "--format", "onnx", "--output", str(tmp_path)])
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "error: ONNX needs the package onnxscript: pip install 'lipsim[onnx]'"
+
+
 def test_centering_is_kept() -> None:
     network = FoldedNetwork([{"kind": "Centering", "offset": 0.25}, {"kind": "Flatten"}], 4, 48)
     assert isinstance(network[0], Centering) and float(network(torch.zeros(1, 3, 4, 4)).max()) == -0.25

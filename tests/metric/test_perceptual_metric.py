@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lipsim.certificates.geometry import cosine_distance
 from lipsim.metric import save
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
 
@@ -106,6 +108,13 @@ def test_certify_refuses_what_it_cannot_certify(metric: PerceptualMetric) -> Non
         metric.bfloat16().certify(*[x.bfloat16()] * 3)
     with pytest.raises(ValueError, match="feature_error ≥ 0"):
         PerceptualMetric(OrthogonalProjection(16, 4), 16, feature_error=math.nan)
+
+
+def test_paths_are_refused_with_the_remedy(metric: PerceptualMetric) -> None:
+    names: Any = ["x.png", "y.png", "z.png"]  # as lists of files come from people who expect them to be read
+    for call in (metric.certify, lambda x, y, _: metric(x, y), lambda x, y, _: metric.distance_bounds(x, y, 0.5)):
+        with pytest.raises(LipsimError, match=r"expected a tensor of images, got str; metric\.read makes one"):
+            call(*names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -132,7 +132,7 @@ def match_names(left: FoundImages, right: FoundImages) -> FilePairs:
     if not pairs:
         raise LipsimError(
             f"no image on the left has the name of one on the right; the first are {next(iter(left.files))} and "
-            f"{next(iter(right.files))}"
+            f"{next(iter(right.files))}: give them the same names, or say in a CSV file which belong together"
         )
     paired = {file for pair in pairs.values() for file in pair}
     alone = tuple(file for side in (left, right) for file in side.files.values() if file not in paired)

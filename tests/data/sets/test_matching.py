@@ -67,7 +67,7 @@ def test_patterns(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -
             pair_files(pattern, [b])
     (a.parent / "c").mkdir()
     (a.parent / "c/other.png").touch()
-    with pytest.raises(ValueError, match=r"no image on the left .* 1\.png and other\.png"):
+    with pytest.raises(ValueError, match=r"no image on the left .* 1\.png and other\.png: .* a CSV file"):
         pair_files("a", ["c"])
 
 
