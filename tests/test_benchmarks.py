@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -208,3 +209,15 @@ def test_certified_search_is_compared_with_a_product() -> None:
     found = search_ratio(items=400, features=8, rounds=3)
     for count in (1, 32):
         assert found[f"ratio_{count}"] == found[f"search_{count}"] / found[f"product_{count}"] > 0
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_reading_images_is_measured(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import data as reading  # type: ignore[import-not-found]
+
+    sizes = ["--size", "8", "--count", "6", "--rounds", "1", "--cores", "4"]
+    reading.main(["--images", str(photos), *sizes, "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["count"] == 6 and min(figures["per_core"].values()) > 0
+    assert figures["bytes"]["pack"] == 4 + 4 + 3 * 8 * 8 + 8 / 6  # length, offset, pixels, and a share of the header
+    assert f"| pack | {figures['per_core']['pack']:,.0f} |" in capsys.readouterr().out

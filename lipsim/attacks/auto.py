@@ -25,7 +25,8 @@ class SuiteResult:
             broken as it was.
         by: attack → the same for this attack alone, among the samples that it was given: those that nothing had broken
             before it.
-        x_adv: like the images: the point that broke the sample at ``broken_at``, else the best one at the last budget.
+        x_adv: like the images: the point that broke the sample at ``broken_at``, else that with the largest objective
+            of all that attacks handed on, within the last budget; the image itself where nothing raised it.
         no_gradient: ``(N,)`` bool: attacks with gradients ran, and every gradient that they met was zero or not finite.
             What holds there has been tried by the others alone.
         passes: forward and backward passes of each sample, with the looks at its clean image and at what attacks found.
@@ -140,8 +141,12 @@ class _Suite:
         self.restarts, self.box, self.seed = restarts, box, seed
         self.index = torch.arange(len(x)) if index is None else torch.as_tensor(index).cpu()
         self.x_adv = self.clean.clone()
+        # What the attack before handed on, better or not: where the minimal-norm attack starts besides the image.
+        self.latest = self.clean.clone()
         with torch.no_grad():
-            broken = self.objective(self.clean) > 0
+            value = self.objective(self.clean).detach()
+        self.value = value.nan_to_num(nan=-math.inf)  # at x_adv
+        broken = value > 0
         self.broken_at = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
         self.broken_at[broken] = 0.0
         self.by = {name: self.broken_at.clone() for name in names}
@@ -159,9 +164,11 @@ class _Suite:
         if name in self.smallest:
             broken = self._fit(name, budget, rows)
         else:
-            found, flipped = self._attack(name, budget, rows)
-            self.x_adv[rows] = found
-            broken = rows[flipped]
+            found, value = self._attack(name, budget, rows)
+            self.latest[rows] = found
+            better = value > self.value[rows]
+            self.x_adv[rows[better]], self.value[rows[better]] = found[better], value[better]
+            broken = rows[value > 0]
         self.passes_by[name] += self.objective.passes - before
         self.broken_at[broken] = budget
         self.by[name][broken] = budget
@@ -171,7 +178,7 @@ class _Suite:
         return SuiteResult(self.broken_at, self.by, self.x_adv, watched.no_gradient, watched.passes, self.passes_by)
 
     def _attack(self, name: str, budget: float, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What an attack makes of the samples at ``rows``, and whether that breaks them."""
+        """What an attack makes of the samples at ``rows``, and the objective there."""
         goal = self.objective.select(rows)
         task = Task(
             norm=self.norm,
@@ -183,21 +190,21 @@ class _Suite:
             parts=self.parts,
             seed=self.seed,
             index=self.index[rows.cpu()],
-            best=self.x_adv[rows],
+            best=self.latest[rows],
         )
         found = ATTACKS[name].attack(goal, self.clean[rows], task)
         with torch.no_grad():
-            return found, goal(found) > 0
+            return found, goal(found).detach()
 
     def _fit(self, name: str, budget: float, rows: Tensor) -> Tensor:
         """Those of ``rows`` whose smallest change fits into the budget; looked for where it has not been."""
         known = self.smallest[name]
         new = rows[~known.searched[rows]]
         if len(new):
-            found, flipped = self._attack(name, budget, new)
+            found, value = self._attack(name, budget, new)
             length = sample_norm(found - self.clean[new], self.norm, self.parts).double()
             known.searched[new] = True
-            known.length[new] = torch.where(flipped, length, math.inf)
+            known.length[new] = torch.where(value > 0, length, math.inf)
             known.x_adv[new] = found
         broken = rows[known.length[rows] <= budget]
         self.x_adv[broken] = known.x_adv[broken]

@@ -38,7 +38,7 @@ class Task:
         parts: the channels are that many images, each with a budget of its own.
         seed: of everything that is random.
         index: ``(N,)`` sample indices that random numbers depend on.
-        best: like the images, the best points of the attacks before this one.
+        best: like the images, the best point of the attack before this one.
     """
 
     norm: Norm

@@ -18,6 +18,9 @@ inner maximum is found exactly. With ``c = λ‖e_t‖²/a_t`` the derivative ha
 ``cos φ < 0``) and increases from there. So the maximum is at the one root of ``q = c`` before ``α_m``, which a bracket
 of a checked change of sign holds, or at the end of the interval. Any ``λ`` gives a true bound, so a search for the best
 one cannot err.
+
+Without an anchor a tile of zero features has no direction, and then the image has none
+(:class:`lipsim.metric.TiledMetric`): its distance from every other is 1. So no radius reaches beyond the shortest tile.
 """
 
 from __future__ import annotations
@@ -260,24 +263,32 @@ def certify_tiles(
     off, off0, off1 = (_off(n, feature_error) for n in (norm, norm0, norm1))
     slack = 8 * rounding
 
-    def radius(losses: Losses, loss: Tensor) -> Tensor:
+    def radius(losses: Losses, loss: Tensor, *others: Tensor) -> Tensor:
         kept = each.sum(-1).abs() - (loss + slack).sum(-1)
-        return _over(losses.radius(torch.where(kept > 0, kept, 0.0)), tiles, lipschitz, feature_error)
+        budget = losses.radius(torch.where(kept > 0, kept, 0.0))
+        budget = torch.minimum(budget, _directed(anchor, losses.norm, *others))
+        return _over(budget, tiles, lipschitz, feature_error)
 
     difference = [a - b for a, b in zip(e0.unit, e1.unit, strict=True)]
     length = torch.sqrt(difference[0].square().sum(-1) + difference[1].square())
     inverse = torch.where(left[:, 0], 1.0, -1.0).unsqueeze(-1) / torch.where(length > 0, length, 1.0)
     toward = (difference[0] * inverse.unsqueeze(-1), difference[1] * inverse)
-    found = radius(Losses(length, unit_angle(e.unit, toward), norm), off0 + off1)
+    found = radius(Losses(length, unit_angle(e.unit, toward), norm), off0 + off1, norm0, norm1)
     return TwoAFCCertificate(
         prefers_left=margin > 0,
         margin=margin,
         radius=found,
         left_radius=radius(
-            Losses(torch.ones_like(theta0), torch.where(left, theta0, math.pi - theta0), norm0), 2 * off + off1
+            Losses(torch.ones_like(theta0), torch.where(left, theta0, math.pi - theta0), norm0),
+            2 * off + off1,
+            norm,
+            norm1,
         ),
         right_radius=radius(
-            Losses(torch.ones_like(theta1), torch.where(left, math.pi - theta1, theta1), norm1), 2 * off + off0
+            Losses(torch.ones_like(theta1), torch.where(left, math.pi - theta1, theta1), norm1),
+            2 * off + off0,
+            norm,
+            norm0,
         ),
         joint_radius=_over(_joint((e, e0, e1), (norm, norm0, norm1)), tiles, lipschitz, feature_error),
         pixels=certified_pixels(reference, found),
@@ -335,6 +346,9 @@ def tiled_distance_interval(
     turn = _turned(norm.amin(-1), budget, tiles) + still + tiles * rounding
     upper = torch.minimum(upper, 2 * torch.sin((angle + turn).clamp(max=math.pi) / 2).square())
     lower = torch.maximum(lower, 2 * torch.sin((angle - turn).clamp(min=0) / 2).square())
+    without = budget >= _directed(anchor, norm, bounded_norm(other, anchor))
+    lower = torch.where(without, lower.clamp(max=1), lower)
+    upper = torch.where(without, upper.clamp(min=1), upper)
     unknown = torch.isnan(lower) | torch.isnan(upper)
     lower, upper = torch.where(unknown, 0.0, lower.clamp(min=0)), torch.where(unknown, 2.0, upper)
     return round_down(lower, torch.float64), round_up(upper, torch.float64).clamp(max=2)
@@ -370,7 +384,19 @@ def tiled_threshold_radius(
     angle = torch.where((excess > 0).unsqueeze(-1), math.pi - theta, theta)
     slack = (_off(bounded_norm(other, anchor), feature_error) + 8 * rounding_error(z)).sum(-1)
     kept = (excess.abs() - slack).clamp(min=0)
-    return _over(Losses(torch.ones_like(theta), angle, norm).radius(kept), tiles, lipschitz, feature_error)
+    budget = Losses(torch.ones_like(theta), angle, norm).radius(kept)
+    budget = torch.minimum(budget, _directed(anchor, norm, bounded_norm(other, anchor)))
+    return _over(budget, tiles, lipschitz, feature_error)
+
+
+def _directed(anchor: float, norm: Tensor, *others: Tensor) -> Tensor:
+    """The budget ``(N,)`` below which every tile has a direction; 0 where a tile of another image has none."""
+    least = norm.amin(-1)
+    if anchor > 0:
+        return torch.full_like(least, math.inf)
+    for other in others:
+        least = torch.where(other.amin(-1) > 0, least, 0.0)
+    return least
 
 
 def _off(norm: Tensor, feature_error: float) -> Tensor:

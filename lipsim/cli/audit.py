@@ -7,11 +7,9 @@ import json
 import sys
 
 from lipsim.audit import check
-from lipsim.cli.parser import positive_int
+from lipsim.cli.parser import add_metric_argument, load_metric, positive_int
 from lipsim.data import BuiltinTriplets
 from lipsim.data.sets.folder import load_first_images
-from lipsim.metric import load
-from lipsim.metric.files import DEFAULT
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -31,12 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processor time, which grow with --samples and --steps. Exit status 1 where a lower bound exceeds an upper "
         "one, or the total exceeds --require."
     )
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEFAULT,
-        help="a .safetensors file, or the name of a bundled metric (%(default)s)",
-    )
+    add_metric_argument(parser, framing=False)
     parser.add_argument("--images", type=user_path, help="folder of sample images; default: built-in ones")
     parser.add_argument("--samples", type=positive_int, default=4, help="how many images to look at (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=30, help="steps of the attack (%(default)s)")
@@ -48,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     with Progress("auditing") as progress:
         progress("loading the metric")
-        metric = load(options.checkpoint)
+        metric = load_metric(options)
         if options.images is None:
             images = BuiltinTriplets("test", options.samples, image_size=metric.image_size).images[:, 0].float() / 255
         else:

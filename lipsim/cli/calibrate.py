@@ -9,11 +9,11 @@ import sys
 from rich.console import Console
 
 from lipsim.cli.parser import (
+    add_columns,
     add_metric_argument,
     add_output,
+    add_running,
     budget,
-    column,
-    device,
     load_metric,
     metric_file,
     natural_int,
@@ -22,7 +22,7 @@ from lipsim.cli.parser import (
 )
 from lipsim.data.sets.labelled import DIFFERENT_PER_SAME, LabelledPairs
 from lipsim.evaluation.thresholds import EPS, calibrate
-from lipsim.metric.files import save, write_threshold
+from lipsim.metric.files import write_threshold
 from lipsim.results.tables import print_table
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit status 1 where an attack breaks a certificate."
     )
     parser.add_argument("pairs", nargs="+", type=user_path, help="a CSV file, or two folders")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--far", type=share, default=0.01, help="false-accept rate, as 0.01 or 1/1000 (%(default)s)")
     parser.add_argument(
         "--output", type=metric_file, metavar="OUTPUT.safetensors", help="the metric with its threshold"
@@ -63,16 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of two folders: how many different pairs to draw ({DIFFERENT_PER_SAME} for each of the same)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of draws and attacks (%(default)s)")
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        type=column,
-        default=[],
-        metavar="OURS=THEIRS",
-        help="what columns are called in the file, such as same=is_match",
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_columns(parser, "same=is_match")
+    add_running(parser, "images")
     add_output(parser)
     parser.set_defaults(run=_run)
 
@@ -98,11 +90,7 @@ def _run(options: argparse.Namespace) -> int:
             progress=progress,
         )
     if options.output is not None:
-        if options.framing is None:
-            write_threshold(options.checkpoint, options.output, found.threshold)
-        else:  # which the file has to say too
-            metric.threshold = found.threshold
-            save(metric, options.output)
+        write_threshold(options.metric, options.output, found.threshold, metric)
     rows = found.rows()
     if options.json:
         print(

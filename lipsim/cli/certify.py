@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", type=user_path, metavar="IMAGE", help="reference, left and right; or a CSV file"
     )
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     smoothing = parser.add_argument_group("randomized smoothing")
     smoothing.add_argument(
         "--smooth", type=float, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"
@@ -125,7 +125,7 @@ def _run_table(options: argparse.Namespace) -> int:
     rows = [_row(triplets[place], one) for place, one in zip(found.places, found.certificates, strict=True)]
     if options.json:
         content = {
-            "metric": str(options.checkpoint),
+            "metric": str(options.metric),
             "triplets": [
                 {**dict(zip(IMAGES, map(str, triplets[place]), strict=True)), **one.facts()}
                 for place, one in zip(found.places, found.certificates, strict=True)

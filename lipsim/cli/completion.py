@@ -11,7 +11,7 @@ from lipsim.cli.parser import metric_file, named_file, output_folder
 from lipsim.utils.paths import user_path
 
 _COMPLETED = {user_path: shtab.FILE, metric_file: shtab.FILE, named_file: shtab.FILE, output_folder: shtab.DIRECTORY}
-_FILES = {"metric", "checkpoint", "config"}
+_FILES = {"metric", "config"}
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from rich.console import Console
 
-from lipsim.cli.parser import budget, column, device, named_file, output_folder, positive_int
+from lipsim.cli.parser import add_columns, add_running, budget, named_file, output_folder
 from lipsim.data.sets.pairs import PairTable
 from lipsim.evaluation.correlation import Moves, correlate, correlation_rows
 from lipsim.metric import load
@@ -58,16 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="distorted",
         help="which image of each pair may change by ε (%(default)s)",
     )
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        type=column,
-        default=[],
-        metavar="OURS=THEIRS",
-        help="what columns are called in the file, such as dmos=distortion",
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where metrics run (%(default)s)")
+    add_columns(parser, "dmos=distortion")
+    add_running(parser, "images", "metrics run")
     parser.add_argument("--output", type=output_folder, help="folder for correlations.json and the tables")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)

@@ -15,17 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from lipsim.analysis.attacked_answer import AttackedAnswer, attacked_pair, attacked_triplet
-from lipsim.cli.parser import budget, positive_int
+from lipsim.cli.parser import add_metric_argument, budget, load_metric, positive_int
 from lipsim.data.builtin.photographs import load_photograph
 from lipsim.data.transforms import load_image, read_image
-from lipsim.metric import PerceptualMetric, load, original_radii
-from lipsim.metric.files import DEFAULT
+from lipsim.metric import PerceptualMetric, original_radii
+from lipsim.metric.comparisons import threshold_of
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
 EXAMPLES = ("lipsim demo", "lipsim demo runs/mine/metric.safetensors --port 8000 --open")
 _SHOWN = 320  # pixels, of pictures that are smaller
 _LARGEST_EPS = 5.0
+THRESHOLD = 0.1  # of metrics without one
 OFFLINE = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUBOFFLINE": "1",
@@ -48,12 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and asks no other one for anything. Needs pip install 'lipsim[demo]'; an attack takes a few seconds with the "
         "bundled metrics. Ctrl+C ends it."
     )
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEFAULT,
-        help="a .safetensors file, or the name of a bundled metric (%(default)s)",
-    )
+    add_metric_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: the whole network (%(default)s)"
     )
@@ -62,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=50, help="gradient steps of an attack (%(default)s)")
     parser.add_argument("--eps", type=budget, default=0.5, help="where the slider is at first (%(default)s)")
     parser.add_argument(
-        "--threshold", type=budget, default=0.1, help="distance up to which two images are the same (%(default)s)"
+        "--threshold", type=budget, help=f"distance up to which two images are the same (the file's, or {THRESHOLD})"
     )
     parser.set_defaults(run=_run)
 
@@ -73,14 +69,20 @@ def _run(options: argparse.Namespace) -> int:
         progress("loading gradio")
         gradio = import_gradio()
         progress("loading and auditing the metric")
-        metric = load(options.checkpoint)
+        metric = load_metric(options)
         if not metric.has_bound:
             raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
     with tempfile.TemporaryDirectory(prefix="lipsim-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads go with it
-        page = build_page(metric, Path(folder), eps=options.eps, threshold=options.threshold, steps=options.steps)
+        threshold = first_threshold(metric, options.threshold)
+        page = build_page(metric, Path(folder), eps=options.eps, threshold=threshold, steps=options.steps)
         launch(page, gradio, host=options.host, port=options.port, browser=options.open, wait=True)
     return 0
+
+
+def first_threshold(metric: PerceptualMetric, given: float | None = None) -> float:
+    """Where the slider of the threshold is at first: as given, else at that of the metric's file."""
+    return THRESHOLD if given is None and metric.threshold is None else threshold_of(metric, given)
 
 
 def import_gradio() -> Any:
@@ -141,7 +143,7 @@ def page_error(error: Exception, *files: str | None) -> str:
 
 
 def build_page(
-    metric: PerceptualMetric, folder: Path, *, eps: float = 0.5, threshold: float = 0.1, steps: int = 50
+    metric: PerceptualMetric, folder: Path, *, eps: float = 0.5, threshold: float = THRESHOLD, steps: int = 50
 ) -> Any:
     """The page, a ``gradio.Blocks``.
 

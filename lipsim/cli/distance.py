@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from lipsim.cli.parser import add_metric_argument, add_output, budget, device, load_metric, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, add_running, budget, load_metric
 from lipsim.data.sets.matching import FilePairs, pair_files, read_pairs
 from lipsim.metric.comparisons import Comparison, FileDistance, compare_files
 from lipsim.utils.errors import LipsimError
@@ -29,15 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Distances from 0 (the same features) to 2. Two images: one number. One image and several, or a pattern or a "
         "folder of them: one with each. Two folders or patterns: images of the same name, endings aside, and the mean. "
         "--eps adds what each distance is within, proven, for every change of the first image up to ε. Files that "
-        "cannot be read and files without a partner are listed on stderr and left out, with exit status 1."
+        "cannot be read and files without a partner are listed on stderr and left out, with exit status 1. The bundled "
+        "metric takes a fifth of a second besides loading torch, and reads and embeds some 500 images of 160 pixels a "
+        "second on one core."
     )
     parser.add_argument("left", nargs="?", help="an image, a folder, or a pattern in quotes")
     parser.add_argument("right", nargs="*", help="the same; several beside one image")
     parser.add_argument("--pairs", type=user_path, help="instead: a CSV file with the columns left and right")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="pairs at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_running(parser, "pairs")
     add_output(parser)
     parser.set_defaults(run=_run)
 
@@ -90,7 +91,7 @@ def tell_broken(compared: Comparison) -> None:
 def _print_one(found: FileDistance, options: argparse.Namespace) -> None:
     facts = found.facts()
     if options.json:
-        print(json.dumps({**facts, "metric": str(options.checkpoint), **_eps(options)}, indent=1))
+        print(json.dumps({**facts, "metric": str(options.metric), **_eps(options)}, indent=1))
     elif options.csv:
         print_csv(list(facts), [list(facts.values())])
     else:
@@ -104,7 +105,7 @@ def _print_many(compared: Comparison, names: list[str], alone: list[str], option
     rows = [one.facts() for one in compared.distances]
     if options.json:
         content = {
-            "metric": str(options.checkpoint),
+            "metric": str(options.metric),
             **_eps(options),
             "pairs": rows,
             "mean": compared.mean,

@@ -6,10 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from lipsim.cli.parser import UsageError
+from lipsim.cli.parser import UsageError, add_metric_argument, add_output, load_metric
 from lipsim.metric import load, save
 from lipsim.metric.export_check import GraphCheck, check_metric, check_onnx, check_torch
-from lipsim.metric.files import DEFAULT
 from lipsim.metric.folded import folded_copy, notes_on_folding
 from lipsim.metric.graphs import GRAPHS
 from lipsim.metric.onnx import export_onnx
@@ -34,12 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "preprocess makes them; onnxruntime and torch alone run them, and nothing checks there that values are in "
         "[0, 1]. Takes seconds for the bundled metrics. Exit status 1 where --check finds a difference."
     )
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=DEFAULT,
-        help="a .safetensors file, a .ckpt of training, or the name of a bundled metric (%(default)s)",
-    )
+    add_metric_argument(parser, kinds="a .safetensors file, a .ckpt of training, or the name of a bundled metric")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(%(default)s)")
     parser.add_argument(
         "--output", type=user_path, help="file.safetensors, or folder (NAME-folded.safetensors, NAME-onnx, NAME-torch)"
@@ -56,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run what was written on constant, random and smooth images beside the metric, in onnxruntime for onnx: "
         "seconds",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_output(parser, rows=False)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     is_one_file = options.format == "safetensors"
-    name = Path(options.checkpoint).stem
+    name = Path(options.metric).stem
     output: Path = options.output or Path(f"{name}-folded.safetensors" if is_one_file else f"{name}-{options.format}")
     if is_one_file and (output.suffix != ".safetensors" or output.is_dir()):
         raise UsageError(f"expected an output file ending in .safetensors, got {output}")
@@ -73,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     checks: list[GraphCheck] = []
     with Progress("exporting") as progress:
         progress("loading and auditing the metric")
-        metric = load(options.checkpoint)
+        metric = load_metric(options)
         progress(f"writing {output}")
         if is_one_file:
             files = {"metric": save(folded_copy(metric), output, notes_on_folding(metric))}

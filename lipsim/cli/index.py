@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from lipsim.cli.parser import device, metric_file, positive_int
-from lipsim.metric.files import DEFAULT, load, resolve
+from lipsim.cli.parser import add_metric_argument, add_output, add_running, load_metric, metric_file
+from lipsim.metric.files import resolve
 from lipsim.metric.index import ImageIndex
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -22,16 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Embed the images under a folder, at any depth, for `lipsim search`. Where the index is there already it is "
         "brought up to date: only new and changed images are embedded, and what is gone is dropped. Cut short, the "
-        "same command continues. Files that cannot be read are listed on stderr and left out, with exit status 1."
+        "same command continues. It remembers its metric and how images come to it. Files that cannot be read are "
+        "listed on stderr and left out, with exit status 1. The bundled metric reads and embeds some 500 images of 160 "
+        "pixels a second on one core."
     )
     parser.add_argument("folder", type=user_path, help="folder of images")
-    parser.add_argument(
-        "--metric", default=DEFAULT, help="a .safetensors file, or the name of a bundled metric (%(default)s)"
-    )
+    add_metric_argument(parser, option=True)
     parser.add_argument("--output", type=metric_file, default=OUTPUT, help="the index (%(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_running(parser, "images")
+    add_output(parser, rows=False)
     parser.set_defaults(run=_run)
 
 
@@ -42,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
     unfinished = options.output.with_name(f"{options.output.name}.unfinished")
     with Progress("indexing") as progress:
         progress("loading the metric")
-        metric = load(options.metric).to(options.device)
+        metric = load_metric(options).to(options.device)
         index = ImageIndex.load(options.output, metric) if options.output.is_file() else ImageIndex(metric)
         changes = index.update(options.folder, batch_size=options.batch_size, unfinished=unfinished, progress=progress)
         index.save(options.output, metric=named, unfinished=unfinished)
@@ -54,6 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         facts = {
             "index": str(options.output),
             "metric": named,
+            "framing": metric.preprocess.framing,
             "images": len(index),
             "kept": changes.kept,
             "embedded": changes.embedded,

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from lipsim.cli.parser import add_output
-from lipsim.metric.files import AUDITED, DEFAULT, read_facts
+from lipsim.cli.parser import add_metric_argument, add_output
+from lipsim.metric.files import AUDITED, read_facts
+from lipsim.utils.framings import DEFAULT_GRID
 from lipsim.utils.terminal import text_table
 
 EXAMPLES = ("lipsim info", "lipsim info quickstart", "lipsim info runs/m.safetensors --json")
@@ -20,12 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the threshold of `lipsim same`, and the notes of whoever made it. Nothing is computed: `lipsim audit` bounds "
         "the weights, as every certificate does, whatever the file claims."
     )
-    parser.add_argument(
-        "metric",
-        nargs="?",
-        default=DEFAULT,
-        help="a .safetensors file, a training checkpoint, or the name of a bundled metric (%(default)s)",
-    )
+    kinds = "a .safetensors file, a .ckpt of training, or the name of a bundled metric"
+    add_metric_argument(parser, framing=False, kinds=kinds)
     add_output(parser, rows=False)
     parser.set_defaults(run=_run)
 
@@ -46,6 +43,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     size = header.pop("image_size", "?")
     bound, error = header.pop("lipschitz", None), header.pop("feature_error", None)
     kind, framing = header.pop("feature_error_kind", "declared"), header.pop("framing", "stretch")
+    grid, depth = header.pop("grid", DEFAULT_GRID), "8 bits" if header.pop("resize", "") == "pil" else "float"
     threshold, notes = header.pop("threshold", None), header.pop("notes", None) or {}
     claims = {None: "none, nothing is certified", AUDITED: "audited when it is loaded"}
     lines = [
@@ -54,10 +52,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("encoder", str(header.pop("encoder", "?"))),
         *((f"  {name}", _text(value)) for name, value in (header.pop("config", None) or {}).items()),
         ("numbers in it", f"{header.pop('values'):,}"),
-        (
-            "images",
-            f"{size} × {size}, {framing}, resized in {'8 bits' if header.pop('resize', '') == 'pil' else 'float'}",
-        ),
+        ("images", f"{_images(size, framing, grid)}, resized in {depth}"),
         ("anchor", _text(header.pop("anchor", "?"))),
         ("Lipschitz bound", claims[bound] if bound in claims else f"{bound:.9g}, audited again by every certificate"),
         ("feature error", f"{error:.3g} ({kind})" if isinstance(error, float) and error else "none declared"),
@@ -66,6 +61,13 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *((f"note: {name}", _text(value)) for name, value in notes.items()),
     ]
     return lines
+
+
+def _images(size: Any, framing: str, grid: Any) -> str:
+    """What the metric sees of an image."""
+    if framing == "tiles":
+        return f"tiles, {grid} × {grid} of {size} × {size}"
+    return f"{size} × {size}, {framing}"
 
 
 def _threshold(threshold: Any) -> str:

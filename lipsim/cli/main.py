@@ -36,6 +36,7 @@ COMMANDS = {
     "cache-teacher": "a teacher's embeddings of a folder of images, computed once",
     "export": "a metric for other runtimes: folded safetensors, ONNX or torch.export",
     "demo": "a page in the browser: an answer, its certificate, and an attack on it",
+    "data": "check a data set on disk, or pack its images: decoded and resized once",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 # These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.
@@ -44,11 +45,11 @@ STAGES = {
     "evaluate": "certify and attack a metric on the test sets of a data module",
 }
 # Whose exit status 1 is an answer, which scripts have to tell from an error.
-ANSWERING = ("distance", "same", "rank")
+ANSWERING = ("distance", "same", "rank", "index", "search")
 _STATUS = f"""exit status:
   0    done; of `same`: the same
   1    the answer is no (`same`: different), a check failed (`audit`, `verify`),
-       or files were left out (`distance`, `rank`, a table of `certify`);
+       or files were left out (`distance`, `rank`, `index`, a table of `certify`);
        of all but {", ".join(ANSWERING)}: bad input or usage too
   2    of {", ".join(ANSWERING)}: bad input or usage
   130  interrupted"""

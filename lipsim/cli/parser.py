@@ -103,19 +103,33 @@ def share(text: str) -> float:
     return value
 
 
-def add_metric_argument(parser: argparse.ArgumentParser, name: str = "checkpoint", *, option: bool = False) -> None:
+def add_metric_argument(
+    parser: argparse.ArgumentParser,
+    *,
+    option: bool = False,
+    framing: bool = True,
+    default: str | None = DEFAULT_METRIC,
+    kinds: str = "a .safetensors file, or the name of a bundled metric",
+    otherwise: str = "%(default)s",
+) -> None:
     """The file of a metric, and how images come to it: what :func:`load_metric` reads.
 
     Args:
         parser: of a command.
-        name: of the argument.
-        option: ``--name`` in the place of an optional positional argument.
+        option: ``--metric`` in the place of an optional positional argument.
+        framing: options for how images come to it.
+        default: the metric that is not named.
+        kinds: what may be named.
+        otherwise: the default in words.
     """
-    help_text = "a .safetensors file, or the name of a bundled metric (%(default)s)"
+    help_text = f"{kinds} ({otherwise})"
     if option:
-        parser.add_argument(f"--{name}", dest="checkpoint", default=DEFAULT_METRIC, help=help_text)
+        parser.add_argument("--metric", default=default, help=help_text)
     else:
-        parser.add_argument("checkpoint", metavar=name, nargs="?", default=DEFAULT_METRIC, help=help_text)
+        parser.add_argument("metric", nargs="?", default=default, help=help_text)
+    if not framing:
+        parser.set_defaults(framing=None, grid=None)
+        return
     parser.add_argument(
         "--framing",
         choices=FRAMINGS,
@@ -131,7 +145,7 @@ def load_metric(options: argparse.Namespace) -> PerceptualMetric:
     """The metric that the arguments of :func:`add_metric_argument` name."""
     from lipsim.metric import load  # torch, which `lipsim --help` does without
 
-    return load(options.checkpoint, framing=options.framing, grid=options.grid)
+    return load(options.metric, framing=options.framing, grid=options.grid)
 
 
 def add_output(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
@@ -140,6 +154,24 @@ def add_output(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object")
     if rows:
         group.add_argument("--csv", action="store_true", help="print a table of comma-separated values")
+
+
+def add_running(parser: argparse.ArgumentParser, items: str, metrics: str = "the metric runs") -> None:
+    """``--batch-size``, of ``items``, and ``--device``."""
+    parser.add_argument("--batch-size", type=positive_int, default=32, help=f"{items} at a time (%(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help=f"where {metrics} (%(default)s)")
+
+
+def add_columns(parser: argparse.ArgumentParser, example: str) -> None:
+    """``--columns``, what the columns of a table are called in its file."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=column,
+        default=[],
+        metavar="OURS=THEIRS",
+        help=f"what columns are called in the file, such as {example}",
+    )
 
 
 # By their names, so that neither torch nor Lightning is loaded to refuse an argument.

@@ -7,7 +7,7 @@ import json
 import sys
 
 from lipsim.cli.distance import tell_broken
-from lipsim.cli.parser import add_metric_argument, add_output, budget, device, load_metric, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, add_running, budget, load_metric, positive_int
 from lipsim.data.sets.matching import pair_files
 from lipsim.metric.comparisons import rank_files
 from lipsim.utils.errors import LipsimError
@@ -27,15 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "The images of a folder, of patterns, or as they are named, the most alike first. --eps adds what each is "
         "within, proven, for every change of the reference up to ε. Files that cannot be read are listed on stderr "
-        "and left out, with exit status 1. Each image is read and embedded once."
+        "and left out, with exit status 1. Each image is read and embedded once: some 500 of 160 pixels a second with "
+        "the bundled metric on one core."
     )
     parser.add_argument("reference", type=user_path, help="an image file")
     parser.add_argument("images", nargs="+", help="a folder, images, or patterns in quotes")
-    add_metric_argument(parser, "metric", option=True)
+    add_metric_argument(parser, option=True)
     parser.add_argument("--top", type=positive_int, help="only the nearest so many")
     parser.add_argument("--eps", type=budget, help="ℓ2 budget in the pixels that the metric sees, as 0.5 or 36/255")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time (%(default)s)")
-    parser.add_argument("--device", type=device, default="cpu", help="where the metric runs (%(default)s)")
+    add_running(parser, "images")
     add_output(parser)
     parser.set_defaults(run=_run)
 
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         content = {
             "reference": str(options.reference),
-            "metric": str(options.checkpoint),
+            "metric": str(options.metric),
             **({} if options.eps is None else {"eps": options.eps}),
             "ranking": rows,
             "images": len(ranked.distances),

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import sys
 
 from lipsim.cli.index import OUTPUT
-from lipsim.cli.parser import positive_int
+from lipsim.cli.parser import UsageError, add_metric_argument, add_output, load_metric, positive_int
 from lipsim.data.transforms import load_image, read_image
-from lipsim.metric.files import load
 from lipsim.metric.image_files import original_radii
 from lipsim.metric.index import ImageIndex
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
-from lipsim.utils.terminal import text_table
+from lipsim.utils.terminal import print_csv, text_table
 
 EXAMPLES = ("lipsim search x.png", "lipsim search x.png --index photos.safetensors --top 20 --csv")
 
@@ -27,29 +24,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "The nearest images of an index, and certified ℓ2 radii for the image searched with, for values in [0, 1]: of "
         "each rank (every shorter change leaves this image at this rank; rank 1 is the top-1 answer) and of the whole "
-        "set. They are about all images of the index."
+        "set. They are about all images of the index. The bundled metric takes a fifth of a second besides loading "
+        "torch, and 100,000 images hundredths of a second more."
     )
     parser.add_argument("image", type=user_path, help="an image file")
     parser.add_argument("--index", type=user_path, default=OUTPUT, help="of `lipsim index` (%(default)s)")
     parser.add_argument("--top", type=positive_int, default=5, help="how many (%(default)s)")
-    parser.add_argument("--metric", help="a file or a bundled name (the metric that the index was made with)")
+    add_metric_argument(
+        parser, option=True, default=None, otherwise="the one, and the framing, that the index was made with"
+    )
     parser.add_argument(
         "--approximate",
         action="store_true",
         help="look at candidates that faiss finds; the radii are about these alone, and neighbours may be missed",
     )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print one JSON object")
-    output.add_argument("--csv", action="store_true", help="print a table of comma-separated values")
+    add_output(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.image.is_dir():
         raise LipsimError(f"expected an image file to search with, got the folder {options.image}")
+    if options.metric is None and (options.framing or options.grid):
+        raise UsageError("--framing and --grid go with --metric; the index knows those that it was made with")
     with Progress("searching") as progress:
         progress("reading the index")
-        index = ImageIndex.load(options.index, None if options.metric is None else load(options.metric))
+        index = ImageIndex.load(options.index, None if options.metric is None else load_metric(options))
         metric = index.metric
         picture = read_image(options.image)
         image = load_image(options.image, metric.preprocess)
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     if options.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+        print_csv(list(rows[0]), [list(row.values()) for row in rows])
         return 0
     cells = [[str(r["rank"]), str(r["file"]), f"{r['distance']:.6g}", f"{r['radius']:.6g}"] for r in rows]
     print(text_table(["rank", "file", "distance", "R of the rank"], cells))

@@ -2,6 +2,8 @@
 
 from lipsim.data.builtin.triplets import BuiltinTriplets
 from lipsim.data.contracts import TripletDataModule, TripletSet
+from lipsim.data.pack import ImagePack
+from lipsim.data.packing import pack_images
 from lipsim.data.registry import open_sets, sample_triplets
 from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.sets.folder import FolderImages
@@ -18,6 +20,7 @@ __all__ = [
     "BuiltinTriplets",
     "CentralCrop",
     "FolderImages",
+    "ImagePack",
     "MaterialTriplets",
     "NightsTriplets",
     "PairTable",
@@ -31,6 +34,7 @@ __all__ = [
     "collate_triplets",
     "load_image",
     "open_sets",
+    "pack_images",
     "read_image",
     "sample_triplets",
 ]

@@ -81,6 +81,11 @@ def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: byt
         raise
 
 
+def load_images(paths: Iterable[str | Path], preprocess: Callable[..., Tensor]) -> Tensor:
+    """Image files as :func:`load_image` reads them, ``(N, 3, S, S)``; at least one."""
+    return torch.stack([load_image(path, preprocess) for path in paths])
+
+
 def missing_files(root: Path, names: Iterable[str]) -> list[str]:
     """Which of the relative paths ``names`` are not under ``root``, in their order.
 
@@ -155,6 +160,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
             "floats in [0, 1] come as a tensor (3, H, W): torch.from_numpy(array).permute(2, 0, 1)"
         )
     return Image.fromarray(array)
+
+
+def _resized(channel: Tensor, size: tuple[int, int]) -> Tensor:
+    """One channel ``(H, W)`` resized (bicubic, antialiased), not clamped."""
+    height, width = size
+    x = channel[None, None]
+    if width > 1:
+        return F.interpolate(x, size=size, mode="bicubic", antialias=True)[0, 0]
+    # For a result one pixel wide, torch's pass over rows (2.14, CPU) sums up other pixels: a map of another norm.
+    column = F.interpolate(x, size=(x.shape[2], 1), mode="bicubic", antialias=True)
+    return F.interpolate(column.mT, size=(1, height), mode="bicubic", antialias=True)[0, 0].mT
 
 
 class Preprocess:
@@ -285,11 +301,7 @@ class Preprocess:
         if frame.seen != frame.resized:
             # The norm of a resize in float32 is not that of the exact one, and radii in a file's own pixels divide by
             # it. Channel by channel, so that a large photograph takes no more memory than in float32.
-            channels = [
-                F.interpolate(channel.double()[None, None], size=frame.resized, mode="bicubic", antialias=True)[0, 0]
-                for channel in x
-            ]
-            x = torch.stack(channels).clamp(0, 1)
+            x = torch.stack([_resized(channel.double(), frame.resized) for channel in x]).clamp(0, 1)
         return F.pad(x.float(), frame.border, value=FILL)
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -318,6 +330,29 @@ class Preprocess:
     def __repr__(self) -> str:
         grid = f", grid={self.grid}" if self.framing == "tiles" else ""
         return f"Preprocess(image_size={self.image_size}, resize={self.resize!r}, framing={self.framing!r}{grid})"
+
+
+class CentredSquare:
+    """PIL image to its centred square, as large as the short side, resized: ``(3, image_size, image_size)`` in [0, 1].
+
+    What :class:`CentralCrop` of an image with that short side shows; here the square is cut out before it is resized,
+    in eight bits, so that nothing outside it counts.
+
+    Args:
+        preprocess: how the square is resized, as a metric's has it.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+
+    def __call__(self, image: Image.Image | DeepImage) -> Tensor:
+        rgb = to_rgb(image)
+        side = min(rgb.size)
+        left, top = ((length - side) // 2 for length in rgb.size)
+        return self.preprocess(rgb.crop((left, top, left + side, top + side)))
+
+    def __repr__(self) -> str:
+        return f"CentredSquare({self.preprocess!r})"
 
 
 class CentralCrop:

@@ -29,6 +29,7 @@ class BappsData(TripletData):
         test_subsets: by name; None: traditional, cnn, superres, deblur, color and frameinterp.
         val_triplets: held out of the training part.
         seed: of the choice of these.
+        pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class BappsData(TripletData):
         test_subsets: list[str] | None = None,
         val_triplets: int = 2000,
         seed: int = 0,
+        pack: Path | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, image_size, resize)
         if val_triplets < 1:
             raise LipsimError(f"expected val_triplets of at least 1, got {val_triplets}")
         self.root = user_path(root)
         self.train_subsets, self.test_subsets = train_subsets, test_subsets
-        self.val_triplets, self.seed = val_triplets, seed
+        self.val_triplets, self.seed, self.pack = val_triplets, seed, pack
 
     def setup(self, stage: str) -> None:
         """List the files that the stage needs.
@@ -70,4 +72,4 @@ class BappsData(TripletData):
             self.test_sets = {"bapps": self._part("val", self.test_subsets)}
 
     def _part(self, part: str, subsets: list[str] | None) -> BappsTriplets:
-        return cast(BappsTriplets, self._open("bapps", [part], self.root, subsets=subsets)[part])
+        return cast(BappsTriplets, self._open("bapps", [part], self.root, subsets=subsets, pack=self.pack)[part])

@@ -27,7 +27,8 @@ class ImageFolderData(TripletData):
     and a test scores those alone.
 
     Args:
-        root: folder that has train/ and val/; nothing is downloaded.
+        root: folder that has train/ and val/; nothing is downloaded. Or a pack of such a folder (``lipsim data pack
+            --frame crop``) of this ``image_size`` and ``short_side``.
         image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
         short_side: what the short side is resized to before; None: nothing, as published.
         views: names of :data:`lipsim.data.sets.folder.VIEWS`; training shows one at a time, validation "plain".

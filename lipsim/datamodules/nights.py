@@ -21,6 +21,8 @@ class NightsData(TripletData):
         batch_size: triplets in a batch of one process.
         num_workers: loading processes of each loader; decoding is slow, so that one feeds few images a second.
         min_votes: triplets with fewer agreeing judges are left out of every split.
+        pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files; ``root`` then needs
+            data.csv alone.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class NightsData(TripletData):
         batch_size: int = 32,
         num_workers: int = 4,
         min_votes: int = MIN_VOTES,
+        pack: Path | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, image_size, resize)
-        self.root, self.min_votes = user_path(root), min_votes
+        self.root, self.min_votes, self.pack = user_path(root), min_votes, pack
 
     def setup(self, stage: str) -> None:
         """Read the table, and list the image folders to see that nothing is missing."""
@@ -45,4 +48,4 @@ class NightsData(TripletData):
             self.test_sets = {"nights": self._split("test")}
 
     def _split(self, split: Split) -> TripletSet:
-        return self._open("nights", [split], self.root, min_votes=self.min_votes)[split]
+        return self._open("nights", [split], self.root, min_votes=self.min_votes, pack=self.pack)[split]

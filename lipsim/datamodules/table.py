@@ -27,6 +27,7 @@ class TableData(TripletData):
         test_fraction: share of those that are for testing; 1 tests on the whole table.
         seed: of that draw.
         name: of the set in results, for reports of several studies.
+        pack: a pack of the table's folder (``lipsim data pack``), whose images are read instead of the files.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class TableData(TripletData):
         test_fraction: float = 0.1,
         seed: int = 0,
         name: str = "table",
+        pack: Path | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, image_size, resize, framing)
         self.file, self.set_name = user_path(file), name
-        self.columns, self.seed = columns, seed
+        self.columns, self.seed, self.pack = columns, seed, pack
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
 
     def setup(self, stage: str) -> None:
@@ -67,4 +69,5 @@ class TableData(TripletData):
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.seed,
+            pack=self.pack,
         )

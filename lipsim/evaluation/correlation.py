@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from lipsim import certificates
-from lipsim.certificates import geometry
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.sets.pairs import PairTable
 from lipsim.data.transforms import Preprocess
-from lipsim.layers.base import evaluation_mode
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.distance import Distance, has_features
 from lipsim.metric.distances import pixel_l2
+from lipsim.metric.pairs import PairGeometry
 from lipsim.results import eps_label
 from lipsim.results.tables import Row, number
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.precision import full_precision
 
 Moves = Literal["distorted", "reference", "both"]
 INTERVALS = {
@@ -203,13 +201,10 @@ def _of_features(
     """Distances of a metric, and their intervals where it has a bound; every distinct image is embedded once."""
     if metric.has_bound and eps:
         metric.check_precision()
-    features = []
-    with full_precision(), evaluation_mode(metric.encoder):
-        for batch in torch.arange(len(table.images)).split(batch_size):
-            images = table.load(batch.tolist(), metric.preprocess)
-            features.append(metric.embed(images.to(metric.device, metric.dtype)).double().cpu())
-    z, y = torch.cat(features)[table.pairs].unbind(1)
-    natural = geometry.cosine_distance(z, y, metric.anchor).numpy()
+    # By the directions of all tiles, where there are tiles: their own interval is of one image that moves.
+    compare = PairGeometry(metric)
+    z, y = compare.embed_all(table.load, len(table.images), batch_size)[table.pairs].unbind(1)
+    natural = compare.distance(z, y).numpy()
     if not metric.has_bound or not eps:
         return natural, {}
     if moves == "distorted":

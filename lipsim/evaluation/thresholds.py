@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lipsim.attacks import DistanceObjective, auto
-from lipsim.certificates import binomial_lower_bound, geometry
+from lipsim.certificates import binomial_lower_bound
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.sets.labelled import LabelledPairs
-from lipsim.metric.comparisons import decide, embed_exactly
+from lipsim.metric.pairs import PairGeometry, pair_geometry
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.thresholds import Threshold, choose_threshold
 from lipsim.results import eps_label
@@ -141,18 +141,22 @@ def calibrate(
     check_count("batch_size", batch_size)
     check_number("false-accept rate", far, 0, 1)
     budgets = sorted({check_number("eps", budget) for budget in eps})
-    features = []
-    positions = torch.arange(len(data.images))
-    for batch in positions.split(batch_size):
-        say(f"embedding, {int(batch[0])} of {len(positions)} images done")
-        features.append(embed_exactly(metric, data.load(batch.tolist(), metric.preprocess)))
-    z, y = torch.cat(features)[data.pairs].unbind(1)
-    distances = geometry.cosine_distance(z, y, metric.anchor)
+    compare = pair_geometry(metric)
+    say(f"embedding {len(data.images)} images")
+    embedded = 0
+
+    def advance(more: int) -> None:
+        nonlocal embedded
+        embedded += more
+        say(f"embedding, {embedded} of {len(data.images)} images done")
+
+    z, y = compare.embed_all(data.load, len(data.images), batch_size, advance)[data.pairs].unbind(1)
+    distances = compare.distance(z, y)
     value = choose_threshold(distances[~data.same], far)
     say("hashing the images")
     num_same = int(data.same.sum())
     threshold = Threshold(value, far, num_same, len(data) - num_same, data.sha256())
-    same, radius, _ = decide(metric, z, y, value)
+    same, radius, _ = compare.decide(z, y, value)
     right = same == data.same
     radius = torch.where(right, radius, -1.0)  # what is wrong is certified at no ε
     broken_at = torch.full_like(radius, math.inf)
@@ -169,7 +173,7 @@ def calibrate(
             def tell(what: str, done: str = done) -> None:
                 say(f"{done}, {what}")
 
-            broken_at[batch] = _broken_at(metric, data, batch, value, budgets, steps, restarts, seed, tell)
+            broken_at[batch] = _broken_at(compare, data, batch, value, budgets, steps, restarts, seed, tell)
 
     def rates(which: Tensor, attacked: bool) -> Rates:
         def shares(limit: Tensor) -> dict[str, float]:
@@ -196,7 +200,7 @@ def calibrate(
 
 
 def _broken_at(
-    metric: PerceptualMetric,
+    compare: PairGeometry,
     data: LabelledPairs,
     rows: Tensor,
     threshold: float,
@@ -207,6 +211,7 @@ def _broken_at(
     progress: Callable[[str], None],
 ) -> Tensor:
     """The smallest budget within which an attack turns the right answers of some pairs around, ``(M,)``; else ∞."""
+    metric = compare.metric
     images = [
         data.load(data.pairs[rows, side].tolist(), metric.preprocess).to(metric.device, metric.dtype) for side in (0, 1)
     ]
@@ -232,7 +237,7 @@ def _broken_at(
                 progress=progress,
             )
         # By the answer that counts: distances of the objective are those of its own dtype.
-        same, _, _ = decide(metric, embed_exactly(metric, attack.x_adv), embed_exactly(metric, other), threshold)
+        same, _, _ = compare.decide(compare.embed(attack.x_adv), compare.embed(other), threshold)
         found[part] = torch.where(same != kind, attack.broken_at.cpu(), math.inf)
     return found
 

@@ -53,7 +53,7 @@ class FoldedLayer(LipschitzLayer):
         super().__init__()
         # Plain attributes, not buffers: checkpoints hold the parameters only.
         self._folded: tuple[Tensor, ...] = ()
-        self._folded_from: _Source | None = None
+        self._folded_from: Source | None = None
         self._pinned: tuple[Tensor, ...] | None = None
 
     @abstractmethod
@@ -97,7 +97,7 @@ class FoldedLayer(LipschitzLayer):
             if _HALVES & {weight.dtype for weight in rounded}:
                 # Derived from rounded parameters they would be ten times as far off as what is rounded at the end.
                 with _LOCK, torch.no_grad():
-                    self._folded, self._folded_from = rounded, _Source(self)
+                    self._folded, self._folded_from = rounded, Source(self)
         return self
 
     def freeze(self) -> Self:
@@ -107,7 +107,7 @@ class FoldedLayer(LipschitzLayer):
             with _LOCK, torch.inference_mode(False), torch.no_grad(), full_precision():
                 if not self._fold_is_valid():
                     self._folded_from = None
-                    source = _Source(self)
+                    source = Source(self)
                     self._folded = tuple(weight.detach() for weight in self._derive_for_good())
                     self._folded_from = source
         return self
@@ -131,19 +131,24 @@ class FoldedLayer(LipschitzLayer):
         return super().train(mode)
 
 
-class _Source:
-    """All that the weights of a layer were derived from: bits of its tensors, and the plain attributes of its modules.
+class Source:
+    """All that something was derived from: bits of the tensors of a module, and the plain attributes of what is in it.
 
     A copy, not a checksum: comparing it takes half the time, and is exact.
+
+    Args:
+        layer: the module.
+        whole: look at every attribute and at hooks too, by their identity where they are not plain.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.attributes = _attributes(layer)
+    def __init__(self, layer: nn.Module, whole: bool = False) -> None:
+        self.whole = whole
+        self.attributes, self._alive = _attributes(layer, whole)
         self.tensors = [(id(tensor), _kind(tensor), bits(tensor).clone()) for tensor in _tensors(layer)]
 
     def is_that_of(self, layer: nn.Module) -> bool:
         tensors = _tensors(layer)
-        if len(tensors) != len(self.tensors) or _attributes(layer) != self.attributes:
+        if len(tensors) != len(self.tensors) or _attributes(layer, self.whole)[0] != self.attributes:
             return False
         for tensor, (identity, kind, content) in zip(tensors, self.tensors, strict=True):
             # What a transform of torch.func carries through has its own derivative, which the layer has to derive.
@@ -166,18 +171,28 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _attributes(layer: nn.Module) -> list[tuple[Any, ...]]:
-    """Class and plain attributes of a layer and of the modules inside, such as a stride."""
+def _attributes(layer: nn.Module, whole: bool = False) -> tuple[list[tuple[Any, ...]], list[Any]]:
+    """Class and plain attributes of a layer and of the modules inside, such as a stride; and what has to stay alive.
+
+    With ``whole`` all others and forward hooks as well, by identities, which the second list keeps from other objects.
+    """
     found: list[tuple[Any, ...]] = []
+    alive: list[Any] = []
     for module in layer.modules():
         found.append((type(module),))
-        for item in vars(module).items():
-            if type(item[1]) in _PLAIN and item[0] != "training":
-                found.append(item)
-    return found
+        for name, value in vars(module).items():
+            if type(value) in _PLAIN:
+                if name != "training":
+                    found.append((name, value))
+            elif whole and name not in _DERIVED:
+                held = list(value.values()) if isinstance(value, dict) else [value]
+                found.append((name, *map(id, held)))
+                alive += held
+    return found, alive
 
 
 _PLAIN = (bool, int, float, str)
+_DERIVED = frozenset({"_folded", "_folded_from"})  # these follow from the others
 _HALVES = {torch.float16, torch.bfloat16}
 
 

@@ -11,16 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lipsim import certificates
-from lipsim.certificates import geometry
 from lipsim.certificates.numbers import check_count, check_number
-from lipsim.data.transforms import load_image, read_image
-from lipsim.layers.base import evaluation_mode
+from lipsim.data.transforms import load_image, load_images, read_image
 from lipsim.metric.image_files import FileCertificate, certify_files, original_radii
+from lipsim.metric.pairs import PairGeometry, pair_geometry
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
-from lipsim.utils.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,12 @@ def compare_files(
         ValueError: a negative budget, or one for a metric without a bound or with weights in half precision.
     """
     check_count("batch_size", batch_size)
-    options: dict[str, float] = {}
+    compare = pair_geometry(metric)
     if eps is not None:
         eps = check_number("eps", eps)
         if not metric.has_bound:
             raise LipsimError("the metric has no Lipschitz bound, its distances have no certified interval: no eps")
         metric.check_precision()
-        options = metric.certificate_options
     files = [(user_path(left), user_path(right)) for left, right in pairs]
     left_over = Counter(file for pair in files for file in pair)
     known: dict[Path, Tensor] = {}
@@ -103,14 +99,14 @@ def compare_files(
     found: dict[int, FileDistance] = {}
     for start in range(0, len(files), batch_size):
         chunk = files[start : start + batch_size]
-        _embed(metric, [file for pair in chunk for file in pair], known, broken)
+        _embed(compare, [file for pair in chunk for file in pair], known, broken)
         whole = [i for i, pair in enumerate(chunk) if not broken.keys() & set(pair)]
         if whole:
             z, y = (torch.stack([known[chunk[i][side]] for i in whole]) for side in (0, 1))
-            distances = geometry.cosine_distance(z, y, metric.anchor).tolist()
+            distances = compare.distance(z, y).tolist()
             intervals: list[tuple[float, float] | None] = [None] * len(whole)
             if eps is not None:
-                lower, upper = certificates.distance_interval(z, y, eps, **options)
+                lower, upper = compare.interval(z, y, eps)
                 intervals = list(zip(lower.tolist(), upper.tolist(), strict=True))
             for i, distance, interval in zip(whole, distances, intervals, strict=True):
                 found[start + i] = FileDistance(*chunk[i], distance, interval)
@@ -259,14 +255,14 @@ def same_files(
     """
     value = threshold_of(metric, threshold)
     files = {"left": user_path(left), "right": user_path(right)}
-    images = [load_image(file, metric.preprocess) for file in files.values()]
-    z, y = embed_exactly(metric, torch.stack(images)).unsqueeze(1)
-    (same,), (radius,), (other_radius,) = decide(metric, z, y, value)
+    compare = pair_geometry(metric)
+    z, y = compare.embed(load_images(files.values(), metric.preprocess)).unsqueeze(1)
+    (same,), (radius,), (other_radius,) = compare.decide(z, y, value)
     radii = {"left": float(radius), "right": float(other_radius)} if metric.has_bound else None
     pictures = {name: read_image(file) for name, file in files.items()}
     return SameCertificate(
         same=bool(same),
-        distance=float(geometry.cosine_distance(z, y, metric.anchor)),
+        distance=float(compare.distance(z, y)),
         threshold=value,
         radius=radii,
         original_radius=None if radii is None else original_radii(metric, pictures, radii),
@@ -290,40 +286,15 @@ def threshold_of(metric: PerceptualMetric, threshold: float | None = None) -> fl
     return metric.threshold.value
 
 
-def decide(metric: PerceptualMetric, z: Tensor, y: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Answer "the same", ``d ≤ threshold``, from features ``(N, D)`` in float64, and how far either image may change.
-
-    Returns:
-        ``(N,)`` bool, and the certified radii ``(N,)`` of the first and of the second images; 0 without a bound.
-    """
-    same = geometry.cosine_distance(z, y, metric.anchor) <= threshold
-    if not metric.has_bound:
-        return same, torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
-    metric.check_precision()
-    options = metric.certificate_options
-    signed = certificates.same_radius(z, y, threshold, **options)
-    other = certificates.same_radius(y, z, threshold, **options)
-    # Near 2 distances lose the digits that angles, and with them radii, have: the side is that of the radius.
-    same = torch.where(signed != 0, signed > 0, same)
-    return same, signed.abs(), other.abs()
-
-
-@torch.no_grad()
-def embed_exactly(metric: PerceptualMetric, images: Tensor) -> Tensor:
-    """Features ``(N, D)`` of images, computed in full precision and handed on in float64 on the CPU."""
-    with full_precision(), evaluation_mode(metric.encoder):
-        return metric.embed(images.to(metric.device, metric.dtype)).double().cpu()
-
-
-def _embed(metric: PerceptualMetric, files: Sequence[Path], known: dict[Path, Tensor], broken: dict[Path, str]) -> None:
+def _embed(compare: PairGeometry, files: Sequence[Path], known: dict[Path, Tensor], broken: dict[Path, str]) -> None:
     """Add the features of files that are in neither; what cannot be read goes to ``broken``."""
     images: dict[Path, Tensor] = {}
     for file in dict.fromkeys(files):
         if file in known or file in broken:
             continue
         try:
-            images[file] = load_image(file, metric.preprocess)
+            images[file] = load_image(file, compare.metric.preprocess)
         except (LipsimError, OSError) as error:
             broken[file] = str(error)
     if images:
-        known.update(zip(images, embed_exactly(metric, torch.stack(list(images.values()))), strict=True))
+        known.update(zip(images, compare.embed(torch.stack(list(images.values()))), strict=True))

@@ -15,6 +15,7 @@ from lipsim.certificates import geometry
 from lipsim.layers.base import evaluation_mode, exact_copy
 from lipsim.metric.graphs import GraphName
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.tiles import TiledMetric
 from lipsim.utils.precision import full_precision
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -163,7 +164,9 @@ def check_torch(metric: PerceptualMetric, files: Mapping[GraphName, Path]) -> li
 
 
 def check_metric(metric: PerceptualMetric, other: PerceptualMetric) -> list[GraphCheck]:
-    """:func:`check_graphs` of another metric, as one that was folded, written and loaded."""
+    """:func:`check_graphs` of another metric, as one that was folded, written and loaded; of tiles, of one of them."""
+    if isinstance(metric, TiledMetric) and isinstance(other, TiledMetric):
+        return check_metric(metric.tile, other.tile)
 
     def radius(*images: Tensor) -> tuple[Tensor, Tensor]:
         certificate = other.certify(*images)

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.layers import freeze
+from lipsim.layers.base import FoldedLayer
+from lipsim.layers.encoder import dtype_of
 from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
 from lipsim.metric.thresholds import Threshold
 from lipsim.metric.tiles import TiledMetric
+from lipsim.students import FoldedNetwork
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import file_sha256, write_safetensors
@@ -39,12 +42,14 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     Args:
         metric: the metric, whose encoder is of this package or of a class that
             :func:`lipsim.metric.register_encoder` has registered. Its Lipschitz bound is stored as it stands, LoRA
-            layers are written merged.
+            layers are written merged. In half precision derived weights are written as they are rounded, by a
+            :class:`lipsim.students.FoldedNetwork`: rounded parameters would derive others.
         path: ``….safetensors``; parent folders are made.
-        notes: anything else to keep in the header (JSON).
+        notes: anything else to keep in the header (JSON); None: :attr:`PerceptualMetric.notes`, of the file that the
+            metric is from.
 
     Raises:
-        ValueError: the encoder is of a class that no header can name.
+        ValueError: the encoder is of a class that no header can name, or in half precision with a bound.
         OSError: the file cannot be written.
 
     Example:
@@ -58,9 +63,10 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         True
     """
     path, threshold = user_path(path), metric.threshold
+    notes = metric.notes if notes is None else notes
     framing, metric = _framing(metric), _of_a_tile(metric)
-    encoder = merged(metric.encoder)
-    header = {**describe(metric, encoder), **framing, "notes": notes or {}}
+    encoder = _written(metric.encoder)
+    header = {**describe(metric, encoder), **framing, "notes": notes}
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
@@ -69,6 +75,25 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
     write_safetensors(path, encoder.state_dict(), metadata)
     return path
+
+
+def _written(encoder: nn.Module) -> nn.Module:
+    """The encoder whose state a file holds, and computes with.
+
+    Raises:
+        ValueError: its derived weights are in half precision, and no file can hold them.
+    """
+    encoder = merged(encoder)
+    folded = any(isinstance(module, FoldedLayer) for module in encoder.modules())
+    if not folded or dtype_of(encoder) in (torch.float32, torch.float64):
+        return encoder
+    try:
+        return FoldedNetwork.from_encoder(encoder)
+    except LipsimError as error:
+        raise LipsimError(
+            f"cannot save a {type(encoder).__name__} in half precision: its weights are rounded after they are "
+            "derived, which no file can say; save it in float32, and call .half() after loading"
+        ) from error
 
 
 def describe(metric: PerceptualMetric, encoder: nn.Module) -> dict[str, Any]:
@@ -195,16 +220,21 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
         metric = TiledMetric(metric, grid)
     # It was chosen on images that came to the metric as its file says.
     metric.threshold = threshold if (framing, grid) == (own, own_grid) else None
+    notes = header.get("notes")
+    metric.notes = dict(notes) if isinstance(notes, dict) else {}
     return metric
 
 
-def write_threshold(source: str | Path, path: str | Path, threshold: Threshold) -> Path:
+def write_threshold(source: str | Path, path: str | Path, threshold: Threshold, metric: PerceptualMetric) -> Path:
     """Copy the file of a metric with a threshold in its header; all else in it stays as it is, bit by bit.
+
+    But for the framing: the file says from now on how images came to the metric that the threshold was chosen for.
 
     Args:
         source: a ``.safetensors`` file, a training checkpoint, which is exported first, or a bundled name.
         path: ``….safetensors``, perhaps the same; it is replaced as a whole or not at all.
         threshold: what the header has from now on.
+        metric: of that file, as :func:`load` gave it.
 
     Raises:
         FileNotFoundError: no such metric.
@@ -213,11 +243,13 @@ def write_threshold(source: str | Path, path: str | Path, threshold: Threshold) 
     """
     file, path = resolve(source), user_path(path)
     if file.suffix == ".ckpt":
-        metric = load(file)
         metric.threshold = threshold
         return save(metric, path)
     header, state = _read_export(file)
     _, metadata = read_safetensors(file)
+    given = _framing(metric)
+    if given != {"framing": "stretch", **{name: header[name] for name in ("framing", "grid") if name in header}}:
+        header = {**{name: value for name, value in header.items() if name != "grid"}, **given}
     metadata["metric"] = json.dumps({**header, "threshold": threshold.header()})
     write_safetensors(path, state, metadata)
     return path
@@ -258,7 +290,7 @@ def holds(path: Path, metric: PerceptualMetric) -> bool:
         _, state = _read_export(path)
     except ValueError:
         return False
-    own = merged(_of_a_tile(metric).encoder).state_dict()
+    own = _written(_of_a_tile(metric).encoder).state_dict()
     return own.keys() == state.keys() and all(torch.equal(own[name].cpu(), tensor) for name, tensor in state.items())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lipsim.layers.base import FoldedLayer
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.tiles import TiledMetric
 from lipsim.students import FoldedNetwork
 from lipsim.utils.files import state_fingerprint
 
@@ -16,11 +17,16 @@ def folded_copy(metric: PerceptualMetric) -> PerceptualMetric:
 
     What :func:`lipsim.metric.save` writes of it is loaded without deriving a weight, needs no package that derived
     them, and holds the very numbers that were folded here: other machines fold the same parameters to other last
-    digits. It is audited like any other file. An encoder that derives no weights is copied as it is.
+    digits. It is audited like any other file. An encoder that derives no weights is copied as it is; of a metric of
+    tiles that of a tile is folded.
 
     Raises:
         ValueError: the encoder is not a sequence of layers that a file can name.
     """
+    if isinstance(metric, TiledMetric):
+        tiled = TiledMetric(folded_copy(metric.tile), metric.grid)
+        tiled.threshold, tiled.notes = metric.threshold, dict(metric.notes)
+        return tiled
     copy = deepcopy(metric).requires_grad_(False).eval()
     if any(isinstance(module, FoldedLayer) for module in metric.encoder.modules()):
         copy.encoder = FoldedNetwork.from_encoder(copy.encoder)
@@ -28,8 +34,10 @@ def folded_copy(metric: PerceptualMetric) -> PerceptualMetric:
 
 
 def notes_on_folding(metric: PerceptualMetric) -> dict[str, Any]:
-    """What a folded file notes about the metric that it was made from."""
+    """What a folded file notes about the metric that it was made from, besides that one's own notes."""
+    encoder = metric.tile.encoder if isinstance(metric, TiledMetric) else metric.encoder
     return {
-        "folded_from": type(metric.encoder).__name__,
-        "folded_state_sha256": state_fingerprint(metric.encoder.state_dict()),
+        **metric.notes,
+        "folded_from": type(encoder).__name__,
+        "folded_state_sha256": state_fingerprint(encoder.state_dict()),
     }

@@ -180,7 +180,7 @@ def metric_graphs(
     if type(metric) is not PerceptualMetric:
         raise LipsimError(
             f"a {type(metric).__name__} has no graphs: its distance and its radius are not those of one embedding with "
-            "an anchor; export the metric that it is made of"
+            "an anchor; export the metric that it is made of, of tiles metric.tile (--framing stretch)"
         )
     names = default_graphs(metric) if names is None else names
     unknown = [name for name in names if name not in GRAPHS]

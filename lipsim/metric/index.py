@@ -229,6 +229,7 @@ class ImageIndex:
             "metric": metric,
             "root": None if self.root is None else str(self.root.absolute()),
             "feature_error": self.feature_error,
+            **self._framing,
         }
         written = user_path(path)
         write_records(written, self.records, header, self.skipped)
@@ -253,18 +254,26 @@ class ImageIndex:
         if metric is None:
             if not header["metric"]:
                 raise LipsimError(f"{path} does not say where its metric is; give the metric")
-            metric = load(header["metric"])
+            metric = load(header["metric"], framing=header.get("framing"), grid=header.get("grid"))
         own = embedding_fingerprint(metric)
         if header["fingerprint"] != own:
             named = f" ({header['metric']})" if header["metric"] else ""
+            way = header.get("framing", "stretch")
+            way += f" with a grid of {header['grid']}" if "grid" in header else ""
             raise LipsimError(
-                f"{path} has embeddings of another metric{named}, or of images prepared in another way; give that one, "
-                "or index the images again into another file"
+                f"{path} has embeddings of another metric{named}, or of images prepared in another way (its framing is "
+                f"{way}); give that one, or index the images again into another file"
             )
         index = cls(metric, None if header["root"] is None else Path(header["root"]))
         index.records, index.skipped = records, skipped
         index.feature_error = header["feature_error"]
         return index
+
+    @property
+    def _framing(self) -> dict[str, Any]:
+        """How images come to the metric, where that is not how its file says."""
+        images = self.metric.preprocess
+        return {"framing": images.framing} | ({"grid": images.grid} if images.framing == "tiles" else {})
 
     def path(self, item: int) -> str:
         """The file of a row."""

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lipsim.certificates import geometry
-from lipsim.layers.base import exact_copy
-from lipsim.layers.fingerprint import Fingerprint, fingerprint
+from lipsim.layers.base import Source, exact_copy
 
 # The relative error in float32 is 2·η/√(2d), with the error η of a unit feature: 1e-5 at this distance for η = 7e-7,
 # where 4e-7 was the most between batches of 1 to 64 photographs.
@@ -26,12 +25,12 @@ NEAR = 1e-2
 class NearDuplicates:
     """Computes small distances again, and keeps the encoder's copy in float64 that it takes.
 
-    The copy is used for as long as the encoder is what it was when it was made, bit by bit. It is no part of a copy of
-    this, nor of a pickle.
+    The copy is used for as long as the encoder is what it was when it was made: its modules with their attributes and
+    hooks, and all tensors bit by bit. It is no part of a copy of this, nor of a pickle.
     """
 
     def __init__(self) -> None:
-        self._exact: tuple[Fingerprint, nn.Module] | None = None
+        self._exact: tuple[Source, nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NearDuplicates:
         return NearDuplicates()
@@ -64,10 +63,10 @@ class NearDuplicates:
         return distance.index_copy(0, near, exact.to(distance.dtype))
 
     def _copy(self, encoder: nn.Module) -> nn.Module:
-        content, known = fingerprint(encoder), self._exact
-        if known is None or known[0] != content:
+        known = self._exact
+        if known is None or not known[0].is_that_of(encoder):
             with torch.inference_mode(False):
-                known = content, exact_copy(encoder)
+                known = Source(encoder, whole=True), exact_copy(encoder)
             self._exact = known
         return known[1]
 

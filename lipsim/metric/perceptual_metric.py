@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from copy import deepcopy
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class PerceptualMetric(nn.Module):
     Attributes:
         threshold: the distance up to which two images count as the same; None where none was chosen
             (:func:`lipsim.evaluation.thresholds.calibrate`).
+        notes: what the file that it is from says besides (JSON); :func:`lipsim.metric.save` keeps it.
         feature_error_kind: "searched" where :attr:`feature_error` is what a search found, enlarged
             (:mod:`lipsim.audit.arithmetic`; it proves nothing), "declared" by whoever set it, or "none".
 
@@ -103,6 +104,7 @@ class PerceptualMetric(nn.Module):
         self.feature_error_kind = "declared" if feature_error else "none"
         self.preprocess = Preprocess(image_size, resize, framing)
         self.threshold: Threshold | None = None
+        self.notes: dict[str, Any] = {}
         if lipschitz is None:
             self.audit()
 

@@ -186,6 +186,15 @@ class TiledMetric(PerceptualMetric):
         """Of the functions in :mod:`lipsim.certificates`, for the features of :meth:`embed`."""
         return {"anchor": 0.0, "lipschitz": self.lipschitz, "feature_error": 2 * self.feature_error}
 
+    @property
+    def tile_options(self) -> dict[str, float]:
+        """Of the functions in :mod:`lipsim.certificates.tiles`, for the features of :meth:`embed_tiles`.
+
+        Raises:
+            ValueError: the encoder or the anchor of the tile has been replaced.
+        """
+        return self._unchanged().certificate_options
+
     def audit(self) -> audit.LipschitzReport:
         """Bound the encoder of a tile with its present weights, and use this bound from now on."""
         return self.tile.audit()
@@ -213,7 +222,7 @@ class TiledMetric(PerceptualMetric):
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
         z, z0, z1 = self.embed_tiles(torch.cat([reference, left, right])).chunk(3)
-        return certificates.certify_tiles(reference, z, z0, z1, **self._unchanged().certificate_options)
+        return certificates.certify_tiles(reference, z, z0, z1, **self.tile_options)
 
     @torch.no_grad()
     def distance_bounds(self, x: Tensor, y: Tensor, eps: float, *, check_range: bool = True) -> tuple[Tensor, Tensor]:
@@ -223,7 +232,7 @@ class TiledMetric(PerceptualMetric):
             ValueError: as of :meth:`PerceptualMetric.distance_bounds`.
         """
         z, z_other = self._pair(x, y, check_range)
-        return certificates.tiled_distance_interval(z, z_other, eps, **self._unchanged().certificate_options)
+        return certificates.tiled_distance_interval(z, z_other, eps, **self.tile_options)
 
     @torch.no_grad()
     def threshold_radius(self, x: Tensor, y: Tensor, threshold: float, *, check_range: bool = True) -> Tensor:
@@ -233,7 +242,7 @@ class TiledMetric(PerceptualMetric):
             ValueError: as of :meth:`distance_bounds`, or a threshold outside [0, 2].
         """
         z, z_other = self._pair(x, y, check_range)
-        return certificates.tiled_threshold_radius(z, z_other, threshold, **self._unchanged().certificate_options)
+        return certificates.tiled_threshold_radius(z, z_other, threshold, **self.tile_options)
 
     def embed_tiles(self, x: Tensor) -> Tensor:
         """Features of the tiles ``(N, T, D)``, before anchor and projection, in full precision."""

@@ -137,7 +137,7 @@ class LipSimilarity(Metric):
             return
         self.rows.append(rows.detach())  # with their graphs they would keep all images
         if index is not None:
-            self.index.append(torch.as_tensor(index, device=rows.device))
+            self.index.append(torch.as_tensor(index, dtype=torch.int64, device=rows.device))
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         """Mean, sum or each of the distances over all processes; with ``eps``, and their bounds.
@@ -164,6 +164,19 @@ class LipSimilarity(Metric):
         if len(index) != len(rows):
             raise LipsimError(f"expected an index in every update or in none, got {len(index)} for {len(rows)} pairs")
         return rows[unique_first(index)[1]]
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather what all processes have seen; one that has seen nothing sends none in the shape and dtype of others.
+
+        What torchmetrics would send for it has another number of dimensions, at which gloo aborts.
+        """
+        if self.per_sample:
+            if not self.rows:
+                columns = 1 if self.eps is None else 3
+                self.rows.append(torch.zeros(0, columns, dtype=torch.float64, device=self.device))
+            if not self.index:
+                self.index.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+        super().sync(*args, **kwargs)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one result of ``compute`` or ``forward``, a list of them (over steps), or what compute gives now.

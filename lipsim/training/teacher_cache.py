@@ -27,7 +27,8 @@ from lipsim.data.embeddings.cache import (
     teacher_fingerprint,
     write_shard,
 )
-from lipsim.data.sets.folder import VIEWS, list_images
+from lipsim.data.pack import DESCRIPTION, ImagePack
+from lipsim.data.sets.folder import VIEWS, ListedImages, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.evaluation.processes import ProcessFailed, processes, total
 from lipsim.metric import PerceptualMetric, load
@@ -116,23 +117,51 @@ class HashedImages(Dataset[tuple[Tensor, Tensor]]):
     """Image files, each with the SHA-256 of the file.
 
     Args:
-        folder: folder of the images.
+        folder: folder of the images, or a pack of them.
         names: ``(N,)`` bytes, relative to it.
         transform: from a decoded image to a tensor; None: only the files are read and hashed.
+
+    Raises:
+        ValueError: a pack of images under another transform.
     """
 
     def __init__(self, folder: Path, names: np.ndarray, transform: CentralCrop | None) -> None:
         self.folder, self.names, self.transform = folder, names, transform
+        self.pack = open_pack(folder, transform)
+        self._rows = None if self.pack is None else self.pack.find(names)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """An image ``(3, S, S)``, empty without a transform, and a hash ``(32,)`` uint8."""
+        if self.pack is not None and self._rows is not None:
+            row = int(self._rows[index])
+            image = torch.empty(0) if self.transform is None else self.pack.image(row)
+            return image, torch.from_numpy(self.pack.sha256[row].copy())
         file = self.folder / os.fsdecode(bytes(self.names[index]))
         content = file.read_bytes()
         digest = torch.frombuffer(bytearray.fromhex(sha256(content)), dtype=torch.uint8)
         return torch.empty(0) if self.transform is None else load_image(file, self.transform, content), digest
+
+
+def open_pack(images: Path, transform: CentralCrop | None = None) -> ImagePack | None:
+    """The pack that is at a folder of images; None where that has files.
+
+    Raises:
+        ValueError: it is of images under another transform.
+    """
+    if not (images / DESCRIPTION).is_file():
+        return None
+    pack = ImagePack(images)
+    if transform is not None:
+        pack.check_transform(transform)
+    return pack
+
+
+def _listed(images: Path) -> ListedImages:
+    pack = open_pack(images)
+    return list_images(images) if pack is None else ListedImages(pack.paths, "")
 
 
 def describe(
@@ -141,6 +170,7 @@ def describe(
     short_side: int | None = None,
     dtype: str = "float16",
     precision: str = "float32",
+    rounded: bool = False,
 ) -> CacheDescription:
     """The description of a teacher's cache; arguments as of :func:`cache_teacher`.
 
@@ -159,6 +189,7 @@ def describe(
         views=tuple(views),
         dtype=dtype,
         precision=precision,
+        rounded=rounded,
     )
 
 
@@ -265,7 +296,7 @@ def cache_teacher(
 
     Args:
         teacher: an exported metric, a file or the name of a bundled one.
-        images: folder of the images, at any depth.
+        images: folder of the images, at any depth, or a pack of central crops of them.
         output: folder of the cache.
         views: of :data:`lipsim.data.sets.folder.VIEWS`, an embedding for each.
         short_side: what the short side is resized to before the central crop; None: nothing.
@@ -288,7 +319,8 @@ def cache_teacher(
         check_count(name, number)
     fabric = processes(accelerator, devices, num_nodes)
     metric = load(teacher)
-    description = describe(metric, views, short_side, dtype, precision)
+    pack = open_pack(images, CentralCrop(metric.image_size, short_side))
+    description = describe(metric, views, short_side, dtype, precision, pack is not None and pack.rounded)
     if (output / "cache.json").is_file():
         # Before other processes are started, which would wait for one that fails.
         CacheDescription.read(output).check_equal(description, output)
@@ -298,7 +330,7 @@ def cache_teacher(
     if fabric.is_global_zero:
         # By one process, since the others may find shards that were written meanwhile.
         try:
-            listed = list_images(images)
+            listed = _listed(images)
             description.write(output)
             remove_leftovers(output)
             if listed.skipped:
@@ -371,7 +403,9 @@ def check_cache(
         cache = EmbeddingCache(output)
         metric = load(teacher).to(processes(accelerator).device)
         cache.check_teacher(metric.encoder, teacher)
-        listed = list_images(images).names
+        pack = open_pack(images, cache.description.transform)
+        cache.check_rounded(pack is not None and pack.rounded)
+        listed = _listed(images).names
         rows = cache.find(listed)
         faults = _fault("images are not in the cache", listed[rows < 0])
         names, rows = listed[rows >= 0], rows[rows >= 0]

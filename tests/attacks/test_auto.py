@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lipsim
 from lipsim import PerceptualMetric
-from lipsim.attacks import ATTACKS, TwoAFCObjective, apgd, auto, minimal_norm, square
+from lipsim.attacks import ATTACKS, TwoAFCObjective, apgd, auto, minimal_norm, pgd, square
 from lipsim.attacks.images import attack_pair, attack_triplet
 from lipsim.attacks.projections import NORMS, Ball, Norm, sample_norm
 from lipsim.attacks.registry import attacks_in, check_attacks, suite
@@ -188,6 +188,22 @@ def test_alone_and_in_the_suite_an_attack_does_the_same() -> None:
     nearest = minimal_norm(objective, x, steps=15)
     assert (sample_norm(nearest - x) <= 0.25).all()
     assert (auto(objective, x, eps=0.25, attacks=["minimal_norm"], steps=15).broken_at == 0.25).all()
+
+
+@pytest.mark.parametrize("attacks", [("apgd", "minimal_norm", "square"), ("square", "apgd"), ("minimal_norm", "pgd")])
+def test_what_holds_has_the_largest_objective_that_any_attack_reached(attacks: tuple[str, ...]) -> None:
+    """Whichever ran last; the truth is the best of the attacks run by themselves, at every budget."""
+    distance = torch.tensor([0.9, 5.0, 2.0], dtype=torch.float64)
+    objective, x = _counting(distance)
+    options: dict[str, Any] = {"steps": 12, "seed": 2}
+    result = auto(objective, x, eps=[0.1, 0.3], attacks=attacks, queries=12, **options)
+    assert torch.isinf(result.broken_at).all()
+    alone = {"apgd": apgd, "square": square, "pgd": pgd}
+    found = [alone[name](objective, x, eps=e, **options) for name in attacks if name in alone for e in (0.1, 0.3)]
+    best = torch.stack([objective(x), *(objective(x_adv) for x_adv in found)]).amax(0)
+    torch.testing.assert_close(objective(result.x_adv), best, rtol=0, atol=1e-12)
+    assert (objective(result.x_adv) > objective(x)).all()
+    assert (sample_norm(result.x_adv - x) <= 0.3 + 1e-9).all()
 
 
 class Stairs:

@@ -34,7 +34,7 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _attack(*args: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        main(["attack", *args, "--checkpoint", "m.safetensors", "--steps", "20"])
+        main(["attack", *args, "--metric", "m.safetensors", "--steps", "20"])
     return stop.value.code  # type: ignore[return-value]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -41,19 +40,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             Image.fromarray(near.astype(np.uint8)).save(tmp_path / name / f"{number}.png")
     save(PerceptualMetric(OrthogonalProjection(SIZE, 48), SIZE), "m.safetensors", {"by": "us", "epochs": 3})
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line: exit status, stdout and stderr."""
-
-    def run(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(shlex.split(line))
-        found = capsys.readouterr()
-        return stop.value.code, found.out, found.err  # type: ignore[return-value]
-
-    return run
 
 
 def table(text: str) -> list[dict[str, str]]:

@@ -61,6 +61,24 @@ def test_very_long_images_keep_a_row() -> None:
     assert Preprocess(SIDE, framing="pad")(_image(1000, 1)).shape == (3, SIDE, SIDE)
 
 
+@pytest.mark.parametrize(("shape", "side"), [((17, 1), 5), ((23, 2), 9), ((1, 17), 5), ((6, 7), 1), ((4, 1), 1)])
+def test_narrow_images_are_resized_axis_by_axis(shape: tuple[int, int], side: int) -> None:
+    """The result is one pixel wide or high; each axis has the map that its norm was computed of."""
+    for preprocess in (Preprocess(side, framing="pad"), Preprocess(side, framing="center-crop"), Preprocess(side)):
+        frame = preprocess.frame(*shape)
+        rows, columns = (
+            torch.nn.functional.interpolate(
+                torch.eye(seen, dtype=torch.float64)[:, None, None], size=(1, resized), mode="bicubic", antialias=True
+            ).flatten(1)
+            for seen, resized in zip(frame.seen, frame.resized, strict=True)
+        )
+        x = to_tensor(_image(*shape)).double()
+        (top, left), (height, width) = (frame.top, frame.left), frame.seen
+        expected = (rows.T @ x[:, top : top + height, left : left + width] @ columns).clamp(0, 1)
+        padded = torch.nn.functional.pad(expected, frame.border, value=FILL)
+        assert (preprocess(_image(*shape)) - padded).abs().max() <= 2**-24
+
+
 def test_turned_images() -> None:
     image = _image(9, 14)
     exif = image.getexif()

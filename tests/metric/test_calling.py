@@ -121,6 +121,22 @@ def test_the_exact_weights_follow_the_encoder_and_are_no_part_of_copies(metric: 
     assert not torch.allclose(before, expected, rtol=1e-3)
 
 
+def test_the_exact_weights_see_hooks_and_attributes(metric: PerceptualMetric) -> None:
+    x = torch.rand(3, 3, 16, 16)
+    y = near_duplicates_of(x)
+    before = metric(x, y)
+    kept = metric._near_duplicates._exact
+    hook = next(metric.encoder.children()).register_forward_hook(lambda _module, _input, output: 2 * output)
+    assert (metric(x, y) != before).all()
+    hook.remove()
+    assert torch.equal(metric(x, y), before)
+    assert metric._near_duplicates._exact is not kept
+    kept = metric._near_duplicates._exact
+    metric.encoder.note = (1, 2)  # type: ignore[assignment]
+    metric(x, y)
+    assert metric._near_duplicates._exact is not kept
+
+
 def test_only_audited_metrics_are_computed_in_float64() -> None:
     class Single(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

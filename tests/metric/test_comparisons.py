@@ -12,7 +12,8 @@ from PIL import Image
 
 from lipsim import PerceptualMetric, certificates
 from lipsim.metric import certify_files, compare_files, comparisons, rank_files, same_files
-from lipsim.metric.comparisons import certify_many, decide, embed_exactly, threshold_of
+from lipsim.metric.comparisons import certify_many, threshold_of
+from lipsim.metric.pairs import pair_geometry
 from lipsim.metric.thresholds import Threshold
 from lipsim.students import OrthogonalProjection
 
@@ -123,8 +124,8 @@ def test_a_tie_at_the_threshold_is_the_same_and_has_no_radius(metric: Perceptual
     assert same_files(metric, files[0], files[1], tie).same
     assert same_files(metric, files[0], files[1], tie).radius == {"left": 0.0, "right": 0.0}
     assert not same_files(metric, files[0], files[1], math.nextafter(tie, 0)).same
-    z = embed_exactly(metric, torch.rand(5, 3, SIZE, SIZE))
-    same, *radii = decide(metric, z, z, 0.0)  # copies of an image at the smallest threshold there is
+    z = pair_geometry(metric).embed(torch.rand(5, 3, SIZE, SIZE))
+    same, *radii = pair_geometry(metric).decide(z, z, 0.0)  # copies of an image at the smallest threshold there is
     assert same.all() and all((radius == 0).all() for radius in radii)
 
 

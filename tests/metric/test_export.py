@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -461,3 +462,41 @@ def test_onnx_without_its_packages_says_what_to_install(
 def test_centering_is_kept() -> None:
     network = FoldedNetwork([{"kind": "Centering", "offset": 0.25}, {"kind": "Flatten"}], 4, 48)
     assert isinstance(network[0], Centering) and float(network(torch.zeros(1, 3, 4, 4)).max()) == -0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_half_precision_holds_what_the_metric_computes_with(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights that were derived before they were rounded; rounded parameters would derive others."""
+    metric = lipsim.load("quickstart")
+    x = torch.rand(4, 3, 64, 64)
+    y = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    exact = metric(x, y)
+    metric.to(dtype)
+    with pytest.raises(ValueError, match=r"half precision .*store them in float32"):
+        save(metric, tmp_path / "m.safetensors")
+    metric.lipschitz = math.inf  # for distances alone
+    file = save(metric, tmp_path / "m.safetensors")
+    again = load(file)
+    assert again.dtype == dtype and files.holds(file, metric)
+    distance = again(x.to(dtype), y.to(dtype))
+    assert torch.equal(distance, metric(x.to(dtype), y.to(dtype)))
+    rtol = {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(distance.float(), exact, rtol=rtol, atol=0)
+
+
+def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        """Not a sequence of layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.image_size, self.out_features, self.config = 16, 6, {}
+            self.layer = OrthogonalProjection(16, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features: Tensor = self.layer(x)
+            return features
+
+    metric = PerceptualMetric(Own(), 16, lipschitz=math.inf).half()
+    with pytest.raises(ValueError, match="save it in float32, and call"):
+        save(metric, tmp_path / "m.safetensors")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lipsim import PerceptualMetric
-from lipsim.metric import Threshold, load, save
+from lipsim.metric import Threshold, TiledMetric, load, save
 from lipsim.metric.files import read_facts, write_threshold
 from lipsim.metric.thresholds import choose_threshold
 from lipsim.students import OrthogonalProjection
@@ -58,7 +59,7 @@ def test_a_file_keeps_all_else_bit_by_bit(tmp_path: Path) -> None:
     file = save(metric, tmp_path / "m.safetensors", {"by": "us"})
     before = header_and_tensors(file)
     assert load(file).threshold is None
-    write_threshold(file, tmp_path / "c.safetensors", CHOSEN)
+    write_threshold(file, tmp_path / "c.safetensors", CHOSEN, load(file))
     header, *others = header_and_tensors(tmp_path / "c.safetensors")
     assert header.pop("threshold") == {
         "value": 0.125, "far": 0.01, "pairs": {"same": 7, "different": 300}, "data_sha256": "abc",
@@ -67,9 +68,34 @@ def test_a_file_keeps_all_else_bit_by_bit(tmp_path: Path) -> None:
     again = load(tmp_path / "c.safetensors")
     assert again.threshold == CHOSEN
     # In its own place, and through another save, it stays.
-    write_threshold(file, file, CHOSEN)
+    write_threshold(file, file, CHOSEN, load(file))
     assert load(save(again, tmp_path / "again.safetensors")).threshold == load(file).threshold == CHOSEN
     assert read_facts(file).header["threshold"]["value"] == 0.125 and read_facts(file).values == 4 * (3 * 8 * 8 + 1)
+
+
+@pytest.mark.parametrize("framing", [{"framing": "pad"}, {"framing": "tiles", "grid": 3}, {"framing": "stretch"}])
+def test_a_threshold_is_of_a_framing(framing: dict[str, Any], tmp_path: Path) -> None:
+    """The file takes it over from the metric, and has the notes and the weights that it had."""
+    tiles = TiledMetric(PerceptualMetric(OrthogonalProjection(8, 4), 8))
+    file = save(tiles, tmp_path / "m.safetensors", {"by": "us"})
+    before = header_and_tensors(file)
+    write_threshold(file, tmp_path / "c.safetensors", CHOSEN, load(file, **framing))
+    header, *others = header_and_tensors(tmp_path / "c.safetensors")
+    assert header.pop("threshold") == CHOSEN.header() and others == [*before[1:]]
+    assert header == {**{name: value for name, value in before[0].items() if name != "grid"}, **framing}
+    again = load(tmp_path / "c.safetensors")
+    assert again.threshold == CHOSEN and again.preprocess.framing == framing["framing"]
+    assert isinstance(again, TiledMetric) == ("grid" in framing)
+
+
+def test_notes_stay_with_a_metric(tmp_path: Path) -> None:
+    metric = PerceptualMetric(OrthogonalProjection(8, 4), 8)
+    file = save(metric, tmp_path / "m.safetensors", {"by": "us"})
+    for framing in ("pad", "tiles"):
+        again = save(load(file, framing=framing), tmp_path / "again.safetensors")
+        assert load(again).notes == {"by": "us"} and load(again).preprocess.framing == framing
+    assert load(save(load(file), tmp_path / "other.safetensors", {"epochs": 3})).notes == {"epochs": 3}
+    assert load(save(metric, file)).notes == {}
 
 
 @pytest.mark.parametrize(

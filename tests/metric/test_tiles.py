@@ -213,3 +213,29 @@ def test_files_are_certified_in_their_own_pixels(
     facts = json.loads(capsys.readouterr().out)
     assert facts["framing"] == framing and facts["radius"] == pytest.approx(found.radius, rel=1e-5)
     assert facts["image_size"] == (2 * SIDE if framing == "tiles" else SIDE)
+
+
+def test_certificates_know_that_a_tile_without_direction_takes_that_of_the_image() -> None:
+    """Zero features without an anchor are at distance 1 from everything; a change of one tile alone leads there."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 6, bias=False)).double()
+    bound = float(torch.linalg.matrix_norm(encoder[1].weight.detach(), 2)) * (1 + 1e-12)
+    tile = PerceptualMetric(encoder, SIDE, anchor=0.0, lipschitz=bound)
+    metric = TiledMetric(tile.eval().requires_grad_(False), 2)
+    x, y, _ = _triplet(count=1)
+    x[..., :SIDE, :SIDE] *= 1e-3
+    y[..., SIDE:], y[..., SIDE:, :] = x[..., SIDE:], x[..., SIDE:, :]
+    black = x.clone()
+    black[..., :SIDE, :SIDE] = 0
+    change = float((x - black).norm())
+    assert float(metric(x, y)) < 0.5 and float(metric(black, y)) == 1
+    assert 0 < float(metric.threshold_radius(x, y, 0.6)) <= change
+    for image, eps in ((x, change), (black, 0.0)):
+        lower, upper = metric.distance_bounds(image, y, eps)
+        assert lower <= metric(black, y) <= upper
+    assert metric.threshold_radius(black, y, 0.6) == metric.threshold_radius(y, black, 0.6) == 0
+    other = 1 - y
+    assert 0 < float(metric.certify(x, y, other).radius) <= change
+    for triplet in ((black, y, other), (y, black, other), (y, other, black)):
+        certificate = metric.certify(*triplet)
+        for name in ("radius", "left_radius", "right_radius", "joint_radius"):
+            assert getattr(certificate, name) == 0, name

@@ -150,6 +150,36 @@ def test_processes_are_reduced(
         torch.testing.assert_close(part.compute(), whole.compute())
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_process_without_pairs_sends_none_in_the_same_shape(
+    metric: PerceptualMetric, pairs: tuple[Tensor, Tensor], indexed: bool
+) -> None:
+    """Processes gather tensor by tensor: number, dimensions and dtypes have to agree."""
+    full, none = (LipSimilarity(metric, eps=0.1, per_sample=True) for _ in range(2))
+    full.update(*pairs, index=list(range(10)) if indexed else None)
+    sent: list[list[Tensor]] = []
+    for part in (full, none):
+        own: list[Tensor] = []
+
+        def send(tensor: Tensor, group: object = None, own: list[Tensor] = own) -> list[Tensor]:
+            own.append(tensor)
+            return [tensor]
+
+        part.sync(dist_sync_fn=send, distributed_available=lambda: True)
+        sent.append(own)
+    assert len(sent[0]) == len(sent[1]) == 2
+    for mine, other in zip(*sent, strict=True):
+        assert (mine.dtype, mine.shape[1:]) == (other.dtype, other.shape[1:]) and len(other) == 0
+    none.unsync()
+    assert len(none.scores) == 0
+    part = LipSimilarity(metric, per_sample=True)
+    gathered = iter([[sent[1][0][:, :1], sent[0][0][:, :1]], [sent[1][1], sent[0][1]]])
+    part.distributed_available_fn = lambda: True
+    part.dist_sync_fn = lambda tensor, group=None: next(gathered)
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        torch.testing.assert_close(part.compute(), metric(*pairs).mean())
+
+
 def test_the_network_is_no_part_of_a_checkpoint(metric: PerceptualMetric, pairs: tuple[Tensor, Tensor]) -> None:
     model = nn.Sequential(nn.Linear(2, 2), LipSimilarity(metric))
     assert list(model.state_dict()) == ["0.weight", "0.bias"]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lipsim import PerceptualMetric
 from lipsim.cli import main as command
+from lipsim.data import ImagePack, pack_images
 from lipsim.data.embeddings.cache import EmbeddingCache, shard_numbers
 from lipsim.data.sets.folder import list_images
 from lipsim.metric import load, save
@@ -90,6 +91,35 @@ def test_every_view_of_every_image_has_the_embedding_that_the_teacher_gives(caps
     assert half.embeddings(5).shape == (1, 12) and half.embeddings(5).dtype == np.float16
     rounded = cache.embedding(5, "plain").half().float()
     torch.testing.assert_close(half.embedding(5, "plain"), rounded, rtol=1e-3, atol=1e-7)
+
+
+def test_a_pack_is_embedded_as_its_files_are_but_for_the_rounding(capsys: pytest.CaptureFixture[str]) -> None:
+    pack_images("images", "pack", 16, frame="crop", short_side=16, num_workers=0)
+    main(_args("plain", "--dtype", "float32", "--short-side", "16"))
+    packed = _args("cache", "--dtype", "float32", "--short-side", "16")
+    packed[packed.index("images")] = "pack"
+    Path("images").rename("elsewhere")  # a pack needs no files
+    main(packed)
+    main([*packed, "--verify"])
+    assert "sound" in capsys.readouterr().out
+    plain, cache = EmbeddingCache("plain"), EmbeddingCache("cache")
+    assert cache.description.rounded and not plain.description.rounded
+    assert cache.paths.tolist() == plain.paths.tolist() and np.array_equal(cache.sha256, plain.sha256)
+    metric, pack = load("teacher.safetensors"), ImagePack("pack")
+    for row in (0, 77, 149):
+        expected = metric.embed(pack.image(row)[None])[0]
+        torch.testing.assert_close(cache.embedding(row, "plain"), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(cache.embedding(row, "plain"), plain.embedding(row, "plain"))
+    Path("elsewhere").rename("images")
+    with pytest.raises(SystemExit):
+        main(_args("cache", "--dtype", "float32", "--short-side", "16"))
+    assert "has rounded True instead of False" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(_args("cache", "--dtype", "float32", "--short-side", "16", "--verify"))
+    assert "differ by up to half a grey level" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*packed[:-1], "17"])
+    assert "has images under CentralCrop(image_size=16, short_side=16)" in capsys.readouterr().err
 
 
 def test_bfloat16_is_remembered_and_verified_as_such(capsys: pytest.CaptureFixture[str]) -> None:

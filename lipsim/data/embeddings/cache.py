@@ -37,7 +37,7 @@ from lipsim.utils.files import state_fingerprint, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-embeddings"
-VERSION = 2  # version 1 called short_side resize
+VERSION = 3  # version 1 called short_side resize, 2 had no packs
 DTYPES = ("float16", "float32")  # of what is stored
 PRECISIONS = ("float32", "bfloat16")  # in which the teacher runs
 _OPEN_SHARDS = 256  # a memory map keeps a file open, and a process may open some 1,000
@@ -57,6 +57,7 @@ class CacheDescription:
         views: names of :data:`lipsim.data.sets.folder.VIEWS`, in the order of the rows.
         dtype: of the stored embeddings.
         precision: that the teacher ran in, "float32" or "bfloat16" (autocast).
+        rounded: whether it saw images that a pack had rounded to eight bits.
     """
 
     teacher: str
@@ -67,6 +68,7 @@ class CacheDescription:
     views: tuple[str, ...]
     dtype: str
     precision: str
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         check_views(self.views)
@@ -193,7 +195,15 @@ class EmbeddingCache:
         Raises:
             ValueError: its ``content`` has another SHA-256.
         """
-        if sha256_of(content) != self.sha256[row].tobytes().hex():
+        self.check_sha256(row, file, bytes.fromhex(sha256_of(content)))
+
+    def check_sha256(self, row: int, file: Path, digest: bytes) -> None:
+        """Refuse an image of a file that is not the one that was embedded, by its SHA-256.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if digest != self.sha256[row].tobytes():
             raise LipsimError(
                 f"{file} is not the image whose embedding is in the cache {self.folder}: its content differs; restore "
                 f"it, or delete {index_file(self.folder, int(self._shard[row])).name} there and run {COMMAND} again"
@@ -214,8 +224,26 @@ class EmbeddingCache:
             )
 
     def check_images(self, images: FolderImages) -> None:
-        """Refuse images that are seen in another way than the teacher saw them, see :meth:`check_view`."""
+        """Refuse images that are seen in another way than the teacher saw them, see :meth:`check_view`.
+
+        Raises:
+            ValueError: another frame or view, or one of both is of images that a pack rounded and the other is not.
+        """
         self.check_view(images.transform, images.views)
+        self.check_rounded(images.rounded)
+
+    def check_rounded(self, rounded: bool) -> None:
+        """Refuse images of a pack that rounded them where the embeddings are of files, and the other way round.
+
+        Raises:
+            ValueError: they are.
+        """
+        if rounded != self.description.rounded:
+            theirs, ours = ("a pack" if of_pack else "files" for of_pack in (self.description.rounded, rounded))
+            raise LipsimError(
+                f"the cache {self.folder} is of images of {theirs} and the data has images of {ours}, which differ by "
+                f"up to half a grey level; give the same ones, or make another cache with {COMMAND}"
+            )
 
     def check_view(self, transform: CentralCrop, views: Sequence[str]) -> None:
         """Refuse another part of an image than the teacher saw, or a view that was not embedded.

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from lipsim.data.embeddings.cache import COMMAND, EmbeddingCache
 from lipsim.data.sets.folder import VIEWS, FolderImages
-from lipsim.data.transforms import load_image
 from lipsim.utils.errors import LipsimError
 
 CHECKED_FILES = 32  # when a set is opened; every file is checked whenever it is read
@@ -56,12 +55,16 @@ class EmbeddedFolder(Dataset[EmbeddedImages]):
 
     def __getitem__(self, index: int) -> EmbeddedImages:
         """One image ``(3, S, S)`` and the embedding ``(D,)`` of its view."""
-        image = load_image(self.images.path(index), self.images.transform, self._content(index))
+        image = self.images.load(index, self._content(index))
         view = self.images.draw_view()
         return EmbeddedImages(VIEWS[view](image), self.cache.embedding(int(self.rows[index]), view))
 
-    def _content(self, index: int) -> bytes:
-        file = self.images.path(index)
+    def _content(self, index: int) -> bytes | None:
+        """The file of an image, which is the one that was embedded; None where the image is in a pack."""
+        file, packed = self.images.path(index), self.images.sha256(index)
+        if packed is not None:
+            self.cache.check_sha256(int(self.rows[index]), file, packed)
+            return None
         content = file.read_bytes()
         self.cache.check_content(int(self.rows[index]), file, content)
         return content

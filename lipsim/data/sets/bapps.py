@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import Preprocess, load_image
+from lipsim.data.images import image_source
+from lipsim.data.pack import ImagePack
+from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -36,6 +38,8 @@ class BappsTriplets(Dataset[Triplet]):
         part: "train" or "val".
         preprocess: a metric's ``preprocess``, from image files to ``(3, S, S)`` in [0, 1].
         subsets: names of the subsets; None: all that were published (:data:`SUBSETS`).
+        pack: a pack of ``root`` to read the images from, or its folder; None: from their files. The folder is listed
+            all the same, and has the judgements.
 
     Attributes:
         files: reference, p0, p1 and judgement of each triplet, relative to ``root``.
@@ -52,6 +56,7 @@ class BappsTriplets(Dataset[Triplet]):
         part: str,
         preprocess: Preprocess,
         subsets: Sequence[str] | None = None,
+        pack: str | Path | ImagePack | None = None,
     ) -> None:
         if part not in SUBSETS:
             raise LipsimError(f"expected a part among {', '.join(SUBSETS)}, got {part!r}")
@@ -59,6 +64,7 @@ class BappsTriplets(Dataset[Triplet]):
         if not names:
             raise LipsimError("expected at least one subset of BAPPS, got none")
         self.root, self.preprocess = user_path(root), preprocess
+        self.images = image_source(self.root, preprocess, pack)
         by_subset = [_list_subset(self.root, part, name) for name in names]
         self.files = [files for listed in by_subset for files in listed]
         self._subset_names = names
@@ -86,11 +92,10 @@ class BappsTriplets(Dataset[Triplet]):
     def __getitem__(self, index: int) -> Triplet:
         """One triplet: images ``(3, S, S)``, scalar vote and index."""
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it
-        *paths, judge = (self.root / name for name in self.files[index])
-        reference, left, right = (load_image(path, self.preprocess) for path in paths)
-        return Triplet(
-            reference, left, right, torch.tensor(read_judge(judge), dtype=torch.float32), torch.tensor(index)
-        )
+        *names, judge = self.files[index]
+        reference, left, right = map(self.images.load, names)
+        vote = torch.tensor(read_judge(self.root / judge), dtype=torch.float32)
+        return Triplet(reference, left, right, vote, torch.tensor(index))
 
 
 def read_judge(path: str | Path) -> float:
@@ -109,24 +114,41 @@ def read_judge(path: str | Path) -> float:
     return vote
 
 
-def _list_subset(root: Path, part: str, subset: str) -> list[tuple[str, ...]]:
-    """Files of each triplet of a subset, by sorted name: reference, p0, p1, judgement."""
+def scan_subset(root: Path, part: str, subset: str) -> tuple[list[tuple[str, ...]], list[str]]:
+    """What is there of a subset, and what is not.
+
+    Returns:
+        Files of each whole triplet by sorted name (reference, p0, p1, judgement), and the files and folders that are
+        missing; all relative to ``root``, files without their ending.
+    """
     folder = f"2afc/{part}/{subset}"
     stems: dict[str, dict[str, str]] = {}
+    missing = []
     for kind in _PARTS:
         endings = (".npy",) if kind == "judge" else _IMAGES
         path = root / folder / kind
         if not path.is_dir():
-            raise FileNotFoundError(_missing(root, f"the folder {folder}/{kind} is"))
+            missing.append(f"{folder}/{kind}/")
+            continue
         files = (entry for entry in path.iterdir() if entry.suffix.lower() in endings and entry.name[0] != ".")
         stems[kind] = {entry.stem: f"{folder}/{kind}/{entry.name}" for entry in files}
     names = sorted(set().union(*stems.values()))
-    missing = [f"{folder}/{kind}/{name}" for name in names for kind in _PARTS if name not in stems[kind]]
+    missing += [f"{folder}/{kind}/{name}" for name in names for kind in stems if name not in stems[kind]]
+    whole = [name for name in names if all(name in stems.get(kind, {}) for kind in _PARTS)]
+    return [tuple(stems[kind][name] for kind in _PARTS) for name in whole], missing
+
+
+def _list_subset(root: Path, part: str, subset: str) -> list[tuple[str, ...]]:
+    """Files of each triplet of a subset, by sorted name: reference, p0, p1, judgement."""
+    triplets, missing = scan_subset(root, part, subset)
+    absent = [path for path in missing if path.endswith("/")]
+    if absent:
+        raise FileNotFoundError(_missing(root, f"the folder {absent[0].removesuffix('/')} is"))
     if missing:
         raise FileNotFoundError(_missing(root, f"{len(missing)} files ({missing[0]}, …) are"))
-    if not names:
-        raise FileNotFoundError(_missing(root, f"every file in {folder} is"))
-    return [tuple(stems[kind][name] for kind in _PARTS) for name in names]
+    if not triplets:
+        raise FileNotFoundError(_missing(root, f"every file in 2afc/{part}/{subset} is"))
+    return triplets
 
 
 def _missing(root: Path, what: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from lipsim.data.images import ImageSource
 from lipsim.data.transforms import missing_files
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -169,18 +170,20 @@ def require_columns(file: str | Path, rows: Sequence[Row], columns: Mapping[str,
         )
 
 
-def refuse_problems(file: str | Path, rows: Sequence[Row]) -> None:
+def refuse_problems(file: str | Path, rows: Sequence[Row], images: ImageSource | None = None) -> None:
     """Refuse a table with anything wrong in it, all of it in one message, by line.
 
     Args:
         file: the table.
         rows: its rows, whose cells have been read.
+        images: where its images are; None: in its folder.
 
     Raises:
         FileNotFoundError: nothing is wrong but that images are missing.
         ValueError: something is.
     """
-    missing = set(missing_files(user_path(file).parent, dict.fromkeys(path for row in rows for path in row.paths)))
+    paths = list(dict.fromkeys(path for row in rows for path in row.paths))
+    missing = set(missing_files(user_path(file).parent, paths) if images is None else images.missing(paths))
     told = []
     for row in rows:
         told += [(row.line, problem) for problem in row.problems]

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import CentralCrop, load_image
+from lipsim.data.pack import ImagePack, find_pack
+from lipsim.data.transforms import CentralCrop, load_image, load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 # In any case. What has another ending is no image.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif")
+
+JOURNAL = ".lipsim-check.jsonl"  # that `lipsim data check` leaves beside the images; nobody is told that it is no image
 
 # The views of an image that a student may be shown, functions of ``(…, 3, S, S)``. A teacher's embedding belongs to one
 # of them, so each is exact: what is random about a view is which one it is.
@@ -29,7 +32,8 @@ class FolderImages(Dataset[Tensor]):
     """The images under a folder, such as ``{folder}/{class}/{image}``; the folders that they are in are ignored.
 
     Args:
-        folder: their folder; :func:`list_images` finds them, at any depth.
+        folder: their folder; :func:`list_images` finds them, at any depth. Or a pack of such central crops, or
+            PACK/train for its images under train/.
         image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
         short_side: what the short side is resized to before; None: nothing, as published.
         views: names of :data:`VIEWS`, of which each access shows one, by torch's generator.
@@ -37,10 +41,11 @@ class FolderImages(Dataset[Tensor]):
     Attributes:
         names: ``(N,)`` bytes, relative to the folder, sorted.
         skipped: what else is there, in words; empty where nothing is.
+        pack: the pack that the images come from; None: they are files.
 
     Raises:
         FileNotFoundError: there is no image; the message says what is expected where.
-        ValueError: no such size or view.
+        ValueError: no such size or view, or a pack of images of another kind.
     """
 
     def __init__(
@@ -49,6 +54,12 @@ class FolderImages(Dataset[Tensor]):
         check_views(views)
         self.folder, self.views = user_path(folder), tuple(views)
         self.transform = CentralCrop(image_size, short_side)
+        self.pack: ImagePack | None = None
+        self._rows = np.empty(0, dtype=np.int64)
+        packed = find_pack(self.folder)
+        if packed is not None:
+            self._open_pack(*packed)
+            return
         try:
             listed = list_images(self.folder)
         except FileNotFoundError as error:
@@ -63,11 +74,33 @@ class FolderImages(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """One image ``(3, S, S)``, float32 in [0, 1]."""
-        return VIEWS[self.draw_view()](load_image(self.path(index), self.transform))
+        return VIEWS[self.draw_view()](self.load(index))
+
+    @property
+    def rounded(self) -> bool:
+        """Whether some images are those of a pack that had to round them to eight bits."""
+        return self.pack is not None and not bool(self.pack.exact[self._rows].all())
+
+    def load(self, index: int, content: bytes | None = None) -> Tensor:
+        """One image without a view, ``(3, S, S)``; of the ``content`` of its file where that is read already."""
+        if self.pack is not None:
+            return self.pack.image(int(self._rows[index]))
+        return load_image(self.path(index), self.transform, content)
+
+    def sha256(self, index: int) -> bytes | None:
+        """SHA-256 of the file that an image of a pack was made of; None where it is a file itself."""
+        return None if self.pack is None else self.pack.sha256[self._rows[index]].tobytes()
 
     def path(self, index: int) -> Path:
         """The file of an image."""
         return self.folder / os.fsdecode(bytes(self.names[index]))
+
+    def _open_pack(self, folder: Path, prefix: str) -> None:
+        self.pack = ImagePack(folder)
+        self.pack.check_transform(self.transform)
+        self.names = self.pack.names(prefix)
+        self._rows = self.pack.find(np.strings.add(os.fsencode(prefix), self.names))
+        self.skipped = ""
 
     def draw_view(self) -> str:
         """One of the views, each with the same probability."""
@@ -135,7 +168,7 @@ def load_first_images(folder: Path, count: int, preprocess: Callable[..., Tensor
     """
     listed = list_images(folder)
     files = [folder / os.fsdecode(bytes(name)) for name in listed.names[:count]]
-    return torch.stack([load_image(file, preprocess) for file in files]), listed.skipped
+    return load_images(files, preprocess), listed.skipped
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...], skip: Callable[[str, str], None]) -> Iterator[str]:
@@ -144,6 +177,8 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...], skip: Callable[[str, 
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
+        if entry.name == JOURNAL:
+            continue
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             skip("hidden files or folders", entry.path)
         elif entry.is_symlink() and not os.path.exists(entry.path):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lipsim.certificates.numbers import check_count
 from lipsim.data.embeddings.cache import COMMAND, EmbeddingCache
+from lipsim.data.pack import ImagePack, find_pack
 from lipsim.data.sets.folder import list_images
-from lipsim.data.transforms import CentralCrop, Preprocess, load_image, to_rgb
+from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess, load_image
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import sha256
 from lipsim.utils.paths import user_path
@@ -95,7 +95,8 @@ def load_image_store(
     """Read the images under a folder, at any depth: the centred square of each, resized and rounded to eight bits.
 
     Args:
-        folder: where :func:`lipsim.data.sets.folder.list_images` looks.
+        folder: where :func:`lipsim.data.sets.folder.list_images` looks. Or a pack of such squares, or PACK/train for
+            its images under train/, which gives the same.
         preprocess: how the square is resized, as a metric's has it.
         num_images: how many to draw; None: all.
         seed: of the draw.
@@ -104,10 +105,15 @@ def load_image_store(
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: an image cannot be read, or all of them would take more than :data:`MAX_BYTES`.
+        ValueError: an image cannot be read, all of them would take more than :data:`MAX_BYTES`, or a pack is of images
+            of another kind.
     """
     folder = user_path(folder)
-    names = list_images(folder).names
+    packed = find_pack(folder)
+    pack, prefix = (None, "") if packed is None else (ImagePack(packed[0]), packed[1])
+    if pack is not None:
+        pack.check_transform(CentredSquare(preprocess))
+    names = list_images(folder).names if pack is None else pack.names(prefix)
     if num_images is not None and check_count("num_images", num_images) < len(names):
         names = names[np.sort(np.random.default_rng(seed).permutation(len(names))[:num_images])]
     size = preprocess.image_size
@@ -121,7 +127,10 @@ def load_image_store(
     digests = torch.empty(len(names), 32, dtype=torch.uint8)
     # With its own generator, since a loader draws from torch's and what is in memory must not change a training.
     loader = DataLoader(
-        _Files(folder, names, preprocess), _READ_BATCH, num_workers=num_workers, generator=torch.Generator()
+        _Files(folder, names, preprocess) if pack is None else _Packed(pack, prefix, names),
+        _READ_BATCH,
+        num_workers=num_workers,
+        generator=torch.Generator(),
     )
     start, advance = 0, None if progress is None else progress.counter(len(names), "images")
     for batch, digest in loader:
@@ -146,12 +155,19 @@ class _Files(Dataset[tuple[Tensor, Tensor]]):
         file = self.folder / os.fsdecode(bytes(self.names[index]))
         content = file.read_bytes()
         digest = torch.frombuffer(bytearray.fromhex(sha256(content)), dtype=torch.uint8)
-        image = load_image(file, lambda image: self.preprocess(_square(to_rgb(image))), content)
+        image = load_image(file, CentredSquare(self.preprocess), content)
         return (image * 255).round().to(torch.uint8), digest
 
 
-def _square(image: Image.Image) -> Image.Image:
-    """The centred square, as large as the short side: what :class:`CentralCrop` shows of an image, before resizing."""
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    return image.crop((left, top, left + side, top + side))
+class _Packed(Dataset[tuple[Tensor, Tensor]]):
+    """The same of images in a pack."""
+
+    def __init__(self, pack: ImagePack, prefix: str, names: np.ndarray) -> None:
+        self.pack, self.rows = pack, pack.find(np.strings.add(os.fsencode(prefix), names))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = int(self.rows[index])
+        return torch.from_numpy(self.pack.pixels(row)), torch.from_numpy(self.pack.sha256[row].copy())

@@ -14,7 +14,7 @@ from torch import Tensor
 from lipsim.certificates.numbers import check_count
 from lipsim.data.sets.columns import Row, choose_columns, read_rows, refuse_problems, require_columns
 from lipsim.data.sets.matching import FilePairs, folder_images, match_names
-from lipsim.data.transforms import Preprocess, load_image
+from lipsim.data.transforms import Preprocess, load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import Digest, file_sha256
 from lipsim.utils.paths import user_path
@@ -128,7 +128,7 @@ class LabelledPairs:
         Raises:
             ValueError: one cannot be read.
         """
-        return torch.stack([load_image(self.file(position), preprocess) for position in positions])
+        return load_images((self.file(position) for position in positions), preprocess)
 
     def sha256(self) -> str:
         """Of the labels and of the bytes of the files, in the order of the pairs; where they lie does not matter."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lipsim.data.sets.folder import list_images
-from lipsim.data.transforms import load_image
+from lipsim.data.transforms import load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import Digest
 from lipsim.utils.paths import user_path
@@ -53,7 +53,7 @@ class LabelledFolder:
 
     def load(self, numbers: Sequence[int]) -> Tensor:
         """Images ``(N, 3, S, S)``, float32 in [0, 1]."""
-        return torch.stack([load_image(self.folder / str(self.names[i]), self.preprocess) for i in numbers])
+        return load_images((self.folder / str(self.names[i]) for i in numbers), self.preprocess)
 
     def all_8bit(self) -> Tensor:
         """All images, ``(N, 3, S, S)`` uint8, as training takes them."""

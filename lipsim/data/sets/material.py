@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import Preprocess, load_image
+from lipsim.data.transforms import Preprocess, load_images
 from lipsim.data.triplet import SharedTriplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -89,7 +89,7 @@ def load_material_images(root: str | Path, preprocess: Preprocess) -> tuple[Tens
         raise FileNotFoundError(_missing(root, f"{IMAGES}/*.jpg"))
     if len(files) != NUM_IMAGES:
         raise LipsimError(f"expected {NUM_IMAGES} images in {folder}, the answers count them; found {len(files)}")
-    return torch.stack([load_image(file, preprocess) for file in files]), [file.name for file in files]
+    return load_images(files, preprocess), [file.name for file in files]
 
 
 def load_material_answers(

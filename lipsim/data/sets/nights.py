@@ -10,7 +10,9 @@ from typing import get_args
 import torch
 from torch.utils.data import Dataset
 
-from lipsim.data.transforms import Preprocess, load_image, missing_files
+from lipsim.data.images import image_source
+from lipsim.data.pack import ImagePack
+from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Split, Triplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -48,6 +50,7 @@ class NightsTriplets(Dataset[Triplet]):
         split: "train", "val" or "test".
         preprocess: a metric's ``preprocess``, from image files to ``(3, S, S)`` in [0, 1].
         min_votes: triplets with fewer agreeing judges are left out; the published benchmark keeps 6 and more.
+        pack: a pack of ``root`` to read the images from, or its folder; None: from their files.
 
     Attributes:
         rows: what data.csv says of each triplet, by the index of the triplet.
@@ -59,14 +62,25 @@ class NightsTriplets(Dataset[Triplet]):
         ValueError: an unknown split, a table of another layout, a row that contradicts itself, or an empty split.
     """
 
-    def __init__(self, root: str | Path, split: Split, preprocess: Preprocess, *, min_votes: int = MIN_VOTES) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: Split,
+        preprocess: Preprocess,
+        *,
+        min_votes: int = MIN_VOTES,
+        pack: str | Path | ImagePack | None = None,
+    ) -> None:
         if split not in get_args(Split):
             raise LipsimError(f"expected a split among {', '.join(get_args(Split))}, got {split!r}")
         self.root, self.split, self.preprocess = user_path(root), split, preprocess
         self.rows = read_nights(root, split, min_votes)
         if not self.rows:
             raise LipsimError(f"{self.root / TABLE} has no row of the split {split!r} with {min_votes} votes or more")
-        missing = missing_files(self.root, (path for row in self.rows for path in row.paths))
+        self.images = image_source(self.root, preprocess, pack)
+        missing = self.images.missing(path for row in self.rows for path in row.paths)
+        if missing and pack is not None:
+            raise FileNotFoundError(f"{len(missing)} images ({missing[0]}, …) are not in the pack {pack}")
         if missing:
             raise FileNotFoundError(_missing(self.root, f"{len(missing)} images ({missing[0]}, …)"))
         self.right_vote = torch.tensor([row.right_vote for row in self.rows], dtype=torch.float32)
@@ -84,12 +98,20 @@ class NightsTriplets(Dataset[Triplet]):
     def __getitem__(self, index: int) -> Triplet:
         """One triplet: images ``(3, S, S)``, scalar vote and index."""
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it
-        reference, left, right = (load_image(self.root / path, self.preprocess) for path in self.rows[index].paths)
+        reference, left, right = map(self.images.load, self.rows[index].paths)
         return Triplet(reference, left, right, self.right_vote[index], torch.tensor(index))
 
 
-def read_nights(root: str | Path, split: Split, min_votes: int = MIN_VOTES) -> list[NightsRow]:
+def read_nights(
+    root: str | Path, split: Split, min_votes: int = MIN_VOTES, refused: list[str] | None = None
+) -> list[NightsRow]:
     """The rows of one split of data.csv with at least ``min_votes`` agreeing judges, columns by their names.
+
+    Args:
+        root: folder with data.csv.
+        split: "train", "val" or "test".
+        min_votes: rows with fewer are left out.
+        refused: takes what is wrong with lines, which are left out then; None: the first of them is an error.
 
     Raises:
         FileNotFoundError: there is no data.csv.
@@ -115,7 +137,9 @@ def read_nights(root: str | Path, split: Split, min_votes: int = MIN_VOTES) -> l
                     if line["split"] == split and votes >= min_votes:
                         rows.append(_row(line))
                 except (ValueError, TypeError) as error:  # TypeError: the line is short, its cells are None
-                    raise LipsimError(f"line {reader.line_num}: {error}") from error
+                    if refused is None:
+                        raise LipsimError(f"line {reader.line_num}: {error}") from error
+                    refused.append(f"line {reader.line_num}: {error}")
     except (ValueError, csv.Error) as error:
         raise LipsimError(f"{file} is not in the published layout ({error}); download it again") from error
     return rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lipsim.data.sets.columns import choose_columns, read_rows, refuse_problems, require_columns
-from lipsim.data.transforms import Preprocess, load_image
+from lipsim.data.transforms import Preprocess, load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -85,4 +85,4 @@ class PairTable:
         Raises:
             ValueError: one cannot be read.
         """
-        return torch.stack([load_image(self.file.parent / self.images[i], preprocess) for i in positions])
+        return load_images((self.file.parent / self.images[i] for i in positions), preprocess)

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipsim.certificates.numbers import check_number
+from lipsim.data.images import ImageSource, image_source
+from lipsim.data.pack import ImagePack
 from lipsim.data.sets.columns import Row, choose_columns, read_rows, refuse_problems, require_columns
-from lipsim.data.transforms import Preprocess, load_image
+from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Split, Triplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -66,6 +68,7 @@ class TableTriplets(Dataset[Triplet]):
         val_fraction: share of the references that are for validation, where the table has no ``split``.
         test_fraction: share of those that are for testing, drawn first; 1: all of them.
         seed: of that draw.
+        pack: a pack of the table's folder to read the images from, or its folder; None: from their files.
 
     Attributes:
         rows: what the table says of each triplet, by the index of the triplet.
@@ -86,9 +89,11 @@ class TableTriplets(Dataset[Triplet]):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         seed: int = 0,
+        pack: str | Path | ImagePack | None = None,
     ) -> None:
         self.file, self.preprocess = user_path(file), preprocess
-        self.rows = read_triplets(file, columns)
+        self.images = image_source(self.file.parent, preprocess, pack)
+        self.rows = read_triplets(file, columns, self.images)
         self._fractions = (
             check_number("val_fraction", val_fraction, most=1),
             check_number("test_fraction", test_fraction, most=1),
@@ -154,17 +159,43 @@ class TableTriplets(Dataset[Triplet]):
         """One triplet: images ``(3, S, S)``, scalar vote and index."""
         index = range(len(self))[index]  # IndexError past the end, and negative indices count from it
         row = self.rows[index]
-        reference, left, right = (load_image(self.file.parent / path, self.preprocess) for path in row.paths)
+        reference, left, right = map(self.images.load, row.paths)
         vote = torch.tensor(row.right_vote, dtype=torch.float32)
         return Triplet(reference, left, right, vote, torch.tensor(index))
 
 
-def read_triplets(file: str | Path, columns: Mapping[str, str] | None = None) -> list[TableRow]:
+def read_triplets(
+    file: str | Path, columns: Mapping[str, str] | None = None, images: ImageSource | None = None
+) -> list[TableRow]:
     """The rows of a table of triplets, checked; see :class:`TableTriplets`.
+
+    Args:
+        file: the table.
+        columns: what columns are called in the file.
+        images: where its images are; None: in its folder.
 
     Raises:
         FileNotFoundError: no such file, or images that it names are missing.
         ValueError: it is no such table, or anything is wrong with a row.
+    """
+    rows, found = read_triplet_rows(file, columns)
+    refuse_problems(file, rows, images)
+    groups = {triplet.group for triplet in found}
+    if len(groups) > MOST_GROUPS:
+        name = choose_columns(columns, COLUMNS)["group"]
+        raise LipsimError(
+            f"the column {name} of {file} has {len(groups)} values, each of which would be scored apart; "
+            f"expected at most {MOST_GROUPS}"
+        )
+    return found
+
+
+def read_triplet_rows(file: str | Path, columns: Mapping[str, str] | None = None) -> tuple[list[Row], list[TableRow]]:
+    """The rows of a table of triplets with what is wrong with each, and what they say; no image is looked for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such table.
     """
     names = choose_columns(columns, COLUMNS)
     rows = read_rows(file, names, columns)
@@ -172,15 +203,7 @@ def read_triplets(file: str | Path, columns: Mapping[str, str] | None = None) ->
     if counted and "right_vote" in rows[0].cells:
         raise LipsimError(f"{file} has both right_vote and counts of votes; keep one of them")
     require_columns(file, rows, names, [*IMAGES, *(COUNTS if counted else ["right_vote"])])
-    found = [_triplet(row, counted) for row in rows]
-    refuse_problems(file, rows)
-    groups = {triplet.group for triplet in found}
-    if len(groups) > MOST_GROUPS:
-        raise LipsimError(
-            f"the column {names['group']} of {file} has {len(groups)} values, each of which would be scored apart; "
-            f"expected at most {MOST_GROUPS}"
-        )
-    return found
+    return rows, [_triplet(row, counted) for row in rows]
 
 
 def _triplet(row: Row, counted: bool) -> TableRow:

@@ -183,7 +183,7 @@ def test_caches_of_version_1_are_read(root: Path) -> None:
         with pytest.raises(ValueError, match="set image_size and short_side of the data alike"):
             EmbeddedFolder(_images(root, short_side=5), cache, "train/")
         cache.description.write(root / "cache")  # as adding to it does
-        assert json.loads(file.read_text())["version"] == 2
+        assert json.loads(file.read_text())["version"] == 3
         assert EmbeddingCache(root / "cache").description.short_side == short_side
 
 
@@ -191,7 +191,7 @@ def test_unreadable_descriptions(root: Path) -> None:
     file = root / "cache" / "cache.json"
     content = json.loads(file.read_text())
     for change in (
-        {"version": 3},
+        {"version": 4},
         {"format": "something"},
         {"views": ["plain", "upside down"]},
         {"dtype": "int8"},
