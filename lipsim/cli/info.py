@@ -23,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kinds = "a .safetensors file, a .ckpt of training, or the name of a bundled metric"
     add_metric_argument(parser, framing=False, kinds=kinds)
+    parser.add_argument("--metric", dest="named", metavar="FILE", help="the same, as `lipsim distance` takes it")
     add_output(parser, rows=False)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    found = read_facts(options.metric)
+    found = read_facts(options.metric if options.named is None else options.named)
     facts = {"file": str(found.file), "sha256": found.sha256, "values": found.values, **found.header}
     if options.json:
         print(json.dumps(facts, indent=1))

@@ -190,6 +190,7 @@ def test_info(run: Run) -> None:
         "none; lipsim calibrate",
     ):
         assert text in out
+    assert run("info --metric m.safetensors") == (status, out, "")
     facts = json.loads(run("info --json")[1])
     assert facts["file"] == str(BUNDLED / "photos.safetensors") and facts["lipschitz"] < 1.0001
     assert len(facts["sha256"]) == 64 and facts["values"] > 1e6 and facts["image_size"] == 64
