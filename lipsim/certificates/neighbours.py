@@ -54,6 +54,12 @@ def recall_radius(
 
     Raises:
         ValueError: labels of another length, or a ``k`` out of range.
+
+    Example:
+        >>> gallery = Gallery(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+        >>> z, labels, own = torch.tensor([[3.0, 4.0]]), torch.tensor([0, 1, 0]), torch.tensor([1])
+        >>> print(recall_radius(z, gallery, labels, own, ks=[1]))
+        tensor([[0.7071]], dtype=torch.float64)
     """
     _check(gallery, labels, ks)
     z = z.to(gallery.features.device).double()
@@ -108,6 +114,12 @@ def knn_radius(
 
     Raises:
         ValueError: labels of another length, or a ``k`` out of range.
+
+    Example:
+        >>> gallery = Gallery(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]]))
+        >>> winners, radius = knn_radius(torch.tensor([[3.0, 4.0]]), gallery, torch.tensor([0, 1, 1, 0]), ks=[1, 3])
+        >>> print(winners, radius)
+        tensor([[1, 1]]) tensor([[2.2361, 4.4721]], dtype=torch.float64)
     """
     _check(gallery, labels, ks)
     z = z.to(gallery.features.device).double()

@@ -141,10 +141,8 @@ class Stage(EvaluationModule):
                 f"last one; {DIVERGED}"
             )
         preprocess = self.metric.preprocess
-        checkpoint[_RESIZE], checkpoint[_FRAMING] = (
-            preprocess.resize,
-            preprocess.framing,
-        )  # also of an encoder that cannot be described
+        # Also of an encoder that cannot be described.
+        checkpoint[_RESIZE], checkpoint[_FRAMING] = preprocess.resize, preprocess.framing
         try:
             checkpoint[FORMAT] = json.dumps(describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
@@ -157,10 +155,8 @@ class Stage(EvaluationModule):
             saved = json.loads(checkpoint[FORMAT])["resize"]
         if saved is None:
             return
-        before, now = (
-            Preprocess(self.metric.image_size, saved, checkpoint.get(_FRAMING, "stretch")),
-            self.metric.preprocess,
-        )
+        now = self.metric.preprocess
+        before = Preprocess(self.metric.image_size, saved, checkpoint.get(_FRAMING, "stretch"))
         if before.way == now.way:
             return
         if self.trainer.training:

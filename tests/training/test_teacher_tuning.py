@@ -198,6 +198,7 @@ def test_targets_that_are_not_there_are_refused() -> None:
     _need_peft()
     with pytest.raises(ValueError, match="no layer of this Sequential is called qkv; expected targets out of 0, first"):
         layers = nn.Sequential()
+        layers.image_size = 2  # type: ignore[assignment]
         layers.append(nn.Linear(2, 2)).add_module("first", nn.Conv2d(2, 2, 1))
         TeacherTuning(layers, tune="lora")
     for layer, message in (
