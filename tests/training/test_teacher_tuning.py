@@ -210,6 +210,7 @@ def test_targets_that_are_not_there_are_refused() -> None:
         (nn.Sequential(nn.Linear(2, 2)), "first is a Sequential, which no product of factors fits; leave it out"),
     ):
         layers = nn.Sequential()
+        layers.image_size = 2  # type: ignore[assignment]
         layers.add_module("first", layer)
         with pytest.raises(ValueError, match=message):
             TeacherTuning(layers, tune="lora", lora=Lora(targets=("first",)))
