@@ -7,7 +7,7 @@ each at its own size and with random weights, whose values do not matter to time
 any size: 224 is its backbone's, 64 that of the patches it was trained on. Start: `lipsim distance A B` from the shell
 to its end against `python -c "import torch"`. Search: 100,000 embeddings with the radius of every rank against the
 plain matrix product (benchmarks/use_search.py). One thread; what is compared takes turns, a ratio is the median over
-rounds of the ratio within the round. About four minutes of one core, nearly all of them DreamSim's; wants a quiet
+rounds of the ratio within the round. About five minutes of one core, nearly all of them DreamSim's; wants a quiet
 machine.
 """
 
