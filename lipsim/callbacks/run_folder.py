@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.evaluation.module import weights_are_finite
@@ -104,6 +105,8 @@ class SaveOnException(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         alone = trainer.world_size == 1 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if isinstance(exception, SIGTERMException):  # it has been saved
+            return
         if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
             path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
             trainer.save_checkpoint(path)

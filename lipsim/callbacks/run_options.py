@@ -25,6 +25,7 @@ from rich.console import Console
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
+from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
 from lipsim.results.retrieval import retrieval_rows
@@ -120,6 +121,8 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     elif options.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
         callbacks.append(RunCheckpoint(directory / "checkpoints"))
     # First: it makes room for what the others write.
+    if not any(isinstance(c, Interruption) for c in callbacks):
+        callbacks.append(Interruption())
     options["callbacks"] = [RunFolder(None if checkpoint is None else str(checkpoint)), *callbacks, SaveOnException()]
     # Advertisements among the messages of a run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
