@@ -10,25 +10,39 @@ from pathlib import Path
 
 import lightning as L
 
+from lipsim.callbacks.process_watch import TIMEOUT, ProcessWatch, is_of_a_connection, limit_waiting
 from lipsim.callbacks.run_folder import RunFolder
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import FULL
+from lipsim.utils.terminal import one_line
 
 _WORKER_GONE = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
 
 
 @contextmanager
-def clear_faults(trainer: L.Trainer) -> Iterator[None]:
+def clear_faults(trainer: L.Trainer, *, evaluation: bool = False) -> Iterator[None]:
     """Run a trainer: errors of the machine become clear ones, and the folder of the run is free in the end.
+
+    Args:
+        trainer: what is run.
+        evaluation: whether it evaluates, where processes wait longer for each other.
 
     Raises:
         OSError: of a full disk, with its path.
-        ValueError: a loading process was killed.
+        ValueError: a loading process was killed, or another process does not answer.
+        SystemExit: another process is gone, which has been said.
     """
+    limit_waiting(trainer, evaluation)
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        raise _clear(error, Path(trainer.default_root_dir)) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        watches = [c for c in trainer.callbacks if isinstance(c, ProcessWatch)]  # type: ignore[attr-defined]
+        if any(watch.gone for watch in watches):
+            raise SystemExit(1) from error
+        clear = _clear(error, Path(trainer.default_root_dir))
+        if clear is error:
+            raise
+        raise clear from error
     finally:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder):
@@ -43,6 +57,13 @@ def _clear(error: Exception, root: Path) -> Exception:
                 f"loading process {found[1].strip()} is gone ({_how(found[2])}): most often memory ran out, which "
                 "fewer --data.num_workers or a smaller batch_size mends; resume with --ckpt_path last"
             )
+    if is_of_a_connection(error):
+        return LipsimError(
+            f"another process does not answer ({one_line(str(error))[:300]}); its own messages say why; a slow one "
+            f"gets longer by the environment variable {TIMEOUT}, in seconds"
+        )
+    if str(error).startswith("Caught ") and " in DataLoader worker process" in str(error):
+        return type(error)(one_line(str(error)))  # without the traceback of the other process
     if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
         # Of a log, say, whose writer does not say which file.
         free = shutil.disk_usage(root).free / 1e6

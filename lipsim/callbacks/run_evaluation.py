@@ -185,7 +185,7 @@ def run_evaluation(
     keep = KeepBatches(directory / "unfinished", settings)
     trainer.callbacks.append(keep)  # type: ignore[attr-defined]
     remaining = RemainingData(data, keep, max_triplets, sample_seed)
-    with clear_faults(trainer):
+    with clear_faults(trainer, evaluation=True):
         trainer.test(module, datamodule=remaining, verbose=False)
         results: Results = {"schema": SCHEMA, "versions": versions()}
         if trial:

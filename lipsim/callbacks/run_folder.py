@@ -28,7 +28,8 @@ CHECKPOINT_NAMES = ("best", "last", LAST_READABLE, "hpc", "registry")
 # of other stages among it.
 FILES = (
     *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics-*.csv"),
-    *("not_finite*.safetensors", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial", "report.md"),
+    *("not_finite*.safetensors", "skipped*.csv", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial"),
+    "report.md",
 )
 
 

@@ -27,8 +27,10 @@ from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.interruption import Interruption
+from lipsim.callbacks.process_watch import ProcessWatch
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
+from lipsim.callbacks.skipped_images import ReportSkipped
 from lipsim.results.retrieval import retrieval_rows
 from lipsim.results.tables import certified_rows, print_table, smoothed_rows
 from lipsim.utils.claim import FolderClaim, claim_folder
@@ -127,6 +129,7 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     # First: it makes room for what the others write.
     if not any(isinstance(c, Interruption) for c in callbacks):
         callbacks.append(Interruption())
+    callbacks += [ReportSkipped(), ProcessWatch()]
     claimed = None if trial else _claim(directory)
     folder = RunFolder(None if checkpoint is None else str(checkpoint), claimed)
     options["callbacks"] = [folder, *callbacks, SaveOnException()]
