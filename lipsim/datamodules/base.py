@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lipsim.data import Preprocess, TripletSet, collate_triplets
 from lipsim.data.contracts import Parts, groups_of
+from lipsim.data.order import TrainingLoader, training_loader
 from lipsim.data.registry import open_sets
 from lipsim.utils.errors import LipsimError
 
@@ -110,9 +111,9 @@ class TripletData(L.LightningDataModule):
             **options,
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> TrainingLoader:
         assert self.train_set is not None
-        return self._loader(self.train_set, shuffle=True)
+        return self._training_loader(self.train_set, self.batch_size, self.collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.val_sets.values()]
@@ -120,15 +121,28 @@ class TripletData(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.test_sets.values()]
 
-    def _loader(self, triplets: TripletSet | Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
-        dataset = cast(Dataset[Any], triplets)  # of which a loader needs what the protocol has
-        processes = 1 if self.trainer is None else self.trainer.world_size
-        share = len(dataset) // processes  # type: ignore[arg-type]
+    def _training_loader(
+        self, samples: TripletSet | Dataset[Any], batch_size: int | None, collate: Callable[[Any], Any]
+    ) -> TrainingLoader:
+        """Samples in an order of the run's seed, dealt out to its processes; see :mod:`lipsim.data.order`.
+
+        The seed is the one that torch was given last; of several processes, the first one's.
+        """
+        trainer, seed = self.trainer, torch.initial_seed()
+        return training_loader(
+            cast(Dataset[Any], samples),  # of which a loader needs what the protocol has
+            batch_size,
+            seed=seed if trainer is None else trainer.strategy.broadcast(seed),
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            num_workers=self.num_workers,
+            collate=collate,
+        )
+
+    def _loader(self, triplets: TripletSet | Dataset[Any]) -> DataLoader[Any]:
         return DataLoader(
-            dataset,
+            cast(Dataset[Any], triplets),
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and share >= self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
