@@ -159,18 +159,3 @@ def test_a_disk_that_is_gone_is_no_matter_of_a_few_files(tmp_path: Path) -> None
     assert rows[:2] == ["epoch,step,sample,reason", "0,7,0,no image file 0"] and len(rows) == 31
     with pytest.raises(LipsimError, match=r"31 of 201 training samples could not be read \(first: no image file 0\)"):
         counts.add(Trainer(), 2, [Unread(0, "no image file 0")])  # type: ignore[arg-type]
-
-
-def test_a_process_without_a_batch_takes_part_in_the_step() -> None:
-    """On several processes its gradient is 0, of every parameter, so that nobody waits for it."""
-    stage = FineTuning(OrthogonalProjection(16, 4))
-
-    class Two:
-        world_size = 2
-
-    stage._trainer = Two()  # type: ignore[assignment]
-    loss = stage.training_step(NothingRead(), 0)
-    assert loss is not None and float(loss.detach()) == 0
-    loss.backward()
-    gradients = [p.grad for p in stage.parameters() if p.requires_grad]
-    assert gradients and all(g is not None and not g.any() for g in gradients)
