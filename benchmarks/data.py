@@ -3,10 +3,10 @@
     python benchmarks/data.py --images FOLDER [--size 224] [--count 512] [--rounds 5] [--output FILE.json]
 
 Packs what it reads into a temporary folder. Each row reads the same images in the same random order and ends with
-``(3, S, S)`` float32 tensors in [0, 1]; rows take turns. Images a second are of processor time of one thread, medians
-over rounds, from the page cache of the system (a first reading from the disk is a row of its own, on the clock).
-Behind them is how many GPUs that each take 1,000 images a second a node of so many cores can feed, when every core
-does nothing else.
+``(3, S, S)`` float32 tensors in [0, 1], or with uint8 where it says eight bits, a quarter of the bytes; rows take
+turns. Images a second are of processor time of one thread, medians over rounds, from the page cache of the system (a
+first reading from the disk is a row of its own, on the clock). Behind them is how many GPUs that each take 1,000 images
+a second a node of so many cores can feed, when every core does nothing else.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def main(args: Sequence[str] | None = None) -> None:
             f"files, CentralCrop, batches of {BATCH}": in_batches(lambda i: load_image(files[i], central)),
             "pack": one_by_one(whole.image),
             f"pack, batches of {BATCH}": in_batches(crop.image),
+            f"pack, batches of {BATCH} in eight bits": in_batches(lambda i: torch.from_numpy(crop.pixels(i))),
         }
         if importlib.util.find_spec("litdata") is not None:
             import litdata
@@ -132,6 +133,7 @@ def main(args: Sequence[str] | None = None) -> None:
             rows["pack, read through litdata"] = one_by_one(streamed)
         speeds = measure(rows, order, options.rounds)
         first = next(iter(speeds.values()))
+        batches = {"float32": BATCH * 12 * size * size, "eight bits": BATCH * 3 * size * size}
         print(f"{len(files)} images of {options.images.name} at {size} pixels; GPUs that take {GPU:,} images/s each")
         heading = "".join(f" GPUs fed by {cores} cores |" for cores in options.cores)
         print(f"\n| read from | images/s of one core | times the first |{heading}")
@@ -142,6 +144,9 @@ def main(args: Sequence[str] | None = None) -> None:
         print("\n| after the page cache was dropped | images/s on the clock | bytes an image |\n| --- | ---: | ---: |")
         for name, seconds in disk.items():
             print(f"| {name} | {len(files) / seconds:,.0f} | {stored[name.split(',')[0]] / len(files):,.0f} |")
+        print(
+            f"\nA batch of {BATCH}: " + ", ".join(f"{total / 1e6:.1f} MB in {name}" for name, total in batches.items())
+        )
         if options.output is not None:
             content = {
                 "images": options.images.name, "count": len(files), "size": size, "per_core": speeds,
