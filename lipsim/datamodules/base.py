@@ -34,8 +34,8 @@ class TripletData(L.LightningDataModule):
             in float), a quarter of the bytes from the workers to the device. There they become float32 in [0, 1], the
             same values to the last digit, before anything sees them.
         device_transforms: modules that change training batches there at random, such as torchvision's v2, see
-            :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed of the run, the epoch, the number of
-            the batch and the process.
+            :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed that Lightning's ``seed_everything`` was
+            given, the epoch, the number of the batch and the process.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
@@ -129,7 +129,7 @@ class TripletData(L.LightningDataModule):
         trainer = self.trainer
         if trainer is not None and trainer.training and self.device_transforms is not None:
             number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))  # what seed_everything was given
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given, on every process
             batch = self.device_transforms(batch, (seed, trainer.current_epoch, number, trainer.global_rank))
         # As the trainer has it of batches of tensors that come as floats.
         return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
