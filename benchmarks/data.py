@@ -4,9 +4,9 @@
 
 Packs what it reads into a temporary folder. Each row reads the same images in the same random order and ends with
 ``(3, S, S)`` float32 tensors in [0, 1], or with uint8 where it says eight bits, a quarter of the bytes; rows take
-turns. Images a second are of processor time of one thread, medians over rounds, from the page cache of the system (a
-first reading from the disk is a row of its own, on the clock). Behind them is how many GPUs that each take 1,000 images
-a second a node of so many cores can feed, when every core does nothing else.
+turns. Images a second are of processor time of one thread, medians over rounds, from the page cache of the system.
+Behind them is how many GPUs that each take 1,000 images a second a node of so many cores can feed, when every core does
+nothing else. A first reading from the disk, and batches from a loader with one process, are on the clock.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, DataLoader
 
 from lipsim.data.pack import ImagePack
 from lipsim.data.packing import pack_images
-from lipsim.data.sets.folder import list_images
+from lipsim.data.sets.folder import FolderImages, list_images
 from lipsim.data.transforms import CentralCrop, Preprocess, load_image
 from lipsim.utils.files import write_text
 
@@ -79,6 +80,18 @@ def from_disk(files: list[Path], read: Callable[[], object]) -> float:
     start = time.perf_counter()
     read()
     return time.perf_counter() - start
+
+
+def from_loader(images: FolderImages, batches: int = 40) -> float:
+    """Images a second on the clock from a loader with one process, without its start."""
+    repeats = -(-(batches + 1) * BATCH // len(images))
+    loader = DataLoader(ConcatDataset([images] * repeats), BATCH, num_workers=1, drop_last=True)
+    iterator = iter(loader)
+    next(iterator)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return batches * BATCH / (time.perf_counter() - start)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -147,10 +160,20 @@ def main(args: Sequence[str] | None = None) -> None:
         print(
             f"\nA batch of {BATCH}: " + ", ".join(f"{total / 1e6:.1f} MB in {name}" for name, total in batches.items())
         )
+        print(f"\n| a loader with one process, batches of {BATCH} | images/s on the clock |\n| --- | ---: |")
+        kinds = {"float32": False, "eight bits": True}
+        loaded: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(options.rounds):
+            for name, eight_bit in kinds.items():
+                packed_images = FolderImages(root / "crop", size, short_side=size, eight_bit=eight_bit)
+                loaded[name].append(from_loader(packed_images))
+        for name, values in loaded.items():
+            print(f"| pack, {name} | {statistics.median(values):,.0f} |")
         if options.output is not None:
             content = {
                 "images": options.images.name, "count": len(files), "size": size, "per_core": speeds,
                 "from_disk": {name: len(files) / seconds for name, seconds in disk.items()},
+                "loader": {name: statistics.median(values) for name, values in loaded.items()},
                 "bytes": {name: total / len(files) for name, total in stored.items()},
             }  # fmt: skip
             write_text(options.output, json.dumps(content, indent=1) + "\n")

@@ -109,9 +109,9 @@ def certify(metric: PerceptualMetric, triplets: Triplet) -> dict[str, Tensor]:
     # Where two items are equally near, either may come first.
     found["rank"] = torch.where(ranking.rank_radius > TOLERANCE, ranking.items.double(), -1.0)
     found["rank radius"], found["set radius"] = ranking.rank_radius, ranking.set_radius
-    smoothed = SmoothedMetric(metric, 0.25, samples=40, selection=10).certify(*(part[:2] for part in images))
+    smoothed = SmoothedMetric(metric, 0.25, samples=20, selection=5).certify(*(part[:1] for part in images))
     found["smoothing counts"] = smoothed.counts
-    segments = certificates.certify_segments(answer_radius_of(metric, *images), reference, left, most=16)
+    segments = certificates.certify_segments(answer_radius_of(metric, *images), reference, left, most=8)
     found["segment proved"], found["segment radius"] = segments.proved, segments.radius
     return {name: value.double().cpu() for name, value in found.items()}
 

@@ -73,7 +73,7 @@ class Scale:
 
 SCALES = {
     "accelerator": Scale(16, 224, 32, ("ensemble", None), 128, 256, 50, 1024, 100_000, 60, 5, 150),
-    "cpu": Scale(8, 64, 8, ("clip_vitb32", 2), 4, 16, 20, 64, 20_000, 30, 3, 240),
+    "cpu": Scale(4, 64, 4, ("clip_vitb32", 2), 2, 8, 10, 32, 20_000, 20, 3, 240),
     "quick": Scale(2, 32, 2, ("clip_vitb32", 1), 1, 2, 2, 4, 200, 6, 1, 20),
 }
 
