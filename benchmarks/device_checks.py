@@ -151,10 +151,10 @@ def certificate_figures(device: torch.device, scale: Scale) -> Iterator[Figure]:
     for name, metric in metrics():
         triplets = images_for(metric, scale.triplets)
         if metric.declared_feature_error:  # that of a file is searched for on each device, and would be another
-            metric.feature_error = metric.feature_error
+            _of_tile(metric).feature_error = _of_tile(metric).feature_error
         expected = certify(metric, triplets)
         double = metric.frozen_copy(torch.float64)
-        double.lipschitz = metric.lipschitz  # not that of the weights before they were rounded
+        _of_tile(double).lipschitz = _of_tile(metric).lipschitz  # not of weights that are derived more exactly
         exact = certify(double, triplets.to(torch.float64))
         away = metric.frozen_copy(device=device)
         worst, where, plain = 0.0, "", 0.0
@@ -168,6 +168,11 @@ def certificate_figures(device: torch.device, scale: Scale) -> Iterator[Figure]:
         ways = len(SETTINGS) * len(AUTOCASTS)
         yield Figure(PART, f"{name}, {ways} settings", f"{worst:.1e}", worst, "", passed=worst <= TOLERANCE, note=note)
         say(f"{name}: {worst:.1e}")
+
+
+def _of_tile(metric: PerceptualMetric) -> PerceptualMetric:
+    """The metric itself, or that of a tile, which what is declared of a metric of tiles has to be declared of."""
+    return metric.tile if isinstance(metric, TiledMetric) else metric
 
 
 def arithmetic_figures(device: torch.device) -> Iterator[Figure]:

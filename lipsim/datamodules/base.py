@@ -34,8 +34,8 @@ class TripletData(L.LightningDataModule):
             in float), a quarter of the bytes from the workers to the device. There they become float32 in [0, 1], the
             same values to the last digit, before anything sees them.
         device_transforms: modules that change training batches there at random, such as torchvision's v2, see
-            :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed that Lightning's ``seed_everything`` was
-            given, the epoch, the number of the batch and the process.
+            :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed that ``seed_everything`` was given,
+            the epoch, the number of the batch and the process.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
