@@ -2,8 +2,8 @@
 
     python benchmarks/device.py [--device cuda] [--only certificates …] [--markdown FILE] [--json FILE]
 
-On the accelerator that torch finds, or on the CPU where there is none, with smaller sizes. Nothing is downloaded and no
-data set is needed. Parts:
+On the accelerator that torch finds, or with smaller sizes on the CPU where there is none (Apple's GPUs have no float64,
+and nothing is certified on them). Nothing is downloaded and no data set is needed. Parts:
 
     tests          the tests of the numerical rooms, which run on the CPU, of as many rooms as fit in their time
     certificates   radii, distances, thresholds, ranks, pixels, smoothing's counts, segments and tiles of the bundled
@@ -57,7 +57,7 @@ from lipsim.results.environment import commit, versions
 from lipsim.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("certificates", "layers", "audit", "attacks", "students", "metric")
+ROOMS = ("audit", "students", "certificates", "layers", "attacks", "metric")
 Part = Callable[[torch.device, Scale], Iterator[Figure]]
 
 
@@ -130,7 +130,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def main(args: Sequence[str] | None = None) -> int:
     """Print the table; 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="such as cuda, cuda:1, mps, cpu; default: what torch finds")
+    parser.add_argument("--device", help="such as cuda, cuda:1, cpu; default: what torch finds")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes: does it run? Figures say nothing then")
     parser.add_argument("--markdown", type=Path, help="file for the table")

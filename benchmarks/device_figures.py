@@ -79,10 +79,13 @@ SCALES = {
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; by default the accelerator, and the CPU where there is none."""
+    """The device of that name; by default the accelerator, and the CPU where there is none that can certify."""
     if name is not None:
         return torch.device(name)
     found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None and found.type == "mps":
+        say("Apple's GPUs have no float64, which every certificate is computed in; going on with the CPU")
+        found = None
     return torch.device("cpu") if found is None else found
 
 

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
-from device_checks import TOLERANCE, certify, images_for
-from device_figures import Figure, Scale, say
+from device_checks import certify, images_for
+from device_figures import TOLERANCE, Figure, Scale, say
 
 from lipsim import audit
 from lipsim.callbacks.run_options import quiet_warnings
@@ -53,13 +53,16 @@ def train(
     student = OrthogonalShiftNetwork(SIZE, 64, grid=4, widths=(32, 64), depths=(1, 1))
     stage = FineTuning(student, schedule=Constant(), acceleration=Acceleration(compile=compiled))
     triplets = BuiltinTriplets("train", 4 * BATCH, image_size=SIZE)
-    loader = DataLoader(triplets, batch_size=BATCH // processes, collate_fn=collate_triplets)
+    rank = int(os.environ["RANK"]) if processes > 1 else 0
+    own = range(rank, len(triplets), processes)  # Lightning's sampler of several processes would shuffle
+    loader = DataLoader(triplets, batch_size=BATCH // processes, sampler=own, collate_fn=collate_triplets)
     watch = _Losses()
     with tempfile.TemporaryDirectory() as folder, quiet_warnings():
         trainer = L.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=processes,
             strategy="ddp" if processes > 1 else "auto",
+            use_distributed_sampler=False,
             precision=precision,
             max_steps=steps,
             max_epochs=-1,
@@ -115,7 +118,7 @@ def processes_figures(device: torch.device, scale: Scale) -> Iterator[Figure]:
     count = torch.accelerator.device_count() if device.type != "cpu" else 2
     backend = "nccl" if device.type == "cuda" else "gloo"
     part = f"two processes, {backend}"
-    if count < 2 or device.type == "mps":
+    if count < 2:
         yield Figure(part, "training", note=f"{count} {device.type} device here, two are needed")
         return
     say(f"two processes, {backend}")
