@@ -52,7 +52,10 @@ class BatchTransforms:
         device = _device_of(batch)
         accelerators = [device] if device.type != "cpu" else []
         with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
-            torch.manual_seed(int(np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1)[0]))
+            seed = int(np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1, np.uint64)[0] >> 1)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices of other processes as well
+            if accelerators:
+                torch.get_device_module(device).manual_seed(seed)
             if isinstance(batch, SharedTriplet):
                 return _map_images(batch, self._part)
             if isinstance(batch, Triplet):
