@@ -50,6 +50,8 @@ class BatchTransforms:
             ValueError: a module returns another size or type.
         """
         device = _device_of(batch)
+        if device is None:
+            return batch
         accelerators = [device] if device.type != "cpu" else []
         with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
             seed = int(np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1, np.uint64)[0] >> 1)
@@ -77,15 +79,16 @@ class BatchTransforms:
         return images.clamp(0, 1)
 
 
-def _device_of(batch: Any) -> torch.device:
+def _device_of(batch: Any) -> torch.device | None:
+    """Where the images of a batch are; None where it is none of :func:`_map_images`."""
     if isinstance(batch, Triplet):
         return batch.index.device
-    images: Tensor = batch[0] if isinstance(batch, tuple | list) else batch
-    return images.device
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return images.device if isinstance(images, Tensor) else None
 
 
 def _map_images(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch of triplets, of images, or of images and more in a tuple, with a function of its images."""
+    """A batch of triplets, of images, or of images and more in a tuple, with a function of its images; others as is."""
     if isinstance(batch, Triplet):
         return batch.map_images(function)
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):

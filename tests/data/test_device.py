@@ -45,6 +45,8 @@ def test_the_images_of_every_kind_of_batch_become_floats(triplets: Triplet) -> N
     labels = torch.zeros(6, dtype=torch.uint8)
     images, same = batch_as_float([pixels, labels])
     assert torch.equal(images, pixels.float() / 255) and same is labels
+    nothing = object()
+    assert batch_as_float(nothing) is nothing and MOVES(nothing, (0,)) is nothing
     mixed = collate_triplets([Triplet(*pixels[:3], votes[0], index[0]), Triplet(*images[3:], votes[1], index[1])])
     assert torch.equal(torch.stack(mixed.images()), torch.stack([images[[0, 3]], images[[1, 4]], images[[2, 5]]]))
 
