@@ -3,10 +3,10 @@
     python benchmarks/data.py --images FOLDER [--size 224] [--count 512] [--rounds 5] [--output FILE.json]
 
 Packs what it reads into a temporary folder. Each row reads the same images in the same random order and ends with
-``(3, S, S)`` float32 tensors in [0, 1]; rows take turns. Images a second are of processor time of one thread, medians
-over rounds, from the page cache of the system (a first reading from the disk is a row of its own, on the clock).
-Behind them is how many GPUs that each take 1,000 images a second a node of so many cores can feed, when every core
-does nothing else.
+``(3, S, S)`` float32 tensors in [0, 1], or with uint8 where it says eight bits, a quarter of the bytes; rows take
+turns. Images a second are of processor time of one thread, medians over rounds, from the page cache of the system.
+Behind them is how many GPUs that each take 1,000 images a second a node of so many cores can feed, when every core does
+nothing else. A first reading from the disk, and batches from a loader with one process, are on the clock.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, DataLoader
 
 from lipsim.data.pack import ImagePack
 from lipsim.data.packing import pack_images
-from lipsim.data.sets.folder import list_images
+from lipsim.data.sets.folder import FolderImages, list_images
 from lipsim.data.transforms import CentralCrop, Preprocess, load_image
 from lipsim.utils.files import write_text
 
@@ -81,6 +82,18 @@ def from_disk(files: list[Path], read: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def from_loader(images: FolderImages, batches: int = 40) -> float:
+    """Images a second on the clock from a loader with one process, without its start."""
+    repeats = -(-(batches + 1) * BATCH // len(images))
+    loader = DataLoader(ConcatDataset([images] * repeats), BATCH, num_workers=1, drop_last=True)
+    iterator = iter(loader)
+    next(iterator)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return batches * BATCH / (time.perf_counter() - start)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +132,7 @@ def main(args: Sequence[str] | None = None) -> None:
             f"files, CentralCrop, batches of {BATCH}": in_batches(lambda i: load_image(files[i], central)),
             "pack": one_by_one(whole.image),
             f"pack, batches of {BATCH}": in_batches(crop.image),
+            f"pack, batches of {BATCH} in eight bits": in_batches(lambda i: torch.from_numpy(crop.pixels(i))),
         }
         if importlib.util.find_spec("litdata") is not None:
             import litdata
@@ -132,6 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
             rows["pack, read through litdata"] = one_by_one(streamed)
         speeds = measure(rows, order, options.rounds)
         first = next(iter(speeds.values()))
+        batches = {"float32": BATCH * 12 * size * size, "eight bits": BATCH * 3 * size * size}
         print(f"{len(files)} images of {options.images.name} at {size} pixels; GPUs that take {GPU:,} images/s each")
         heading = "".join(f" GPUs fed by {cores} cores |" for cores in options.cores)
         print(f"\n| read from | images/s of one core | times the first |{heading}")
@@ -142,10 +157,23 @@ def main(args: Sequence[str] | None = None) -> None:
         print("\n| after the page cache was dropped | images/s on the clock | bytes an image |\n| --- | ---: | ---: |")
         for name, seconds in disk.items():
             print(f"| {name} | {len(files) / seconds:,.0f} | {stored[name.split(',')[0]] / len(files):,.0f} |")
+        print(
+            f"\nA batch of {BATCH}: " + ", ".join(f"{total / 1e6:.1f} MB in {name}" for name, total in batches.items())
+        )
+        print(f"\n| a loader with one process, batches of {BATCH} | images/s on the clock |\n| --- | ---: |")
+        kinds = {"float32": False, "eight bits": True}
+        loaded: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(options.rounds):
+            for name, eight_bit in kinds.items():
+                packed_images = FolderImages(root / "crop", size, short_side=size, eight_bit=eight_bit)
+                loaded[name].append(from_loader(packed_images))
+        for name, values in loaded.items():
+            print(f"| pack, {name} | {statistics.median(values):,.0f} |")
         if options.output is not None:
             content = {
                 "images": options.images.name, "count": len(files), "size": size, "per_core": speeds,
                 "from_disk": {name: len(files) / seconds for name, seconds in disk.items()},
+                "loader": {name: statistics.median(values) for name, values in loaded.items()},
                 "bytes": {name: total / len(files) for name, total in stored.items()},
             }  # fmt: skip
             write_text(options.output, json.dumps(content, indent=1) + "\n")

@@ -23,7 +23,9 @@ QUERIES = (1, 32)
 ROUNDS = 15
 
 
-def search_ratio(items: int = ITEMS, features: int = FEATURES, rounds: int = ROUNDS) -> dict[str, float]:
+def search_ratio(
+    items: int = ITEMS, features: int = FEATURES, rounds: int = ROUNDS, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Seconds of the product and of the search, and their ratio, by the number of queries: medians of rounds.
 
     Returns:
@@ -33,11 +35,11 @@ def search_ratio(items: int = ITEMS, features: int = FEATURES, rounds: int = ROU
     torch.set_num_threads(1)
     try:
         draw = torch.Generator().manual_seed(0)
-        stored = torch.randn(items, features, generator=draw)
+        stored = torch.randn(items, features, generator=draw).to(device)
         gallery = Gallery(stored)
         found: dict[str, float] = {}
         for count in QUERIES:
-            z = torch.randn(count, features, generator=draw)
+            z = torch.randn(count, features, generator=draw).to(device)
             product, search = _medians(
                 rounds,
                 lambda z=z: z @ stored.T,
@@ -56,6 +58,8 @@ def _medians(rounds: int, *calls: Callable[[], object]) -> list[float]:
         for call, own in zip(calls, seconds, strict=True):
             start = time.perf_counter()
             call()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             if number:
                 own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in seconds]

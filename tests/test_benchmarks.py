@@ -7,14 +7,19 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lipsim.layers import OrthogonalLinear
+from lipsim.metric import PerceptualMetric
 from lipsim.results.benchmark import benchmark_tables
 from lipsim.results.runs import load_runs
-from lipsim.students import SLLNetwork
+from lipsim.students import OrthogonalProjection, SLLNetwork
+from lipsim.training import FineTuning
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -219,5 +224,82 @@ def test_reading_images_is_measured(photos: Path, tmp_path: Path, capsys: pytest
     reading.main(["--images", str(photos), *sizes, "--output", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["count"] == 6 and min(figures["per_core"].values()) > 0
+    assert min(figures["loader"].values()) > 0
     assert figures["bytes"]["pack"] == 4 + 4 + 3 * 8 * 8 + 8 / 6  # length, offset, pixels, and a share of the header
     assert f"| pack | {figures['per_core']['pack']:,.0f} |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_certificates_that_heed_autocast_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    import device_checks as checks  # type: ignore[import-not-found]
+    from device_figures import SCALES  # type: ignore[import-not-found]
+
+    def metrics() -> Iterator[tuple[str, PerceptualMetric]]:
+        torch.manual_seed(0)
+        yield "linear", PerceptualMetric(OrthogonalProjection(16, 8).eval().requires_grad_(False), 16)
+
+    monkeypatch.setattr(checks, "metrics", metrics)
+    monkeypatch.setattr(checks, "AUTOCASTS", {"": None, "autocast bfloat16": torch.bfloat16})
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    before, lowered = [backend.fp32_precision for backend in backends], set()
+    for name in checks.settings(torch.device("cpu")):
+        lowered.add((tuple(backend.fp32_precision for backend in backends), torch.is_autocast_enabled("cpu"), name))
+    assert len(lowered) == 10 and len({found[:2] for found in lowered}) >= 8
+    after = [backend.fp32_precision for backend in backends]  # torch puts ieee for the default, which is the same
+    assert [name.replace("none", "ieee") for name in after] == [name.replace("none", "ieee") for name in before]
+    monkeypatch.setattr(checks, "SETTINGS", {name: checks.SETTINGS[name] for name in ("", "matmul precision medium")})
+    (figure,) = checks.certificate_figures(torch.device("cpu"), SCALES["quick"])
+    assert figure.passed and figure.number == 0 and "from float64" in figure.note
+    certify = checks.certify
+
+    def heeds_autocast(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = certify(*arguments)
+        return found | {"radius": found["radius"] + 1e-3 * torch.is_autocast_enabled("cpu")}
+
+    monkeypatch.setattr(checks, "certify", heeds_autocast)
+    (figure,) = checks.certificate_figures(torch.device("cpu"), SCALES["quick"])
+    assert not figure.passed and figure.number > 1e-4 and "radius under" in figure.note and "bfloat16" in figure.note
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_table_of_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    import device
+    from device_figures import Figure
+
+    files = ["--markdown", str(tmp_path / "table.md"), "--json", str(tmp_path / "figures.json")]
+    assert device.main(["--quick", "--device", "cpu", "--only", "search", *files]) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in out
+    content = json.loads((tmp_path / "figures.json").read_text())
+    assert content["machine"]["versions"]["torch"] and set(content["seconds"]) == {"search"}
+    assert [figure["case"] for figure in content["figures"]] == 2 * ["matrix product", "with certificates"]
+    for figure in content["figures"]:
+        assert figure["number"] > 0 and f"| {figure['value']} {figure['unit']} |" in out
+    monkeypatch.setitem(device.PARTS, "search", (lambda *_: iter([Figure("search", "a check", "no", passed=False)]),))
+    assert device.main(["--quick", "--device", "cpu", "--only", "search"]) == 1
+    captured = capsys.readouterr()
+    assert "| search | a check | no |  | **failed** |  |" in captured.out and "failed: search: a check" in captured.err
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.slow  # minutes: compiles, and starts processes
+def test_every_part_of_the_benchmark_of_a_device_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    import device
+
+    assert (
+        device.main(["--quick", "--device", "cpu", "--only", *(part for part in device.PARTS if part != "tests")]) == 0
+    )
+    out = capsys.readouterr().out
+    assert all(f"| {kind}" in out for kind in ("certificates", "two processes", "teacher", "attack", "torch.compile"))
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_maps_that_training_has_bent_are_told() -> None:
+    import device_training as training  # type: ignore[import-not-found]
+
+    stage = FineTuning(OrthogonalProjection(16, 8))
+    assert training.apart_from_orthonormal(stage) < 1e-6
+    layer = next(module for module in stage.modules() if isinstance(module, OrthogonalLinear))
+    bent = 1.01 * layer.weights()[0].detach()
+    layer.weights = lambda: (bent,)  # type: ignore[method-assign]
+    assert training.apart_from_orthonormal(stage) == pytest.approx(1.01**2 - 1, rel=1e-4)

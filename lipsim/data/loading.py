@@ -23,6 +23,7 @@ from torch.utils.data import (
 )
 
 from lipsim.data.contracts import Listed, TripletSet, resizes_of
+from lipsim.data.device import batch_as_float
 from lipsim.data.plan import Plan, plan
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
@@ -184,15 +185,17 @@ def fetch(dataset: TripletSet | Dataset[Any], indices: list[int]) -> Any:
 def read_batch(loader: DataLoader[Any], positions: list[int]) -> Any:
     """The batch at some positions of a loader's data set, whatever its sampler does and whatever is finished.
 
+    Its images are floats, as they are on the device when the loader serves them in eight bits.
+
     Raises:
         ValueError: the loader has no positions.
     """
     planned = planned_batches(loader)
     if planned is not None:
-        return _read(planned.source, planned.collate, positions)
+        return batch_as_float(_read(planned.source, planned.collate, positions))
     if loader.batch_sampler is None:
         raise LipsimError("a loader with batch_size=None has no positions to read at; give it a batch_size")
-    return _read(loader.dataset, loader.collate_fn, positions)
+    return batch_as_float(_read(loader.dataset, loader.collate_fn, positions))
 
 
 def data_fingerprint(loader: DataLoader[Any]) -> str:

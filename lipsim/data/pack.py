@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.numbers import check_count
+from lipsim.data.eight_bit import as_float
 from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_file, write_text
@@ -219,12 +220,20 @@ class ImagePack:
             FileNotFoundError: it is not in the pack.
             ValueError: its pixels are damaged.
         """
+        return self.image(self.row(name))
+
+    def row(self, name: str) -> int:
+        """The row of an image by the path of its file.
+
+        Raises:
+            FileNotFoundError: it is not in the pack.
+        """
         row = int(self.find(np.array([_as_bytes(name)]))[0])
         if row < 0:
             raise FileNotFoundError(
                 f"the image {name} is not in the pack {self.folder}; run {COMMAND} again, which adds what is missing"
             )
-        return self.image(row)
+        return row
 
     def image(self, row: int) -> Tensor:
         """One image by its row, ``(3, S, S)`` float32 in [0, 1].
@@ -232,7 +241,7 @@ class ImagePack:
         Raises:
             ValueError: its pixels are damaged.
         """
-        return torch.from_numpy(self.pixels(row)).float() / 255
+        return as_float(torch.from_numpy(self.pixels(row)))
 
     def pixels(self, row: int) -> np.ndarray:
         """One image by its row, ``(3, S, S)`` uint8.

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lipsim.certificates.numbers import check_count
+from lipsim.data.eight_bit import rounded
 from lipsim.data.pack import (
     COMMAND,
     DESCRIPTION,
@@ -278,12 +278,6 @@ class _Files(Dataset[tuple[int, "Decoded | str"]]):
         except (LipsimError, OSError) as error:
             return index, str(error)
         return index, (pixels.numpy(), np.frombuffer(bytes.fromhex(sha256(content)), np.uint8), exact)
-
-
-def rounded(image: Tensor) -> tuple[Tensor, bool]:
-    """An image in [0, 1] in eight bits, and whether it is, to the last digit, what these give back."""
-    pixels = (image * 255).round().to(torch.uint8)
-    return pixels, torch.equal(pixels.float() / 255, image)
 
 
 def _decode(

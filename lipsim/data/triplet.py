@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from lipsim.data.eight_bit import stack_images
+
 Split = Literal["train", "val", "test"]
 
 
@@ -62,6 +64,11 @@ class Triplet:
         """Features of reference, left and right, ``(N, D)`` each, from those of all :meth:`images` in their order."""
         z, z0, z1 = features.chunk(3)
         return z, z0, z1
+
+    def map_images(self, function: Callable[[Tensor], Tensor]) -> Triplet:
+        """The same triplets with a function of each of :meth:`images`."""
+        reference, left, right = map(function, self._images)
+        return Triplet(reference, left, right, self.right_vote, self.index)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move every tensor, as ``Tensor.to`` does; a dtype changes floating-point tensors only."""
@@ -120,6 +127,9 @@ class SharedTriplet(Triplet):
     def arrange(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return features[self.ids[:, 0]], features[self.ids[:, 1]], features[self.ids[:, 2]]
 
+    def map_images(self, function: Callable[[Tensor], Tensor]) -> SharedTriplet:
+        return SharedTriplet(function(self.distinct), self.ids, self.right_vote, self.index)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(*map(function, (self.distinct, self.ids, self.right_vote, self.index)))
 
@@ -127,9 +137,9 @@ class SharedTriplet(Triplet):
 def collate_triplets(samples: list[Triplet]) -> Triplet:
     """Stack single triplets into a batch (a ``collate_fn``)."""
     return Triplet(
-        torch.stack([sample.reference for sample in samples]),
-        torch.stack([sample.left for sample in samples]),
-        torch.stack([sample.right for sample in samples]),
+        stack_images([sample.reference for sample in samples]),
+        stack_images([sample.left for sample in samples]),
+        stack_images([sample.right for sample in samples]),
         torch.stack([sample.right_vote for sample in samples]),
         torch.stack([sample.index for sample in samples]),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 
 from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.datamodules.base import OnError, TripletData
@@ -31,6 +32,8 @@ class BappsData(TripletData):
         seed: of the choice of these.
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files.
         on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
+        eight_bit: as in :class:`TripletData`.
+        device_transforms: as in :class:`TripletData`.
     """
 
     def __init__(
@@ -46,8 +49,18 @@ class BappsData(TripletData):
         seed: int = 0,
         pack: Path | None = None,
         on_error: OnError = "fail",
+        eight_bit: bool = False,
+        device_transforms: list[nn.Module] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize, on_error=on_error)
+        super().__init__(
+            batch_size,
+            num_workers,
+            image_size,
+            resize,
+            eight_bit=eight_bit,
+            device_transforms=device_transforms,
+            on_error=on_error,
+        )
         if val_triplets < 1:
             raise LipsimError(f"expected val_triplets of at least 1, got {val_triplets}")
         self.root = user_path(root)
@@ -74,4 +87,7 @@ class BappsData(TripletData):
             self.test_sets = {"bapps": self._part("val", self.test_subsets)}
 
     def _part(self, part: str, subsets: list[str] | None) -> BappsTriplets:
-        return cast(BappsTriplets, self._open("bapps", [part], self.root, subsets=subsets, pack=self.pack)[part])
+        return cast(
+            BappsTriplets,
+            self._open("bapps", [part], self.root, subsets=subsets, pack=self.pack, eight_bit=self.eight_bit)[part],
+        )

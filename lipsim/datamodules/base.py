@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lipsim.data import Preprocess, Triplet, TripletSet, collate_triplets
 from lipsim.data.check import images_of
 from lipsim.data.contracts import Parts, groups_of
+from lipsim.data.device import BatchTransforms, batch_as_float
 from lipsim.data.order import TrainingLoader, training_loader
 from lipsim.data.registry import open_sets
 from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
@@ -36,6 +39,12 @@ class TripletData(L.LightningDataModule):
         on_error: what training does about a sample whose image is missing or cannot be read: "fail", with the name of
             the file, or "skip" it: its batch is shorter, and ``skipped.csv`` and the log of the run say so. Validation
             and tests always fail, since a score over fewer triplets is of another set.
+        eight_bit: have loaders serve images in eight bits where nothing is lost (packs, and files that are not resized
+            in float), a quarter of the bytes from the workers to the device. There they become float32 in [0, 1], the
+            same values to the last digit, before anything sees them.
+        device_transforms: modules that change training batches there at random, such as torchvision's v2, see
+            :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed that ``seed_everything`` was given,
+            the epoch, the number of the batch and the process.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
@@ -49,6 +58,8 @@ class TripletData(L.LightningDataModule):
         resize: str | None = None,
         framing: str | None = None,
         on_error: OnError = "fail",
+        eight_bit: bool = False,
+        device_transforms: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if on_error not in get_args(OnError):
@@ -67,6 +78,8 @@ class TripletData(L.LightningDataModule):
                 image_size, "float" if resize is None else resize, "stretch" if framing is None else framing
             )
         self._told = resize, framing
+        self.eight_bit = eight_bit
+        self.device_transforms = BatchTransforms(device_transforms) if device_transforms else None
 
     def follow(self, preprocess: Preprocess) -> None:
         """Resize and frame as a metric expects, unless told otherwise when made; to be called before :meth:`setup`.
@@ -122,6 +135,17 @@ class TripletData(L.LightningDataModule):
             root=root,
             **options,
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch as floats in [0, 1]; in training, transformed."""
+        batch = batch_as_float(batch)
+        trainer = self.trainer
+        if trainer is not None and trainer.training and self.device_transforms is not None:
+            number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given, on every process
+            batch = self.device_transforms(batch, (seed, trainer.current_epoch, number, trainer.global_rank))
+        # As the trainer has it of batches of tensors that come as floats.
+        return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
 
     def train_dataloader(self) -> TrainingLoader:
         assert self.train_set is not None

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 from lipsim.data import Preprocess
+from lipsim.data.eight_bit import as_float
 from lipsim.data.embeddings.cache import EmbeddingCache
-from lipsim.data.embeddings.folder import EmbeddedFolder
+from lipsim.data.embeddings.folder import EmbeddedFolder, EmbeddedImages
 from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.folder import FolderImages
 from lipsim.datamodules.base import OnError, TripletData
@@ -37,6 +39,8 @@ class ImageFolderData(TripletData):
         num_workers: loading processes of each loader.
         triplets: data module whose validation and test sets the student is scored on; its training set is not used.
         on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
+        eight_bit: as in :class:`TripletData`.
+        device_transforms: as in :class:`TripletData`.
     """
 
     def __init__(
@@ -49,13 +53,17 @@ class ImageFolderData(TripletData):
         num_workers: int = 8,
         triplets: TripletData | None = None,
         on_error: OnError = "fail",
+        eight_bit: bool = False,
+        device_transforms: list[nn.Module] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, on_error=on_error)
+        super().__init__(
+            batch_size, num_workers, eight_bit=eight_bit, device_transforms=device_transforms, on_error=on_error
+        )
         self.root = user_path(root)
         self.image_size, self.short_side, self.views = image_size, short_side, tuple(views)
         self.triplets = triplets
         self.preprocess = None if triplets is None else triplets.preprocess  # the crop of the images is no resize
-        self.collate = default_collate
+        self.collate = _collate
         self.train_images: FolderImages | EmbeddedFolder | None = None
         self.val_images: FolderImages | EmbeddedFolder | None = None
 
@@ -94,8 +102,14 @@ class ImageFolderData(TripletData):
             cache: where the embeddings are; None: the images come alone again.
 
         Raises:
-            ValueError: the cache is of another transform, or lacks images or views.
+            ValueError: the cache is of another transform, or lacks images or views; or training images are transformed
+                on the device, of which no cache has embeddings.
         """
+        if cache is not None and self.device_transforms is not None:
+            raise LipsimError(
+                f"the embeddings in {cache.folder} are of images as they are, not as device_transforms show them; "
+                "leave one of model.cache and data.device_transforms out"
+            )
         if self.train_images is not None:
             self.train_images = _embedded(self.train_images, cache, "train/")
         if self.val_images is not None:
@@ -114,10 +128,24 @@ class ImageFolderData(TripletData):
         return [] if self.triplets is None else self.triplets.test_dataloader()
 
     def _images(self, part: str, views: Sequence[str]) -> FolderImages:
-        images = FolderImages(self.root / part, self.image_size, short_side=self.short_side, views=views)
+        images = FolderImages(
+            self.root / part, self.image_size, short_side=self.short_side, views=views, eight_bit=self.eight_bit
+        )
         if images.skipped:
             rank_zero_info(f"{len(images)} images under {images.folder}; passed over: {images.skipped}")
         return images
+
+
+def _collate(samples: list[Any]) -> Any:
+    """As torch's, but for images of which some are in eight bits."""
+    images = [sample[0] if isinstance(sample, EmbeddedImages) else sample for sample in samples]
+    if len({image.dtype for image in images}) > 1:
+        floats = [as_float(image) for image in images]
+        samples = [
+            sample._replace(images=image) if isinstance(sample, EmbeddedImages) else image
+            for sample, image in zip(samples, floats, strict=True)
+        ]
+    return default_collate(samples)
 
 
 def _embedded(

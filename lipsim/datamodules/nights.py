@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from lipsim.data.contracts import TripletSet
 from lipsim.data.sets.nights import MIN_VOTES
 from lipsim.data.triplet import Split
@@ -24,6 +26,8 @@ class NightsData(TripletData):
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files; ``root`` then needs
             data.csv alone.
         on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
+        eight_bit: as in :class:`TripletData`.
+        device_transforms: as in :class:`TripletData`.
     """
 
     def __init__(
@@ -36,8 +40,18 @@ class NightsData(TripletData):
         min_votes: int = MIN_VOTES,
         pack: Path | None = None,
         on_error: OnError = "fail",
+        eight_bit: bool = False,
+        device_transforms: list[nn.Module] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize, on_error=on_error)
+        super().__init__(
+            batch_size,
+            num_workers,
+            image_size,
+            resize,
+            eight_bit=eight_bit,
+            device_transforms=device_transforms,
+            on_error=on_error,
+        )
         self.root, self.min_votes, self.pack = user_path(root), min_votes, pack
 
     def setup(self, stage: str) -> None:
@@ -50,4 +64,6 @@ class NightsData(TripletData):
             self.test_sets = {"nights": self._split("test")}
 
     def _split(self, split: Split) -> TripletSet:
-        return self._open("nights", [split], self.root, min_votes=self.min_votes, pack=self.pack)[split]
+        return self._open(
+            "nights", [split], self.root, min_votes=self.min_votes, pack=self.pack, eight_bit=self.eight_bit
+        )[split]

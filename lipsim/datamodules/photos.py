@@ -52,7 +52,7 @@ class PhotoData(TripletData):
         num_workers: loading processes of each loader, which distort pictures while the student trains.
 
     Raises:
-        ValueError: human votes on images of another size, or other photographs in their place.
+        ValueError: human votes on images of another size or in eight bits, or other photographs in their place.
     """
 
     def __init__(
@@ -83,6 +83,8 @@ class PhotoData(TripletData):
         self.human, self.human_share, self.shared = human, human_share, shared
         self.train_batches: PhotoBatches | None = None
         self.collate = as_fetched
+        if human is not None and human.eight_bit:
+            raise LipsimError("human votes are mixed with images in float; leave eight_bit out of data.human")
         if isinstance(human, PhotoData):
             raise LipsimError("expected votes of people as human, got PhotoData, whose sets have the same names")
         size = None if human is None or human.preprocess is None else human.preprocess.image_size

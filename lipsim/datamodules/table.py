@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from lipsim.data.contracts import TripletSet
 from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.paths import user_path
@@ -29,6 +31,8 @@ class TableData(TripletData):
         name: of the set in results, for reports of several studies.
         pack: a pack of the table's folder (``lipsim data pack``), whose images are read instead of the files.
         on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
+        eight_bit: as in :class:`TripletData`.
+        device_transforms: as in :class:`TripletData`.
     """
 
     def __init__(
@@ -46,8 +50,19 @@ class TableData(TripletData):
         name: str = "table",
         pack: Path | None = None,
         on_error: OnError = "fail",
+        eight_bit: bool = False,
+        device_transforms: list[nn.Module] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize, framing, on_error=on_error)
+        super().__init__(
+            batch_size,
+            num_workers,
+            image_size,
+            resize,
+            framing,
+            eight_bit=eight_bit,
+            device_transforms=device_transforms,
+            on_error=on_error,
+        )
         self.file, self.set_name = user_path(file), name
         self.columns, self.seed, self.pack = columns, seed, pack
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
@@ -72,4 +87,5 @@ class TableData(TripletData):
             test_fraction=self.test_fraction,
             seed=self.seed,
             pack=self.pack,
+            eight_bit=self.eight_bit,
         )

@@ -87,6 +87,9 @@ class RemainingData(L.LightningDataModule):
         self.data.trainer = self.trainer
         self.data.setup(stage)
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.data.on_after_batch_transfer(batch, dataloader_idx)
+
     def _metric(self) -> PerceptualMetric:
         assert self.trainer is not None and isinstance(self.trainer.lightning_module, EvaluationModule)
         return self.trainer.lightning_module.metric

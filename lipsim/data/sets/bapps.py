@@ -40,6 +40,7 @@ class BappsTriplets(Dataset[Triplet]):
         subsets: names of the subsets; None: all that were published (:data:`SUBSETS`).
         pack: a pack of ``root`` to read the images from, or its folder; None: from their files. The folder is listed
             all the same, and has the judgements.
+        eight_bit: serve images in eight bits where nothing is lost, see :class:`lipsim.data.images.EightBitImages`.
 
     Attributes:
         files: reference, p0, p1 and judgement of each triplet, relative to ``root``.
@@ -57,6 +58,8 @@ class BappsTriplets(Dataset[Triplet]):
         preprocess: Preprocess,
         subsets: Sequence[str] | None = None,
         pack: str | Path | ImagePack | None = None,
+        *,
+        eight_bit: bool = False,
     ) -> None:
         if part not in SUBSETS:
             raise LipsimError(f"expected a part among {', '.join(SUBSETS)}, got {part!r}")
@@ -64,7 +67,7 @@ class BappsTriplets(Dataset[Triplet]):
         if not names:
             raise LipsimError("expected at least one subset of BAPPS, got none")
         self.root, self.preprocess = user_path(root), preprocess
-        self.images = image_source(self.root, preprocess, pack)
+        self.images = image_source(self.root, preprocess, pack, eight_bit=eight_bit)
         by_subset = [_list_subset(self.root, part, name) for name in names]
         self.files = [files for listed in by_subset for files in listed]
         self._subset_names = names

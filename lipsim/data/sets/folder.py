@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lipsim.data.eight_bit import eight_bit as in_eight_bits
 from lipsim.data.order import VIEW, Place
 from lipsim.data.pack import ImagePack, find_pack
 from lipsim.data.transforms import CentralCrop, load_image, load_images
@@ -40,6 +41,8 @@ class FolderImages(Dataset[Tensor]):
         short_side: what the short side is resized to before; None: nothing, as published.
         views: names of :data:`VIEWS`, of which each access shows one: by seed, epoch and position where a
             :class:`lipsim.data.order.TrainingOrder` asks, by torch's generator otherwise.
+        eight_bit: show images in eight bits, ``(3, S, S)`` uint8, where nothing is lost: those of packs, and of files
+            without a ``short_side``.
 
     Attributes:
         names: ``(N,)`` bytes, relative to the folder, sorted.
@@ -52,10 +55,16 @@ class FolderImages(Dataset[Tensor]):
     """
 
     def __init__(
-        self, folder: str | Path, image_size: int, *, short_side: int | None = None, views: Sequence[str] = ("plain",)
+        self,
+        folder: str | Path,
+        image_size: int,
+        *,
+        short_side: int | None = None,
+        views: Sequence[str] = ("plain",),
+        eight_bit: bool = False,
     ) -> None:
         check_views(views)
-        self.folder, self.views = user_path(folder), tuple(views)
+        self.folder, self.views, self.eight_bit = user_path(folder), tuple(views), eight_bit
         self.transform = CentralCrop(image_size, short_side)
         self.pack: ImagePack | None = None
         self._rows = np.empty(0, dtype=np.int64)
@@ -76,7 +85,7 @@ class FolderImages(Dataset[Tensor]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        """One image ``(3, S, S)``, float32 in [0, 1]."""
+        """One image ``(3, S, S)``, float32 in [0, 1], or in eight bits."""
         return VIEWS[self.draw_view(index)](self.load(index))
 
     @property
@@ -87,8 +96,10 @@ class FolderImages(Dataset[Tensor]):
     def load(self, index: int, content: bytes | None = None) -> Tensor:
         """One image without a view, ``(3, S, S)``; of the ``content`` of its file where that is read already."""
         if self.pack is not None:
-            return self.pack.image(int(self._rows[index]))
-        return load_image(self.path(index), self.transform, content)
+            row = int(self._rows[index])
+            return torch.from_numpy(self.pack.pixels(row)) if self.eight_bit else self.pack.image(row)
+        image = load_image(self.path(index), self.transform, content)
+        return in_eight_bits(image) if self.eight_bit else image
 
     def sha256(self, index: int) -> bytes | None:
         """SHA-256 of the file that an image of a pack was made of; None where it is a file itself."""

@@ -51,6 +51,7 @@ class NightsTriplets(Dataset[Triplet]):
         preprocess: a metric's ``preprocess``, from image files to ``(3, S, S)`` in [0, 1].
         min_votes: triplets with fewer agreeing judges are left out; the published benchmark keeps 6 and more.
         pack: a pack of ``root`` to read the images from, or its folder; None: from their files.
+        eight_bit: serve images in eight bits where nothing is lost, see :class:`lipsim.data.images.EightBitImages`.
 
     Attributes:
         rows: what data.csv says of each triplet, by the index of the triplet.
@@ -70,6 +71,7 @@ class NightsTriplets(Dataset[Triplet]):
         *,
         min_votes: int = MIN_VOTES,
         pack: str | Path | ImagePack | None = None,
+        eight_bit: bool = False,
     ) -> None:
         if split not in get_args(Split):
             raise LipsimError(f"expected a split among {', '.join(get_args(Split))}, got {split!r}")
@@ -77,7 +79,7 @@ class NightsTriplets(Dataset[Triplet]):
         self.rows = read_nights(root, split, min_votes)
         if not self.rows:
             raise LipsimError(f"{self.root / TABLE} has no row of the split {split!r} with {min_votes} votes or more")
-        self.images = image_source(self.root, preprocess, pack)
+        self.images = image_source(self.root, preprocess, pack, eight_bit=eight_bit)
         missing = self.images.missing(path for row in self.rows for path in row.paths)
         if missing and pack is not None:
             raise FileNotFoundError(f"{len(missing)} images ({missing[0]}, …) are not in the pack {pack}")

@@ -69,6 +69,7 @@ class TableTriplets(Dataset[Triplet]):
         test_fraction: share of those that are for testing, drawn first; 1: all of them.
         seed: of that draw.
         pack: a pack of the table's folder to read the images from, or its folder; None: from their files.
+        eight_bit: serve images in eight bits where nothing is lost, see :class:`lipsim.data.images.EightBitImages`.
 
     Attributes:
         rows: what the table says of each triplet, by the index of the triplet.
@@ -90,9 +91,10 @@ class TableTriplets(Dataset[Triplet]):
         test_fraction: float = 0.1,
         seed: int = 0,
         pack: str | Path | ImagePack | None = None,
+        eight_bit: bool = False,
     ) -> None:
         self.file, self.preprocess = user_path(file), preprocess
-        self.images = image_source(self.file.parent, preprocess, pack)
+        self.images = image_source(self.file.parent, preprocess, pack, eight_bit=eight_bit)
         self.rows = read_triplets(file, columns, self.images)
         self._fractions = (
             check_number("val_fraction", val_fraction, most=1),
