@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from lipsim.cli import stage
 from lipsim.cli.evaluate import main as evaluate_main
 from lipsim.cli.named_classes import MOST_NODES, check_named, only_named, take_allowed, why_refused
 from lipsim.cli.stage import StageParser
