@@ -21,6 +21,19 @@ from torch import Tensor
 _STAT_THREADS = 16  # which wait for a network disk, not for a processor
 
 
+def read_array(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, which is not unpickled, nor takes more memory than the file has bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, truncated, of Python objects, or says that it has more than it has.
+    """
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # compares the header with the size of the file
+    if not isinstance(mapped, np.ndarray):
+        raise ValueError(f"expected one array, got {type(mapped).__name__}")
+    return np.array(mapped)
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file, which gets its name when it is complete and on the disk.
 

@@ -32,8 +32,8 @@ from lipsim.data.sets.folder import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
 from lipsim.layers.encoder import Encoder
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import read_array, state_fingerprint, write_file, write_text
 from lipsim.utils.files import sha256 as sha256_of
-from lipsim.utils.files import state_fingerprint, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-embeddings"
@@ -286,7 +286,7 @@ class EmbeddingCache:
 
     def _read_index(self, number: int) -> np.ndarray:
         try:
-            index: np.ndarray = np.load(index_file(self.folder, number), allow_pickle=False)
+            index = read_array(index_file(self.folder, number))
             if index.dtype.names != _index_type(1).names:
                 raise LipsimError(f"unknown columns {index.dtype.names}")
         except (OSError, ValueError) as error:
