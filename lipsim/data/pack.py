@@ -273,13 +273,14 @@ class ImagePack:
                     f"the shards of {self.folder} are at {self.description.stream}, which litdata streams: "
                     "pip install 'lipsim[stream]'"
                 ) from error
-            self._stream = litdata.StreamingDataset(self.description.stream)
-            _check_litdata(Path(self._stream.input_dir.path), self.description.stream)
-            if len(self._stream) != len(self):
+            stream = litdata.StreamingDataset(self.description.stream)
+            _check_litdata(Path(stream.input_dir.path), self.description.stream)
+            if len(stream) != len(self):
                 raise LipsimError(
-                    f"{self.description.stream} has {len(self._stream)} images, the index at {self.folder} has "
+                    f"{self.description.stream} has {len(stream)} images, the index at {self.folder} has "
                     f"{len(self)}; copy the index of that pack again (*.json and *.npy)"
                 )
+            self._stream = stream
         return np.frombuffer(bytearray(self._stream[int(self._item[row])]), np.uint8)
 
     def _check_files(self) -> None:
