@@ -127,7 +127,7 @@ def train(module: Stage, make: Callable[[], EmbeddedImages | Triplet], steps: in
         "enable_model_summary": False,
     }
     trainer = L.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, limit_val_batches=0, **quiet)
-    trainer.fit(module, train_dataloaders=DataLoader(Batches(make), batch_size=None))
+    trainer.fit(module, train_dataloaders=DataLoader(Batches(make), batch_size=None), weights_only=True)
 
 
 def row(features: Tensor, right_vote: Tensor) -> list[float]:

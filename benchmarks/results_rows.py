@@ -103,7 +103,7 @@ class Context:
             enable_model_summary=False,
         )
         start = time.perf_counter()
-        trainer.fit(stage, train_dataloaders=DataLoader(Batches(make), batch_size=None))
+        trainer.fit(stage, train_dataloaders=DataLoader(Batches(make), batch_size=None), weights_only=True)
         return Trained(stage.metric, time.perf_counter() - start, trainer.global_step)
 
 

@@ -24,6 +24,7 @@ from lipsim.analysis.feature_matching import FeatureObjective, LikelihoodObjecti
 from lipsim.analysis.models import Model
 from lipsim.attacks.objectives import logits_of
 from lipsim.certificates.numbers import check_count
+from lipsim.data.bit_depth import open_image
 from lipsim.data.sets.labelled_folder import LabelledFolder, to_8bit
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze
@@ -367,9 +368,9 @@ def read_note(path: Path) -> dict[str, Any]:
         ValueError: the file is no such image.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path.read_bytes()) as image:
             note: dict[str, Any] = json.loads(getattr(image, "text", {})[_KEY])
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise LipsimError(f"{path} is no image of a feature set ({error}); remove it to have it made again") from error
     return note
 

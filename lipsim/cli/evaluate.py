@@ -21,7 +21,8 @@ _DESCRIPTION = """Certify and attack an exported metric, for example
 Certifying costs little more than embedding each image once, attacks cost hundreds of times as much: a minute for the
 300 triplets of that config on two cores, a quarter of an hour or more for 12,554 in configs/evaluate/material.yaml.
 --max_triplets 400 evaluates a sample of each test set instead. The header of each config says what it costs.
-A run that was cut short continues where it was when the same command is given again."""
+A run that was cut short continues where it was when the same command is given again.
+A config names classes of lipsim, torch, lightning and torchmetrics; --allow MODULE, anywhere, adds your own."""
 
 
 class EvaluationCLI(StageCLI):

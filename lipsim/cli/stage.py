@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace
@@ -17,6 +17,15 @@ from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
 from lipsim.callbacks.run_options import print_certified, quiet_warnings, with_defaults
 from lipsim.callbacks.run_record import write_environment
+from lipsim.cli.named_classes import (
+    NamedClassError,
+    check_named,
+    denied_by_parser,
+    only_named,
+    refusal,
+    take_allowed,
+    why_refused,
+)
 from lipsim.training.base import Stage
 from lipsim.training.checkpoints import check_checkpoint, read_stage
 from lipsim.training.run import fit
@@ -26,7 +35,8 @@ from lipsim.utils.terminal import one_line
 
 _DESCRIPTION = """Without arguments: the quickstart. With a config: one stage, for example
 {prog} --config configs/quickstart/distill.yaml --trainer.max_epochs 3
-(fit is understood). Every option of the config can be given on the command line; --print_config shows them all."""
+(fit is understood). Every option of the config can be given on the command line; --print_config shows them all.
+A config names classes of lipsim, torch, lightning and torchmetrics; --allow MODULE, anywhere, adds your own."""
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 SUBCOMMANDS = ("fit", "validate", "test")
 
@@ -44,12 +54,16 @@ class ConfigRecord(SaveConfigCallback):
 class StageParser(LightningArgumentParser):
     """A parser that fails in one line, without the usage of some hundred options above it."""
 
+    # The configs that are being read, the innermost last; of every parser, as each subcommand has one of its own.
+    reading: ClassVar[list[str]] = []
+
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """Parse a config, which jsonargparse reads in the encoding of the locale.
 
         Raises:
-            ValueError: the config has signs that this encoding lacks; the message says what to do.
+            ValueError: the config has signs that this encoding lacks, or values without end.
         """
+        self.reading.append(os.fspath(path))
         try:
             parsed: Namespace = super().parse_path(path, *args, **kwargs)
             return parsed
@@ -58,6 +72,10 @@ class StageParser(LightningArgumentParser):
                 f"cannot read the config {os.fspath(path)} as {error.encoding} ({error.reason}); save it as UTF-8 and "
                 "set PYTHONUTF8=1, or leave signs beyond ASCII out of it"
             ) from error
+        except LipsimError as error:
+            raise LipsimError(f"cannot read the config {os.fspath(path)}: {error}") from error
+        finally:
+            self.reading.pop()
 
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
         """Add the options of a class; limits of the trainer are whole numbers where they are given as such.
@@ -79,7 +97,12 @@ class StageParser(LightningArgumentParser):
         """Print what is wrong and exit with status 2."""
         if os.environ.get("LIPSIM_TRACEBACK") and ex is not None:
             raise ex
-        print(f"error: {one_line(message)} (see --help)", file=sys.stderr)
+        if denied := denied_by_parser(message):
+            key, file = one_line(message).partition(":")[0], self.reading[-1] if self.reading else None
+            text = refusal(denied, why_refused(denied) or "it runs code", key, file)
+        else:
+            text = one_line(message) if isinstance(ex, NamedClassError) else f"{one_line(message)} (see --help)"
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from ex
 
 
@@ -102,15 +125,23 @@ class StageCLI(LightningCLI):
             "trainer_defaults": {"default_root_dir": "runs/default", "log_every_n_steps": 10},
             "parser_class": StageParser,
         }
-        super().__init__(args=_with_configs(args), **{**defaults, **options})
+        args, self._allowed = take_allowed(args)
+        with only_named(self._allowed):
+            super().__init__(args=_with_configs(args), **{**defaults, **options})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what was given; sys.argv stays as it is, since DDP starts its other processes with it.
 
         Raises:
-            ValueError: a checkpoint to continue from that is none. Lightning reads it next.
+            ValueError: a class that may not be named, or a checkpoint to continue from that is none. Lightning makes
+                the one and reads the other next.
         """
         self.config = _with_home(parser.parse_args(args))  # type: ignore[arg-type]
+        given = self.config.get(self.config.get("subcommand") or "", self.config)
+        try:
+            check_named(given, self._allowed, [os.fspath(file) for file in given.get("config") or [] if file])
+        except NamedClassError as error:
+            parser.error(str(error), error)
         if self.config.get("subcommand"):
             subcommand = self.config.subcommand
             path = self.config[subcommand].get("ckpt_path")
@@ -171,9 +202,10 @@ def train(args: Sequence[str], prog: str = "train.py") -> StageCLI:
         args: subcommand and options.
         prog: what the help calls the program.
     """
-    args = list(args)
+    args, allowed = take_allowed(args)
     if not args or args[0] not in (*SUBCOMMANDS, "-h", "--help"):
         args.insert(0, "fit")
+    args += [f"--allow={module}" for module in allowed]
     with quiet_warnings():
         return StageCLI(args, parser_kwargs={"prog": prog, "description": _DESCRIPTION.format(prog=prog)})
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from lipsim.utils.errors import LipsimError
 
@@ -44,6 +44,10 @@ _EXIF_ERRORS = (
 
 _EIGHT_BITS = ("JPEG", "MPO", "WEBP", "GIF", "QOI")  # formats that have no more; MPO is JPEG to Image.open
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000: its start, and the segment with its size
+
+_MOST_CHANNELS = 8  # of a TIFF: colours, alpha, and others that are left out
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -73,6 +77,10 @@ _TRANSPOSITIONS = {
 
 class UnsupportedImageError(LipsimError):
     """An image whose values cannot be read in full, or have no known range."""
+
+
+class ImageTooLargeError(LipsimError):
+    """An image of so many pixels that decoding it would take the memory, which a small file can say it has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,14 +151,74 @@ def decode(content: bytes) -> Image.Image | DeepImage:
 
     Raises:
         UnsupportedImageError: they cannot be read in full, or their range is unknown.
+        ImageTooLargeError: its header has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
         Exception: one of :data:`DECODER_ERRORS`, where the file is damaged.
     """
     deep = _read_deep(content)
     if deep is not None:
         return deep
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with open_image(content) as image:
         image.load()
         return image
+
+
+def open_image(content: bytes) -> ImageFile.ImageFile:
+    """An image file whose header was read and nothing else: no pixel is decoded yet.
+
+    As :func:`PIL.Image.open` for :data:`FORMATS`, but that one warns of what has more pixels than its limit, and
+    refuses twice as many without saying how high and wide they are.
+
+    Raises:
+        ImageTooLargeError: it has more pixels than the limit.
+        Exception: one of :data:`DECODER_ERRORS`, where it is damaged or of another format.
+    """
+    pixel_limit()  # Pillow's plugins compare with it, too
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accepts = Image.OPEN[name]
+        accepted = accepts is None or accepts(content[:16])
+        if not accepted or isinstance(accepted, str):  # a text says why a format is not supported
+            continue
+        try:
+            image = factory(io.BytesIO(content), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # of another format that begins alike, or damaged
+        except Image.DecompressionBombError as error:  # of a frame that is larger than the header says
+            raise ImageTooLargeError(f"{str(error).split(',')[0]}; {_RAISES_LIMIT}") from error
+        check_pixels(image.width, image.height)
+        return image
+    raise UnidentifiedImageError("cannot identify image file")
+
+
+def pixel_limit() -> int | None:
+    """How many pixels an image may have: Pillow's own setting, which the environment variable LIPSIM_MAX_PIXELS sets.
+
+    Raises:
+        ValueError: the variable is no number.
+    """
+    given = os.environ.get("LIPSIM_MAX_PIXELS")
+    if given:
+        if not given.isdecimal() or not int(given):
+            raise LipsimError(f"expected LIPSIM_MAX_PIXELS to be a number of pixels such as 200000000, got {given!r}")
+        Image.MAX_IMAGE_PIXELS = int(given)
+    return Image.MAX_IMAGE_PIXELS
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse an image before it is decoded.
+
+    Raises:
+        ImageTooLargeError: it has more pixels than the limit.
+    """
+    limit = pixel_limit()
+    if limit is not None and width * height > limit:
+        raise ImageTooLargeError(
+            f"{width} × {height} = {width * height} pixels are more than the limit of {limit}; {_RAISES_LIMIT}"
+        )
+
+
+_RAISES_LIMIT = "LIPSIM_MAX_PIXELS=NUMBER in the environment, or PIL.Image.MAX_IMAGE_PIXELS in Python, raises it"
 
 
 def read_in_full(image: Image.Image) -> Image.Image | DeepImage:
@@ -221,7 +289,7 @@ def _read_deep(content: bytes) -> DeepImage | None:
     deep = _tiff(content) if content[:4] in _TIFF else None  # before Pillow, which does not open all of these
     if deep is not None:
         return deep
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # checks the size against decompression bombs
+    with open_image(content) as image:
         rawmode = _rawmode(image)
         if image.format == "PNG" and content[24] == 16:
             deep = _png(content)
@@ -277,6 +345,8 @@ def _tiff(content: bytes) -> DeepImage | None:
 
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page = file.pages.first
+        check_pixels(page.imagewidth, page.imagelength)
+        check_pixels(page.tilewidth, page.tilelength)  # which may be larger
         tags = {tag.code: tag.value for tag in page.tags}
         depths, kinds = set(_tuple(tags.get(258, 1))), set(_tuple(tags.get(339, 1)))
         photometric = int(tags.get(262, 0))
@@ -293,7 +363,11 @@ def _tiff(content: bytes) -> DeepImage | None:
                 f"a TIFF of {sorted(depths)} bits and photometric interpretation {photometric}, expected one depth up "
                 "to 32, gray or RGB; save it as PNG"
             )
-        _check_size(page.imagelength, page.imagewidth)
+        if page.imagedepth != 1 or page.samplesperpixel > _MOST_CHANNELS:
+            raise UnsupportedImageError(
+                f"a TIFF of {page.imagedepth} layers of {page.samplesperpixel} channels, expected one of at most "
+                f"{_MOST_CHANNELS}; save it as PNG"
+            )
         parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
         inside = all(0 < start < start + count <= len(content) for start, count in parts)
         if not inside or len(parts) < math.prod(page.chunked):  # tifffile would fill what is missing with zeros
@@ -318,7 +392,12 @@ def _tiff(content: bytes) -> DeepImage | None:
 
 def _jpeg2000(content: bytes) -> DeepImage | None:
     """JPEG 2000 whose components are not all of eight bits; the depths are in the SIZ segment of the codestream."""
-    start = content.find(b"\xff\x4f\xff\x51")
+    start = content.find(_CODESTREAM)
+    place = start
+    while place >= 0:  # the box before it may tell another size than the codestream, and there may be several of these
+        right, bottom, left, top = struct.unpack(">4I", content[place + 8 : place + 24])
+        check_pixels(max(0, right - left), max(0, bottom - top))
+        place = content.find(_CODESTREAM, place + 1)
     (components,) = struct.unpack(">H", content[start + 40 : start + 42])
     sizes = [tuple(content[start + 42 + 3 * i : start + 45 + 3 * i]) for i in range(components)]
     depths = {depth for depth, *_ in sizes}
@@ -381,9 +460,3 @@ def _with_channels(pixels: np.ndarray) -> np.ndarray:
 
 def _tuple(value: object) -> tuple[int, ...]:
     return tuple(map(int, value)) if isinstance(value, (tuple, list)) else (int(value),)  # type: ignore[call-overload]
-
-
-def _check_size(height: int, width: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > 2 * limit:
-        raise Image.DecompressionBombError(f"{height} × {width} pixels are more than the limit of {2 * limit}")

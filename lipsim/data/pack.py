@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ from lipsim.certificates.numbers import check_count
 from lipsim.data.eight_bit import as_float
 from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_file, write_text
+from lipsim.utils.files import read_array, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-pack"
@@ -281,12 +282,14 @@ class ImagePack:
                     f"the shards of {self.folder} are at {self.description.stream}, which litdata streams: "
                     "pip install 'lipsim[stream]'"
                 ) from error
-            self._stream = litdata.StreamingDataset(self.description.stream)
-            if len(self._stream) != len(self):
+            stream = litdata.StreamingDataset(self.description.stream)
+            _check_litdata(Path(stream.input_dir.path), self.description.stream)
+            if len(stream) != len(self):
                 raise LipsimError(
-                    f"{self.description.stream} has {len(self._stream)} images, the index at {self.folder} has "
+                    f"{self.description.stream} has {len(stream)} images, the index at {self.folder} has "
                     f"{len(self)}; copy the index of that pack again (*.json and *.npy)"
                 )
+            self._stream = stream
         return np.frombuffer(bytearray(self._stream[int(self._item[row])]), np.uint8)
 
     def _check_files(self) -> None:
@@ -377,12 +380,36 @@ def read_shards(folder: Path) -> list[int]:
         raise LipsimError(f"the pack {folder} is not finished; run {COMMAND} again, which continues")
     try:
         chunks = json.loads(file.read_text(encoding="utf-8"))["chunks"]
-        numbers = [int(chunk["filename"].removeprefix("shard-").removesuffix(".bin")) for chunk in chunks]
+        numbers = [int(re.fullmatch(r"shard-(\d+)\.bin", chunk["filename"])[1]) for chunk in chunks]  # type: ignore[index]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LipsimError(f"cannot read {file} ({error!r}); run {COMMAND} again") from error
     if not numbers or numbers != sorted(set(numbers)):
         raise LipsimError(f"{file} lists no shards in order; run {COMMAND} again")
     return numbers
+
+
+def _check_litdata(folder: Path, place: str | None) -> None:
+    """Refuse an index of litdata that is not as :func:`write_shards` writes one: it says how items are read.
+
+    By an index of its own making, litdata would unpickle items, import modules, and write files anywhere.
+
+    Args:
+        folder: where litdata has put the index.
+        place: where it is from.
+
+    Raises:
+        ValueError: it is another.
+    """
+    read_shards(folder)  # names of its files
+    config = json.loads((folder / SHARDS).read_text(encoding="utf-8"))["config"]
+    differing = [
+        name for name in {**_LITDATA, **config} if name != "chunk_size" and config.get(name) != _LITDATA.get(name)
+    ]
+    if differing:
+        raise LipsimError(
+            f"{place} has an index of litdata that is not of a pack ({', '.join(sorted(differing))} differ) and is not "
+            f"read; make the pack again with {COMMAND}"
+        )
 
 
 def read_index(folder: Path, number: int) -> np.ndarray:
@@ -392,7 +419,7 @@ def read_index(folder: Path, number: int) -> np.ndarray:
         ValueError: it is missing or damaged.
     """
     try:
-        index: np.ndarray = np.load(index_file(folder, number), allow_pickle=False)
+        index = read_array(index_file(folder, number))
         if index.dtype.names != index_type(1).names or index.ndim != 1 or not len(index):
             raise LipsimError(f"unknown columns {index.dtype.names}")
     except (OSError, ValueError, EOFError) as error:

@@ -18,6 +18,7 @@ from lipsim.data.bit_depth import (
     DECODER_ERRORS,
     FORMATS,
     DeepImage,
+    ImageTooLargeError,
     UnsupportedImageError,
     decode,
     orientation,
@@ -44,7 +45,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not an image, or truncated, or its values cannot be read in full.
+        ValueError: it is not an image, or truncated, its values cannot be read in full, or it has more pixels than the
+            limit.
     """
     if content is None and user_path(path).is_dir():
         raise LipsimError(f"expected an image file, got the folder {path}")
@@ -52,7 +54,7 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
         return decode(user_path(path).read_bytes() if content is None else content)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
-    except UnsupportedImageError as error:
+    except (UnsupportedImageError, ImageTooLargeError) as error:
         raise UnreadableImageError(f"cannot use the image {path}: {error}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -445,7 +446,8 @@ def evaluation_names(facts: DataFacts, stage: str, loaders: Any) -> list[str]:
         loaders: what its hook returned.
 
     Raises:
-        ValueError: two sets, or a set and a part of another, have one name.
+        ValueError: two sets, or a set and a part of another, have one name, or a name would lead out of the folder of
+            the results, in which it is part of the names of files.
     """
     count = len(tree_flatten(loaders)[0])
     names = (facts.names or list(loaders if isinstance(loaders, Mapping) else []))[:count]
@@ -457,4 +459,7 @@ def evaluation_names(facts: DataFacts, stage: str, loaders: Any) -> list[str]:
             f"several evaluation sets are called {', '.join(repeated)}, and results are kept by name; give each its "
             f"own in {stage}_names of the data module"
         )
+    for name in every:
+        if Path(name).is_absolute() or "\0" in name or ".." in name.replace("\\", "/").split("/"):
+            raise LipsimError(f"{name!r} is no name of an evaluation set: results are written to files of that name")
     return names

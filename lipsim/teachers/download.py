@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import stat
 import tempfile
 import time
 import zipfile
 import zlib
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -26,6 +27,9 @@ from lipsim.utils.progress import Progress, duration
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
+# Weights shrink by a tenth. An archive that says it grows by more than this is made to fill a disk.
+_MOST_UNPACKED = 20
+_ALWAYS_UNPACKED = 10_000_000  # bytes that harm nobody
 
 
 def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = None, sha256: str = "") -> list[Path]:
@@ -204,7 +208,8 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is truncated, damaged, no zip file, or has a member that would lie outside the folder.
+        ValueError: it is truncated, damaged, no zip file, far larger unpacked, or has a member that would lie outside
+            the folder or is a link.
         OSError: the disk is full or read-only.
     """
     if not archive.is_file():
@@ -212,21 +217,42 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as content, tempfile.TemporaryDirectory(dir=folder) as temporary:
-            names = [name for name in content.namelist() if not name.startswith("__MACOSX")]
-            if unsafe := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-                raise LipsimError(f"{archive} has a member outside its folder: {unsafe[0]}")
-            content.extractall(temporary, names)
-            members = []
-            for member in sorted(Path(temporary).iterdir()):
-                target = folder / member.name
-                if member.is_dir():
-                    shutil.copytree(member, target, dirs_exist_ok=True)
+            members = [member for member in content.infolist() if not member.filename.startswith("__MACOSX")]
+            for member in members:
+                _check_member(member, archive)
+            packed, unpacked = archive.stat().st_size, sum(member.file_size for member in members)
+            if unpacked > _MOST_UNPACKED * packed + _ALWAYS_UNPACKED:
+                raise LipsimError(
+                    f"{archive} would be {unpacked / 1e9:.1f} GB unpacked, more than {_MOST_UNPACKED} times its "
+                    f"{packed / 1e6:.1f} MB: weights hardly shrink, so it is none of weights; unpack it by hand where "
+                    "you trust it"
+                )
+            content.extractall(temporary, members)
+            placed = []
+            for path in sorted(Path(temporary).iterdir()):
+                target = folder / path.name
+                if path.is_dir():
+                    shutil.copytree(path, target, dirs_exist_ok=True)
                 else:
-                    put_in_place(member, target)
-                members.append(target)
+                    put_in_place(path, target)
+                placed.append(target)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise LipsimError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
-    return members
+    return placed
+
+
+def _check_member(member: zipfile.ZipInfo, archive: Path) -> None:
+    """Refuse a member of an archive that would be written elsewhere, or be no file.
+
+    Raises:
+        ValueError: it would.
+    """
+    name = PurePosixPath(member.filename.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or PureWindowsPath(member.filename).drive:
+        raise LipsimError(f"{archive} has a member outside its folder: {member.filename}")
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: made where there are no such kinds
+        raise LipsimError(f"{archive} has a member that is no file, such as a link: {member.filename}")
 
 
 def check_sha256(path: Path, expected: str = "") -> str:

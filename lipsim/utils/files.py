@@ -20,8 +20,28 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lipsim.utils.errors import LipsimError
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: a full disk, a quota, a limit of the size of files
 _STAT_THREADS = 16  # which wait for a network disk, not for a processor
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file in memory; see :func:`map_array`."""
+    return np.array(map_array(path))
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped, which is not unpickled nor asks for more than the file has.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, truncated, of Python objects, or says that it has more than it has.
+    """
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # compares the header with the size of the file
+    if not isinstance(mapped, np.ndarray):
+        raise LipsimError(f"expected one array, got {type(mapped).__name__}")
+    return mapped
 
 
 def write_file(path: Path, write: Callable[[Path], object], size: int | None = None) -> None:

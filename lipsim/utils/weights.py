@@ -111,6 +111,11 @@ def read_checkpoint(path: Path, *, namespaces: bool = True) -> dict[str, Any]:
             f"{path} is a TorchScript archive, whose weights cannot be read without its code; take the safetensors "
             "file of the same model instead (on Hugging Face, timm/ repositories have those of OpenAI's CLIP)"
         )
+    if _takes_more(path):
+        raise LipsimError(
+            f"cannot read {path}: it is compressed, which torch.save never does, and would take more memory than the "
+            "file has bytes; get another"
+        )
     try:
         allowed: list[Any] = [argparse.Namespace] if namespaces else []
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
@@ -164,6 +169,15 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False  # the format of old torch versions, or damaged: torch.load tells
+
+
+def _takes_more(path: Path) -> bool:
+    """Whether the parts of an archive take more memory than the file has bytes, compressed or one over the other."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(part.file_size for part in archive.infolist()) > path.stat().st_size
     except (zipfile.BadZipFile, OSError):
         return False  # the format of old torch versions, or damaged: torch.load tells
 

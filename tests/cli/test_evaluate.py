@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from evaluations import CERTIFY, COUNT, ROOT, args, config, prepare, write_config
+from evaluations import CERTIFY, COUNT, ROOT, args, as_one_of_ours, config, prepare, write_config
 
 from lipsim import PerceptualMetric, students, teachers
 from lipsim.cli.evaluate import evaluate, main
@@ -76,7 +76,7 @@ class BadData(BuiltinData):
 def test_bad_data_is_one_line(
     fault: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lipsim.datamodules.BadData", BadData, raising=False)
+    as_one_of_ours(BadData, monkeypatch)
     content = config(steps=1) | {"data": {"class_path": "lipsim.datamodules.BadData", "init_args": {"fault": fault}}}
     write_config(content)
     with pytest.raises(SystemExit) as stop:
@@ -130,7 +130,7 @@ class Parts(BuiltinData):
 
 
 def test_parts_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lipsim.datamodules.Parts", Parts, raising=False)
+    as_one_of_ours(Parts, monkeypatch)
     content = config(steps=1)
     content["data"] = {**content["data"], "class_path": "lipsim.datamodules.Parts"}
     write_config(content)

@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +140,47 @@ def test_litdata_streams_the_same_shards(photos: Path, tmp_path: Path, monkeypat
     streamed = ImagePack(tmp_path / "pack")
     for row in (20, 0, 9, *range(21)):  # in any order
         assert torch.equal(streamed.image(row), plain[row])
+
+
+_DEFAULTDICT = {"default_factory_module": "harmful", "default_factory_name": "x"}
+HOSTILE_INDICES: dict[str, dict[str, Any]] = {
+    "pickled items": {"config": {"data_format": ["pickle"]}},
+    "a module to import": {"config": {"data_spec": json.dumps([1, {"type": "x", "context": _DEFAULTDICT}])}},
+    "another loader": {"config": {"item_loader": "ParquetLoader"}},
+    "something new": {"config": {"post": "process"}},
+    "a file elsewhere": {"chunks": [{"filename": "../../shard-00000.bin"}]},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_INDICES)
+def test_an_index_of_litdata_that_runs_code_is_refused(
+    kind: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Litdata reads how items are decoded from an index beside the shards, which is whoever's the store is."""
+
+    class StreamingDataset:
+        """As litdata's: the index is there when it is made, and read when its length is asked for."""
+
+        def __init__(self, place: str) -> None:
+            self.input_dir = SimpleNamespace(path=place)
+
+        def __len__(self) -> int:
+            pytest.fail("it was read")
+
+    monkeypatch.setitem(sys.modules, "litdata", SimpleNamespace(StreamingDataset=StreamingDataset))
+    pack, store = tmp_path / "pack", tmp_path / "store"
+    pack_images(photos, pack, stream=str(store))
+    for file in pack.glob("*.bin"):
+        file.unlink()
+    store.mkdir()
+    index = json.loads((pack / "index.json").read_text())
+    for part, content in HOSTILE_INDICES[kind].items():
+        index[part] = {**index[part], **content} if isinstance(content, dict) else content
+    (store / "index.json").write_text(json.dumps(index))
+    found = ImagePack(pack)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"that is not of a pack|cannot read .*index.json"):
+            found.image(0)
 
 
 def test_an_update_reads_what_has_changed_and_no_more(photos: Path, tmp_path: Path) -> None:

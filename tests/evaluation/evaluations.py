@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import multiprocessing
 import os
 import signal
@@ -125,14 +126,21 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, after: int, given: list[str]) -> 
     return [line for path in folder.glob("part-*.jsonl") for line in path.read_text().splitlines()]
 
 
+def as_one_of_ours(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the command line take a data module of these tests for one of the package, which configs may name."""
+    monkeypatch.setattr(f"lipsim.datamodules.{cls.__name__}", cls, raising=False)
+    monkeypatch.setattr(cls, "__module__", "lipsim.datamodules")
+
+
 def command_line_of(cls: type, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the command line, in this process and in others, know a data module of these tests."""
-    name, module = cls.__name__, Path(sys.modules[cls.__module__].__file__ or "")
-    monkeypatch.setattr(f"lipsim.datamodules.{name}", cls, raising=False)
+    """:func:`as_one_of_ours`, in this process and in others."""
+    name, module = cls.__name__, Path(inspect.getfile(cls.__init__))  # its module may be said to be ours already
+    as_one_of_ours(cls, monkeypatch)
     runner = folder / "run.py"
     runner.write_text(
         f"import sys; sys.path.insert(0, {str(module.parent)!r}); import {module.stem}, lipsim.datamodules\n"
         f"lipsim.datamodules.{name} = {module.stem}.{name}\n"
+        f"lipsim.datamodules.{name}.__module__ = 'lipsim.datamodules'\n"
         "from lipsim.cli.evaluate import main\nif __name__ == '__main__':\n    main()\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "SCRIPT", [sys.executable, str(runner)])

@@ -17,7 +17,8 @@ from lipsim import PerceptualMetric, certificates
 from lipsim.callbacks import AttackRobustness, CertifyRadii, TripletCallback, TripletGallery
 from lipsim.certificates import Anchored
 from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
+from lipsim.data.contracts import DataFacts
+from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_names
 from lipsim.students import OrthogonalProjection
 
 BATCHES = 2
@@ -122,3 +123,17 @@ def test_half_precision_is_not_certified() -> None:
     for ask in (lambda: half.certificate, lambda: half.radius("reference"), lambda: half.published_radius):
         with pytest.raises(ValueError, match="half precision"):
             ask()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "a/../../b", "a\\..\\..\\b", "a\0b"])
+def test_names_of_sets_stay_in_the_folder_of_the_results(name: str) -> None:
+    with pytest.raises(ValueError, match="is no name of an evaluation set"):
+        evaluation_names(DataFacts([name], {}, None, False), "test", [[0]])
+
+
+def test_names_of_parts_stay_in_the_folder_of_the_results() -> None:
+    """The groups of a table are somebody's text, and in the names of files."""
+    mask = torch.ones(1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"'table_/\.\./\.\./x' is no name of an evaluation set"):
+        evaluation_names(DataFacts(["table"], {"table": {"/../../x": mask}}, None, False), "test", [[0]])
+    assert evaluation_names(DataFacts(["a..b"], {"a..b": {"c/d": mask}}, None, False), "test", [[0]]) == ["a..b"]

@@ -9,7 +9,18 @@ import evaluations
 import lightning as L
 import pytest
 import torch
-from evaluations import CERTIFY, args, command_line_of, config, cut_short, prepare, rows, run_command, write_config
+from evaluations import (
+    CERTIFY,
+    args,
+    as_one_of_ours,
+    command_line_of,
+    config,
+    cut_short,
+    prepare,
+    rows,
+    run_command,
+    write_config,
+)
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lipsim.cli.evaluate import evaluate, main
@@ -80,7 +91,7 @@ class Cases(L.LightningDataModule):
 
 @pytest.fixture
 def cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lipsim.datamodules.Cases", Cases, raising=False)
+    as_one_of_ours(Cases, monkeypatch)
     content = config(steps=1) | {"data": {"class_path": "lipsim.datamodules.Cases"}}
     content["trainer"]["callbacks"] = content["trainer"]["callbacks"][:1]
     write_config(content)

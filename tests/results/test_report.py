@@ -138,6 +138,21 @@ def test_bad_runs_are_one_line(runs: list[str], tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_somebody_else_run_nothing_in_a_page() -> None:
+    """In every place that takes a text: names of runs, sets, columns and pictures come from files."""
+    hostile = "\"'><script>alert(1)</script>"
+    rows = [{hostile: hostile}]
+    picture = {"title": hostile, "heading": hostile, "base64": "AA=="}
+    sets = [{"name": hostile, "tables": [{"title": hostile, "rows": rows}], "curves": picture}]
+    page = html_page(
+        warnings=[hostile],
+        notes=[hostile],
+        sets=sets,
+        runs=[{"name": hostile, "facts": rows, "pictures": [picture]}],
+    )
+    assert page.count("alert(1)") >= 12 and "<script" not in page and "'>" not in page and hostile not in page
+
+
 def test_cells_are_escaped() -> None:
     rows = [{"metric": "a|b <i>", "natural": "1"}]
     assert "| a\\|b <i> | 1 |" in markdown_table(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import stat
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -202,11 +203,33 @@ def test_a_damaged_archive_is_refused(damage: str, published: bytes, tmp_path: P
     assert not list((tmp_path / "weights").iterdir())
 
 
-def test_an_archive_cannot_write_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["../outside.txt", "/outside.txt", "in/../../outside.txt", "..\\outside.txt", "C:\\a.txt"]
+)
+def test_an_archive_cannot_write_elsewhere(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "copy.zip", "w") as archive:
-        archive.writestr("../outside.txt", "")
+        archive.writestr(name, "")
     with pytest.raises(ValueError, match="a member outside its folder"):
         download.unpack(tmp_path / "copy.zip", tmp_path / "weights")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "copy.zip", tmp_path / "weights"]
+
+
+def test_an_archive_has_no_links(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "copy.zip", "w") as archive:
+        link = zipfile.ZipInfo("weights")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc")
+        archive.writestr("weights/passwd", "")
+    with pytest.raises(ValueError, match="no file, such as a link: weights"):
+        download.unpack(tmp_path / "copy.zip", tmp_path / "weights")
+
+
+def test_an_archive_that_would_fill_the_disk(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "copy.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(30_000_000))
+    with pytest.raises(ValueError, match=r"would be 0.0 GB unpacked, more than 20 times its 0.0 MB"):
+        download.unpack(tmp_path / "copy.zip", tmp_path / "weights")
+    assert not list((tmp_path / "weights").iterdir())
 
 
 def test_repositories_go_into_the_layout_of_the_cache(server: Server, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from lipsim.data.sets.folder import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
 from lipsim.layers.encoder import Encoder
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import map_array, read_array, state_fingerprint, write_file, write_text
 from lipsim.utils.files import sha256 as sha256_of
-from lipsim.utils.files import state_fingerprint, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-embeddings"
@@ -276,8 +276,8 @@ class EmbeddingCache:
     def _open(self, number: int) -> np.ndarray:
         expected = (self._lengths[number], len(self.description.views), self.description.features)
         try:
-            stored: np.ndarray = np.load(shard_file(self.folder, number), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            stored = map_array(shard_file(self.folder, number))
+        except (OSError, ValueError, EOFError) as error:
             raise self._damaged(number, str(error)) from error
         if stored.shape != expected or stored.dtype != self.description.dtype:
             wanted = f"expected {self.description.dtype} {expected}"
@@ -286,10 +286,10 @@ class EmbeddingCache:
 
     def _read_index(self, number: int) -> np.ndarray:
         try:
-            index: np.ndarray = np.load(index_file(self.folder, number), allow_pickle=False)
+            index = read_array(index_file(self.folder, number))
             if index.dtype.names != _index_type(1).names:
                 raise LipsimError(f"unknown columns {index.dtype.names}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise self._damaged(number, str(error)) from error
         return index
 

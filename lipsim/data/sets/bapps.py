@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,6 +16,7 @@ from lipsim.data.pack import ImagePack
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import read_array
 from lipsim.utils.paths import user_path
 
 SUBSETS = {
@@ -108,8 +108,8 @@ def read_judge(path: str | Path) -> float:
         ValueError: the file cannot be read without unpickling, or holds no fraction.
     """
     try:
-        value = np.load(path, allow_pickle=False)
-        vote = float(value.astype(np.float64).item())
+        value = read_array(Path(path))
+        vote = float(value.astype(float).item())
     except (ValueError, TypeError, AttributeError, EOFError, OSError) as error:
         raise LipsimError(f"cannot read the judgement {path} ({error}); download it again") from error
     if not 0 <= vote <= 1:

@@ -64,17 +64,35 @@ class Row:
         A table comes from somebody else as often as not: it names files beside it and below, and no others.
         """
         text = self.cells[name]
-        # Backslashes, as tables written on Windows have them, separate folders everywhere.
-        path = PurePosixPath(text.replace("\\", "/"))
-        if not path.parts:  # nothing, or the folder itself
-            self.refuse(f"{name} is {text or 'empty'}, expected the path of an image")
-        elif path.is_absolute() or PureWindowsPath(text).drive or text.startswith("~"):
-            self.refuse(f"{name} is {text!r}, expected a path relative to the table's folder")
-        elif ".." in path.parts:
-            self.refuse(f"{name} is {text!r}, which leads out of the table's folder")
-        else:
-            self.paths.append(str(path))
-        return str(path)
+        fault = path_fault(text)
+        if fault is not None:
+            self.refuse(f"{name} is {fault}")
+            return text
+        path = relative_path(text)
+        self.paths.append(path)
+        return path
+
+
+def relative_path(text: str) -> str:
+    """A path of a table with / between its parts: backslashes, as Windows writes them, separate folders everywhere."""
+    return str(PurePosixPath(text.replace("\\", "/")))
+
+
+def path_fault(text: str) -> str | None:
+    """What a path of a table is, where it is none of a file below the table's folder; None where it is one.
+
+    Links in that folder are followed wherever they lead: who put them there has the folder, and a table makes none.
+    """
+    path = PurePosixPath(relative_path(text))
+    if not path.parts:  # nothing, or the folder itself
+        return f"{text or 'empty'}, expected the path of an image"
+    if path.is_absolute() or PureWindowsPath(text).drive or text.startswith("~"):
+        return f"{text!r}, expected a path relative to the table's folder"
+    if ".." in path.parts:
+        return f"{text!r}, which leads out of the table's folder"
+    if "\0" in text:
+        return f"{text!r}, which no file can be called"
+    return None
 
 
 def choose_columns(given: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from lipsim.data.images import image_source
 from lipsim.data.pack import ImagePack
+from lipsim.data.sets.columns import path_fault
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Split, Triplet
 from lipsim.utils.errors import LipsimError
@@ -159,6 +160,9 @@ def _row(line: dict[str, str]) -> NightsRow:
     reference, left_path, right_path = line["ref_path"], line["left_path"], line["right_path"]
     if not (reference and left_path and right_path):
         raise LipsimError("a path is empty")
+    for path in (reference, left_path, right_path):
+        if (fault := path_fault(path)) is not None:
+            raise LipsimError(f"a path is {fault}")
     return NightsRow(line["id"], right, int(float(line["votes"])), (reference, left_path, right_path), is_imagenet)
 
 

@@ -98,11 +98,12 @@ def test_nights(nights: Path) -> None:
     check = check_data(nights, num_workers=0)
     assert check.kind == "nights"
     assert [problem.kind for problem in check.problems] == ["table", "table", "count", "missing", "truncated"]
-    refused, outside, count, missing, truncated = check.problems
-    assert "line 10: expected one winner" in refused.reason and "'../006.png' leads out" in outside.reason
-    assert count.reason == "35 there, 20,019 published"
+    *refused, count, missing, truncated = check.problems
+    told = " ".join(sorted(problem.reason for problem in refused))
+    assert "line 10: expected one winner" in told and "line 8: a path is '../006.png', which leads out" in told
+    assert count.reason == "34 there, 20,019 published"
     assert (missing.path, truncated.path) == ("ref/000/001.png", "distort/000/002_1.png")
-    assert [count.found for count in check.counts][1:] == [7, 8, 8]  # with six votes or more
+    assert [count.found for count in check.counts][1:] == [6, 8, 8]  # with six votes or more
 
 
 def test_bapps(bapps: Path) -> None:

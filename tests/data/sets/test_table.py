@@ -187,3 +187,16 @@ def test_no_reference_is_in_two_parts(folder: Path) -> None:
     assert data.train_set is not None
     sizes = [len(data.train_set), len(data.val_sets["table"]), len(data.test_sets["table"])]
     assert sizes == [80, 10, 10]
+
+
+def test_a_name_that_no_file_has_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"line 2: left is 'a\\x00.png', which no file can be called"):
+        table_of(folder, HEADER + "b.png,a\0.png,c.png,1")
+
+
+def test_links_in_the_folder_are_followed(folder: Path, tmp_path: Path) -> None:
+    """Who put one there has the folder; a table makes none."""
+    elsewhere = tmp_path / "elsewhere.png"
+    (folder / "a.png").rename(elsewhere)
+    (folder / "a.png").symlink_to(elsewhere)
+    assert len(table_of(folder, HEADER + "a.png,b.png,c.png,1")) == 1
