@@ -129,6 +129,7 @@ def _assert_results_of(whole: Path, other: Path) -> None:
 def test_rows_of_something_else_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_config(config(steps=2))
     cut_short(monkeypatch, 1, args("run"))
     save(PerceptualMetric(students.OrthogonalProjection(16, 4), 16), "metric.safetensors")
     with pytest.raises(SystemExit) as stop:
@@ -173,6 +174,7 @@ def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_what_is_left_is_continued_with_the_same_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_config(config(steps=2))
     cut_short(monkeypatch, 1, args("run"))
     path = Path("run/unfinished/fingerprint.json")
     settings = json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -228,6 +229,8 @@ def test_a_broken_certificate_is_loud(
     _plant(monkeypatch, "reference_radius", _times("reference_radius", 1.02))
     for controls in ("tight_controls", "mutant_controls"):  # which do not see this one
         monkeypatch.setattr(f"lipsim.evaluation.verify.check.{controls}", lambda *_: [])
+    only = functools.partial(linear_controls, kinds=("reference",))
+    monkeypatch.setattr("lipsim.evaluation.verify.check.linear_controls", only)
     assert _run("verify", file, "--samples", "1", "--steps", "4") == 1
     output = capsys.readouterr().out
     assert "FAILED: reference (box off): answer 0 changed" in output and "MISSED" in output and "sound" not in output
