@@ -64,6 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.no_cover  # test_what_is_left_is_continued_with_the_same_error runs the same
 def test_what_a_kill_leaves_is_continued(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(config(steps=2))
     evaluate(args("whole"))
@@ -90,6 +91,7 @@ def test_a_killed_run_continues(computed: list[int], whole: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")  # since Python 3.12
+@pytest.mark.no_cover  # test_what_is_left_is_continued_with_the_same_error runs the same
 def test_two_processes_give_the_results_of_one() -> None:
     """Started as torchrun would, but forked: Lightning's own start, of interpreters, is among the slow tests."""
     write_config(config(steps=2))

@@ -98,7 +98,7 @@ def _vit() -> SmallViT:
 def test_three_stages_in_turn(tmp_path: Path) -> None:
     data = ToyData()
     teacher = TeacherTuning(_vit(), augment=False, optimizer=_adam, loss=MarginHinge(0.2))
-    trainer = _trainer(tmp_path, max_epochs=15)
+    trainer = _trainer(tmp_path, max_epochs=25)
     trainer.fit(teacher, data)
     assert trainer.callback_metrics["val/toy/majority_score"] > 0.9
     file = save(teacher.metric, tmp_path / "teacher.safetensors")
@@ -108,7 +108,7 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     trainer.validate(untrained, data, verbose=False)
     before = dict(trainer.callback_metrics)
     distillation = Distillation(file, _student(), optimizer=_adam, schedule=WarmupCosine(5))
-    trainer = _trainer(tmp_path, max_epochs=15)
+    trainer = _trainer(tmp_path, max_epochs=25)
     trainer.fit(distillation, data)
     after = trainer.callback_metrics
     assert after["val/toy/cosine_similarity"] > before["val/toy/cosine_similarity"] + 0.2
