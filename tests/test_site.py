@@ -30,6 +30,7 @@ def test_public_classes_and_functions_are_described() -> None:
                 assert (value.__doc__ or "").strip(), f"{module.__name__}.{name}"
 
 
+@pytest.mark.no_cover  # it runs nothing of the package, and all of mkdocs
 def test_the_site_builds_and_is_whole(tmp_path: Path) -> None:
     """One test, as building takes seconds: without a warning, such as a link to nothing or a page in no menu."""
     from mkdocs.commands.build import build

@@ -109,29 +109,29 @@ def test_no_attack_breaks_a_certificate(name: str, box: tuple[float, float] | No
     metric = _metrics()[name].double().eval()
     metric.audit()
     metric.requires_grad_(False)
-    reference = torch.rand(6, 3, 16, 16, dtype=torch.float64)
+    reference = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     left, right = ((reference + 0.3 * torch.randn_like(reference)).clamp(0, 1) for _ in range(2))
     certificate = metric.certify(reference, left, right)
     images = {"reference": reference, "left": left, "right": right}
     radii = {"reference": certificate.radius, "left": certificate.left_radius, "right": certificate.right_radius}
     objective = TwoAFCObjective(metric, reference, left, right, target=target)  # type: ignore[arg-type]
     broken = 0
-    for i in range(6):
+    for i in range(3):
         row, x = objective.select(torch.tensor([i])), images[target][i : i + 1]
         radius = radii[target][i].item()
         assert row(pgd(row, x, eps=radius * (1 - 1e-9), steps=60, restarts=2, box=box)).item() <= 0
         broken += row(pgd(row, x, eps=radius * 4, steps=60, box=box)).item() > 0
     if target == "reference":  # the attack is strong enough for the test to mean something
-        assert broken >= 5
+        assert broken == 3
 
 
 def test_pgd_reaches_the_exact_radius_of_a_linear_encoder() -> None:
     metric = _metrics()["linear"].double().eval()
     metric.lipschitz = 1.0
-    images = torch.rand(3, 12, 3, 16, 16, dtype=torch.float64)
+    images = torch.rand(3, 6, 3, 16, 16, dtype=torch.float64)
     radius = metric.certify(*images).radius
     objective = TwoAFCObjective(metric, *images)
-    for i in range(12):
+    for i in range(6):
         row = objective.select(torch.tensor([i]))
         x_adv = pgd(row, images[0, i : i + 1], eps=1.05 * radius[i].item(), steps=100, box=None)
         assert row(x_adv).item() > 0
@@ -162,14 +162,14 @@ def test_an_inflated_certificate_is_caught() -> None:
     """Positive control: the attack above breaks a radius that is 2 % too large."""
     metric = _metrics()["linear"].double().eval()
     metric.lipschitz = 1 / 1.02
-    images = torch.rand(3, 12, 3, 16, 16, dtype=torch.float64)
+    images = torch.rand(3, 6, 3, 16, 16, dtype=torch.float64)
     radius = metric.certify(*images).radius
     objective = TwoAFCObjective(metric, *images)
     caught = 0
-    for i in range(12):
+    for i in range(6):
         row = objective.select(torch.tensor([i]))
         caught += row(pgd(row, images[0, i : i + 1], eps=radius[i].item(), steps=200, box=None)).item() > 0
-    assert caught >= 10
+    assert caught >= 5
 
 
 def test_objectives_agree_with_distances(triplets: Triplet) -> None:
@@ -209,7 +209,7 @@ def test_what_does_not_move_is_embedded_once() -> None:
 @pytest.mark.parametrize(
     ("conv", "kernel_dimension"),
     [
-        (nn.Conv2d(3, 8, 4, stride=4), 16 * (48 - 8)),
+        (nn.Conv2d(3, 8, 4, stride=4), 4 * (48 - 8)),
         (nn.Conv2d(3, 4, 3, stride=2, padding=1), None),
         (nn.Conv2d(3, 16, 3, padding=1), 0),
         (nn.Conv2d(3, 64, 7, stride=2, padding=3), 0),
@@ -218,15 +218,15 @@ def test_what_does_not_move_is_embedded_once() -> None:
 )
 def test_kernel_projection_against_svd(conv: nn.Conv2d, kernel_dimension: int | None) -> None:
     conv = conv.double().requires_grad_(False)
-    basis = torch.eye(768, dtype=torch.float64).view(-1, 3, 16, 16)
-    zero = conv(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    basis = torch.eye(192, dtype=torch.float64).view(-1, 3, 8, 8)
+    zero = conv(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     matrix = (conv(basis) - zero).flatten(1).T
     _, values, rows = torch.linalg.svd(matrix, full_matrices=True)
     rank = int((values > 1e-9 * values[0]).sum())
     null = rows[rank:]
     if kernel_dimension is not None:
         assert len(null) == kernel_dimension
-    v = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    v = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     expected = (v.flatten(1) @ null.T @ null).view_as(v)
     got = project_to_kernel(lambda x: conv(x) - zero, v, iterations=3000, tolerance=1e-14)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)

@@ -63,14 +63,14 @@ def test_moves_are_exact(
 
 
 @pytest.mark.parametrize(
-    ("conv", "size"),
+    ("conv", "size", "dtype"),
     [
-        (nn.Conv2d(3, 2, 3), 16),
-        (nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3), 16),
-        (nn.Conv2d(3, 6, 2, stride=2, padding=1), 33),
+        (nn.Conv2d(3, 2, 3), 16, torch.float32),
+        (nn.Conv2d(3, 2, 3), 16, torch.float64),
+        (nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=3), 16, torch.float64),
+        (nn.Conv2d(3, 6, 2, stride=2, padding=1), 33, torch.float64),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wherever_there_is_a_kernel_images_move(conv: nn.Conv2d, size: int, dtype: torch.dtype) -> None:
     """Uniform images have values next to both ends of the box, and long directions clip most of them."""
     torch.manual_seed(0)

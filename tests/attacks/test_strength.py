@@ -153,7 +153,7 @@ def test_no_attack_breaks_a_certificate(attack: Attack, target: str) -> None:
     metric = PerceptualMetric(sll, 16).double().eval()
     metric.audit()
     metric.requires_grad_(False)
-    reference = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    reference = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     left, right = ((reference + 0.3 * torch.randn_like(reference)).clamp(0, 1) for _ in range(2))
     found = metric.certify(reference, left, right)
     radii = {
@@ -164,7 +164,7 @@ def test_no_attack_breaks_a_certificate(attack: Attack, target: str) -> None:
     }[target]
     objective = TwoAFCObjective(metric, reference, left, right, target=target)  # type: ignore[arg-type]
     for box in ((0.0, 1.0), None):
-        for i in range(4):
+        for i in range(2):
             row = objective.select(torch.tensor([i]))
             eps = float(radii[i]) * (1 - 1e-9)
             x_adv = attack(row, row.images, eps=eps, steps=30, box=box, parts=row.parts)

@@ -35,13 +35,11 @@ for arguments in (["certify", "--metric", "metric.safetensors", *["a.png"] * 3],
 """
 
 
+@pytest.mark.slow  # a process each; encodings within one are below
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param(
-            {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-            marks=pytest.mark.slow,  # a process
-        ),
+        {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
         {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "MPLBACKEND": "?"},
     ],
     ids=["cp1252", "ascii"],

@@ -151,13 +151,15 @@ OPTIONS_OF = {
 
 
 def _with_short_attacks(config: Path) -> str:
-    """A copy of a config with attacks of one step and few images to find errors on: what is tested is around them."""
+    """A copy of a config with attacks of one step, few pictures, and few images to find errors on."""
     content = yaml.safe_load(config.read_text())
     for callback in content["trainer"]["callbacks"]:
         if callback["class_path"].endswith((".AttackRobustness", ".TripletGallery", ".CertifyRetrieval")):
             callback.setdefault("init_args", {})["steps"] = 1
         if callback["class_path"].endswith(".AttackRobustness"):
-            callback["init_args"]["queries"] = 2
+            callback["init_args"] |= {"queries": 2, "num_examples": 1}
+        if callback["class_path"].endswith(".TripletGallery"):
+            callback["init_args"]["num_triplets"] = 1
         if callback["class_path"].endswith(".NullSpaceRobustness"):
             callback.setdefault("init_args", {})["max_triplets"] = 6  # the same ones on any number of processes
         if callback["class_path"].endswith((".CertifyRadii", ".CertifyRetrieval")):
@@ -331,6 +333,10 @@ def test_half_a_slurm_environment(
     assert stop.value.code == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
     assert message in line
+
+
+def test_an_interactive_slurm_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     train(["--config", str(LINEAR), *SMALL, *QUIET, "--trainer.fast_dev_run=true"])
 
@@ -452,7 +458,7 @@ def _assert_same(a, b) -> None:
 
 
 def test_the_quickstart_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--data.num_train=32", "--data.num_val=8", "--data.num_test=6", "--data.batch_size=16"]
+    small = ["--data.num_train=32", "--data.num_val=8", "--data.num_test=4", "--data.batch_size=16"]
     results = quickstart(["--trainer.max_epochs=1", "--trainer.accelerator=cpu", *small, *QUIET])
     folder = Path("runs/quickstart")
     for name in ("results.json", "radii.csv", "attacks.csv", "report.md", "quickstart.safetensors"):

@@ -66,6 +66,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.no_cover  # test_what_is_left_is_continued_with_the_same_error runs the same
 def test_what_a_kill_leaves_is_continued(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(config(steps=2))
     evaluate(args("whole"))
@@ -92,6 +93,7 @@ def test_a_killed_run_continues(computed: list[int], whole: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")  # since Python 3.12
+@pytest.mark.no_cover  # test_what_is_left_is_continued_with_the_same_error runs the same
 def test_two_processes_give_the_results_of_one() -> None:
     """Started as torchrun would, but forked: Lightning's own start, of interpreters, is among the slow tests."""
     write_config(config(steps=2))
@@ -150,6 +152,7 @@ def _assert_results_of(whole: Path, other: Path) -> None:
 def test_rows_of_something_else_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_config(config(steps=2))
     cut_short(monkeypatch, 1, args("run"))
     save(PerceptualMetric(students.OrthogonalProjection(16, 4), 16), "metric.safetensors")
     with pytest.raises(SystemExit) as stop:
@@ -194,6 +197,7 @@ def test_two_sets_from_one_process_to_two(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_what_is_left_is_continued_with_the_same_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_config(config(steps=2))
     cut_short(monkeypatch, 1, args("run"))
     path = Path("run/unfinished/fingerprint.json")
     settings = json.loads(path.read_text())

@@ -28,8 +28,13 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 def _weights(folder: Path, net: Net) -> torch.nn.Module:
-    network = (alexnet if net == "alex" else vgg16)(weights=None)
-    torch.save(network.state_dict(), folder / FILES[net])
+    with torch.device("meta"):  # the classifiers, which nobody needs, take seconds to initialise and to write
+        network = (alexnet if net == "alex" else vgg16)(weights=None)
+    for layer in network.features:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.to_empty(device="cpu").reset_parameters()
+    state = {f"features.{name}": tensor for name, tensor in network.features.state_dict().items()}
+    torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, folder / FILES[net])
     return network
 
 
@@ -58,7 +63,7 @@ def test_dists_is_torchmetrics(tmp_path: Path, images: tuple[Tensor, Tensor], mo
 
 def _numbered(make: Callable[..., torch.nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
     """Weights by a formula, in place of a file: cosines of their position, with the first activations of that scale."""
-    with torch.device("meta"):  # the classifiers, which nobody needs, take seconds to initialise
+    with torch.device("meta"):  # as above
         features = make(weights=None).features
     state = {}
     for number, (name, parameter) in enumerate(features.named_parameters()):

@@ -210,7 +210,7 @@ def test_training_without_any_end() -> None:
 
 
 def test_an_unbounded_run_through_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--config", str(LINEAR), *SMALL, "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:03"])
+    main(["--config", str(LINEAR), *SMALL, "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:01"])
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
     with pytest.raises(SystemExit):
         main(["--config", str(LINEAR), *SMALL, "--trainer.max_epochs=-1"])

@@ -157,7 +157,7 @@ def _error_of(name: str) -> str:
     return "error of features" if name in ("reference_radius", "retrieval_radius") else "features at angles"
 
 
-NAMED: dict[str, tuple[str, Mutant]] = {
+MUTANTS: dict[str, tuple[str, Mutant]] = {
     "joint × 1.02, anchored": ("all images turn", _times("joint_radius", 1.02, anchored=True)),
     "joint × 1.2, anchored": ("all images turn", _times("joint_radius", 1.2, anchored=True)),
     "candidates × 1.02, anchored": ("one image turns", _times("candidate_radii", 1.02, anchored=True)),
@@ -173,9 +173,6 @@ NAMED: dict[str, tuple[str, Mutant]] = {
     ),
     "no π beyond the norm": ("budgets", {"rotation": _no_pi}),
     "a tie of radius ∞": ("ties", _tie_is_infinite("reference_radius")),
-}
-
-FURTHER: dict[str, tuple[str, Mutant]] = {
     "reference × 1.02": ("reference and", _times("reference_radius", 1.02)),
     "reference × 1.02, anchored": ("reference and", _times("reference_radius", 1.02, anchored=True)),
     "reference, signed": ("reference and", {"reference_radius": _signed}),
@@ -225,9 +222,9 @@ def test_sound_certificates_pass() -> None:
     assert len(controls) == len(TIGHT) == len({control.name for control in controls})
 
 
-@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_certificate_fails_the_control_about_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    start, mutant = FURTHER[name]
+    start, mutant = MUTANTS[name]
     _plant(monkeypatch, mutant)
     ((control, settings),) = [(control, settings) for title, control, settings in TIGHT if title.startswith(start)]
     draw = torch.Generator().manual_seed(0)
@@ -240,13 +237,14 @@ def _metric() -> PerceptualMetric:
     return PerceptualMetric(SLLNetwork(16, 8, channels=8, depth=1, linear_depth=1, linear_width=8), 16)
 
 
-@pytest.mark.parametrize("name", [None, *NAMED])
+# Each control is seeded for itself, so the other mutants fail the same one here as they do above.
+@pytest.mark.parametrize("name", [None, "joint × 1.02, anchored", "no π beyond the norm", "a tie of radius ∞"])
 def test_verify_reports_a_wrong_certificate_of_a_loose_network(
     monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
     for slow in ("attack", "linear_controls", "mutant_controls"):  # which do not see these faults on this network
         monkeypatch.setattr(f"lipsim.evaluation.verify.check.{slow}", lambda *_, **__: [])
-    start, mutant = NAMED[name] if name else ("", {})
+    start, mutant = MUTANTS[name] if name else ("", {})
     metric = _metric()
     _plant(monkeypatch, mutant)
     failures = verify(metric, sample_triplets("builtin", 1, 16, resize="float")).failures
