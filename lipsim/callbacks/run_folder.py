@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lipsim.callbacks.checkpoint_files import write_checkpoints_whole
@@ -27,9 +28,9 @@ CHECKPOINT_NAMES = ("best", "last", LAST_READABLE, "hpc", "registry")
 # What runs of this package write, besides the exported metric. Anything else in the folder is left alone, the folders
 # of other stages among it.
 FILES = (
-    *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics-*.csv"),
+    *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics.csv", "metrics-*.csv"),
     *("not_finite*.safetensors", "skipped*.csv", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial"),
-    "report.md",
+    *("report.md", "report.html", "progress.json", "tensorboard", "tensorboard-*", "wandb", "wandb-*"),
 )
 
 
@@ -65,7 +66,7 @@ class RunFolder(Callback):
             rank_zero_info(f"continuing the run in {root}")
             return
         exports = [c.output(trainer) for c in trainer.callbacks if isinstance(c, ExportMetric)]  # type: ignore[attr-defined]
-        moved = set_aside(root, exports)
+        moved = set_aside(root, exports, log_folders(trainer))
         if moved is not None:
             rank_zero_info(f"{root} had an earlier run, which is in {moved} now; --ckpt_path continues one instead")
 
@@ -92,9 +93,22 @@ def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
     return [Path(trainer.default_root_dir) / (place or "checkpoints") for place in dict.fromkeys(places)]
 
 
-def set_aside(root: Path, exports: Iterable[Path] = ()) -> Path | None:
-    """Move the files of an earlier run in ``root`` to a folder of their own, which is returned; None without any."""
-    found = sorted({path for pattern in FILES for path in root.glob(pattern)})
+def log_folders(trainer: L.Trainer) -> set[Path]:
+    """Folders that loggers of a trainer have begun to write to: Lightning opens them before anything else."""
+    found = {logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)}
+    found |= {os.path.join(one.save_dir or ".", "wandb") for one in trainer.loggers if isinstance(one, WandbLogger)}
+    return {Path(folder).absolute() for folder in found}
+
+
+def set_aside(root: Path, exports: Iterable[Path] = (), in_use: Collection[Path] = ()) -> Path | None:
+    """Move the files of an earlier run in ``root`` to a folder of their own, which is returned; None without any.
+
+    Args:
+        root: of the run.
+        exports: files that are moved as well, where they are there and in ``root``.
+        in_use: absolute paths that stay.
+    """
+    found = sorted({path for pattern in FILES for path in root.glob(pattern) if path.absolute() not in in_use})
     found += sorted({path for path in exports if path.is_file() and path.parent == root})
     if not found:
         return None
@@ -111,15 +125,12 @@ def set_aside(root: Path, exports: Iterable[Path] = ()) -> Path | None:
     return folder
 
 
-@rank_zero_only
-def keep_log(directory: Path) -> None:
-    """Move the metrics.csv of an earlier run aside, which a CSVLogger would delete."""
-    log = directory / "metrics.csv"
-    if log.is_file():
-        number = 1
-        while (directory / f"metrics-{number}.csv").exists():
-            number += 1
-        log.rename(directory / f"metrics-{number}.csv")
+def next_free(path: Path) -> Path:
+    """The first of ``NAME-1``, ``NAME-2``, … beside a file or folder that nothing has, with its suffix."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return free
 
 
 class SaveOnException(Callback):

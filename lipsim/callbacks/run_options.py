@@ -16,8 +16,7 @@ from typing import Any, TypedDict
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,9 +26,12 @@ from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.interruption import Interruption
+from lipsim.callbacks.loggers import Loggers, run_loggers
 from lipsim.callbacks.process_watch import ProcessWatch
+from lipsim.callbacks.progress_bar import RunProgressBar
 from lipsim.callbacks.progress_lines import ProgressLines
-from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException
+from lipsim.callbacks.run_report import RunReport
 from lipsim.callbacks.skipped_images import ReportSkipped
 from lipsim.results.retrieval import retrieval_rows
 from lipsim.results.tables import certified_rows, print_table, smoothed_rows
@@ -51,7 +53,7 @@ class EvaluationOptions(TypedDict, total=False):
     limit_test_batches: int | float
     enable_progress_bar: bool
     enable_model_summary: bool
-    logger: bool | Logger
+    logger: Loggers
     profiler: str | Profiler
 
 
@@ -100,8 +102,8 @@ def check_options(options: Mapping[str, Any], known: type) -> None:
 def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = None) -> dict[str, Any]:
     """Options of a trainer that a user gave, with what every run has besides.
 
-    A CSV log, a progress bar or lines, checkpoints, also on failure, and a folder that holds one run, unless the
-    options have their own. What a run writes goes into ``default_root_dir``.
+    A CSV log, a page that shows it, a progress bar or lines, checkpoints, also on failure, and a folder that holds one
+    run, unless the options have their own. What a run writes goes into ``default_root_dir``.
 
     Args:
         options: of :class:`lightning.Trainer`, ``default_root_dir`` among them.
@@ -120,24 +122,25 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     callbacks = options.get("callbacks") or []
     callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
     if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(RichProgressBar() if sys.stdout.isatty() else ProgressLines())
+        callbacks.append(RunProgressBar() if sys.stdout.isatty() else ProgressLines())
     if trial:  # Lightning 2.6 would write a last.ckpt of its one batch
         callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
         options["enable_checkpointing"] = False
     elif options.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
         callbacks.append(RunCheckpoint(directory / "checkpoints"))
-    # First: it makes room for what the others write.
     if not any(isinstance(c, Interruption) for c in callbacks):
         callbacks.append(Interruption())
     callbacks += [ReportSkipped(), ProcessWatch()]
     claimed = None if trial else _claim(directory)
     folder = RunFolder(None if checkpoint is None else str(checkpoint), claimed)
+    # First: it makes room for what the others write.
     options["callbacks"] = [folder, *callbacks, SaveOnException()]
+    if not trial:
+        options["callbacks"].append(RunReport())  # last: it tells of what the others did
     # Advertisements among the messages of a run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    if not trial and (options.get("logger") is None or options.get("logger") is True):
-        keep_log(directory)
-        options["logger"] = CSVLogger(options["default_root_dir"], name="", version="")
+    # A trial logs nothing, and says nevertheless what is wrong with the loggers.
+    options["logger"] = run_loggers(options.get("logger"), directory, checkpoint, trial=trial)
     if options.get("accelerator", "auto") == "auto" and not torch.cuda.is_available():
         options["accelerator"] = "cpu"  # scores are computed in float64, which Apple's GPUs lack
     return options

@@ -16,6 +16,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback
 
+from lipsim.callbacks.loggers import log_config
 from lipsim.evaluation.module import EvaluationModule
 from lipsim.metric import PerceptualMetric
 from lipsim.results import commit, versions
@@ -40,9 +41,11 @@ class RunRecord(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             directory = Path(trainer.default_root_dir)
-            text = yaml.safe_dump(describe(self.arguments), sort_keys=False, allow_unicode=True)
+            arguments = describe(self.arguments)
+            text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
             write_text(directory / "arguments.yaml", _HEADER.format(self.function) + text)
             write_environment(trainer, directory / "environment.json")
+            log_config(trainer, arguments)
 
 
 def write_environment(trainer: L.Trainer, file: Path) -> None:

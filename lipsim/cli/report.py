@@ -15,6 +15,7 @@ EXAMPLES = (
     "lipsim report runs/quickstart",
     "lipsim report ours=runs/a ours=runs/b --seeds --output report",
     "lipsim report runs/a runs/b --radius certified joint",
+    "lipsim report runs/nights",
 )
 
 
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `lipsim report` takes."""
     parser.description = (
         "Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
-        "and PNG, and report.html with the pictures of each run inside it. Takes seconds, most of them for drawing."
+        "and PNG, and report.html with the pictures of each run inside it. Takes seconds, most of them for drawing. "
+        "Of a run that has trained, training-NAME.html as well, before there is a results.json, too: the page that is "
+        "report.html in its folder while it runs, with its curves, scores and configuration."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
     parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")
@@ -46,13 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from lipsim.results.run_page import write_training_pages
+
+    with Progress("writing the report"):
+        pages, runs_with_results = write_training_pages(options.runs, options.output)
+    for page in pages:
+        print(f"the page of a training is {page}")
+    if pages and not runs_with_results:
+        return 0
     from lipsim.results.benchmark import benchmark_warnings
     from lipsim.results.comparison import print_tables
     from lipsim.results.report import write_report  # matplotlib, which --help does without
     from lipsim.results.runs import load_runs, warnings
 
     with Progress("writing the report"):
-        runs = load_runs(options.runs, seeds=options.seeds)
+        runs = load_runs(runs_with_results, seeds=options.seeds)
         tables = write_report(runs, options.output, options.radius, title=options.title, markdown=options.markdown)
     print_tables(tables, Console())
     for line in (*warnings(runs), *benchmark_warnings(runs)):

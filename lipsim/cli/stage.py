@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import lightning as L
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lipsim.callbacks.faults import clear_faults
+from lipsim.callbacks.loggers import NAMES, Loggers, log_config
 from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
 from lipsim.callbacks.run_options import print_certified, quiet_warnings, with_defaults
 from lipsim.callbacks.run_record import write_environment
@@ -49,6 +51,7 @@ class ConfigRecord(SaveConfigCallback):
         directory = Path((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
         name = self.config_filename.replace("config", "environment").replace(".yaml", ".json")
         write_environment(trainer, directory / name)
+        log_config(trainer, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
 
 class StageParser(LightningArgumentParser):
@@ -78,7 +81,7 @@ class StageParser(LightningArgumentParser):
             self.reading.pop()
 
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the options of a class; limits of the trainer are whole numbers where they are given as such.
+        """Add the options of a class; loggers may be given by name, limits of the trainer as whole numbers.
 
         In Lightning's annotation ``Optional[Union[int, float]]`` either may come first: typing hands out what another
         module made of ``Optional[Union[float, int]]``, as long as it remembers it. Read as a float, a limit of 1 batch
@@ -86,12 +89,14 @@ class StageParser(LightningArgumentParser):
         """
         if nested_key != "trainer":
             return list(super().add_class_arguments(theclass, nested_key, *args, **kwargs))
-        kwargs["skip"] = {*(kwargs.get("skip") or ()), *_LIMITS}
+        kwargs["skip"] = {*(kwargs.get("skip") or ()), *_LIMITS, "logger"}
         added = list(super().add_class_arguments(theclass, nested_key, *args, **kwargs))
         purpose = "a whole number of batches, or a share of them, 1.0 for all"
         for limit in _LIMITS:
             self.add_argument(f"--trainer.{limit}", type=int | float | None, help=purpose)
-        return [*added, *_LIMITS]
+        purpose = f"beside the CSV log: {', '.join(NAMES)}, another logger, or a list of them; false: none at all"
+        self.add_argument("--trainer.logger", type=Loggers, help=purpose)
+        return [*added, *_LIMITS, "logger"]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with status 2."""

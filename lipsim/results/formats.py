@@ -69,6 +69,11 @@ def html_page(**content: Any) -> str:
     return _HTML.get_template("report.html.jinja").render(content) + "\n"
 
 
+def run_html(**content: Any) -> str:
+    """The page of a training, every text in it escaped; see the template for what it takes."""
+    return _HTML.get_template("run.html.jinja").render(content) + "\n"
+
+
 def escape_latex(text: str) -> str:
     """Text with LaTeX's special characters escaped, in one line."""
     norms = {"ℓ2": r"$\ell_2$", "ℓ∞": r"$\ell_\infty$"}

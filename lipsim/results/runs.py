@@ -91,11 +91,8 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
     """
     runs = []
     for path in paths:
-        name, equals, place = path.partition("=")
-        if not equals or user_path(path).exists():
-            name, place = "", path
-        file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
-        run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
+        name, file = find_results(path)
+        run = Run(name, file.parent, read_results(file))
         if not _sets(run) and not run.searched_sets and not run.benchmark:
             raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
         runs.append(run)
@@ -107,6 +104,15 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
             "they differ in their seed alone"
         )
     return runs
+
+
+def find_results(path: str) -> tuple[str, Path]:
+    """Name and results.json, there or not, of a run that is given as :func:`load_runs` takes it."""
+    name, equals, place = path.partition("=")
+    if not equals or user_path(path).exists():
+        name, place = "", path
+    file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
+    return name or file.absolute().parent.name, file
 
 
 def set_names(runs: Sequence[Run]) -> list[str]:

@@ -42,7 +42,7 @@ def train(
     seed: int | None = 0,
     **options: Unpack[TrainingOptions],
 ) -> PerceptualMetric:
-    """Train a stage; the directory gets checkpoints, a log, the exported metric and a record of the call.
+    """Train a stage; the directory gets checkpoints, a log, a page that shows it, the exported metric and a record.
 
     Costs what its epochs cost and says how far they are (``enable_progress_bar=False``: nothing). Validation scores the
     metric; :class:`lipsim.callbacks.CertifyRadii` among the callbacks certifies it too. Files of an earlier run in the
@@ -60,6 +60,7 @@ def train(
         seed: of the generators of Python, numpy and torch, which are set to it before training (the weights of the
             stage have been drawn by then); None leaves them alone.
         options: of :class:`lightning.Trainer`: ``max_epochs``, ``accelerator``, ``devices``, ``precision``, …
+            ``logger`` takes "tensorboard" and "wandb" as well, beside the CSV log.
 
     Returns:
         The trained metric, as :func:`lipsim.load` gives it: frozen, in evaluation mode, its bound audited.
@@ -68,7 +69,7 @@ def train(
         FileNotFoundError: no such checkpoint or data.
         OSError: nothing can be written into the directory, or its disk is full.
         ValueError: a checkpoint of another stage, bad images or votes, a loss that is not finite, or options that are
-            unknown.
+            unknown; a logger whose package is not installed.
     """
     check_options(options, TrainingOptions)
     if not isinstance(stage, Stage):

@@ -47,7 +47,7 @@ def _exported(file: Path) -> Tensor:
 def test_a_second_run_sets_the_first_aside(caplog: pytest.LogCaptureFixture) -> None:
     _run()
     assert _files(ROOT) == {
-        *("config.yaml", "environment.json", "metrics.csv", "linear.safetensors"),
+        *("config.yaml", "environment.json", "metrics.csv", "linear.safetensors", "progress.json", "report.html"),
         *("checkpoints/last.ckpt", "checkpoints/epoch=0-step=1.ckpt"),
     }
     (ROOT / "notes.txt").write_text("mine")

@@ -51,7 +51,8 @@ def test_a_run_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     exported = lipsim.load(folder / "metric.safetensors")
     assert torch.equal(_weight(exported), _weight(metric)) and exported.lipschitz == metric.lipschitz
     assert {path.name for path in folder.iterdir()} == {
-        *("arguments.yaml", "checkpoints", "environment.json", "metric.safetensors", "metrics.csv")
+        *("arguments.yaml", "checkpoints", "environment.json", "metric.safetensors", "metrics.csv"),
+        *("progress.json", "report.html"),
     }
     record = yaml.safe_load((folder / "arguments.yaml").read_text())
     assert record["max_epochs"] == 1 and record["optimizer"]["init_args"] == {"lr": 0.01}

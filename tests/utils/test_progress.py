@@ -12,7 +12,7 @@ import torch
 
 from lipsim.callbacks import ProgressLines
 from lipsim.utils import progress
-from lipsim.utils.progress import Progress, duration
+from lipsim.utils.progress import Pace, Progress, duration, per_second
 
 
 class Lines(io.StringIO):
@@ -72,7 +72,10 @@ def test_counts_and_times() -> None:
     advance = say.counter(20, "triplets")
     advance(5)
     advance(5)
-    assert say._text == "rendering: 10 of 20 triplets, 0 s left"
+    assert re.fullmatch(r"rendering: 10 of 20 triplets, [\d,.]+/s, 0 s left", say._text)
+    assert [per_second(rate, "images") for rate in (0.314, 12.34, 1234.5)] == [
+        *("0.31 images/s", "12.3 images/s", "1,234 images/s")
+    ]
     assert [duration(s) for s in (0.4, 59, 61, 3599, 7800)] == [
         "0 s",
         "59 s",
@@ -80,6 +83,34 @@ def test_counts_and_times() -> None:
         "59 min 59 s",
         "2 h 10 min",
     ]
+
+
+def test_the_pace_is_that_of_the_steps_after_the_first() -> None:
+    now = [100.0]
+    pace = Pace(recent=10.0, clock=lambda: now[0])
+    assert pace.rate is None and pace.seconds_per_step is None
+
+    def step(seconds: float, items: int = 8) -> None:
+        pace.begin()
+        now[0] += seconds
+        pace.add(1, items)
+
+    now[0] += 1000.0  # whatever was before the first
+    step(40.0)  # workers start, code is compiled: it counts while it is alone
+    assert (pace.rate, pace.seconds_per_step) == (8 / 40, 40.0)
+    for _ in range(5):
+        step(2.0)
+    assert (pace.rate, pace.seconds_per_step) == (4.0, 2.0)
+    pace.pause()
+    now[0] += 30.0  # a validation: no part of the rate, and of what the rest takes
+    pace.resume()
+    for _ in range(5):
+        step(1.0)
+    assert pace.seconds_per_step == (10 + 30 + 5) / 10
+    assert pace.rate == pytest.approx(8 * 7 / 10, rel=0.1)  # five steps of the last ten seconds, and half of five
+    for _ in range(100_000):
+        step(0.001)
+    assert pace.rate == pytest.approx(8000) and len(pace._marks) < 70
 
 
 class Waiting(L.LightningModule):
@@ -99,7 +130,7 @@ class Waiting(L.LightningModule):
 
     def test_step(self, batch: torch.Tensor, index: int) -> None:
         self.trainer.progress_bar_callback.say("square")  # type: ignore[union-attr]
-        self.stream.wait_for(f"test: test, {index} of 3 batches done, (. s left, )?square")
+        self.stream.wait_for(f"test: test, {index} of 3 batches done, ([\\d,.]+ images/s, . s left, )?square")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -121,7 +152,7 @@ def test_training_and_tests_tell_how_far_they_are(monkeypatch: pytest.MonkeyPatc
     module = Waiting(stream)
     trainer.fit(module, loader)
     trainer.test(module, loader, verbose=False)
-    stream.wait_for(r"1 of 3 batches done, \d s left, loss 0.25 \(\d s\)\n")
+    stream.wait_for(r"1 of 3 batches done, [\d,.]+ images/s, \d s left, loss 0.25 \(\d s\)\n")
     trainer.progress_bar_callback.disable()  # type: ignore[union-attr]
     before = stream.getvalue()
     monkeypatch.setattr(Waiting, "test_step", lambda self, batch, index: None)
