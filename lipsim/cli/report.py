@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare runs by their results.json: report.md, report.tex (booktabs), report.csv, curves as PDF "
         "and PNG, and report.html with the pictures of each run inside it. Takes seconds, most of them for drawing."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run; * in it means all"
+    )
     parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")
     parser.add_argument(
         "--radius",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
     """Read runs that are given as ``DIRECTORY``, ``…/results.json`` or ``NAME=DIRECTORY``.
 
     Args:
-        paths: of the runs.
+        paths: of the runs; ``*`` in a directory stands for all that there are.
         seeds: whether several runs may have one name: they differ in their seed then, and tables have their mean.
 
     Raises:
@@ -94,11 +95,11 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
         name, equals, place = path.partition("=")
         if not equals or user_path(path).exists():
             name, place = "", path
-        file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
-        run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
-        if not _sets(run) and not run.searched_sets and not run.benchmark:
-            raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
-        runs.append(run)
+        for file in _files(place):
+            run = Run(name or file.absolute().parent.name, file.parent, read_results(file))
+            if not _sets(run) and not run.searched_sets and not run.benchmark:
+                raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
+            runs.append(run)
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated and not seeds:
@@ -107,6 +108,17 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
             "they differ in their seed alone"
         )
     return runs
+
+
+def _files(place: str) -> list[Path]:
+    """The results of a run, or of all runs that a pattern means: a shell leaves NAME=runs/* as it is."""
+    file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
+    if "*" not in place or file.exists():
+        return [file]
+    folders = sorted(path for path in glob.glob(str(file.parent)) if Path(path).is_dir())
+    if not folders:
+        raise FileNotFoundError(f"no folder {place}")
+    return [Path(folder) / file.name for folder in folders]
 
 
 def set_names(runs: Sequence[Run]) -> list[str]:
