@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.evaluation.module import weights_are_finite
+from lipsim.utils.slurm import slurm_job, was_requeued
 
 PREVIOUS = "previous"
 CHECKPOINT_NAMES = ("best", "last", "hpc", "registry")  # which Lightning finds for itself, in the folder
@@ -64,6 +66,22 @@ def continues(root: Path, checkpoint: str | Path | None) -> bool:
         return checkpoint is not None
     place, folder = Path(checkpoint).resolve(), root.resolve()
     return place.is_relative_to(folder) and not place.is_relative_to(folder / PREVIOUS)
+
+
+def to_continue(root: Path, checkpoint: str | Path | None) -> str | Path | None:
+    """What a training resumes from: as it was told, but after SLURM has requeued its job from what it has itself saved.
+
+    Args:
+        root: the folder of the run.
+        checkpoint: what it was told.
+    """
+    if checkpoint == "last" or not was_requeued() or not any(root.glob("checkpoints/*.ckpt")):
+        return checkpoint
+    try:
+        job = json.loads((root / "environment.json").read_text(encoding="utf-8")).get("job")
+    except (FileNotFoundError, json.JSONDecodeError):  # it did not come so far
+        return checkpoint
+    return "last" if job == slurm_job() else checkpoint
 
 
 def set_aside(root: Path, exports: Iterable[Path] = ()) -> Path | None:

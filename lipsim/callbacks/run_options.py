@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -27,7 +29,7 @@ from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.progress_lines import ProgressLines
-from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log, to_continue
 from lipsim.results.retrieval import retrieval_rows
 from lipsim.results.tables import certified_rows, print_table, smoothed_rows
 from lipsim.utils.errors import LipsimError
@@ -123,7 +125,13 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     # First: it makes room for what the others write.
     if not any(isinstance(c, Interruption) for c in callbacks):
         callbacks.append(Interruption())
+    checkpoint = to_continue(directory, checkpoint)
     options["callbacks"] = [RunFolder(None if checkpoint is None else str(checkpoint)), *callbacks, SaveOnException()]
+    plugins = options.get("plugins") or []
+    plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        # Signals are Interruption's: Lightning would save in the middle of a step, as hpc_ckpt, besides last.ckpt.
+        options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
     # Advertisements among the messages of a run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     if not trial and (options.get("logger") is None or options.get("logger") is True):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lipsim.callbacks.export_metric import ExportMetric
-from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
+from lipsim.callbacks.run_folder import CHECKPOINT_NAMES, to_continue
 from lipsim.callbacks.run_options import (
     TrainingOptions,
     check_options,
@@ -113,6 +113,9 @@ def fit(
     trainer: L.Trainer, stage: Stage, data: L.LightningDataModule | None, checkpoint: str | Path | None = None
 ) -> None:
     """:func:`train` with a trainer that has the callbacks."""
+    told, checkpoint = checkpoint, to_continue(Path(trainer.default_root_dir), checkpoint)
+    if checkpoint != told:
+        rank_zero_info("SLURM has started this job again: it continues from the latest checkpoint of its own")
     if checkpoint is not None and str(checkpoint) not in CHECKPOINT_NAMES:
         read_stage(Path(checkpoint), resume=True)
         check_checkpoint(Path(checkpoint), stage)
