@@ -104,7 +104,7 @@ def test_a_pattern_means_all_runs_that_there_are(seeds: list[str], tmp_path: Pat
     with pytest.raises(FileNotFoundError, match=r"no folder .*/none-\*"):
         load_runs([f"{tmp_path}/none-*"])
     (tmp_path / "3").mkdir()  # a run that has not ended is not passed over
-    with pytest.raises(FileNotFoundError, match="results.json"):
+    with pytest.raises(FileNotFoundError, match=r"results\.json"):
         load_runs([f"student={tmp_path}/*"], seeds=True)
 
 
