@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lipsim.utils.slurm import slurm_job
 
 _STOP, _REQUEUE = 1, 2  # what the processes agree on by the larger number; 0: go on
-_TERMINATED = 128 + signal.SIGTERM  # as a shell has it; of an evaluation, whose results are not there yet
-_AGAIN = os.EX_TEMPFAIL  # 75; not 0, so that a script does not go on with a training that has not ended
+TERMINATED = 128 + signal.SIGTERM  # as a shell has it; of an evaluation, whose results are not there yet
+AGAIN = os.EX_TEMPFAIL  # 75; not 0, so that a script does not go on with a training that has not ended
 
 
 class Interruption(Callback):
@@ -90,7 +90,7 @@ class Interruption(Callback):
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         if self.received is not None:
             rank_zero_info(f"stopping on {self.received.name}; called again, the evaluation continues where it was")
-            raise SIGTERMException(_TERMINATED)
+            raise SIGTERMException(TERMINATED)
 
     def _signals(self) -> set[signal.Signals]:
         return {signal.SIGTERM, *(self.requeue if slurm_job() is not None else ())}
@@ -137,7 +137,7 @@ class Interruption(Callback):
                 _requeue(job)
             # Not before: srun may end the other tasks when one fails.
             trainer.strategy.barrier()
-            raise SIGTERMException(_AGAIN)
+            raise SIGTERMException(AGAIN)
         raise SIGTERMException(0)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from lipsim.data.sets.bapps import BappsTriplets
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -30,6 +30,7 @@ class BappsData(TripletData):
         val_triplets: held out of the training part.
         seed: of the choice of these.
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class BappsData(TripletData):
         val_triplets: int = 2000,
         seed: int = 0,
         pack: Path | None = None,
+        on_error: OnError = "fail",
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize)
+        super().__init__(batch_size, num_workers, image_size, resize, on_error=on_error)
         if val_triplets < 1:
             raise LipsimError(f"expected val_triplets of at least 1, got {val_triplets}")
         self.root = user_path(root)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lipsim.data import Preprocess, TripletSet, collate_triplets
+from lipsim.data import Preprocess, Triplet, TripletSet, collate_triplets
+from lipsim.data.check import images_of
 from lipsim.data.contracts import Parts, groups_of
 from lipsim.data.registry import open_sets
+from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
+from lipsim.datamodules.skipped import SkippedSamples
 from lipsim.utils.errors import LipsimError
+
+OnError = Literal["fail", "skip"]
 
 
 class TripletData(L.LightningDataModule):
@@ -27,6 +32,9 @@ class TripletData(L.LightningDataModule):
             and "float" where one is trained.
         framing: "stretch", "center-crop" or "pad", as in :class:`lipsim.data.Preprocess`; None: as the metric expects
             that is evaluated, and "stretch" where one is trained.
+        on_error: what training does about a sample whose image is missing or cannot be read: "fail", with the name of
+            the file, or "skip" it: its batch is shorter, and ``skipped.csv`` and the log of the run say so. Validation
+            and tests always fail, since a score over fewer triplets is of another set.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
@@ -39,8 +47,12 @@ class TripletData(L.LightningDataModule):
         image_size: int | None = None,
         resize: str | None = None,
         framing: str | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__()
+        if on_error not in get_args(OnError):
+            raise LipsimError(f"expected on_error to be one of {', '.join(get_args(OnError))}, got {on_error!r}")
+        self.on_error, self.skipped = on_error, SkippedSamples()
         if batch_size < 1:
             raise LipsimError(f"expected a batch_size of at least 1, got {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -120,8 +132,26 @@ class TripletData(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.test_sets.values()]
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch as it is; in training with ``on_error="skip"``, what could be read of it."""
+        if self.trainer is not None and self.trainer.training and self.on_error == "skip":
+            read, unread = batch if isinstance(batch, PartlyRead) else (batch, [])
+            size = len(read) if isinstance(read, Triplet | NothingRead) else len(images_of(read))
+            self.skipped.add(self.trainer, size + len(unread), unread)
+            return read
+        return batch
+
+    def _tolerant(
+        self, samples: Dataset[Any], collate: Callable[[Any], Any]
+    ) -> tuple[Dataset[Any], Callable[[Any], Any]]:
+        """Training samples and their ``collate_fn``, which leave out what cannot be read where that is asked for."""
+        return (samples, collate) if self.on_error == "fail" else (ReadableSamples(samples), ReadableBatch(collate))
+
     def _loader(self, triplets: TripletSet | Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
         dataset = cast(Dataset[Any], triplets)  # of which a loader needs what the protocol has
+        collate = self.collate
+        if shuffle:
+            dataset, collate = self._tolerant(dataset, collate)
         processes = 1 if self.trainer is None else self.trainer.world_size
         share = len(dataset) // processes  # type: ignore[arg-type]
         return DataLoader(
@@ -131,7 +161,7 @@ class TripletData(L.LightningDataModule):
             drop_last=shuffle and share >= self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=self.collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -13,7 +13,7 @@ from lipsim.data import Preprocess
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder
 from lipsim.data.sets.folder import FolderImages
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -35,6 +35,7 @@ class ImageFolderData(TripletData):
         batch_size: images in a batch of one process.
         num_workers: loading processes of each loader.
         triplets: data module whose validation and test sets the student is scored on; its training set is not used.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class ImageFolderData(TripletData):
         batch_size: int = 32,
         num_workers: int = 8,
         triplets: TripletData | None = None,
+        on_error: OnError = "fail",
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, on_error=on_error)
         self.root = user_path(root)
         self.image_size, self.short_side, self.views = image_size, short_side, tuple(views)
         self.triplets = triplets

@@ -7,7 +7,7 @@ from pathlib import Path
 from lipsim.data.contracts import TripletSet
 from lipsim.data.sets.nights import MIN_VOTES
 from lipsim.data.triplet import Split
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.paths import user_path
 
 
@@ -23,6 +23,7 @@ class NightsData(TripletData):
         min_votes: triplets with fewer agreeing judges are left out of every split.
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files; ``root`` then needs
             data.csv alone.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class NightsData(TripletData):
         num_workers: int = 4,
         min_votes: int = MIN_VOTES,
         pack: Path | None = None,
+        on_error: OnError = "fail",
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize)
+        super().__init__(batch_size, num_workers, image_size, resize, on_error=on_error)
         self.root, self.min_votes, self.pack = user_path(root), min_votes, pack
 
     def setup(self, stage: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lipsim.data.contracts import TripletSet
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.paths import user_path
 
 
@@ -28,6 +28,7 @@ class TableData(TripletData):
         seed: of that draw.
         name: of the set in results, for reports of several studies.
         pack: a pack of the table's folder (``lipsim data pack``), whose images are read instead of the files.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class TableData(TripletData):
         seed: int = 0,
         name: str = "table",
         pack: Path | None = None,
+        on_error: OnError = "fail",
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize, framing)
+        super().__init__(batch_size, num_workers, image_size, resize, framing, on_error=on_error)
         self.file, self.set_name = user_path(file), name
         self.columns, self.seed, self.pack = columns, seed, pack
         self.val_fraction, self.test_fraction = val_fraction, test_fraction

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lipsim.data import Preprocess, Triplet
 from lipsim.data.check import check_images
+from lipsim.data.skipping import NothingRead
 from lipsim.evaluation.module import EvaluationModule, weights_are_finite
 from lipsim.layers.encoder import ResizingEncoder, declared_image_size
 from lipsim.metric import PerceptualMetric, TiledMetric, load
@@ -165,8 +166,18 @@ class Stage(EvaluationModule):
             self.metric.preprocess = before
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        check_images(batch)
+        if not isinstance(batch, NothingRead):
+            check_images(batch)
         self._batch = batch
+
+    def nothing_learned(self) -> Tensor | None:
+        """The loss of a batch of which nothing could be read: none, or on several processes one without a gradient.
+
+        All of them have to take part when gradients are averaged.
+        """
+        if self.trainer.world_size == 1:
+            return None
+        return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at the first loss that is not finite, before it reaches a weight.

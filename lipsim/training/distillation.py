@@ -19,6 +19,7 @@ from lipsim.data.embeddings.axes import principal_axes as fit_axes
 from lipsim.data.embeddings.cache import EmbeddingCache, ServesEmbeddings
 from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.loading import num_samples, tells_positions
+from lipsim.data.skipping import NothingRead
 from lipsim.evaluation.module import Evaluation, evaluation_loaders
 from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
@@ -143,8 +144,10 @@ class Distillation(Stage):
         with torch.no_grad():
             return None if self.teacher is None else self.teacher.embed(images_of(batch))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Mean loss over the clean and the jittered view."""
+        if isinstance(batch, NothingRead):
+            return self.nothing_learned()
         images, target = images_of(batch), self.target(batch)
         assert target is not None
         views = [images] if self.view is None else [images, self.view(images)]

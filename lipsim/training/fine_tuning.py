@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
+from lipsim.data.skipping import NothingRead
 from lipsim.metric import PerceptualMetric
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
@@ -53,8 +54,10 @@ class FineTuning(Stage):
         self.loss = loss or RadiusHinge()
         self.augment = augment
 
-    def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Triplet | NothingRead, batch_idx: int) -> Tensor | None:
         """Loss of a batch; each distinct image is embedded once."""
+        if isinstance(batch, NothingRead):
+            return self.nothing_learned()
         z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))

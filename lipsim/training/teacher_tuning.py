@@ -15,6 +15,7 @@ from lipsim.attacks.adversary import Adversary, adversarial_triplets
 from lipsim.attacks.objectives import TARGETS, Target
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
+from lipsim.data.skipping import NothingRead
 from lipsim.layers.encoder import head_of
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
@@ -120,8 +121,10 @@ class TeacherTuning(Stage):
             if not self.batch_statistics and isinstance(module, _NormBase) and module.track_running_stats:
                 module.eval()
 
-    def training_step(self, batch: Triplet, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Triplet | NothingRead, batch_idx: int) -> Tensor | None:
         """Hinge over a batch, and the contrastive term."""
+        if isinstance(batch, NothingRead):
+            return self.nothing_learned()
         if self.augment:
             batch = augmented(batch)
         if self.adversary is not None:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lipsim.callbacks import interruption
+from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.run_options import with_defaults
 from lipsim.data import BuiltinTriplets
 from lipsim.data.triplet import collate_triplets
@@ -70,7 +71,8 @@ def _train(*callbacks: Callback, checkpoint: Path | None = None, **options: Any)
     stage = FineTuning(OrthogonalProjection(16, 4))
     train = DataLoader(BuiltinTriplets("train", 32, image_size=16), batch_size=8, collate_fn=collate_triplets)
     val = DataLoader(BuiltinTriplets("val", 16, image_size=16), batch_size=8, collate_fn=collate_triplets)
-    trainer.fit(stage, train, val, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    with clear_faults(trainer):
+        trainer.fit(stage, train, val, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     return stage, trainer
 
 
