@@ -40,6 +40,7 @@ class Figures:
     Attributes:
         image_size: side of the images that the student sees.
         features: of the teacher, which the cache has.
+        student_features: of the student, which may follow fewer (principal axes).
         parameters: of the student.
         teacher_parameters: of the teacher.
         step_seconds: of a training step, whatever its batch: the orthonormal maps, the optimizer.
@@ -55,6 +56,7 @@ class Figures:
 
     image_size: int
     features: int
+    student_features: int
     parameters: int
     teacher_parameters: int
     step_seconds: float
@@ -128,7 +130,7 @@ class Cost:
         read_epoch: bytes that are read in an epoch.
         read_node: bytes a second that a node reads.
         cache: bytes of the cache.
-        sent: bytes that a GPU sends in a step.
+        sent: bytes that a GPU sends in a step: gradients, and features, since losses are those of the global batch.
     """
 
     step: float
@@ -151,9 +153,9 @@ def cost(figures: Figures, cluster: Cluster, run: Run) -> Cost:
     read = figures.pack_core_seconds if run.packed else figures.reading_core_seconds
     size = figures.pack_bytes if run.packed else figures.image_bytes
     embedding = figures.features * run.dtype_bytes if run.cached else 0
-    # A ring: each gradient goes around twice, but for one's own part.
+    # A ring: each gradient goes around twice, but for one's own part; features of both views and targets once.
     gradients = 4 * figures.parameters
-    sent = 2 * (run.gpus - 1) / run.gpus * gradients
+    sent = 2 * (run.gpus - 1) / run.gpus * gradients + (run.gpus - 1) * batch * 3 * 4 * figures.student_features
     parts = {
         "student": figures.step_seconds + batch * figures.image_seconds,
         "teacher": 0.0 if run.cached else batch * figures.teacher_seconds,
@@ -352,6 +354,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, l
     values: dict[str, tuple[float, str]] = {
         "image_size": (size, ""),
         "features": (teacher.encoder.out_features, ""),
+        "student_features": (teacher.encoder.out_features, ""),
         "parameters": (student, "counted"),
         "teacher_parameters": (sum(p.numel() for p in teacher.parameters()), "counted"),
         "step_seconds": (max(0.0, median["step"] - options.batch * image), how),

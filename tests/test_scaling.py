@@ -25,9 +25,9 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def figures(scaling: ModuleType) -> object:
     """Numbers that are easily multiplied."""
     return scaling.Figures(
-        image_size=10, features=100, parameters=1000, teacher_parameters=5000, step_seconds=0.01, image_seconds=0.001,
-        teacher_seconds=0.004, step_bytes=7, activation_bytes=3, reading_core_seconds=0.002, pack_core_seconds=0.0005,
-        image_bytes=50, pack_bytes=300,
+        image_size=10, features=100, student_features=20, parameters=1000, teacher_parameters=5000, step_seconds=0.01,
+        image_seconds=0.001, teacher_seconds=0.004, step_bytes=7, activation_bytes=3, reading_core_seconds=0.002,
+        pack_core_seconds=0.0005, image_bytes=50, pack_bytes=300,
     )  # fmt: skip
 
 
@@ -51,28 +51,29 @@ def test_a_cache_and_two_nodes(scaling: ModuleType) -> None:
     cluster = scaling.Cluster(gpus_per_node=2, cores_per_node=4, disk=1e6, node_link=1e9, network=1e6)
     run = scaling.Run(gpus=4, cached=True, packed=False, batch=10, images=1000, epochs=3)
     found = scaling.cost(figures(scaling), cluster, run)
-    assert found.sent == 2 * 3 / 4 * 4000
+    # A ring of gradients, and 20 features of two views and targets of every image but one's own
+    assert found.sent == 2 * 3 / 4 * 4000 + 3 * 10 * 3 * 20 * 4
     # The two GPUs of a node share its cores and its disk; each image comes with 100 numbers of 2 bytes.
-    expected = {"student": 0.02, "teacher": 0, "network": 0.006, "reading": 0.01, "disk": 20 * 250 / 1e6}
+    expected = {"student": 0.02, "teacher": 0, "network": 0.0132, "reading": 0.01, "disk": 20 * 250 / 1e6}
     assert found.parts == pytest.approx(expected)
-    assert found.step == pytest.approx(0.026) and found.bound == "student"
-    assert found.epoch == pytest.approx(25 * 0.026)
+    assert found.step == pytest.approx(0.0332) and found.bound == "student"
+    assert found.epoch == pytest.approx(25 * 0.0332)
     # Two views in the teacher on four GPUs: 1000·2·0.004/4, against 1000·0.002/4/2 of reading
-    assert found.caching == pytest.approx(2.0) and found.run == pytest.approx(3 * 25 * 0.026 + 2)
+    assert found.caching == pytest.approx(2.0) and found.run == pytest.approx(3 * 25 * 0.0332 + 2)
     assert found.cache == 1000 * 2 * 200
     assert found.memory == 16 * 1000 + 4000 + 7 + 30 + 12_000
     # Within a node gradients take the faster way; all of a ring's are sent where there are many.
-    assert scaling.cost(figures(scaling), cluster, replace(run, gpus=2)).parts["network"] == pytest.approx(4e-6)
+    assert scaling.cost(figures(scaling), cluster, replace(run, gpus=2)).parts["network"] == pytest.approx(6.4e-6)
 
 
 @pytest.mark.parametrize(
     ("changes", "packed", "bound", "step"),
     [
         ({"cores_per_node": 1}, False, "reading", 20 * 0.002),
-        ({"cores_per_node": 1}, True, "student", 0.02 + 4e-6),  # a quarter of the work, 0.01
+        ({"cores_per_node": 1}, True, "student", 0.02 + 6.4e-6),  # a quarter of the work, 0.01
         ({"disk": 1e5}, False, "disk", 20 * 250 / 1e5),
         ({"disk": 1e5}, True, "disk", 20 * 500 / 1e5),
-        ({"node_link": 1e5}, False, "network", 0.02 + 0.04),
+        ({"node_link": 1e5}, False, "network", 0.02 + 0.064),
     ],
 )
 def test_what_bounds(scaling: ModuleType, changes: dict[str, float], packed: bool, bound: str, step: float) -> None:

@@ -187,9 +187,9 @@ def test_what_is_the_site_s_own_counts_before_the_scripts(slurm: Path) -> None:
 @pytest.mark.slow  # two processes of three to ten seconds, several times
 def test_training_on_two_tasks_and_on_two_nodes(slurm: Path, tmp_path: Path) -> None:
     args = [*LINEAR.split(), "--trainer.default_root_dir"]
-    assert submit(SMALL.format(2), "train", *args, str(tmp_path / "one"), timeout=300).returncode == 0, logs(slurm)
+    assert submit(SMALL.format(2), "train", *args, str(tmp_path / "one"), timeout=1200).returncode == 0, logs(slurm)
     nodes = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
-    assert submit(nodes, "train_nodes", *args, str(tmp_path / "two"), timeout=300).returncode == 0, logs(slurm)
+    assert submit(nodes, "train_nodes", *args, str(tmp_path / "two"), timeout=1200).returncode == 0, logs(slurm)
     for name in ("one", "two"):
         folder = tmp_path / name
         environment = json.loads((folder / "environment.json").read_text())
@@ -202,7 +202,7 @@ def test_training_on_two_tasks_and_on_two_nodes(slurm: Path, tmp_path: Path) -> 
 @pytest.mark.slow  # six processes, one after the other
 def test_seeds_end_in_a_report(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
-    done = submit(f"--array=0-1 {SMALL.format(1)}", "seeds", str(runs), *LINEAR.split(), timeout=300)
+    done = submit(f"--array=0-1 {SMALL.format(1)}", "seeds", str(runs), *LINEAR.split(), timeout=1200)
     assert done.returncode == 0, logs(slurm)
     output = ["--output", str(tmp_path / "report")]
     report(f"linear={runs}/seed-*", "--seeds", *output)
@@ -212,7 +212,7 @@ def test_seeds_end_in_a_report(slurm: Path, tmp_path: Path, capsys: pytest.Captu
     evaluation = "--config configs/evaluate/builtin.yaml --trainer.accelerator cpu --data.num_test 8".split()
     evaluation += ["--trainer.callbacks", "lipsim.callbacks.CertifyRadii"]
     tests = tmp_path / "tests"
-    done = submit(f"--array=1-2 {SMALL.format(1)}", "evaluations", str(table), str(tests), *evaluation, timeout=300)
+    done = submit(f"--array=1-2 {SMALL.format(1)}", "evaluations", str(table), str(tests), *evaluation, timeout=1200)
     assert done.returncode == 0, logs(slurm)
     report(f"{tests}/*", *output)
     assert "seed-1" in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_seeds_end_in_a_report(slurm: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_sweep_a_cache_and_an_evaluation(slurm: Path, tmp_path: Path) -> None:
     table, runs = tmp_path / "sweep.txt", tmp_path / "runs"
     table.write_text("low --model.optimizer.init_args.lr 0.0001\nhigh --model.optimizer.init_args.lr 0.01\n")
-    done = submit(f"--array=2 {SMALL.format(1)}", "sweep", str(table), str(runs), *LINEAR.split(), timeout=300)
+    done = submit(f"--array=2 {SMALL.format(1)}", "sweep", str(table), str(runs), *LINEAR.split(), timeout=1200)
     assert done.returncode == 0, logs(slurm)
     assert [path.name for path in runs.iterdir()] == ["high"] and (runs / "high" / "results.json").is_file()
     images = tmp_path / "images" / "train" / "a"
@@ -232,14 +232,14 @@ def test_a_sweep_a_cache_and_an_evaluation(slurm: Path, tmp_path: Path) -> None:
         Image.fromarray(pixels).save(images / f"{number}.png")
     cache = ["--teacher", "quickstart", "--images", str(tmp_path / "images"), "--output", str(tmp_path / "cache")]
     small = ["--short-side", "64", "--num-workers", "0", "--shard-size", "2", "--accelerator", "cpu"]
-    done = submit(SMALL.format(2), "cache_teacher", *cache, *small, timeout=300)
+    done = submit(SMALL.format(2), "cache_teacher", *cache, *small, timeout=1200)
     assert done.returncode == 0 and "6 images" in logs(slurm), logs(slurm)
     evaluation = "--config configs/evaluate/builtin.yaml --checkpoint quickstart --trainer.accelerator cpu".split()
     evaluation += ["--trainer.callbacks", "lipsim.callbacks.CertifyRadii", "--data.num_test", "9"]
     folders = [str(tmp_path / name) for name in ("two", "one")]
     for tasks, folder in zip((2, 1), folders, strict=True):
         given = [*evaluation, "--trainer.default_root_dir", folder]
-        assert submit(SMALL.format(tasks), "evaluate", *given, timeout=300).returncode == 0, logs(slurm)
+        assert submit(SMALL.format(tasks), "evaluate", *given, timeout=1200).returncode == 0, logs(slurm)
     two, one = (json.loads((Path(folder) / "results.json").read_text())["certified"]["sets"] for folder in folders)
     for score in ("num_triplets", "majority", "certified", "joint"):
         assert two["builtin"][score] == one["builtin"][score]
@@ -253,7 +253,7 @@ def test_training_is_requeued_before_its_time_is_over(
     monkeypatch.setenv("FAKE_SLURM_SIGNAL_ON", "fit: epoch")
     run = tmp_path / "run"
     options = [*LINEAR.split(), "--trainer.max_epochs", "40", "--trainer.check_val_every_n_epoch", "40"]
-    done = submit(SMALL.format(2), "train", *options, "--trainer.default_root_dir", str(run), timeout=500)
+    done = submit(SMALL.format(2), "train", *options, "--trainer.default_root_dir", str(run), timeout=1200)
     said = logs(slurm)
     assert done.returncode == 0, said
     assert said.count("stopping on SIGUSR1 after step") == 1 and "job 1001 is back in the queue of SLURM" in said

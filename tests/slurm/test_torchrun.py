@@ -54,7 +54,7 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
 def test_one_node(tmp_path: Path) -> None:
     run = start([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *TRAIN, "--trainer.devices", "2",
                  "--trainer.default_root_dir", str(tmp_path / "run")], ROOT)  # fmt: skip
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=1200)
     assert run.returncode == 0, said
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
     assert (tmp_path / "run" / "linear.safetensors").is_file()
@@ -75,7 +75,7 @@ def test_two_nodes_that_meet(tmp_path: Path) -> None:
         str(tmp_path / "run"),
     ]
     nodes = [start([*TORCHRUN, *meeting, *TRAIN, *options], ROOT) for _ in range(2)]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
+    said = [node.communicate(timeout=1200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
 
@@ -83,7 +83,7 @@ def test_two_nodes_that_meet(tmp_path: Path) -> None:
 def test_all_processes_start_again_where_one_died(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(DYING)
     run = start([*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "train.py"], tmp_path)
-    said, _ = run.communicate(timeout=300)
+    said, _ = run.communicate(timeout=1200)
     assert run.returncode == 0, said
     steps = [int(line.split()[1]) for line in (tmp_path / "steps.txt").read_text().splitlines()]
     again = steps.index(5, steps.index(5) + 1)  # from the checkpoint of the first epoch, after 4 steps
