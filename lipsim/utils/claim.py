@@ -33,17 +33,17 @@ class FolderClaim:
     Use :func:`claim_folder`, which gives one process the same claim again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, option: str) -> None:
         self.folder = folder
         self._made = _missing_folders(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _locked(folder / CLAIM)
+            self._file = _locked(folder / CLAIM, option)
         except OSError as error:
             _remove_empty(self._made)
             raise OSError(
                 f"cannot write in {folder} ({error.strerror or error}), so nothing is begun; choose another folder "
-                "(--trainer.default_root_dir)"
+                f"({option})"
             ) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(_myself()).encode(), 0)
@@ -61,8 +61,12 @@ class FolderClaim:
         self.release()
 
 
-def claim_folder(folder: str | Path) -> FolderClaim:
+def claim_folder(folder: str | Path, option: str = "--trainer.default_root_dir") -> FolderClaim:
     """Claim a folder for this process, which is made where it is missing.
+
+    Args:
+        folder: the folder.
+        option: of the command line that names another one, for messages.
 
     Raises:
         OSError: nothing can be written there.
@@ -71,11 +75,11 @@ def claim_folder(folder: str | Path) -> FolderClaim:
     folder = Path(folder).absolute()
     claim = _held.get(folder)
     if claim is None:
-        _held[folder] = claim = FolderClaim(folder)
+        _held[folder] = claim = FolderClaim(folder, option)
     return claim
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, option: str) -> int:
     """The open file of a claim, locked.
 
     Raises:
@@ -94,13 +98,13 @@ def _locked(path: Path) -> int:
                 deadline = deadline or time.monotonic() + _ORPHANS
                 time.sleep(0.1)
                 continue
-            raise LipsimError(_taken(path.parent, holder)) from None
+            raise LipsimError(_taken(path.parent, holder, option)) from None
         except OSError as error:  # a disk without locks
             holder = _read(file)
             if holder and not _is_gone(holder) and not _is_me(holder):
                 os.close(file)
                 remedy = f"; if that is not so, remove {path}"
-                raise LipsimError(_taken(path.parent, holder) + remedy) from None
+                raise LipsimError(_taken(path.parent, holder, option) + remedy) from None
             warnings.warn(
                 f"the disk of {path.parent} has no locks ({error.strerror}): two jobs that start there at the same "
                 "moment do not see each other",
@@ -189,8 +193,8 @@ def _start_of(pid: int) -> str | None:
     return "running"
 
 
-def _taken(folder: Path, holder: dict[str, Any]) -> str:
+def _taken(folder: Path, holder: dict[str, Any], option: str) -> str:
     who = "another process"
     if holder:
         who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
-    return f"{folder} is in use by {who}; wait for it or end it, or choose another folder (--trainer.default_root_dir)"
+    return f"{folder} is in use by {who}; wait for it or end it, or choose another folder ({option})"

@@ -14,11 +14,14 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
+import lipsim
 from lipsim.callbacks import interruption
 from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.run_options import with_defaults
-from lipsim.data import BuiltinTriplets
+from lipsim.data import BuiltinTriplets, Triplet
 from lipsim.data.triplet import collate_triplets
+from lipsim.datamodules import BuiltinData
+from lipsim.evaluation.exported import EvaluatedMetric
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
 
@@ -143,6 +146,30 @@ def test_a_job_of_slurm_is_requeued_on_its_signal(
     scontrol.write_text("#!/bin/sh\necho Job requeue disabled >&2; exit 1\n")
     with pytest.warns(UserWarning, match=r"job 5_2 is not put back into the queue: Job requeue disabled"):
         _stopped(Kill(signal.SIGUSR1, "backward", 0), status=75)
+
+
+def test_an_evaluation_keeps_its_batches(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Told to end in its second batch, it keeps that one as well, and has two to do when it is called again."""
+    data = BuiltinData(num_train=8, num_val=8, num_test=16, image_size=16, batch_size=4)
+    metric = lipsim.PerceptualMetric(OrthogonalProjection(16, 4), 16)
+    quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    expected = lipsim.evaluate(metric, data, eps=[0.1], directory="whole", **quiet)
+    step, seen = EvaluatedMetric.test_step, []
+
+    def told_in_the_second(self: Any, batch: Any, *arguments: Any) -> Any:
+        if isinstance(batch, Triplet):
+            seen.append(len(batch))
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, *arguments)
+
+    monkeypatch.setattr(EvaluatedMetric, "test_step", told_in_the_second)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as stop:
+        lipsim.evaluate(metric, data, eps=[0.1], directory="run", **quiet)
+    assert stop.value.code == 143 and seen == [4, 4] and not Path("run/results.json").exists()
+    assert "called again, the evaluation continues where it was" in caplog.text
+    found = lipsim.evaluate(metric, data, eps=[0.1], directory="run", **quiet)
+    assert seen == [4, 4, 4, 4] and found["certified"] == expected["certified"]
 
 
 def test_one_process_alone_may_get_the_signal() -> None:

@@ -151,17 +151,17 @@ def test_a_certificate_is_of_a_training_that_ended(recorded: Path, monkeypatch: 
 
 
 def test_a_task_that_fails_ends_the_others(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STUB", "if [ $SLURM_PROCID = 1 ]; then exit 3; fi; sleep 50")
-    assert submit(SMALL.format(2), "train", "--config", "c", timeout=20).returncode != 0
+    monkeypatch.setenv("STUB", "if [ $SLURM_PROCID = 1 ]; then exit 3; fi; sleep 200")
+    assert submit(SMALL.format(2), "train", "--config", "c", timeout=90).returncode != 0
 
 
 def test_evaluations_go_back_into_the_queue_before_their_time_is_over(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FAKE_SLURM_SIGNAL_ON", "working")
-    monkeypatch.setenv("STUB", "if [ -z ${SLURM_RESTART_COUNT:-} ]; then echo working; sleep 50; else echo again; fi")
+    monkeypatch.setenv("STUB", "if [ -z ${SLURM_RESTART_COUNT:-} ]; then echo working; sleep 200; else echo again; fi")
     for script, args in (("evaluate", []), ("cache_teacher", [])):
-        assert submit(SMALL.format(2), script, "--x", "y", *args, timeout=20).returncode == 0
+        assert submit(SMALL.format(2), script, "--x", "y", *args, timeout=90).returncode == 0
     assert logs(recorded).count("again") == 4
     assert calls(recorded, "1001-1") == 2 * [
         ["scripts/evaluate.py", "--x", "y", "--trainer.devices", "2", "--trainer.num_nodes", "1"]

@@ -76,7 +76,7 @@ def _die_while_writing(content: Any) -> None:
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before() -> None:
     _train(1)
     before = LAST.read_bytes()
-    process = fork.Process(target=_die_while_writing, args=(None,))
+    process = fork.Process(target=_die_while_writing, args=(None,), daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -199,7 +199,7 @@ def _hold(pipe: Any) -> None:
 def test_a_second_job_in_the_folder_of_a_run_changes_nothing() -> None:
     _train(1)
     here, there = fork.Pipe()
-    process = fork.Process(target=_hold, args=(there,))
+    process = fork.Process(target=_hold, args=(there,), daemon=True)
     process.start()
     holder = here.recv()
     before = {path: path.stat().st_mtime_ns for path in RUN.rglob("*")}

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def _run(target: Callable[[Connection, Path], None], folder: Path) -> tuple[multiprocessing.process.BaseProcess, str]:
     """Start a process, and what it says first."""
     here, there = fork.Pipe()
-    process = fork.Process(target=target, args=(there, folder))
+    process = fork.Process(target=target, args=(there, folder), daemon=True)
     process.start()
     there.close()
     return process, here.recv()
