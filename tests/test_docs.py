@@ -59,7 +59,7 @@ _SCRIPTS = {
     "scripts/convert_checkpoint.py": ["convert"],
 }
 # Not of this package: nothing of theirs is parsed here, and nothing is run.
-_OTHERS = {"git", "cd", "cp", "mkdir", "unzip", "sbatch", "uvx", "pytest", ".ci/run", "mkdocs", "aws", "rm"}
+_OTHERS = {".", "git", "cd", "cp", "mkdir", "unzip", "sbatch", "uvx", "pytest", ".ci/run", "mkdocs", "aws", "rm"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from lipsim.utils.slurm import slurm_job
 
 _STOP, _REQUEUE = 1, 2  # what the processes agree on by the larger number; 0: go on
 TERMINATED = 128 + signal.SIGTERM  # as a shell has it; of an evaluation, whose results are not there yet
+AGAIN = os.EX_TEMPFAIL  # 75; not 0, so that a script does not go on with a training that has not ended
 
 
 class Interruption(Callback):
@@ -28,8 +30,8 @@ class Interruption(Callback):
 
     SIGTERM, which schedulers send before they kill, and under SLURM SIGUSR1 as well, which a job asks for by
     ``--signal=USR1@120``. The step is finished, with all batches that it accumulates; ``last.ckpt`` is written; a
-    validation that is due or under way is finished, too; then the process exits with status 0. An evaluation finishes
-    its batch, whose results it keeps, and exits with status 143.
+    validation that is due or under way is finished, too; then the process exits with status 0, or 75 where the job is
+    put back into the queue. An evaluation finishes its batch, whose results it keeps, and exits with status 143.
 
     Lightning's own handlers are replaced meanwhile: they talk to the other processes from within the signal, and save
     in the middle of a step.
@@ -130,8 +132,12 @@ class Interruption(Callback):
         if not self._agreed:
             return
         job = slurm_job()
-        if self._agreed == _REQUEUE and job is not None and trainer.is_global_zero:
-            _requeue(job)
+        if self._agreed == _REQUEUE and job is not None:
+            if trainer.is_global_zero:
+                _requeue(job)
+            # Not before: srun may end the other tasks when one fails.
+            trainer.strategy.barrier()
+            raise SIGTERMException(AGAIN)
         raise SIGTERMException(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Collection, Iterable
@@ -20,6 +21,7 @@ from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.evaluation.module import weights_are_finite
 from lipsim.utils.claim import FolderClaim, claim_folder
 from lipsim.utils.files import remove_leftovers
+from lipsim.utils.slurm import slurm_job, was_requeued
 
 PREVIOUS = "previous"
 LAST_READABLE = "last-readable"
@@ -85,6 +87,22 @@ def continues(root: Path, checkpoint: str | Path | None) -> bool:
         return checkpoint is not None
     place, folder = Path(checkpoint).resolve(), root.resolve()
     return place.is_relative_to(folder) and not place.is_relative_to(folder / PREVIOUS)
+
+
+def to_continue(root: Path, checkpoint: str | Path | None) -> str | Path | None:
+    """What a training resumes from: as it was told, but after SLURM has requeued its job from what it has itself saved.
+
+    Args:
+        root: the folder of the run.
+        checkpoint: what it was told.
+    """
+    if checkpoint in ("last", LAST_READABLE) or not was_requeued() or not any(root.glob("checkpoints/*.ckpt")):
+        return checkpoint
+    try:
+        job = json.loads((root / "environment.json").read_text(encoding="utf-8")).get("job")
+    except (FileNotFoundError, json.JSONDecodeError):  # it did not come so far
+        return checkpoint
+    return "last" if job == slurm_job() else checkpoint
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:

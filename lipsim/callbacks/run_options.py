@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.profilers import Profiler
@@ -30,7 +32,7 @@ from lipsim.callbacks.loggers import Loggers, run_loggers
 from lipsim.callbacks.process_watch import ProcessWatch
 from lipsim.callbacks.progress_bar import RunProgressBar
 from lipsim.callbacks.progress_lines import ProgressLines
-from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException
+from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, to_continue
 from lipsim.callbacks.run_report import RunReport
 from lipsim.callbacks.skipped_images import ReportSkipped
 from lipsim.results.retrieval import retrieval_rows
@@ -131,12 +133,18 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     if not any(isinstance(c, Interruption) for c in callbacks):
         callbacks.append(Interruption())
     callbacks += [ReportSkipped(), ProcessWatch()]
+    checkpoint = to_continue(directory, checkpoint)
     claimed = None if trial else _claim(directory)
     folder = RunFolder(None if checkpoint is None else str(checkpoint), claimed)
     # First: it makes room for what the others write.
     options["callbacks"] = [folder, *callbacks, SaveOnException()]
     if not trial:
         options["callbacks"].append(RunReport())  # last: it tells of what the others did
+    plugins = options.get("plugins") or []
+    plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        # Signals are Interruption's: Lightning would save in the middle of a step, as hpc_ckpt, besides last.ckpt.
+        options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
     # Advertisements among the messages of a run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # A trial logs nothing, and says nevertheless what is wrong with the loggers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import os
@@ -22,6 +23,7 @@ from lipsim.metric import PerceptualMetric
 from lipsim.results import commit, versions
 from lipsim.results.schema import Environment
 from lipsim.utils.files import write_json, write_text
+from lipsim.utils.slurm import slurm_job
 
 _HEADER = "# The arguments of lipsim.{0}, as far as the objects tell; the command line writes config.yaml instead.\n"
 
@@ -60,6 +62,7 @@ def write_environment(trainer: L.Trainer, file: Path) -> None:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
+        "job": slurm_job(),
     }
     write_json(file, content)
 
@@ -70,6 +73,8 @@ def describe(value: Any) -> Any:
     Encoders say by their ``config`` what they were made with, stages which metric they have, and data modules what else
     they keep in plain attributes.
     """
+    if isinstance(value, enum.Enum):  # an int or a str may be one
+        return value.name
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Of a run that has trained, training-NAME.html as well, before there is a results.json, too: the page that is "
         "report.html in its folder while it runs, with its curves, scores and configuration."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run; * in it means all"
+    )
     parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")
     parser.add_argument(
         "--radius",

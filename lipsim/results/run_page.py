@@ -126,17 +126,19 @@ def write_training_pages(runs: Sequence[str], output: Path) -> tuple[list[Path],
     pages: list[Path] = []
     others: list[str] = []
     for run in runs:
-        name, file = find_results(run)
-        trained = is_training(file.parent)
-        if trained:
-            stem, number = f"training-{_UNSAFE.sub('-', name)}", 1
-            page = output / f"{stem}.html"
-            while page in pages:  # runs of one name, which differ in their seed
-                number += 1
-                page = output / f"{stem}-{number}.html"
-            pages.append(write_run_page(file.parent, page, name=name))
-        if file.is_file() or not trained:
-            others.append(run)
+        found = find_results(run)
+        for name, file in found:
+            trained = is_training(file.parent)
+            if trained:
+                stem, number = f"training-{_UNSAFE.sub('-', name)}", 1
+                page = output / f"{stem}.html"
+                while page in pages:  # runs of one name, which differ in their seed
+                    number += 1
+                    page = output / f"{stem}-{number}.html"
+                pages.append(write_run_page(file.parent, page, name=name))
+            if file.is_file() or not trained:
+                named = name != file.absolute().parent.name
+                others.append(run if len(found) == 1 else f"{name}={file}" if named else str(file))
     return pages, others
 
 

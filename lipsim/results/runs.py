@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
     """Read runs that are given as ``DIRECTORY``, ``…/results.json`` or ``NAME=DIRECTORY``.
 
     Args:
-        paths: of the runs.
+        paths: of the runs; ``*`` in a directory stands for all that there are.
         seeds: whether several runs may have one name: they differ in their seed then, and tables have their mean.
 
     Raises:
@@ -91,11 +92,11 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
     """
     runs = []
     for path in paths:
-        name, file = find_results(path)
-        run = Run(name, file.parent, read_results(file))
-        if not _sets(run) and not run.searched_sets and not run.benchmark:
-            raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
-        runs.append(run)
+        for name, file in find_results(path):
+            run = Run(name, file.parent, read_results(file))
+            if not _sets(run) and not run.searched_sets and not run.benchmark:
+                raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
+            runs.append(run)
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated and not seeds:
@@ -106,13 +107,24 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
     return runs
 
 
-def find_results(path: str) -> tuple[str, Path]:
-    """Name and results.json, there or not, of a run that is given as :func:`load_runs` takes it."""
+def find_results(path: str) -> list[tuple[str, Path]]:
+    """Name and results.json, there or not, of a run that is given as :func:`load_runs` takes it.
+
+    Of all the runs that a pattern means, which a shell leaves as it is in ``NAME=runs/*``.
+
+    Raises:
+        FileNotFoundError: the pattern means no folder.
+    """
     name, equals, place = path.partition("=")
     if not equals or user_path(path).exists():
         name, place = "", path
     file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
-    return name or file.absolute().parent.name, file
+    if "*" not in place or file.exists():
+        return [(name or file.absolute().parent.name, file)]
+    folders = sorted(Path(path) for path in glob.glob(str(file.parent)) if Path(path).is_dir())
+    if not folders:
+        raise FileNotFoundError(f"no folder {place}")
+    return [(name or folder.absolute().name, folder / file.name) for folder in folders]
 
 
 def set_names(runs: Sequence[Run]) -> list[str]:

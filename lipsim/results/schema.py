@@ -393,3 +393,4 @@ class Environment(TypedDict):
     devices: list[str]
     processes: int
     precision: str
+    job: str | None

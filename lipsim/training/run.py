@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.faults import clear_faults
-from lipsim.callbacks.run_folder import CHECKPOINT_NAMES, LAST_READABLE, checkpoint_folders
+from lipsim.callbacks.run_folder import CHECKPOINT_NAMES, LAST_READABLE, checkpoint_folders, to_continue
 from lipsim.callbacks.run_options import (
     TrainingOptions,
     check_options,
@@ -117,6 +117,9 @@ def fit(
     trainer: L.Trainer, stage: Stage, data: L.LightningDataModule | None, checkpoint: str | Path | None = None
 ) -> None:
     """:func:`train` with a trainer that has the callbacks."""
+    told, checkpoint = checkpoint, to_continue(Path(trainer.default_root_dir), checkpoint)
+    if checkpoint != told:
+        rank_zero_info("SLURM has started this job again: it continues from the latest checkpoint of its own")
     with clear_faults(trainer):
         if str(checkpoint) in ("last", LAST_READABLE):
             checkpoint = find_last(checkpoint_folders(trainer), fall_back=str(checkpoint) == LAST_READABLE)

@@ -36,3 +36,8 @@ def slurm_job() -> str | None:
         return None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def was_requeued() -> bool:
+    """Whether SLURM has started the job of this process before."""
+    return slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"

@@ -79,11 +79,11 @@ def _train(*callbacks: Callback, checkpoint: Path | None = None, **options: Any)
     return stage, trainer
 
 
-def _stopped(*callbacks: Callback, **options: Any) -> None:
+def _stopped(*callbacks: Callback, status: int = 0, **options: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         _train(*callbacks, **options)
-    assert stop.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    assert stop.value.code == status and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.filterwarnings("ignore:The .*_dataloader.* does not have many workers")
@@ -141,11 +141,11 @@ def test_a_job_of_slurm_is_requeued_on_its_signal(
     _stopped(Kill(signal.SIGTERM, "backward", 0))
     assert not calls.exists()
     with caplog.at_level("INFO"):
-        _stopped(Kill(signal.SIGUSR1, "backward", 0))
+        _stopped(Kill(signal.SIGUSR1, "backward", 0), status=75)
     assert calls.read_text() == "requeue 5_2\n" and "job 5_2 is back in the queue of SLURM" in caplog.text
     scontrol.write_text("#!/bin/sh\necho Job requeue disabled >&2; exit 1\n")
     with pytest.warns(UserWarning, match=r"job 5_2 is not put back into the queue: Job requeue disabled"):
-        _stopped(Kill(signal.SIGUSR1, "backward", 0))
+        _stopped(Kill(signal.SIGUSR1, "backward", 0), status=75)
 
 
 def test_an_evaluation_keeps_its_batches(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

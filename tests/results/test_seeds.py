@@ -96,6 +96,18 @@ def test_the_quickstarts_of_several_seeds_are_one_table(seeds: list[str], tmp_pa
         seeds_tables(roots)
 
 
+def test_a_pattern_means_all_runs_that_there_are(seeds: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    found = load_runs([f"student={tmp_path}/*"], seeds=True)
+    assert found == load_runs(seeds, seeds=True)
+    assert [run.name for run in load_runs([f"{tmp_path}/[0-1]*"])] == ["0", "1"]
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/none-\*"):
+        load_runs([f"{tmp_path}/none-*"])
+    (tmp_path / "3").mkdir()  # a run that has not ended is not passed over
+    with pytest.raises(FileNotFoundError, match=r"results\.json"):
+        load_runs([f"student={tmp_path}/*"], seeds=True)
+
+
 def test_one_result_under_two_seeds_is_told(seeds: list[str]) -> None:
     assert warnings(load_runs(seeds, seeds=True)) == []
     (line,) = warnings(load_runs([seeds[0], *seeds], seeds=True))
