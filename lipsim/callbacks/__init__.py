@@ -9,8 +9,10 @@ from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
+from lipsim.callbacks.progress_bar import RunProgressBar
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException
+from lipsim.callbacks.run_report import RunReport
 from lipsim.callbacks.triplet_gallery import TripletGallery
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "ProgressLines",
     "RunCheckpoint",
     "RunFolder",
+    "RunProgressBar",
+    "RunReport",
     "SaveOnException",
     "TripletCallback",
     "TripletGallery",

@@ -255,8 +255,9 @@ def _warnings(folder: Path, status: Status | None, rows: Sequence[LogRow]) -> li
         found.append(f"{status['state']} after {status['step']:,} of {status['steps']:,} steps")
     bad = sorted(file.name for file in folder.glob("not_finite*.safetensors"))
     found += [f"a loss was not finite; its batch is in {name}" for name in bad]
-    if count := _num_skipped(folder / "skipped.csv"):
-        found.append(f"{count:,} images could not be read and were left out; their names are in skipped.csv")
+    # One file a process; a sample is in it once an epoch.
+    if count := sum(map(_num_skipped, folder.glob("skipped*.csv"))):
+        found.append(f"{count:,} samples could not be read and were left out, each epoch counted; see skipped.csv")
     infinite = sum(not math.isfinite(value) for row in rows for value in row.values())
     if infinite:
         found.append(f"{infinite:,} logged values are not finite; the curves leave them out")
@@ -264,7 +265,5 @@ def _warnings(folder: Path, status: Status | None, rows: Sequence[LogRow]) -> li
 
 
 def _num_skipped(file: Path) -> int:
-    if not file.is_file():
-        return 0
     with open(file, encoding="utf-8", errors="replace", newline="") as lines:
         return sum(1 for _ in csv.reader(lines)) - 1  # its header

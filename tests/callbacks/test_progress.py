@@ -101,7 +101,7 @@ def test_the_bar_of_a_terminal_says_the_same(tmp_path: Path) -> None:
     for task in bar.progress.tasks:
         task.visible = True  # those of validations were put out at their end
     rich.console.Console(file=shown, width=160).print(bar.progress.make_tasks_table(bar.progress.tasks))
-    _, training, *_, validation = shown.getvalue().splitlines()
+    _, training, *_, validation = (" ".join(line.split()) for line in shown.getvalue().splitlines())
     assert re.search(r"Epoch 1/1 .* 3/3 0 s left [\d,.]+ images/s .*71\.9 % certified at 36/255 \(a\)", training)
     assert re.search(r"Validation .* 2/2 0:00:\d\d • .*it/s", validation)  # Lightning's own
 

@@ -99,12 +99,13 @@ def test_a_running_training(run: Path) -> None:
 def test_one_that_has_ended_is_not_read_again(run: Path, state: str) -> None:
     write_status(run, {**RUNNING, "state": state, "message": "the loss is <nan>"})  # type: ignore[typeddict-item]
     (run / "not_finite.safetensors").touch()
-    (run / "skipped.csv").write_text("file,reason\na.png,truncated\nb.png,missing\n")
+    (run / "skipped.csv").write_text("epoch,step,sample,reason\n0,1,a.png,truncated\n0,2,b.png,missing\n")
+    (run / "skipped-1.csv").write_text("epoch,step,sample,reason\n0,1,c.png,truncated\n")
     page = _page(run, refresh=60)
     assert not any("http-equiv" in meta for meta in page.all("meta"))
     text = " ".join(page.text.split())
     assert f"{state}: the loss is <nan>" in text and "its batch is in not_finite.safetensors" in text
-    assert "2 images could not be read" in text
+    assert "3 samples could not be read" in text
     assert (f"{state} after 40 of 100 steps" in text) == (state != "finished")
 
 
