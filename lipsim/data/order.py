@@ -176,8 +176,9 @@ class TrainingLoader(DataLoader[Any]):
         first = 0 if order is None else order.first_batch
         for number, batch in enumerate(super().__iter__(), first):
             self.batch = number
-            unread = batch.unread if isinstance(batch, PartlyRead) else ()
-            self.unread = frozenset(sample for sample, _ in unread)
+            self.unread = (
+                frozenset(one.sample for one in batch.unread) if isinstance(batch, PartlyRead) else frozenset()
+            )
             yield batch
 
     def positions(self) -> Tensor | None:

@@ -166,12 +166,6 @@ class TripletData(L.LightningDataModule):
             return read
         return batch
 
-    def _tolerant(
-        self, samples: Dataset[Any], collate: Callable[[Any], Any]
-    ) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        """Training samples and their ``collate_fn``, which leave out what cannot be read where that is asked for."""
-        return (samples, collate) if self.on_error == "fail" else (ReadableSamples(samples), ReadableBatch(collate))
-
     def _training_loader(
         self, samples: TripletSet | Dataset[Any], batch_size: int | None, collate: Callable[[Any], Any]
     ) -> TrainingLoader:
@@ -180,7 +174,9 @@ class TripletData(L.LightningDataModule):
         The seed is the one that torch was given last; of several processes, the first one's.
         """
         trainer, seed = self.trainer, torch.initial_seed()
-        dataset, collate = self._tolerant(cast(Dataset[Any], samples), collate)
+        dataset = cast(Dataset[Any], samples)  # of which a loader needs what the protocol has
+        if self.on_error == "skip":
+            dataset, collate = ReadableSamples(dataset), ReadableBatch(collate)
         return training_loader(
             dataset,
             batch_size,

@@ -211,21 +211,27 @@ class Stage(EvaluationModule):
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
             self._resumed = False
 
-    def nothing_learned(self, together: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """The loss of a batch of which nothing could be read: none; on several processes, that of the others' batches.
+    def nothing_learned(self) -> Tensor | None:
+        """The loss of a batch of which nothing could be read: none, or on several processes that of the others.
 
-        All of them have to take part in what they compute together, and in averaging gradients.
-
-        Args:
-            together: that loss, from no features, ``(0, 0)``.
+        All of them have to take part when losses and gradients are averaged; the gradient of this one is 0.
         """
         if self.trainer.world_size == 1:
             return None
-        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        no_gradient = torch.stack([parameter.sum() for parameter in learned]).sum() * 0
-        loss = together(no_gradient.new_zeros(0, 0)) + no_gradient
-        self._own_loss = no_gradient.detach()
-        return loss
+        return self.loss_of_no_rows(self.embed(self.blank_image())[:0])
+
+    def loss_of_no_rows(self, features: Tensor) -> Tensor:
+        """What a process adds to the loss of a step for which it has no sample: nothing, by the same exchange.
+
+        Args:
+            features: ``(0, D)``, which every trained parameter has a part in.
+        """
+        return global_batch.weighted_mean(features.sum(), features.new_zeros(()))
+
+    def blank_image(self) -> Tensor:
+        """A gray image in place of those that could not be read, ``(1, 3, S, S)``; nothing of it counts."""
+        size = self.metric.image_size
+        return torch.full((1, 3, size, size), 0.5, device=self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at the first loss that is not finite, before it reaches a weight.

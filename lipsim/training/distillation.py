@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,26 +152,17 @@ class Distillation(Stage):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Mean loss over the clean and the jittered view."""
-        views = 1 if self.view is None else 2
         if isinstance(batch, NothingRead):
-            return self.nothing_learned(lambda nothing: self._together([nothing] * views, nothing))
+            return self.nothing_learned()
         images, target = images_of(batch), self.target(batch)
         assert target is not None
-        seen = images
-        if self.view is not None:
-            seen = torch.cat([images, self.view(images, self._image_keys(batch, len(images)))])
-        own = self.embed(seen)
-        loss = self._together(own.chunk(views), target)
+        views = [images] if self.view is None else [images, self.view(images, self._image_keys(batch, len(images)))]
+        own = self.embed(torch.cat(views))
+        *features, target = gathered(*own.chunk(len(views)), target)
+        loss = shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean())
         self._own_loss = own.detach().sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
-
-    def _together(self, views: Sequence[Tensor], target: Tensor) -> Tensor:
-        """Mean loss over views of the images of all processes, of which this one has the features of its own."""
-        *features, target = gathered(*views, target)
-        if not len(target):
-            return target.sum()
-        return shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean())
 
     def _image_keys(self, batch: Any, count: int) -> Tensor:
         """Keys of what is drawn for the images of a batch: an image of a triplet has its own."""
@@ -182,6 +172,21 @@ class Distillation(Stage):
             keys = self.sample_keys(len(batch))
             return torch.cat([subkeys(subkeys(keys, IMAGES), part) for part in range(3)])
         return self.sample_keys(count)
+
+    def loss_of_no_rows(self, features: Tensor) -> Tensor:
+        """As of :class:`Stage`: the loss over the images of the other processes."""
+        if self.cache is None:
+            given = self.target(self.blank_image())
+            assert given is not None
+            target = given[:0]
+        else:
+            width = self.cache.description.features if self.axes is None else self.axes.shape[1]
+            target = features.new_zeros(0, width)
+        views = 1 if self.view is None else 2
+        *every, target = gathered(*[features] * views, target)
+        if not len(target):
+            return features.sum()
+        return shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in every]).mean())
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
         """Compare student and teacher; score the student where the batch has triplets."""

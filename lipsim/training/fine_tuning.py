@@ -61,9 +61,7 @@ class FineTuning(Stage):
     def training_step(self, batch: Triplet | NothingRead, batch_idx: int) -> Tensor | None:
         """Loss of a batch; each distinct image is embedded once."""
         if isinstance(batch, NothingRead):
-            return self.nothing_learned(
-                lambda nothing: self.mean_over_processes(nothing.sum(), self.loss, nothing.flatten())
-            )
+            return self.nothing_learned()
         if self.augment:
             batch = augmented(batch, self.sample_keys(len(batch)), self.batch_key())
         z, z0, z1 = batch.embed(self.embed)

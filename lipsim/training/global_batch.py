@@ -74,20 +74,18 @@ def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
 
 
 def gathered(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all processes, ``(ΣN, D)``, for tensors ``(N, D)`` of as many rows, another number on each process.
+    """Rows of all processes, ``(ΣN, …)``, for tensors of ``N`` rows each, which may be another number on each process.
 
-    A process without any need not know ``D``: it gives ``(0, 0)``. Half precision becomes float32, which such a process
-    has. Gradients reach the rows of this process alone: each computes the same loss, and its rows' part in it. What a
+    Gradients reach the rows of this process alone: each computes the same loss, and its rows' part in it. What a
     process sends and receives is all of these rows once, in the forward pass.
     """
     if num_processes() == 1:
         return tensors
-    own = torch.tensor([tensor.shape for tensor in tensors], device=tensors[0].device)
-    shapes = [torch.empty_like(own) for _ in range(num_processes())]
-    distributed.all_gather(shapes, own)
-    counts = [int(shape[0, 0]) for shape in shapes]
-    widths = torch.stack(shapes)[:, :, 1].amax(0).tolist()
-    return tuple(_gathered(tensor, counts, width) for tensor, width in zip(tensors, widths, strict=True))
+    own = tensors[0]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(num_processes())]
+    distributed.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+    counts = torch.cat(sizes).tolist()
+    return tuple(_gathered(tensor, counts) for tensor in tensors)
 
 
 def shared(loss: Tensor) -> Tensor:
@@ -97,15 +95,10 @@ def shared(loss: Tensor) -> Tensor:
     return loss.detach() + num_processes() * (loss - loss.detach())
 
 
-def _gathered(tensor: Tensor, counts: list[int], width: int) -> Tensor:
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    padded = tensor.new_zeros(max(counts), width)
-    known = tensor.shape[1] == width
-    if known:
-        padded[: len(tensor)] = tensor.detach()
+def _gathered(tensor: Tensor, counts: list[int]) -> Tensor:
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
     parts = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(parts, padded)
-    if known:
-        parts[distributed.get_rank()] = tensor
+    parts[distributed.get_rank()] = tensor
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -129,9 +129,7 @@ class TeacherTuning(Stage):
     def training_step(self, batch: Triplet | NothingRead, batch_idx: int) -> Tensor | None:
         """Hinge over a batch, and the contrastive term."""
         if isinstance(batch, NothingRead):
-            return self.nothing_learned(
-                lambda nothing: self._together(nothing.sum(), nothing.flatten(), nothing, nothing)
-            )
+            return self.nothing_learned()
         keys = self.sample_keys(len(batch))
         if self.augment:
             batch = augmented(batch, keys, self.batch_key())
@@ -140,15 +138,19 @@ class TeacherTuning(Stage):
             batch = adversarial_triplets(self.adversary, self.metric, batch, self.adversary_target, index=index)
         z, z0, z1 = batch.embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
-        loss = self._together(loss, batch.right_vote, z, torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0))
+        loss = self.mean_over_processes(loss, self.loss, batch.right_vote)
+        if self.contrast:
+            preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)
+            every, every_preferred = gathered(z, preferred)
+            loss = loss + self.contrast * shared(info_nce(every, every_preferred, self.temperature))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
-    def _together(self, loss: Tensor, right_vote: Tensor, z: Tensor, preferred: Tensor) -> Tensor:
-        """The loss of the triplets of all processes, from the hinge and the features of this one's."""
-        loss = self.mean_over_processes(loss, self.loss, right_vote)
+    def loss_of_no_rows(self, features: Tensor) -> Tensor:
+        """As of :class:`Stage`, with the contrastive term over the triplets of the other processes."""
+        loss = super().loss_of_no_rows(features)
         if self.contrast:
-            every, every_preferred = gathered(z, preferred)
+            every, every_preferred = gathered(features, features)
             if len(every):
                 loss = loss + self.contrast * shared(info_nce(every, every_preferred, self.temperature))
         return loss

@@ -9,10 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from lipsim.data.order import Place, TrainingLoader, TrainingOrder, training_loader
 from lipsim.data.sets.folder import FolderImages
+from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
+from lipsim.data.transforms import UnreadableImageError
 
 
 def _orders(size: int, batch_size: int, processes: int, seed: int = 0) -> list[TrainingOrder]:
@@ -159,3 +161,25 @@ def test_views_depend_on_the_key_of_the_sample(photos: Path) -> None:
     assert 15 < len(flipped) < 45 and all(torch.equal(shown[key], plain.flip(-1)) for key in flipped)
     torch.manual_seed(5)
     assert all(torch.equal(images[Place(3, key)], shown[key]) for key in range(60))
+
+
+def test_a_sample_that_could_not_be_read_takes_no_key_of_another() -> None:
+    class Some(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, index: int) -> Tensor:
+            if index % 4 == 1:
+                raise UnreadableImageError(f"no image file {index}.png")
+            return torch.tensor(int(index))
+
+    collate = ReadableBatch(default_collate)
+    loader = training_loader(ReadableSamples(Some()), 3, seed=0, collate=collate)  # type: ignore[arg-type]
+    lacking = 0
+    for batch in loader:
+        read = batch.batch if isinstance(batch, PartlyRead) else batch
+        positions = loader.positions()
+        assert positions is not None
+        assert positions.tolist() == ([] if isinstance(read, NothingRead) else read.tolist())
+        lacking += 3 - len(positions)
+    assert lacking == 2
