@@ -274,7 +274,6 @@ def _teacher(**options: Any) -> TeacherTuning:
 def _stages() -> dict[str, tuple[Callable[[], Stage], dict[str, Any]]]:
     """Stages, each with all that is random in it, and options of their training."""
     return {
-        "fine-tuning": (_stage, {}),
         "adversarial": (lambda: _teacher(adversary=Adversary(eps=0.3, steps=2)), {}),
         "distillation": (lambda: Distillation(Path("teacher.safetensors"), OrthogonalProjection(8, 8)), {}),
         "one uneven batch": (_stage, {"batch_size": 30}),  # 26 triplets: 13 on each of two processes, 9 on one of three
