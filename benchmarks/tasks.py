@@ -122,7 +122,7 @@ def builtin(make: Make, seconds: float, options: argparse.Namespace) -> dict[str
         rows = torch.randint(len(train), (64,), generator=generator)
         reference, left, right = _float(train.images[rows]).unbind(1)
         keys = torch.randint(2**62, (65,), generator=generator)
-        return augmented(Triplet(reference, left, right, train.right_vote[rows], rows), keys[:64], keys[64])
+        return augmented(Triplet(reference, left, right, train.right_vote[rows], rows), keys[:64], int(keys[64]))
 
     def distil(encoder: nn.Module, generator: torch.Generator) -> Tensor:
         return _distillation(encoder, teacher, torch.cat(batch(generator).images()))

@@ -2,6 +2,7 @@
 
 from lipsim.data.builtin.triplets import BuiltinTriplets
 from lipsim.data.contracts import TripletDataModule, TripletSet
+from lipsim.data.order import TrainingLoader, TrainingOrder, training_loader
 from lipsim.data.pack import ImagePack
 from lipsim.data.packing import pack_images
 from lipsim.data.registry import open_sets, sample_triplets
@@ -28,6 +29,8 @@ __all__ = [
     "Preprocess",
     "SharedTriplet",
     "TableTriplets",
+    "TrainingLoader",
+    "TrainingOrder",
     "Triplet",
     "TripletDataModule",
     "TripletSet",
@@ -37,4 +40,5 @@ __all__ = [
     "pack_images",
     "read_image",
     "sample_triplets",
+    "training_loader",
 ]

@@ -141,16 +141,16 @@ def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
-def augmented(batch: Triplet, keys: Tensor, shared_key: Tensor) -> Triplet:
+def augmented(batch: Triplet, keys: Tensor, shared_key: int) -> Triplet:
     """The batch under random reflections and turns, one for each triplet (one for all where triplets share images).
 
     Args:
         batch: the triplets.
         keys: ``(N,)`` int64, on which alone the draw of each triplet depends.
-        shared_key: scalar int64, on which the draw for all depends.
+        shared_key: on which the draw for all depends.
     """
     if isinstance(batch, SharedTriplet):
-        reflections = random_reflections(shared_key.view(1)).to(batch.distinct.device)
+        reflections = random_reflections(torch.tensor([shared_key])).to(batch.distinct.device)
         distinct = reflect(batch.distinct, reflections.expand(len(batch.distinct), -1))
         return SharedTriplet(distinct, batch.ids, batch.right_vote, batch.index)
     reflections = random_reflections(keys).to(batch.reference.device)

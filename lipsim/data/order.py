@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lipsim.data.skipping import PartlyRead
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.sampling import key_of, subkeys
+from lipsim.utils.sampling import subkey, subkeys
 
 # Numbers of a sample's keys, one for each thing that is drawn for it.
 VIEW, REFLECTION, JITTER, ATTACK, IMAGES = range(5)
@@ -134,21 +134,21 @@ class TrainingOrder(DistributedSampler[Any]):
         """The keys of samples in this epoch, int64 like the positions; see :func:`lipsim.utils.sampling.subkeys`."""
         return subkeys(self._key(_SAMPLES), positions)
 
-    def batch_key(self, batch: int) -> Tensor:
-        """The key of a global batch, scalar int64: the same on each of its processes, and however many these are."""
-        return subkeys(self._key(_BATCHES), self.samples_before(batch))
+    def batch_key(self, batch: int) -> int:
+        """The key of a global batch: the same on each of its processes, and however many these are."""
+        return subkey(self._key(_BATCHES), self.samples_before(batch))
 
     def _own(self) -> Tensor:
         return self._order()[self.start : self.start + self._left][self.rank :: self.num_replicas]
 
     def _order(self) -> Tensor:
         if self._permutation is None or self._permutation[:2] != (self.seed, self.epoch):
-            generator = torch.Generator().manual_seed(int(self._key(_ORDER)))
+            generator = torch.Generator().manual_seed(self._key(_ORDER))
             self._permutation = self.seed, self.epoch, torch.randperm(self.size, generator=generator)
         return self._permutation[2]
 
-    def _key(self, number: int) -> Tensor:
-        return subkeys(subkeys(key_of(self.seed), self.epoch), number)
+    def _key(self, number: int) -> int:
+        return subkey(subkey(self.seed, self.epoch), number)
 
 
 class TrainingLoader(DataLoader[Any]):

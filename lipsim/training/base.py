@@ -274,8 +274,8 @@ class Stage(EvaluationModule):
         """Keys of what is drawn for ``count`` rows that are no samples, of step, process and row."""
         return self._draws.rows(self._trainer, count)
 
-    def batch_key(self) -> Tensor:
-        """Key of what is drawn once for the batch in training on all processes, scalar int64."""
+    def batch_key(self) -> int:
+        """Key of what is drawn once for the batch in training on all processes, in the range of an int64."""
         return self._draws.batch(self._trainer)
 
     def _samples_in_a_step(self) -> int | None:

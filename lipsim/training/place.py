@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lipsim.data.order import TrainingLoader, TrainingOrder
-from lipsim.utils.sampling import key_of, subkeys
+from lipsim.utils.sampling import subkey, subkeys
 
 _ROWS, _NOISE = range(2)  # numbers of a batch's keys
 
@@ -133,16 +133,16 @@ class Draws:
         """A key for each of ``count`` rows that are no samples of the data set, ``(count,)`` int64 on the CPU."""
         return subkeys(self._of_process(trainer, _ROWS), torch.arange(count))
 
-    def batch(self, trainer: L.Trainer | None) -> Tensor:
-        """A key of the batch, scalar int64, the same on all processes."""
+    def batch(self, trainer: L.Trainer | None) -> int:
+        """A key of the batch, the same on all processes."""
         found = training_loader_of(trainer)
         if found is not None and found[0].batch is not None:
             return found[1].batch_key(found[0].batch)
-        return subkeys(key_of(self.seed), 0 if trainer is None else trainer.fit_loop.total_batch_idx)
+        return subkey(self.seed, 0 if trainer is None else trainer.fit_loop.total_batch_idx)
 
     def seed_noise(self, trainer: L.Trainer) -> None:
         """Give torch's generators, of dropout and noise within encoders, a seed of the batch and the process."""
-        torch.manual_seed(int(self._of_process(trainer, _NOISE)))
+        torch.manual_seed(self._of_process(trainer, _NOISE))
 
-    def _of_process(self, trainer: L.Trainer | None, purpose: int) -> Tensor:
-        return subkeys(subkeys(self.batch(trainer), purpose), 0 if trainer is None else trainer.global_rank)
+    def _of_process(self, trainer: L.Trainer | None, purpose: int) -> int:
+        return subkey(subkey(self.batch(trainer), purpose), 0 if trainer is None else trainer.global_rank)

@@ -28,25 +28,26 @@ def sample_uniform(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | N
     return _sample(like, lambda row, generator: row.uniform_(generator=generator), seed, index)
 
 
-def key_of(seed: int) -> Tensor:
-    """The key of a seed, a scalar int64, for :func:`subkeys`; seeds are told apart by their last 64 bits."""
-    return torch.tensor(_signed(seed))
+def subkey(key: int, number: int) -> int:
+    """Output ``number``, at least 0, of the generator SplitMix64 with the seed ``key``.
 
-
-def subkeys(keys: Tensor, number: Tensor | int) -> Tensor:
-    """Output ``number`` of the generator SplitMix64 with the seed ``keys``, int64: a key for each number under a key.
-
-    There is no state to keep or to skip: a draw that belongs to (seed, epoch, sample) is
-    ``subkeys(subkeys(key_of(seed), epoch), sample)``, whichever process asks for it, and in whatever order.
+    There is no state to keep or to skip: the key of (seed, epoch, sample) is ``subkey(subkey(seed, epoch), sample)``,
+    whichever process asks for it, and in whatever order. Keys are told apart by their last 64 bits; the result is in
+    the range of an int64.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
-
-    Args:
-        keys: int64; the 64 bits are those of an unsigned number.
-        number: of the output, at least 0; it broadcasts with ``keys``.
     """
+    state = (key + (number + 1) * _SEED_STRIDE) % 2**64
+    state = (state ^ (state >> 30)) * _FIRST_FACTOR % 2**64
+    state = (state ^ (state >> 27)) * _SECOND_FACTOR % 2**64
+    return _signed(state ^ (state >> 31))
+
+
+def subkeys(keys: Tensor | int, numbers: Tensor | int) -> Tensor:
+    """:func:`subkey` of whole tensors, int64, which broadcast; a number for all of them may stand for one."""
     # Products and sums of int64 wrap around, as they should.
-    state = keys + (torch.as_tensor(number, device=keys.device) + 1) * _signed(_SEED_STRIDE)
+    state = torch.as_tensor(_signed(keys) if isinstance(keys, int) else keys)
+    state = state + (torch.as_tensor(numbers, device=state.device) + 1) * _signed(_SEED_STRIDE)
     state = (state ^ _shifted(state, 30)) * _signed(_FIRST_FACTOR)
     state = (state ^ _shifted(state, 27)) * _signed(_SECOND_FACTOR)
     output: Tensor = state ^ _shifted(state, 31)

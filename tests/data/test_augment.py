@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 from lipsim.data.augment import ColorJitter, brightened, contrasted, gray, hue_turned, random_reflections, saturated
-from lipsim.utils.sampling import key_of, subkeys
+from lipsim.utils.sampling import subkeys
 
 OPERATIONS = [
     (brightened, V.adjust_brightness, (0.6, 1.4)),
@@ -51,7 +51,7 @@ def test_draws_are_distributed_as_those_of_torchvision(theirs_count: int) -> Non
     count = 6000
     theirs = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
     expected = torch.stack([theirs(image) for _ in range(theirs_count)]).flatten(1).double()
-    found = ColorJitter()(image.expand(count, -1, -1, -1), subkeys(key_of(0), torch.arange(count))).flatten(1).double()
+    found = ColorJitter()(image.expand(count, -1, -1, -1), subkeys(0, torch.arange(count))).flatten(1).double()
     spread, error = expected.std(0), (1 / count + 1 / theirs_count) ** 0.5
     assert ((found.mean(0) - expected.mean(0)).abs() / spread).max() < 4 * error
     assert (found.std(0) / spread - 1).abs().max() < 3 * error
@@ -62,7 +62,7 @@ def test_draws_are_distributed_as_those_of_torchvision(theirs_count: int) -> Non
 
 
 def test_an_image_is_jittered_alike_in_any_batch_and_no_two_are() -> None:
-    images, keys = _images(), subkeys(key_of(7), torch.arange(24))
+    images, keys = _images(), subkeys(7, torch.arange(24))
     before, jitter = images.clone(), ColorJitter()
     whole = jitter(images, keys)
     assert torch.equal(images, before) and 0 <= whole.min() and whole.max() <= 1
@@ -72,6 +72,6 @@ def test_an_image_is_jittered_alike_in_any_batch_and_no_two_are() -> None:
 
 
 def test_every_symmetry_of_the_square_is_as_likely() -> None:
-    drawn = random_reflections(subkeys(key_of(0), torch.arange(8000)))
+    drawn = random_reflections(subkeys(0, torch.arange(8000)))
     counts = (drawn.long() * torch.tensor([1, 2, 4])).sum(1).bincount(minlength=8)
     assert (counts - 1000).abs().max() < 130  # four standard deviations

@@ -35,7 +35,7 @@ from lipsim.training import Distillation, FineTuning, RateScaling, TeacherTuning
 from lipsim.training.base import Stage
 
 ROOT = Path(__file__).parents[2]
-EPOCHS = 3
+EPOCHS = 2
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # nothing is saved again
 
 
@@ -146,21 +146,32 @@ def _assert_continues(whole: Curve, part: Curve, done: int) -> None:
     assert part.served == whole.served[-len(part.served) :] and part.logged == whole.logged[done:]
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_resumed_from_any_step_the_curve_is_that_of_the_whole_run(averaged: bool) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Curve, Tensor, str]:
+    """The curve and the weights of a run that nothing disturbed, and its checkpoints by step, as a template."""
+    folder = tmp_path_factory.mktemp("whole")
+    curve = Curve()
+    weights = _fit(curve, save=ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
+    return curve, weights, str(folder / "step={}.ckpt")
+
+
+def test_resumed_from_any_step_the_curve_is_that_of_the_whole_run(whole: tuple[Curve, Tensor, str]) -> None:
     """26 triplets in batches of four, six steps an epoch: from the middle of one, the end of one, and in the last."""
-
-    def average() -> list[Callback]:
-        return [EMAWeightAveraging(decay=0.8)] if averaged else []
-
-    whole = Curve()
-    weights = _fit(whole, callbacks=average())
-    assert len(whole.losses) == 18 and len(set(whole.losses.values())) == 18
-    assert set(Counter(whole.served).values()) == {1} and len(whole.served) == 72
-    for step in (2, 6, 15):
+    curve, weights, checkpoint = whole
+    assert len(curve.losses) == 12 and len(set(curve.losses.values())) == 12
+    assert set(Counter(curve.served).values()) == {1} and len(curve.served) == 48
+    for step in (2, 6, 9):
         part = Curve()
-        assert torch.equal(_fit(part, f"all/step={step}.ckpt", callbacks=average()), weights)
-        _assert_continues(whole, part, step)
+        assert torch.equal(_fit(part, checkpoint.format(step)), weights)
+        _assert_continues(curve, part, step)
+
+
+def test_averaged_weights_continue_alike() -> None:
+    whole, part = Curve(), Curve()
+    weights = _fit(whole, callbacks=[EMAWeightAveraging(decay=0.8)])
+    again = _fit(part, "all/step=4.ckpt", callbacks=[EMAWeightAveraging(decay=0.8)])
+    assert torch.equal(again, weights)
+    _assert_continues(whole, part, 4)
 
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")  # since Python 3.12
@@ -175,15 +186,15 @@ def test_noise_within_the_encoder_and_loading_processes_continue_alike() -> None
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_after_an_exception_no_gradient_is_lost(accumulated: int) -> None:
-    """Broken off in batch 9: with two accumulated, batch 8's gradient is in no checkpoint, and it is taken again."""
+    """Broken off in batch 3: with two accumulated, batch 2's gradient is in no checkpoint, and it is taken again."""
     options = {"accumulate_grad_batches": accumulated}
-    whole, broken, part = Curve(), Curve(fail_at=9), Curve()
+    whole, broken, part = Curve(), Curve(fail_at=3), Curve()
     weights = _fit(whole, **options)
     with pytest.raises(RuntimeError, match="broken off"):
         _fit(broken, callbacks=[SaveOnException()], **options)
     again = _fit(part, "run/checkpoints/on_exception.ckpt", **options)
     assert torch.equal(again, weights)
-    _assert_continues(whole, part, 9 - 9 % accumulated)
+    _assert_continues(whole, part, 3 - 3 % accumulated)
 
 
 def test_a_checkpoint_of_a_validation_within_the_epoch() -> None:
@@ -194,30 +205,32 @@ def test_a_checkpoint_of_a_validation_within_the_epoch() -> None:
     _assert_continues(whole, part, 10)
 
 
-def test_batches_of_another_size_go_on_with_the_other_samples(caplog: pytest.LogCaptureFixture) -> None:
-    whole = Curve()
-    _fit(whole)
+def test_batches_of_another_size_go_on_with_the_other_samples(
+    whole: tuple[Curve, Tensor, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    curve, _, checkpoint = whole
     for batch_size, options in ((3, {}), (8, {}), (2, {"accumulate_grad_batches": 2})):
         part = Curve()
         with caplog.at_level("INFO"):
-            _fit(part, "all/step=8.ckpt", batch_size=batch_size, **options)
-        before = [sample for sample in whole.served[: 8 * 4] if sample[0] == 1]
-        counts = Counter(before + [sample for sample in part.served if sample[0] == 1])
+            _fit(part, checkpoint.format(2), batch_size=batch_size, **options)
+        before = curve.served[: 2 * 4]
+        counts = Counter(before + [sample for sample in part.served if sample[0] == 0])
         assert set(counts.values()) == {1} and len(counts) == 8 + 18 - 18 % batch_size
-        assert len([sample for sample in part.served if sample[0] == 2]) == 26 - 26 % batch_size
+        assert len([sample for sample in part.served if sample[0] == 1]) == 26 - 26 % batch_size
     assert caplog.text.count("the checkpoint had 4") == 2  # twice two are four
     assert "resuming with a global batch of 3; the checkpoint had 4" in caplog.text
 
 
-def test_the_order_stays_that_of_the_checkpoint_with_another_seed(caplog: pytest.LogCaptureFixture) -> None:
-    whole, part = Curve(), Curve()
-    weights = _fit(whole, seed=3)
+def test_the_order_stays_that_of_the_checkpoint_with_another_seed(
+    whole: tuple[Curve, Tensor, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    curve, weights, checkpoint = whole
+    part, other = Curve(), Curve()
     with caplog.at_level("INFO"):
-        assert torch.equal(_fit(part, "all/step=8.ckpt", seed=4), weights)
-    assert "the order of the data stays that of seed 3, which the checkpoint is of" in caplog.text
-    other = Curve()
-    _fit(other, seed=4)
-    assert other.served != whole.served
+        assert torch.equal(_fit(part, checkpoint.format(8), seed=4), weights)
+    assert "the order of the data stays that of seed 0, which the checkpoint is of" in caplog.text
+    _fit(other, seed=4, max_epochs=1)
+    assert other.served != curve.served[:24]
 
 
 def test_batch_and_rate_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -261,7 +274,6 @@ def _teacher(**options: Any) -> TeacherTuning:
 def _stages() -> dict[str, tuple[Callable[[], Stage], dict[str, Any]]]:
     """Stages, each with all that is random in it, and options of their training."""
     return {
-        "fine-tuning": (_stage, {}),
         "adversarial": (lambda: _teacher(adversary=Adversary(eps=0.3, steps=2)), {}),
         "distillation": (lambda: Distillation(Path("teacher.safetensors"), OrthogonalProjection(8, 8)), {}),
         "one uneven batch": (_stage, {"batch_size": 30}),  # 26 triplets: 13 on each of two processes, 9 on one of three
@@ -275,7 +287,7 @@ def _train_all(processes: int, folder: Path) -> None:
         curve, size = Curve(), options.get("batch_size", 4)
         spread = {"devices": processes, "strategy": "ddp" if processes > 1 else "auto"}
         save = None if "checkpoint" in options else ModelCheckpoint(f"{name}-{processes}")
-        given = {**options, **spread, "batch_size": -(-size // processes), "save": save, "max_epochs": 2}
+        given = {**options, **spread, "batch_size": -(-size // processes), "save": save}
         found[name] = curve.losses, _fit(curve, stage=make(), **given)
     rank = os.environ.get("RANK", "0") if processes > 1 else "0"
     torch.save(found, folder / f"{processes}-{rank}.pt")
@@ -286,7 +298,7 @@ def test_curves_and_weights_on_two_processes_are_those_of_one() -> None:
     """The same global batch, in float32; what resumes was begun by one process."""
     teacher = PerceptualMetric(SmallViT(8, patch_size=4, width=8, depth=1, heads=2), 8, anchor=0.0, lipschitz=math.inf)
     save(teacher, "teacher.safetensors")
-    _fit(Curve(), max_epochs=2)
+    _fit(Curve())
     _train_all(1, Path())
     forked(2, _train_all, 2, Path())
     one, *two = (torch.load(f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lipsim.utils.sampling import key_of, key_uniform, subkeys
+from lipsim.utils.sampling import key_uniform, subkey, subkeys
 
 
 def test_keys_are_the_outputs_of_splitmix64() -> None:
@@ -13,13 +13,15 @@ def test_keys_are_the_outputs_of_splitmix64() -> None:
         *(6457827717110365317, 3203168211198807973, 9817491932198370423),
         *(4593380528125082431, 16408922859458223821),
     ]
-    assert [int(key) % 2**64 for key in subkeys(key_of(1234567), torch.arange(5))] == published
-    assert int(subkeys(key_of(1234567), 4)) % 2**64 == published[4]
-    assert torch.equal(subkeys(key_of(1234567 - 2**64), 2), subkeys(key_of(1234567 + 2**64), 2))
+    assert [key % 2**64 for key in subkeys(1234567, torch.arange(5)).tolist()] == published
+    assert [subkey(1234567, number) % 2**64 for number in range(5)] == published
+    assert subkey(1234567 - 2**64, 2) == subkey(1234567 + 2**64, 2) == int(subkeys(1234567, 2))
+    keys = subkeys(-7, torch.arange(50))
+    assert subkeys(keys, 3).tolist() == [subkey(key, 3) for key in keys.tolist()]
 
 
 def test_numbers_are_uniform_and_one_by_one() -> None:
-    keys = subkeys(key_of(3), torch.arange(20_000))
+    keys = subkeys(3, torch.arange(20_000))
     numbers = key_uniform(keys, 4)
     assert numbers.dtype == torch.float32 and numbers.min() >= 0 and numbers.max() < 1
     ordered = numbers.double().sort(0).values

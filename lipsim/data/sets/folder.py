@@ -19,7 +19,7 @@ from lipsim.data.pack import ImagePack, find_pack
 from lipsim.data.transforms import CentralCrop, load_image, load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
-from lipsim.utils.sampling import key_of, key_uniform, subkeys
+from lipsim.utils.sampling import key_uniform, subkey
 
 # In any case. What has another ending is no image.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif")
@@ -120,7 +120,7 @@ class FolderImages(Dataset[Tensor]):
         """One of the views, each with the same probability."""
         if not isinstance(index, Place):
             return self.views[int(torch.randint(len(self.views), ()))]
-        (share,) = key_uniform(subkeys(key_of(index.key), VIEW).view(1), 1).flatten().tolist()
+        share = key_uniform(torch.tensor([subkey(index.key, VIEW)]), 1)
         return self.views[int(share * len(self.views))]
 
 
