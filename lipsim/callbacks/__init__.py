@@ -7,6 +7,7 @@ from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.export_metric import ExportMetric
+from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException
@@ -18,6 +19,7 @@ __all__ = [
     "CertifyRetrieval",
     "CertifySmoothed",
     "ExportMetric",
+    "Interruption",
     "NullSpaceRobustness",
     "ProgressLines",
     "RunCheckpoint",

@@ -16,6 +16,7 @@ from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
+from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.run_options import (
     EvaluationOptions,
@@ -184,34 +185,35 @@ def run_evaluation(
     keep = KeepBatches(directory / "unfinished", settings)
     trainer.callbacks.append(keep)  # type: ignore[attr-defined]
     remaining = RemainingData(data, keep, max_triplets, sample_seed)
-    trainer.test(module, datamodule=remaining, verbose=False)
-    results: Results = {"schema": SCHEMA, "versions": versions()}
-    if trial:
-        return results
-    if trainer.is_global_zero:
-        remove_leftovers(directory)  # of a process that was killed
-        weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
-        if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
-            if earlier is not None:
-                rank_zero_info(f"removing the results of another evaluation from {directory}")
-            # Without results.json nothing said what the files were of.
-            _remove_others(trainer, directory, callbacks)
-        content: EvaluationSection = {
-            "weights_sha256": weights_sha256,
-            "metric_sha256": metric_sha256,
-            "checkpoint": module.checkpoint,
-            "checkpoint_sha256": module.checkpoint_sha256,
-            "image_size": module.metric.image_size,
-            "resize": module.metric.preprocess.label,
-            "triplets": remaining.triplets,
-            "sample_seed": sample_seed,
-        }
-        update_results(path, {"evaluation": content})
-        print_certified(trainer)
-        results = read_results(path)
-    # Not from the file, which is on the disk of another node perhaps.
-    shared: Results = trainer.strategy.broadcast(results)
-    return shared
+    with clear_faults(trainer, evaluation=True):
+        trainer.test(module, datamodule=remaining, verbose=False)
+        results: Results = {"schema": SCHEMA, "versions": versions()}
+        if trial:
+            return results
+        if trainer.is_global_zero:
+            remove_leftovers(directory)  # of a process that was killed
+            weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
+            if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
+                if earlier is not None:
+                    rank_zero_info(f"removing the results of another evaluation from {directory}")
+                # Without results.json nothing said what the files were of.
+                _remove_others(trainer, directory, callbacks)
+            content: EvaluationSection = {
+                "weights_sha256": weights_sha256,
+                "metric_sha256": metric_sha256,
+                "checkpoint": module.checkpoint,
+                "checkpoint_sha256": module.checkpoint_sha256,
+                "image_size": module.metric.image_size,
+                "resize": module.metric.preprocess.label,
+                "triplets": remaining.triplets,
+                "sample_seed": sample_seed,
+            }
+            update_results(path, {"evaluation": content})
+            print_certified(trainer)
+            results = read_results(path)
+        # Not from the file, which is on the disk of another node perhaps.
+        shared: Results = trainer.strategy.broadcast(results)
+        return shared
 
 
 def _remove_others(trainer: L.Trainer, directory: Path, callbacks: Sequence[TripletCallback]) -> None:

@@ -12,17 +12,24 @@ import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lipsim.callbacks.checkpoint_files import write_checkpoints_whole
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.evaluation.module import weights_are_finite
+from lipsim.utils.claim import FolderClaim, claim_folder
+from lipsim.utils.files import remove_leftovers
 
 PREVIOUS = "previous"
-CHECKPOINT_NAMES = ("best", "last", "hpc", "registry")  # which Lightning finds for itself, in the folder
+LAST_READABLE = "last-readable"
+# Which are found in the folder, by Lightning or by lipsim.training.checkpoints.
+CHECKPOINT_NAMES = ("best", "last", LAST_READABLE, "hpc", "registry")
 # What runs of this package write, besides the exported metric. Anything else in the folder is left alone, the folders
 # of other stages among it.
 FILES = (
     *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics-*.csv"),
-    *("not_finite*.safetensors", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial", "report.md"),
+    *("not_finite*.safetensors", "skipped*.csv", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial"),
+    "report.md",
 )
 
 
@@ -31,21 +38,29 @@ class RunFolder(Callback):
 
     ``TIME`` is when the earlier run wrote its last file. Nothing is removed. Training that resumes from a checkpoint in
     the folder continues in place, as does one that SLURM has put back into its queue; tests, validation and
-    ``fast_dev_run`` move nothing.
+    ``fast_dev_run`` move nothing. While it runs no other job gets the folder (:mod:`lipsim.utils.claim`), and
+    checkpoints get their name there when they are whole.
 
     Args:
         checkpoint: what the training resumes from: a file, or a word that Lightning takes for one of its own.
+        claim: of the folder, where the process has it already.
     """
 
-    def __init__(self, checkpoint: str | None = None) -> None:
+    def __init__(self, checkpoint: str | None = None, claim: FolderClaim | None = None) -> None:
         super().__init__()
-        self.checkpoint = checkpoint
+        self.checkpoint, self._claim = checkpoint, claim
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # Not before: processes that the trainer starts read the same files again, which may lie in the folder.
-        if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        write_checkpoints_whole(trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         root = Path(trainer.default_root_dir)
+        self._claim = claim_folder(root)
+        # Not before: processes that the trainer starts read the same files again, which may lie in the folder.
+        if stage != "fit":
+            return
+        for folder in (root, root / "checkpoints"):  # what writers that were killed have left
+            remove_leftovers(folder)
         if continues(root, self.checkpoint):
             rank_zero_info(f"continuing the run in {root}")
             return
@@ -53,6 +68,12 @@ class RunFolder(Callback):
         moved = set_aside(root, exports)
         if moved is not None:
             rank_zero_info(f"{root} had an earlier run, which is in {moved} now; --ckpt_path continues one instead")
+
+    def release(self) -> None:
+        """Let other jobs have the folder."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
 
 def continues(root: Path, checkpoint: str | Path | None) -> bool:
@@ -63,6 +84,12 @@ def continues(root: Path, checkpoint: str | Path | None) -> bool:
         return checkpoint is not None
     place, folder = Path(checkpoint).resolve(), root.resolve()
     return place.is_relative_to(folder) and not place.is_relative_to(folder / PREVIOUS)
+
+
+def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
+    """Where a run has its checkpoints."""
+    places = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [Path(trainer.default_root_dir) / (place or "checkpoints") for place in dict.fromkeys(places)]
 
 
 def set_aside(root: Path, exports: Iterable[Path] = ()) -> Path | None:
@@ -104,9 +131,15 @@ class SaveOnException(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         alone = trainer.world_size == 1 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if isinstance(exception, SIGTERMException):  # it has been saved
+            return
         if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
             path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
-            trainer.save_checkpoint(path)
+            try:
+                trainer.save_checkpoint(path)
+            except OSError as error:  # of a full disk, say, which may be why training breaks off
+                rank_zero_info(f"nothing more could be saved: {error}")
+                return
             rank_zero_info(f"saved {path}; resume with --ckpt_path {path}")
 
 

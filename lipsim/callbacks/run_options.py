@@ -20,15 +20,20 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
+from lipsim.callbacks.interruption import Interruption
+from lipsim.callbacks.process_watch import ProcessWatch
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnException, keep_log
+from lipsim.callbacks.skipped_images import ReportSkipped
 from lipsim.results.retrieval import retrieval_rows
 from lipsim.results.tables import certified_rows, print_table, smoothed_rows
+from lipsim.utils.claim import FolderClaim, claim_folder
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.slurm import check_slurm
 
@@ -103,7 +108,9 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
         checkpoint: what training resumes from; see :class:`RunFolder`.
 
     Raises:
-        ValueError: a SLURM environment in which Lightning could not tell which process this is.
+        OSError: nothing can be written into the folder.
+        ValueError: another job is at work in the folder, or a SLURM environment in which Lightning could not tell which
+            process this is.
     """
     check_slurm()
     atexit.unregister(_leave_process_group)  # once is enough
@@ -120,7 +127,12 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     elif options.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
         callbacks.append(RunCheckpoint(directory / "checkpoints"))
     # First: it makes room for what the others write.
-    options["callbacks"] = [RunFolder(None if checkpoint is None else str(checkpoint)), *callbacks, SaveOnException()]
+    if not any(isinstance(c, Interruption) for c in callbacks):
+        callbacks.append(Interruption())
+    callbacks += [ReportSkipped(), ProcessWatch()]
+    claimed = None if trial else _claim(directory)
+    folder = RunFolder(None if checkpoint is None else str(checkpoint), claimed)
+    options["callbacks"] = [folder, *callbacks, SaveOnException()]
     # Advertisements among the messages of a run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     if not trial and (options.get("logger") is None or options.get("logger") is True):
@@ -129,6 +141,12 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     if options.get("accelerator", "auto") == "auto" and not torch.cuda.is_available():
         options["accelerator"] = "cpu"  # scores are computed in float64, which Apple's GPUs lack
     return options
+
+
+@rank_zero_only
+def _claim(directory: Path) -> FolderClaim:
+    """The folder of a run, for the first process; the others get None."""
+    return claim_folder(directory)
 
 
 def _leave_process_group() -> None:

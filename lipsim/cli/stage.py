@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
 from lipsim.callbacks.run_options import print_certified, quiet_warnings, with_defaults
 from lipsim.callbacks.run_record import write_environment
@@ -150,13 +151,14 @@ class StageCLI(LightningCLI):
     ) -> None:
         if checkpoint is not None and checkpoint not in CHECKPOINT_NAMES:
             check_checkpoint(Path(checkpoint), model)
-        # Lightning's default would unpickle whatever a checkpoint holds.
-        run(model, datamodule=data, ckpt_path=checkpoint, verbose=verbose, weights_only=True)
-        print_certified(self.trainer)
+        with clear_faults(self.trainer, evaluation=True):
+            # Lightning's default would unpickle whatever a checkpoint holds.
+            run(model, datamodule=data, ckpt_path=checkpoint, verbose=verbose, weights_only=True)
+            print_certified(self.trainer)
 
     def run_test(self) -> None:
         """Test the model as it is after another subcommand, with the same trainer and data."""
-        with quiet_warnings():
+        with quiet_warnings(), clear_faults(self.trainer, evaluation=True):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 

@@ -34,6 +34,7 @@ from lipsim.data.pack import (
 )
 from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import load_image
+from lipsim.utils.claim import CLAIM, claim_folder
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import file_states, remove_leftovers, sha256
 from lipsim.utils.paths import user_path
@@ -117,8 +118,8 @@ def pack_images(
 
     Raises:
         FileNotFoundError: no folder, or no image in it.
-        ValueError: ``output`` has another pack or something else, or images cannot be read. The others are in shards
-            then, and the same call continues.
+        ValueError: ``output`` has another pack or something else, another process is writing it, or images cannot be
+            read. The others are in shards then, and the same call continues.
     """
     start = time.perf_counter()
     root, output = user_path(root), user_path(output)
@@ -131,7 +132,7 @@ def pack_images(
     _check_output(output, description)
     listed = list_images(root)
     states = file_states(root, listed.names)
-    output.mkdir(parents=True, exist_ok=True)
+    claim = claim_folder(output, "--output")  # an error that leaves this call gives it back as well
     description.write(output)
     remove_leftovers(output)
     there, counts = _rows_of(output, image_size)
@@ -169,6 +170,7 @@ def pack_images(
     for number in counts.keys() - full.keys():
         index_file(output, number).unlink()
         shard_file(output, number).unlink(missing_ok=True)
+    claim.release()
     return Packed(
         folder=output,
         description=description,
@@ -190,7 +192,7 @@ def _check_output(output: Path, description: PackDescription) -> None:
                 f"the pack {output} has images under {found.transform!r}, not {description.transform!r}; give its "
                 "options, or another folder"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or any(path.name != CLAIM for path in output.iterdir())):
         raise LipsimError(f"expected a pack, or no folder, or an empty one, got {output}; give another")
 
 

@@ -32,6 +32,10 @@ from lipsim.utils.paths import user_path
 RESIZES = ("float", "pil")
 
 
+class UnreadableImageError(LipsimError):
+    """An image file is there, but is damaged or of a kind that cannot be read."""
+
+
 def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | DeepImage:
     """Read and decode an image file, or decode its ``content`` where that is read already; no digit is dropped.
 
@@ -49,14 +53,14 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
     except UnsupportedImageError as error:
-        raise LipsimError(f"cannot use the image {path}: {error}") from error
+        raise UnreadableImageError(f"cannot use the image {path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise LipsimError(
+        raise UnreadableImageError(
             f"cannot read the image {path} (of none of the formats {', '.join(FORMATS)}); replace the file"
         ) from error
     except DECODER_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
-        raise LipsimError(f"cannot read the image {path} ({reason}); replace the file") from error
+        raise UnreadableImageError(f"cannot read the image {path} ({reason}); replace the file") from error
 
 
 def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: bytes | None = None) -> Tensor:
@@ -75,7 +79,7 @@ def load_image(path: str | Path, preprocess: Callable[..., Tensor], content: byt
     try:
         return preprocess(image)
     except ValueError as error:
-        raise LipsimError(f"cannot use the image {path}: {error}") from error
+        raise UnreadableImageError(f"cannot use the image {path}: {error}") from error
     except Exception as error:
         error.add_note(f"while preparing the image {path}")
         raise

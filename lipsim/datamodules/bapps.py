@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lipsim.data.sets.bapps import BappsTriplets
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -33,6 +33,7 @@ class BappsData(TripletData):
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -49,9 +50,16 @@ class BappsData(TripletData):
         pack: Path | None = None,
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
-            batch_size, num_workers, image_size, resize, eight_bit=eight_bit, device_transforms=device_transforms
+            batch_size,
+            num_workers,
+            image_size,
+            resize,
+            eight_bit=eight_bit,
+            device_transforms=device_transforms,
+            on_error=on_error,
         )
         if val_triplets < 1:
             raise LipsimError(f"expected val_triplets of at least 1, got {val_triplets}")

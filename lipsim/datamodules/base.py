@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lipsim.data import Preprocess, TripletSet, collate_triplets
+from lipsim.data import Preprocess, Triplet, TripletSet, collate_triplets
+from lipsim.data.check import images_of
 from lipsim.data.contracts import Parts, groups_of
 from lipsim.data.device import BatchTransforms, batch_as_float
+from lipsim.data.order import TrainingLoader, training_loader
 from lipsim.data.registry import open_sets
+from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
+from lipsim.datamodules.skipped import SkippedSamples
 from lipsim.utils.errors import LipsimError
+
+OnError = Literal["fail", "skip"]
 
 
 class TripletData(L.LightningDataModule):
@@ -36,6 +42,9 @@ class TripletData(L.LightningDataModule):
         device_transforms: modules that change training batches there at random, such as torchvision's v2, see
             :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed that ``seed_everything`` was given,
             the epoch, the number of the batch and the process.
+        on_error: what training does about a sample whose image is missing or cannot be read: "fail", with the name of
+            the file, or "skip" it: its batch is shorter, and ``skipped.csv`` and the log of the run say so. Validation
+            and tests always fail, since a score over fewer triplets is of another set.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
@@ -50,8 +59,12 @@ class TripletData(L.LightningDataModule):
         framing: str | None = None,
         eight_bit: bool = False,
         device_transforms: Sequence[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__()
+        if on_error not in get_args(OnError):
+            raise LipsimError(f"expected on_error to be one of {', '.join(get_args(OnError))}, got {on_error!r}")
+        self.on_error, self.skipped = on_error, SkippedSamples()
         if batch_size < 1:
             raise LipsimError(f"expected a batch_size of at least 1, got {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -134,9 +147,9 @@ class TripletData(L.LightningDataModule):
         # As the trainer has it of batches of tensors that come as floats.
         return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> TrainingLoader:
         assert self.train_set is not None
-        return self._loader(self.train_set, shuffle=True)
+        return self._training_loader(self.train_set, self.batch_size, self.collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.val_sets.values()]
@@ -144,15 +157,40 @@ class TripletData(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.test_sets.values()]
 
-    def _loader(self, triplets: TripletSet | Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
-        dataset = cast(Dataset[Any], triplets)  # of which a loader needs what the protocol has
-        processes = 1 if self.trainer is None else self.trainer.world_size
-        share = len(dataset) // processes  # type: ignore[arg-type]
-        return DataLoader(
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch as it is; in training with ``on_error="skip"``, what could be read of it."""
+        if self.trainer is not None and self.trainer.training and self.on_error == "skip":
+            read, unread = batch if isinstance(batch, PartlyRead) else (batch, [])
+            size = len(read) if isinstance(read, Triplet | NothingRead) else len(images_of(read))
+            self.skipped.add(self.trainer, size + len(unread), unread)
+            return read
+        return batch
+
+    def _training_loader(
+        self, samples: TripletSet | Dataset[Any], batch_size: int | None, collate: Callable[[Any], Any]
+    ) -> TrainingLoader:
+        """Samples in an order of the run's seed, dealt out to its processes; see :mod:`lipsim.data.order`.
+
+        The seed is the one that torch was given last; of several processes, the first one's.
+        """
+        trainer, seed = self.trainer, torch.initial_seed()
+        dataset = cast(Dataset[Any], samples)  # of which a loader needs what the protocol has
+        if self.on_error == "skip":
+            dataset, collate = ReadableSamples(dataset), ReadableBatch(collate)
+        return training_loader(
             dataset,
+            batch_size,
+            seed=seed if trainer is None else trainer.strategy.broadcast(seed),
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            num_workers=self.num_workers,
+            collate=collate,
+        )
+
+    def _loader(self, triplets: TripletSet | Dataset[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            cast(Dataset[Any], triplets),
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and share >= self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,

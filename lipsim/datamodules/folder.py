@@ -14,8 +14,9 @@ from lipsim.data import Preprocess
 from lipsim.data.eight_bit import as_float
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder, EmbeddedImages
+from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.folder import FolderImages
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -39,6 +40,7 @@ class ImageFolderData(TripletData):
         triplets: data module whose validation and test sets the student is scored on; its training set is not used.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -52,8 +54,11 @@ class ImageFolderData(TripletData):
         triplets: TripletData | None = None,
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
-        super().__init__(batch_size, num_workers, eight_bit=eight_bit, device_transforms=device_transforms)
+        super().__init__(
+            batch_size, num_workers, eight_bit=eight_bit, device_transforms=device_transforms, on_error=on_error
+        )
         self.root = user_path(root)
         self.image_size, self.short_side, self.views = image_size, short_side, tuple(views)
         self.triplets = triplets
@@ -110,9 +115,9 @@ class ImageFolderData(TripletData):
         if self.val_images is not None:
             self.val_images = _embedded(self.val_images, cache, "val/")
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> TrainingLoader:
         assert self.train_images is not None
-        return self._loader(self.train_images, shuffle=True)
+        return self._training_loader(self.train_images, self.batch_size, self.collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         others = [] if self.triplets is None else self.triplets.val_dataloader()

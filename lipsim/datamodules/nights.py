@@ -9,7 +9,7 @@ from torch import nn
 from lipsim.data.contracts import TripletSet
 from lipsim.data.sets.nights import MIN_VOTES
 from lipsim.data.triplet import Split
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.paths import user_path
 
 
@@ -27,6 +27,7 @@ class NightsData(TripletData):
             data.csv alone.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -40,9 +41,16 @@ class NightsData(TripletData):
         pack: Path | None = None,
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
-            batch_size, num_workers, image_size, resize, eight_bit=eight_bit, device_transforms=device_transforms
+            batch_size,
+            num_workers,
+            image_size,
+            resize,
+            eight_bit=eight_bit,
+            device_transforms=device_transforms,
+            on_error=on_error,
         )
         self.root, self.min_votes, self.pack = user_path(root), min_votes, pack
 

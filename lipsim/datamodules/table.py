@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from lipsim.data.contracts import TripletSet
-from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.paths import user_path
 
 
@@ -32,6 +32,7 @@ class TableData(TripletData):
         pack: a pack of the table's folder (``lipsim data pack``), whose images are read instead of the files.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TableData(TripletData):
         pack: Path | None = None,
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
             batch_size,
@@ -59,6 +61,7 @@ class TableData(TripletData):
             framing,
             eight_bit=eight_bit,
             device_transforms=device_transforms,
+            on_error=on_error,
         )
         self.file, self.set_name = user_path(file), name
         self.columns, self.seed, self.pack = columns, seed, pack

@@ -33,6 +33,7 @@ from lipsim.utils.progress import Progress
 
 Query = Tensor | str | Path
 _CHUNK = 1024  # images between two files of an unfinished index
+_PARTS = "[0-9]*.safetensors"  # of an update that goes on; hidden files are of one that was killed while it wrote
 _SETTLED = 2 * 10**9  # ns: a file that is older when it is read has another time when it is changed
 _THREADS = 4  # that read and decode files
 _CANDIDATES = 20  # of an approximate search, for each neighbour asked for, and 100 more
@@ -196,7 +197,9 @@ class ImageIndex:
                 by_hash |= {content: (len(blocks), i) for i, content in enumerate(block.hashes)}
                 blocks.append(block)
                 if unfinished is not None and count:
-                    path = unfinished / f"{time.time_ns():020d}.safetensors"
+                    # By number and not by time, which a clock that is set back gives twice.
+                    number = 1 + max((int(file.stem) for file in unfinished.glob(_PARTS)), default=0)
+                    path = unfinished / f"{number:020d}.safetensors"
                     write_records(path, block, {"fingerprint": fingerprint, "metric": "", "feature_error": 0.0}, {})
         self.records = gather(blocks, [chosen[name] for name in names if name in chosen])
         self.skipped = skipped
@@ -481,7 +484,7 @@ class _File:
 def _read_parts(unfinished: Path | None, fingerprint: str) -> list[Records]:
     """What an update that was cut short has left, of the same metric."""
     parts = []
-    for path in sorted(unfinished.glob("*.safetensors")) if unfinished is not None and unfinished.is_dir() else ():
+    for path in sorted(unfinished.glob(_PARTS)) if unfinished is not None and unfinished.is_dir() else ():
         records, header, _ = read_records(path)
         if header["fingerprint"] == fingerprint:
             parts.append(records)

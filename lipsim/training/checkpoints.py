@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.weights import load_weights, read_checkpoint
@@ -57,6 +59,54 @@ def read_stage(path: Path, resume: bool = False) -> dict[str, Any]:
     if loops is not None and (missing := [name for name in _LOOPS if name not in loops]):
         raise LipsimError(f"{path} is damaged, it does not say where its {missing[0]} was; take another")
     return checkpoint
+
+
+def find_last(folders: Iterable[Path], fall_back: bool = False) -> Path | None:
+    """The checkpoint that training continues from: of the files ``last*.ckpt`` that of the latest step.
+
+    Steps are read from the files: clocks change, and copies get times of their own.
+
+    Args:
+        folders: where to look.
+        fall_back: take the latest checkpoint that can be read, of any name, where it is not a ``last``.
+
+    Returns:
+        The file; None where there is no checkpoint.
+
+    Raises:
+        ValueError: it is damaged; the message says which checkpoint can be read. With ``fall_back``: none can.
+    """
+    folders = list(folders)
+    last = [path for folder in folders for path in sorted(folder.glob("last*.ckpt"))]
+    others = [path for folder in folders for path in sorted(folder.glob("*.ckpt")) if path not in last]
+    if not last and not (fall_back and others):
+        return None
+    steps, damaged = _steps([*last, *others] if fall_back else last)
+    for error in damaged.values() if fall_back else ():
+        rank_zero_warn(f"{error}; looking for another checkpoint")
+    if damaged and not (fall_back and steps):
+        file, error = next(iter(damaged.items()))
+        readable = {**steps, **_steps(others)[0]}
+        if not readable:
+            raise LipsimError(f"{error}; there is no other checkpoint in {file.parent}: training has to begin anew")
+        before = max(readable, key=lambda path: readable[path])
+        raise LipsimError(
+            f"{error}; the one before it is of step {readable[before]}: --ckpt_path {before}, or --ckpt_path "
+            "last-readable for the latest that can be read"
+        )
+    return max(steps, key=lambda path: steps[path])  # of equals the first, which is called last
+
+
+def _steps(paths: Iterable[Path]) -> tuple[dict[Path, int], dict[Path, Exception]]:
+    """Global step of each checkpoint, and the error of each that is none to continue from."""
+    steps: dict[Path, int] = {}
+    damaged: dict[Path, Exception] = {}
+    for path in paths:
+        try:
+            steps[path] = int(read_stage(path, resume=True)["global_step"])
+        except (LipsimError, OSError) as error:
+            damaged[path] = error
+    return steps, damaged
 
 
 def check_moments(path: Path, module: torch.nn.Module) -> None:

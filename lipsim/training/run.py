@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lipsim.callbacks.export_metric import ExportMetric
-from lipsim.callbacks.run_folder import CHECKPOINT_NAMES
+from lipsim.callbacks.faults import clear_faults
+from lipsim.callbacks.run_folder import CHECKPOINT_NAMES, LAST_READABLE, checkpoint_folders
 from lipsim.callbacks.run_options import (
     TrainingOptions,
     check_options,
@@ -26,7 +27,7 @@ from lipsim.metric import PerceptualMetric
 from lipsim.metric.files import describe
 from lipsim.teachers.lora_tuning import merged
 from lipsim.training.base import Stage
-from lipsim.training.checkpoints import check_checkpoint, check_moments, read_stage
+from lipsim.training.checkpoints import check_checkpoint, check_moments, find_last, read_stage
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
@@ -54,7 +55,8 @@ def train(
         directory: of the run.
         callbacks: what else happens. Without an :class:`lipsim.callbacks.ExportMetric` among them the metric is written
             to ``metric.safetensors``, if a file can hold its encoder.
-        checkpoint: ``.ckpt`` of this stage to continue from; "last": the latest in the directory.
+        checkpoint: ``.ckpt`` of this stage to continue from; "last": the latest in the directory, and an error if it
+            is damaged; "last-readable": the latest that is not. Without any, these two begin anew.
         seed: of the generators of Python, numpy and torch, which are set to it before training (the weights of the
             stage have been drawn by then); None leaves them alone.
         options: of :class:`lightning.Trainer`: ``max_epochs``, ``accelerator``, ``devices``, ``precision``, …
@@ -64,6 +66,7 @@ def train(
 
     Raises:
         FileNotFoundError: no such checkpoint or data.
+        OSError: nothing can be written into the directory, or its disk is full.
         ValueError: a checkpoint of another stage, bad images or votes, a loss that is not finite, or options that are
             unknown.
     """
@@ -113,13 +116,19 @@ def fit(
     trainer: L.Trainer, stage: Stage, data: L.LightningDataModule | None, checkpoint: str | Path | None = None
 ) -> None:
     """:func:`train` with a trainer that has the callbacks."""
-    if checkpoint is not None and str(checkpoint) not in CHECKPOINT_NAMES:
-        read_stage(Path(checkpoint), resume=True)
-        check_checkpoint(Path(checkpoint), stage)
-        check_moments(Path(checkpoint), stage)
-    # Lightning's default would unpickle whatever a checkpoint holds.
-    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    print_certified(trainer)
+    with clear_faults(trainer):
+        if str(checkpoint) in ("last", LAST_READABLE):
+            checkpoint = find_last(checkpoint_folders(trainer), fall_back=str(checkpoint) == LAST_READABLE)
+            if checkpoint is None:
+                rank_zero_info("there is no checkpoint to continue from yet: training begins anew")
+        elif checkpoint is not None and str(checkpoint) not in CHECKPOINT_NAMES:
+            read_stage(Path(checkpoint), resume=True)
+        if checkpoint is not None and str(checkpoint) not in CHECKPOINT_NAMES:
+            check_checkpoint(Path(checkpoint), stage)
+            check_moments(Path(checkpoint), stage)
+        # Lightning's default would unpickle whatever a checkpoint holds.
+        trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        print_certified(trainer)
 
 
 def _not_exported(metric: PerceptualMetric) -> str | None:

@@ -32,6 +32,7 @@ from lipsim.data.sets.folder import VIEWS, ListedImages, list_images
 from lipsim.data.transforms import CentralCrop, load_image
 from lipsim.evaluation.processes import ProcessFailed, processes, total
 from lipsim.metric import PerceptualMetric, load
+from lipsim.utils.claim import FolderClaim, claim_folder
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_leftovers, sha256
 from lipsim.utils.paths import user_path
@@ -311,7 +312,8 @@ def cache_teacher(
 
     Raises:
         FileNotFoundError: no such teacher, or no images.
-        ValueError: the folder has another cache, or something is wrong with an image or its embedding.
+        ValueError: the folder has another cache, another job is writing it, or something is wrong with an image or its
+            embedding.
         ProcessFailed: something was wrong in one of several processes.
     """
     images, output = user_path(images), user_path(output)
@@ -327,10 +329,12 @@ def cache_teacher(
     fabric.launch()
     start = time.perf_counter()
     work: tuple[np.ndarray, list[Chunk]] | Exception | None = None
+    claim: FolderClaim | None = None
     if fabric.is_global_zero:
         # By one process, since the others may find shards that were written meanwhile.
         try:
             listed = _listed(images)
+            claim = claim_folder(output, "--output")  # an error that leaves this call gives it back as well
             description.write(output)
             remove_leftovers(output)
             if listed.skipped:
@@ -357,6 +361,8 @@ def cache_teacher(
         print(f"error: {one_line(str(error))} (the other processes finish their shards)", file=sys.stderr, flush=True)
         failure = error
     total(fabric, 0, failure)
+    if claim is not None:
+        claim.release()
     return WrittenCache(
         folder=output,
         description=description,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: a full disk, a quota, a limit of the size of files
 _STAT_THREADS = 16  # which wait for a network disk, not for a processor
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], object], size: int | None = None) -> None:
     """Let ``write`` make a file, which gets its name when it is complete and on the disk.
 
     Whoever reads ``path`` meanwhile, or after this process was killed, finds the file that was there before, or none.
@@ -30,6 +33,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: the file; its folder is made where it is missing. A file that is there is replaced.
         write: writes to the path that it is given, which is in the same folder, hidden, and has the same suffix.
+        size: bytes that it takes, where they are known; for a message about a full disk.
 
     Raises:
         OSError: it cannot be written. Nothing is left then, as after any other exception of ``write``.
@@ -44,10 +48,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)
         put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:  # of the latter, a full or read-only disk is the usual cause
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise OSError(f"cannot write {path} ({reason or error})") from error
+        raise OSError(f"cannot write {path} ({_reason(error, path.parent, size)})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reason(error: OSError | SafetensorError, folder: Path, size: int | None) -> str:
+    """Why a file could not be written; of a full disk, how much was needed and how much there is."""
+    reason = getattr(error, "strerror", None) or str(error)
+    full = getattr(error, "errno", None) in FULL or any(os.strerror(number) in reason for number in FULL)
+    if not full:
+        return reason
+    needed = "" if size is None else f"it needs {size / 1e6:,.2f} MB, and "
+    return f"{reason}: {needed}{shutil.disk_usage(folder).free / 1e6:,.2f} MB are free there"
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -62,9 +75,9 @@ def put_in_place(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write bytes, as :func:`write_file` does."""
-    write_file(path, lambda temporary: temporary.write_bytes(content))
+    write_file(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether SLURM says which of several processes this one is."""
+"""What SLURM says of a process: which of several it is, and of which job."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def check_slurm() -> None:
             f"SLURM_NTASKS is {tasks} and SLURM_NTASKS_PER_NODE is not set; give srun or sbatch --ntasks-per-node in "
             f"place of --ntasks, and --trainer.devices the same number, {alone}"
         )
+
+
+def slurm_job() -> str | None:
+    """The job of SLURM that this process is of, as ``scontrol`` takes it, one of an array too; None without one.
+
+    A shell on a node, where commands are started by hand, counts as none.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import struct
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from lipsim.data.sets.folder import list_images
 from lipsim.data.sets.image_store import load_image_store
 from lipsim.data.transforms import CentralCrop, CentredSquare, load_image
 from lipsim.datamodules import ImageFolderData, NightsData
+from lipsim.utils.claim import CLAIM, claim_folder
 from lipsim.utils.errors import LipsimError
 
 SIZE = 10
@@ -39,6 +42,32 @@ def pack_images(root: Path, output: Path, size: int = SIZE, **options: object) -
     """Shards of eight images, in this process."""
     settings: dict = {"num_workers": 0, "max_shard_bytes": shard_bytes(8, size)} | options
     return pack_all(root, output, size, **settings)
+
+
+def _hold(folder: Path, pipe: Connection) -> None:
+    claim = claim_folder(folder)
+    pipe.send(os.getpid())
+    pipe.recv()
+    claim.release()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+def test_a_second_command_in_a_pack_is_refused(photos: Path, tmp_path: Path) -> None:
+    """Before it removes what it would take for leftovers of a killed one."""
+    pack_images(photos, tmp_path / "pack")
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=_hold, args=(tmp_path / "pack", there), daemon=True)
+    process.start()
+    holder = here.recv()
+    (half := tmp_path / "pack" / ".0123456789abcdef.tmp.bin").touch()
+    with pytest.raises(LipsimError, match=rf"is in use by process {holder} on .*choose another folder \(--output\)"):
+        pack_images(photos, tmp_path / "pack")
+    assert half.exists()
+    here.send("done")
+    process.join(60)
+    pack_images(photos, tmp_path / "pack")
+    assert not half.exists() and not (tmp_path / "pack" / CLAIM).exists()
 
 
 def numbers(pack: Path) -> list[int]:

@@ -1,0 +1,217 @@
+"""Images that are damaged or gone in the middle of training: named, or skipped, counted and named."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from evaluations import forked
+from lightning.pytorch import Callback
+from PIL import Image
+from torch import Tensor, distributed
+
+import lipsim
+from lipsim import LipsimError
+from lipsim.cli.parser import one_line_errors
+from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples, Unread
+from lipsim.data.triplet import Triplet, collate_triplets
+from lipsim.datamodules import ImageFolderData, NightsData
+from lipsim.datamodules.base import TripletData
+from lipsim.datamodules.skipped import SkippedSamples
+from lipsim.metric import save
+from lipsim.students import OrthogonalProjection
+from lipsim.teachers import SmallViT
+from lipsim.training import Distillation, FineTuning, TeacherTuning
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
+]
+
+
+class Damage(Callback):
+    """Damages one image and removes another when the second epoch begins."""
+
+    def __init__(self, *files: Path) -> None:
+        self.files = files
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            for number, file in enumerate(self.files):
+                file.write_bytes(file.read_bytes()[:60]) if number % 2 == 0 else file.unlink()
+
+
+class Steps(Callback):
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.sizes.append((trainer.current_epoch, len(batch)))
+
+
+def _train(stage: Any, data: Any, folder: Path, *callbacks: Callback, epochs: int = 2, **options: Any) -> None:
+    quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"num_sanity_val_steps": 0, "limit_val_batches": 0}
+    lipsim.train(stage, data, max_epochs=epochs, directory=folder, callbacks=callbacks, **quiet, **options)
+
+
+def _references(data: TripletData, nights: Path) -> list[Path]:
+    data.setup("fit")
+    return [nights / row.paths[0] for row in data.train_set.rows]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_by_default_training_stops_and_names_the_file(
+    workers: int, nights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = NightsData(nights, image_size=16, batch_size=2, num_workers=workers)
+    file = _references(data, nights)[3]
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        _train(FineTuning(OrthogonalProjection(16, 4)), data, tmp_path / "run", Damage(file))
+    assert stop.value.code == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert line.startswith(f"error: cannot read the image {file} (") and line.endswith("replace the file")
+
+
+def test_a_file_that_is_gone_is_named_to_python_too(nights: Path, tmp_path: Path) -> None:
+    data = NightsData(nights, image_size=16, batch_size=2, num_workers=1)
+    files = _references(data, nights)
+    files[0].unlink()
+    with pytest.raises(FileNotFoundError, match=rf"^no image file {files[0]}$"):
+        _train(FineTuning(OrthogonalProjection(16, 4)), data, tmp_path / "run")
+
+
+def test_skipped_triplets_are_counted_and_named(nights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two of eight: batches of four are of four or fewer, and one of nothing changes no weight."""
+    data = NightsData(nights, image_size=16, batch_size=1, num_workers=1, on_error="skip")
+    files, steps = _references(data, nights)[:2], Steps()
+    total = len(data.train_set or ())
+    _train(FineTuning(OrthogonalProjection(16, 4)), data, tmp_path / "run", Damage(*files), steps)
+    assert sorted(size for epoch, size in steps.sizes if epoch == 1) == [0, 0] + [1] * (total - 2)
+    assert f"skipped 2 of {total} training samples of this epoch (first: " in caplog.text
+    with open(tmp_path / "run" / "skipped.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted((row["epoch"], row["sample"]) for row in rows) == [("1", "0"), ("1", "1")]
+    reasons = " ".join(row["reason"] for row in rows)
+    assert f"cannot read the image {files[0]}" in reasons and f"no image file {files[1]}" in reasons
+
+
+def test_evaluations_never_skip(nights: Path, tmp_path: Path) -> None:
+    data = NightsData(nights, image_size=16, batch_size=2, num_workers=0, on_error="skip")
+    data.setup("test")
+    (name,) = data.test_sets
+    (nights / data.test_sets[name].rows[1].paths[1]).write_bytes(b"damaged")  # type: ignore[attr-defined]
+    metric = lipsim.PerceptualMetric(OrthogonalProjection(16, 4), 16)
+    with pytest.raises(LipsimError, match=r"cannot read the image .*/distort/.*replace the file"):
+        lipsim.evaluate(metric, data, eps=[0.1], directory=tmp_path / "run", accelerator="cpu")
+
+
+def test_images_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(6):
+        for part in ("train", "val"):
+            file = tmp_path / "images" / part / "a" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (number * 40, 9, 9)).save(file)
+    data = ImageFolderData(tmp_path / "images", image_size=16, batch_size=6, num_workers=0, on_error="skip")
+    steps, bad = Steps(), tmp_path / "images/train/a/2.png"
+    save(lipsim.PerceptualMetric(OrthogonalProjection(16, 4), 16), tmp_path / "teacher.safetensors")
+    stage = Distillation(tmp_path / "teacher.safetensors", OrthogonalProjection(16, 4))
+    _train(stage, data, tmp_path / "run", Damage(bad), steps)
+    assert steps.sizes == [(0, 6), (1, 5)] and f"(first: cannot read the image {bad}" in caplog.text
+
+
+def _triplet(index: int) -> Triplet:
+    return Triplet(*(torch.rand(3, 4, 4) for _ in range(3)), torch.tensor(0.0), torch.tensor(index))
+
+
+class Some:
+    """Of four triplets the odd ones cannot be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Triplet:
+        if index % 2:
+            raise FileNotFoundError(f"no image file {index}.png")
+        if index == 9:
+            raise RuntimeError("a fault of the code is no matter of files")
+        return _triplet(index)
+
+
+def test_a_batch_has_what_could_be_read() -> None:
+    samples, collate = ReadableSamples(Some()), ReadableBatch(collate_triplets)
+    assert isinstance(collate([samples[0], samples[2]]), Triplet)
+    batch = collate([samples[i] for i in range(4)])
+    assert isinstance(batch, PartlyRead) and batch.batch.index.tolist() == [0, 2]
+    assert batch.unread == [Unread(1, "no image file 1.png"), Unread(3, "no image file 3.png")]
+    nothing = collate([samples[1], samples[3]])
+    assert isinstance(nothing.batch, NothingRead) and len(nothing.batch) == 0 and len(nothing.unread) == 2
+
+
+def test_a_disk_that_is_gone_is_no_matter_of_a_few_files(tmp_path: Path) -> None:
+    class Trainer:
+        fast_dev_run, global_rank, current_epoch, global_step, default_root_dir = False, 1, 0, 7, str(tmp_path)
+
+    counts = SkippedSamples()
+    counts.add(Trainer(), 199, [Unread(i, f"no image file {i}") for i in range(30)])  # type: ignore[arg-type]
+    rows = (tmp_path / "skipped-1.csv").read_text().splitlines()
+    assert rows[:2] == ["epoch,step,sample,reason", "0,7,0,no image file 0"] and len(rows) == 31
+    with pytest.raises(LipsimError, match=r"31 of 201 training samples could not be read \(first: no image file 0\)"):
+        counts.add(Trainer(), 2, [Unread(0, "no image file 0")])  # type: ignore[arg-type]
+
+
+def _step_of(stage: Any, batch: Any, count: int) -> list[Tensor]:
+    """Gradients of a step, the mean over processes."""
+    stage._trainer = SimpleNamespace(
+        **{"world_size": count, "global_rank": 0, "global_step": 5, "estimated_stepping_batches": 10},
+        train_dataloader=None,
+        fit_loop=SimpleNamespace(total_batch_idx=5),
+    )
+    stage.log = lambda *_, **__: None
+    loss = stage.training_step(batch, 0)
+    parameters = [p for p in stage.parameters() if p.requires_grad]
+    gradients = [g / count for g in torch.autograd.grad(loss, parameters)]
+    if count > 1:
+        for gradient in gradients:
+            distributed.all_reduce(gradient)
+    return gradients
+
+
+def _stages(folder: Path) -> list[Any]:
+    torch.manual_seed(0)
+    teacher = folder / "teacher.safetensors"
+    distillation = Distillation(teacher, OrthogonalProjection(16, 4), jitter=False)
+    tuning = TeacherTuning(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), contrast=0.5, augment=False)
+    return [FineTuning(OrthogonalProjection(16, 4)), distillation, tuning]
+
+
+def _batch() -> Triplet:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.rand(3, 4, 3, 16, 16, generator=draw)
+    return Triplet(*images, torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.arange(4))
+
+
+def _one_of_two_has_nothing(folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    found = [_step_of(stage, NothingRead() if rank else _batch(), 2) for stage in _stages(folder)]
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_without_a_batch_takes_part_in_the_step(tmp_path: Path) -> None:
+    """It waits for nobody and nobody for it, and the step is that of the samples that there are."""
+    save(lipsim.PerceptualMetric(OrthogonalProjection(16, 4), 16), tmp_path / "teacher.safetensors")
+    expected = [_step_of(stage, _batch(), 1) for stage in _stages(tmp_path)]
+    forked(2, _one_of_two_has_nothing, tmp_path)
+    for rank in range(2):
+        for one, other in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
