@@ -31,9 +31,9 @@ class BappsData(TripletData):
         val_triplets: held out of the training part.
         seed: of the choice of these.
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files.
-        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class BappsData(TripletData):
         val_triplets: int = 2000,
         seed: int = 0,
         pack: Path | None = None,
-        on_error: OnError = "fail",
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
             batch_size,

@@ -36,15 +36,15 @@ class TripletData(L.LightningDataModule):
             and "float" where one is trained.
         framing: "stretch", "center-crop" or "pad", as in :class:`lipsim.data.Preprocess`; None: as the metric expects
             that is evaluated, and "stretch" where one is trained.
-        on_error: what training does about a sample whose image is missing or cannot be read: "fail", with the name of
-            the file, or "skip" it: its batch is shorter, and ``skipped.csv`` and the log of the run say so. Validation
-            and tests always fail, since a score over fewer triplets is of another set.
         eight_bit: have loaders serve images in eight bits where nothing is lost (packs, and files that are not resized
             in float), a quarter of the bytes from the workers to the device. There they become float32 in [0, 1], the
             same values to the last digit, before anything sees them.
         device_transforms: modules that change training batches there at random, such as torchvision's v2, see
             :class:`lipsim.data.device.BatchTransforms`. Draws depend on the seed that ``seed_everything`` was given,
             the epoch, the number of the batch and the process.
+        on_error: what training does about a sample whose image is missing or cannot be read: "fail", with the name of
+            the file, or "skip" it: its batch is shorter, and ``skipped.csv`` and the log of the run say so. Validation
+            and tests always fail, since a score over fewer triplets is of another set.
 
     Attributes:
         preprocess: how image files are resized; None: no image is.
@@ -57,9 +57,9 @@ class TripletData(L.LightningDataModule):
         image_size: int | None = None,
         resize: str | None = None,
         framing: str | None = None,
-        on_error: OnError = "fail",
         eight_bit: bool = False,
         device_transforms: Sequence[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__()
         if on_error not in get_args(OnError):

@@ -38,9 +38,9 @@ class ImageFolderData(TripletData):
         batch_size: images in a batch of one process.
         num_workers: loading processes of each loader.
         triplets: data module whose validation and test sets the student is scored on; its training set is not used.
-        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class ImageFolderData(TripletData):
         batch_size: int = 32,
         num_workers: int = 8,
         triplets: TripletData | None = None,
-        on_error: OnError = "fail",
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
             batch_size, num_workers, eight_bit=eight_bit, device_transforms=device_transforms, on_error=on_error

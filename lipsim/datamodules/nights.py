@@ -25,9 +25,9 @@ class NightsData(TripletData):
         min_votes: triplets with fewer agreeing judges are left out of every split.
         pack: a pack of ``root`` (``lipsim data pack``), whose images are read instead of the files; ``root`` then needs
             data.csv alone.
-        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class NightsData(TripletData):
         num_workers: int = 4,
         min_votes: int = MIN_VOTES,
         pack: Path | None = None,
-        on_error: OnError = "fail",
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
             batch_size,

@@ -30,9 +30,9 @@ class TableData(TripletData):
         seed: of that draw.
         name: of the set in results, for reports of several studies.
         pack: a pack of the table's folder (``lipsim data pack``), whose images are read instead of the files.
-        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
         eight_bit: as in :class:`TripletData`.
         device_transforms: as in :class:`TripletData`.
+        on_error: "fail" or "skip" of training images that cannot be read, as in :class:`TripletData`.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class TableData(TripletData):
         seed: int = 0,
         name: str = "table",
         pack: Path | None = None,
-        on_error: OnError = "fail",
         eight_bit: bool = False,
         device_transforms: list[nn.Module] | None = None,
+        on_error: OnError = "fail",
     ) -> None:
         super().__init__(
             batch_size,
