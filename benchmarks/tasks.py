@@ -121,7 +121,8 @@ def builtin(make: Make, seconds: float, options: argparse.Namespace) -> dict[str
     def batch(generator: torch.Generator) -> Triplet:
         rows = torch.randint(len(train), (64,), generator=generator)
         reference, left, right = _float(train.images[rows]).unbind(1)
-        return augmented(Triplet(reference, left, right, train.right_vote[rows], rows))
+        keys = torch.randint(2**62, (65,), generator=generator)
+        return augmented(Triplet(reference, left, right, train.right_vote[rows], rows), keys[:64], keys[64])
 
     def distil(encoder: nn.Module, generator: torch.Generator) -> Tensor:
         return _distillation(encoder, teacher, torch.cat(batch(generator).images()))

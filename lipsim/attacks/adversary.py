@@ -79,7 +79,13 @@ class Adversary:
 
 
 def adversarial_triplets(
-    adversary: Adversary, metric: PerceptualMetric, batch: Triplet, target: Target = "reference", *, seed: int = 0
+    adversary: Adversary,
+    metric: PerceptualMetric,
+    batch: Triplet,
+    target: Target = "reference",
+    *,
+    seed: int = 0,
+    index: Tensor | None = None,
 ) -> Triplet:
     """Triplets with images moved to where the 2AFC margin speaks most against the votes, as the metric answers now.
 
@@ -92,11 +98,12 @@ def adversarial_triplets(
         batch: triplets in [0, 1]; images that several of them share move in each on their own.
         target: which images move; "all" gives each of the three the whole budget.
         seed: of what is random in the attack, with the indices of the triplets.
+        index: ``(N,)`` whole numbers in place of these indices.
     """
     rows = (batch.right_vote != 0.5).nonzero().flatten()
     if not len(rows):
         return batch
-    part = batch.select(rows)
+    part, index = batch.select(rows), (batch.index if index is None else index.to(rows.device))[rows]
     with as_attacked(metric):
         answered = TwoAFCObjective(
             metric,
@@ -107,7 +114,7 @@ def adversarial_triplets(
             chosen_left=part.right_vote < 0.5,
             check_range=False,  # every batch is checked when it comes
         )
-        moved = adversary(answered, answered.images, parts=answered.parts, seed=seed, index=part.index)
+        moved = adversary(answered, answered.images, parts=answered.parts, seed=seed, index=index)
     images: dict[Target, Tensor] = {"reference": batch.reference, "left": batch.left, "right": batch.right}
     names = list(images) if target == "all" else [target]
     for name, tensor in zip(names, moved.chunk(answered.parts, 1), strict=True):

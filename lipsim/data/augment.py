@@ -7,33 +7,103 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
+from lipsim.data.order import JITTER, REFLECTION
 from lipsim.data.triplet import SharedTriplet, Triplet
+from lipsim.utils.sampling import key_uniform, subkeys
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+JITTERED, GRAYSCALE = 0.8, 0.2  # probabilities
+_GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
 
 class ColorJitter(nn.Module):
     """The paper's second view: ColorJitter(.4, .4, .2, .1) with probability .8, grayscale with probability .2.
 
-    Parameters are drawn for ``groups`` parts of a batch rather than for each image: the conversion to HSV of a whole
-    part costs little more than that of one image.
+    Distributed as torchvision's transforms of these names are, of which each image has its own draws: factors, the
+    order of the four operations, and whether there are any.
     """
 
-    def __init__(self, groups: int = 16) -> None:
-        super().__init__()
-        self.groups = groups
-        self.transform = v2.Compose(
-            [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
-        )
+    def forward(self, images: Tensor, keys: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` in [0, 1] to the same.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` in [0, 1] to the same."""
-        return torch.cat([self.transform(part) for part in images.chunk(self.groups)]).clamp(0, 1)
+        Args:
+            images: the images.
+            keys: ``(N,)`` int64, on which alone the draws of each depend.
+        """
+        # On the CPU, whence a graphics processor need not be waited for: it is told which rows to change.
+        draws = key_uniform(subkeys(keys.cpu(), JITTER), 10)
+        factors = torch.stack(
+            [
+                1 + BRIGHTNESS * (2 * draws[:, 0] - 1),
+                1 + CONTRAST * (2 * draws[:, 1] - 1),
+                1 + SATURATION * (2 * draws[:, 2] - 1),
+                HUE * (2 * draws[:, 3] - 1),
+            ]
+        ).to(images.device, images.dtype)
+        operations = draws[:, 4:8].argsort(1)
+        operations[draws[:, 8] >= JITTERED] = -1
+        views = images.clone()
+        for turn in operations.unbind(1):
+            for number, operation in enumerate((brightened, contrasted, saturated, hue_turned)):
+                rows = (turn == number).nonzero().flatten().to(images.device)
+                if len(rows):
+                    views[rows] = operation(views[rows], factors[number, rows].view(-1, 1, 1, 1))
+        rows = (draws[:, 9] < GRAYSCALE).nonzero().flatten().to(images.device)
+        views[rows] = gray(views[rows]).expand(-1, 3, -1, -1)
+        return views
 
 
-def random_reflections(num: int, like: Tensor) -> Tensor:
-    """Draw ``num`` of the 8 symmetries of the square for :func:`reflect`, ``(num, 3)`` bool."""
-    return torch.rand(num, 3, device=like.device) < 0.5
+def gray(images: Tensor) -> Tensor:
+    """Luma of ``(N, 3, H, W)``, ``(N, 1, H, W)``."""
+    red, green, blue = images.split(1, 1)
+    luma: Tensor = red * _GRAY[0] + green * _GRAY[1] + blue * _GRAY[2]
+    return luma
+
+
+def brightened(images: Tensor, factor: Tensor) -> Tensor:
+    """Images ``(N, 3, H, W)`` in [0, 1] times their factors ``(N, 1, 1, 1)``."""
+    return (images * factor).clamp_(0, 1)
+
+
+def contrasted(images: Tensor, factor: Tensor) -> Tensor:
+    """Differences from the mean of an image's luma times its factor."""
+    return _blended(images, gray(images).mean((1, 2, 3), keepdim=True), factor)
+
+
+def saturated(images: Tensor, factor: Tensor) -> Tensor:
+    """Differences from the luma of each pixel times the image's factor."""
+    return _blended(images, gray(images), factor)
+
+
+def hue_turned(images: Tensor, share: Tensor) -> Tensor:
+    """Hues, of HSV, turned by a share of the circle."""
+    red, green, blue = images.unbind(1)
+    value, least = images.amax(1), images.amin(1)
+    chroma = value - least
+    scale = chroma.clamp(min=torch.finfo(images.dtype).tiny).reciprocal_()  # grays have no hue, and need none
+    hue = torch.where(
+        value == red,
+        (green - blue) * scale,
+        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
+    )
+    hue = hue + 6 * share.squeeze(1)  # in sixths of the circle
+    channels = [value - chroma * _distance_from_cyan((hue + offset) % 6) for offset in (5, 3, 1)]
+    return torch.stack(channels, 1)
+
+
+def _distance_from_cyan(hue: Tensor) -> Tensor:
+    """How much of the chroma a channel lacks at a hue in sixths counted from its own complement, in [0, 1]."""
+    return torch.minimum(hue, 4 - hue).clamp_(0, 1)
+
+
+def _blended(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(other.expand_as(images), images, factor).clamp_(0, 1)
+
+
+def random_reflections(keys: Tensor) -> Tensor:
+    """One of the 8 symmetries of the square for :func:`reflect` for each of ``(N,)`` keys, ``(N, 3)`` bool."""
+    return key_uniform(subkeys(keys, REFLECTION), 3) < 0.5
 
 
 def reflect(images: Tensor, reflections: Tensor) -> Tensor:
@@ -71,12 +141,18 @@ def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
-def augmented(batch: Triplet) -> Triplet:
-    """The batch under random reflections and turns, one for each triplet (one for all where triplets share images)."""
+def augmented(batch: Triplet, keys: Tensor, shared_key: Tensor) -> Triplet:
+    """The batch under random reflections and turns, one for each triplet (one for all where triplets share images).
+
+    Args:
+        batch: the triplets.
+        keys: ``(N,)`` int64, on which alone the draw of each triplet depends.
+        shared_key: scalar int64, on which the draw for all depends.
+    """
     if isinstance(batch, SharedTriplet):
-        reflections = random_reflections(1, batch.distinct).expand(len(batch.distinct), -1)
-        distinct = reflect(batch.distinct, reflections)
+        reflections = random_reflections(shared_key.view(1)).to(batch.distinct.device)
+        distinct = reflect(batch.distinct, reflections.expand(len(batch.distinct), -1))
         return SharedTriplet(distinct, batch.ids, batch.right_vote, batch.index)
-    reflections = random_reflections(len(batch), batch.reference)
+    reflections = random_reflections(keys).to(batch.reference.device)
     reference, left, right = (reflect(part, reflections) for part in batch.images())
     return Triplet(reference, left, right, batch.right_vote, batch.index)

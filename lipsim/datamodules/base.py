@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lipsim.data import Preprocess, Triplet, TripletSet, collate_triplets
 from lipsim.data.check import images_of
 from lipsim.data.contracts import Parts, groups_of
+from lipsim.data.order import TrainingLoader, training_loader
 from lipsim.data.registry import open_sets
 from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
 from lipsim.datamodules.skipped import SkippedSamples
@@ -122,9 +123,9 @@ class TripletData(L.LightningDataModule):
             **options,
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> TrainingLoader:
         assert self.train_set is not None
-        return self._loader(self.train_set, shuffle=True)
+        return self._training_loader(self.train_set, self.batch_size, self.collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(dataset) for dataset in self.val_sets.values()]
@@ -141,27 +142,34 @@ class TripletData(L.LightningDataModule):
             return read
         return batch
 
-    def _tolerant(
-        self, samples: Dataset[Any], collate: Callable[[Any], Any]
-    ) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        """Training samples and their ``collate_fn``, which leave out what cannot be read where that is asked for."""
-        return (samples, collate) if self.on_error == "fail" else (ReadableSamples(samples), ReadableBatch(collate))
+    def _training_loader(
+        self, samples: TripletSet | Dataset[Any], batch_size: int | None, collate: Callable[[Any], Any]
+    ) -> TrainingLoader:
+        """Samples in an order of the run's seed, dealt out to its processes; see :mod:`lipsim.data.order`.
 
-    def _loader(self, triplets: TripletSet | Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
-        dataset = cast(Dataset[Any], triplets)  # of which a loader needs what the protocol has
-        collate = self.collate
-        if shuffle:
-            dataset, collate = self._tolerant(dataset, collate)
-        processes = 1 if self.trainer is None else self.trainer.world_size
-        share = len(dataset) // processes  # type: ignore[arg-type]
-        return DataLoader(
+        The seed is the one that torch was given last; of several processes, the first one's.
+        """
+        trainer, seed = self.trainer, torch.initial_seed()
+        dataset = cast(Dataset[Any], samples)  # of which a loader needs what the protocol has
+        if self.on_error == "skip":
+            dataset, collate = ReadableSamples(dataset), ReadableBatch(collate)
+        return training_loader(
             dataset,
+            batch_size,
+            seed=seed if trainer is None else trainer.strategy.broadcast(seed),
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            num_workers=self.num_workers,
+            collate=collate,
+        )
+
+    def _loader(self, triplets: TripletSet | Dataset[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            cast(Dataset[Any], triplets),
             batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and share >= self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
+            collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from lipsim.data import Preprocess
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder
+from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.folder import FolderImages
 from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.errors import LipsimError
@@ -100,9 +101,9 @@ class ImageFolderData(TripletData):
         if self.val_images is not None:
             self.val_images = _embedded(self.val_images, cache, "val/")
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> TrainingLoader:
         assert self.train_images is not None
-        return self._loader(self.train_images, shuffle=True)
+        return self._training_loader(self.train_images, self.batch_size, self.collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         others = [] if self.triplets is None else self.triplets.val_dataloader()

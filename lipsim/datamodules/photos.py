@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch.utils.data import DataLoader
 
 from lipsim.data import Preprocess
+from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photo_batches import HumanVotes, PhotoBatches, SharedImages
 from lipsim.data.sets.photos import PhotoTriplets
@@ -123,17 +123,10 @@ class PhotoData(TripletData):
                     triplets, self.human.train_set, self.human_share, self.human.collate, self.seed
                 )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> TrainingLoader:
         if self.train_batches is None:
             return super().train_dataloader()
-        return DataLoader(
-            self.train_batches,
-            batch_size=None,  # an item is a batch
-            shuffle=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self._training_loader(self.train_batches, None, as_fetched)  # an item is a batch
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         own = [self._loader(triplets) for triplets in self.val_sets.values() if isinstance(triplets, PhotoTriplets)]

@@ -4,6 +4,7 @@ import lipsim.utils.matplotlib_backend  # noqa: F401  before Lightning, which im
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.distillation import Distillation
 from lipsim.training.fine_tuning import FineTuning
+from lipsim.training.global_batch import RateScaling
 from lipsim.training.losses import (
     RMSE,
     CertifiedShare,
@@ -28,6 +29,7 @@ __all__ = [
     "JointRadiusHinge",
     "MarginHinge",
     "RadiusHinge",
+    "RateScaling",
     "Relational",
     "ScaleFree",
     "TeacherTuning",

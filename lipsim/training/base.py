@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +24,17 @@ from lipsim.evaluation.module import EvaluationModule, weights_are_finite
 from lipsim.layers.encoder import ResizingEncoder, declared_image_size
 from lipsim.metric import PerceptualMetric, TiledMetric, load
 from lipsim.metric.files import FORMAT, describe
+from lipsim.training import global_batch
 from lipsim.training.acceleration import Acceleration
+from lipsim.training.global_batch import RateScaling
+from lipsim.training.losses import TripletLoss
+from lipsim.training.place import Draws, batch_size_of, continue_at, place_of, training_loader_of
 from lipsim.training.schedules import Schedule
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
 
 DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
-_RESIZE, _FRAMING = "lipsim-resize", "lipsim-framing"  # keys in a checkpoint
+_RESIZE, _FRAMING, _PLACE = "lipsim-resize", "lipsim-framing", "lipsim-place"  # keys in a checkpoint
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -42,6 +46,7 @@ class Stage(EvaluationModule):
         optimizer: makes the optimizer from the trainable parameters.
         schedule: factor of the learning rate over the whole run.
         acceleration: how training runs the encoder; default plainly.
+        rate_scaling: scales the learning rate by the global batch; default not at all.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Stage(EvaluationModule):
         optimizer: OptimizerFactory,
         schedule: Schedule,
         acceleration: Acceleration | None = None,
+        rate_scaling: RateScaling | None = None,
     ) -> None:
         super().__init__(metric)
         self.optimizer_factory = optimizer
@@ -58,6 +64,12 @@ class Stage(EvaluationModule):
         self._batch: Any = None  # the one in training, for a message about it
         self.acceleration = acceleration or Acceleration()
         self._run_encoder = _EncoderRunner(self.acceleration)
+        self.rate_scaling = rate_scaling
+        self._configured_rates: list[float] = []  # before they are scaled
+        self._draws = Draws()
+        self._saved_place: dict[str, int] | None = None  # of the checkpoint that training resumes from
+        self._resumed = False  # until its first batch
+        self._own_loss: Tensor | None = None  # of this process, where the loss is that of all
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``(N, D)`` of images in a training step, computed as the acceleration says."""
@@ -110,6 +122,14 @@ class Stage(EvaluationModule):
             ValueError: a schedule that needs an end, and training without one.
         """
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        self._configured_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if self.rate_scaling is not None:
+            self.trainer.fit_loop.setup_data()  # as estimated_stepping_batches does
+            samples = self._samples_in_a_step()
+            if samples is None:
+                raise LipsimError("nobody knows how many samples are in a batch of the loader; leave rate_scaling out")
+            for group in optimizer.param_groups:
+                group["lr"] *= self.rate_scaling.factor(samples)
         scheduler = LambdaLR(optimizer, lambda step: self._schedule_factor(step))
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -129,6 +149,18 @@ class Stage(EvaluationModule):
                     rank_zero_info(f"resuming with {name} = {configured[name]}; the checkpoint had {group.get(name)}")
                     group[name] = configured[name]
             group["lr"] = group["initial_lr"] * factor
+        found, place = training_loader_of(self.trainer), self._saved_place
+        if place is not None:
+            continue_at(self.trainer, place)
+        self._resumed, self._saved_place = place is not None, None
+        self._draws.seed = torch.initial_seed() if found is None else found[1].seed
+        for line in self._rates_and_batches():
+            rank_zero_info(line)
+
+    def on_train_epoch_start(self) -> None:
+        found = training_loader_of(self.trainer)
+        if found is not None:
+            found[1].seed = self._draws.seed  # also of a loader that is made anew for each epoch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the metric, so that :func:`lipsim.load` takes the checkpoint as well.
@@ -144,6 +176,8 @@ class Stage(EvaluationModule):
         preprocess = self.metric.preprocess
         # Also of an encoder that cannot be described.
         checkpoint[_RESIZE], checkpoint[_FRAMING] = preprocess.resize, preprocess.framing
+        if (place := place_of(self.trainer)) is not None:
+            checkpoint[_PLACE] = place
         try:
             checkpoint[FORMAT] = json.dumps(describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
@@ -151,6 +185,8 @@ class Stage(EvaluationModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In an evaluation, expect images as the weights were trained on; in training, as the data module has them."""
+        if self.trainer.training:
+            self._saved_place = checkpoint.get(_PLACE)
         saved = checkpoint.get(_RESIZE)
         if saved is None and FORMAT in checkpoint:  # of an earlier version
             saved = json.loads(checkpoint[FORMAT])["resize"]
@@ -169,15 +205,33 @@ class Stage(EvaluationModule):
         if not isinstance(batch, NothingRead):
             check_images(batch)
         self._batch = batch
+        self._draws.seed_noise(self.trainer)
+        if self._resumed:
+            # Lightning 2.6 counts the steps of its log from one too few, or too many, after some checkpoints.
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+            self._resumed = False
 
     def nothing_learned(self) -> Tensor | None:
-        """The loss of a batch of which nothing could be read: none, or on several processes one without a gradient.
+        """The loss of a batch of which nothing could be read: none, or on several processes that of the others.
 
-        All of them have to take part when gradients are averaged.
+        All of them have to take part when losses and gradients are averaged; the gradient of this one is 0.
         """
         if self.trainer.world_size == 1:
             return None
-        return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
+        return self.loss_of_no_rows(self.embed(self.blank_image())[:0])
+
+    def loss_of_no_rows(self, features: Tensor) -> Tensor:
+        """What a process adds to the loss of a step for which it has no sample: nothing, by the same exchange.
+
+        Args:
+            features: ``(0, D)``, which every trained parameter has a part in.
+        """
+        return global_batch.weighted_mean(features.sum(), features.new_zeros(()))
+
+    def blank_image(self) -> Tensor:
+        """A gray image in place of those that could not be read, ``(1, 3, S, S)``; nothing of it counts."""
+        size = self.metric.image_size
+        return torch.full((1, 3, size, size), 0.5, device=self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at the first loss that is not finite, before it reaches a weight.
@@ -186,9 +240,10 @@ class Stage(EvaluationModule):
             ValueError: on every process, when the loss of one of them is NaN or infinite.
         """
         trainer, finite = self.trainer, bool(torch.isfinite(loss).all())
+        own, self._own_loss = loss if self._own_loss is None else self._own_loss, None
         if self._everywhere(finite):
             return
-        if finite:
+        if bool(torch.isfinite(own).all()):
             raise LipsimError(f"the loss of another process is not finite at step {trainer.global_step}; {DIVERGED}")
         rank = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
         path = save_batch(self._batch, Path(trainer.default_root_dir) / f"not_finite{rank}.safetensors")
@@ -200,6 +255,56 @@ class Stage(EvaluationModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._batch = None
+
+    def mean_over_processes(self, loss: Tensor, of: TripletLoss, right_vote: Tensor) -> Tensor:
+        """The mean over the triplets of all processes of a loss, of which this process has those with these votes."""
+        self._own_loss = loss.detach()
+        return global_batch.weighted_mean(loss, of.weights(right_vote).sum())
+
+    def sample_keys(self, count: int) -> Tensor:
+        """Keys of what is drawn for each of the ``count`` rows of the batch in training, ``(count,)`` int64 on the CPU.
+
+        They depend on seed, epoch and position in the data set alone, whatever process and worker has the sample, and
+        before or after resuming: see :mod:`lipsim.data.order`. Of loaders that do not tell positions: on seed, step,
+        process and row.
+        """
+        return self._draws.samples(self._trainer, count)
+
+    def row_keys(self, count: int) -> Tensor:
+        """Keys of what is drawn for ``count`` rows that are no samples, of step, process and row."""
+        return self._draws.rows(self._trainer, count)
+
+    def batch_key(self) -> Tensor:
+        """Key of what is drawn once for the batch in training on all processes, scalar int64."""
+        return self._draws.batch(self._trainer)
+
+    def _samples_in_a_step(self) -> int | None:
+        size, trainer = batch_size_of(self.trainer), self.trainer
+        return None if size is None else size * trainer.world_size * trainer.accumulate_grad_batches
+
+    def _rates_and_batches(self) -> Iterator[str]:
+        """What a step is of, in words: processes, batch, accumulation; and its learning rate."""
+        trainer, found = self.trainer, training_loader_of(self.trainer)
+        each, total, batches = batch_size_of(trainer), self._samples_in_a_step(), trainer.num_training_batches
+        size = "?" if each is None else str(each)
+        processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
+        text = f"a step: {processes} × {size} samples × {trainer.accumulate_grad_batches} accumulated"
+        if total is not None:
+            text += f" = {total}"
+        if math.isfinite(batches):
+            text += f"; {math.ceil(batches / trainer.accumulate_grad_batches)} steps in an epoch"
+        if found is not None:
+            order = found[1]
+            served = min(order.served, int(batches) * order.global_batch)
+            text += f" of {order.size} samples, of which {order.size - served} are left out"
+        yield text
+        (optimizer,) = trainer.optimizers
+        for configured, group in zip(self._configured_rates, optimizer.param_groups, strict=True):
+            text = f"learning rate: {configured:g} as configured"
+            if self.rate_scaling is not None:
+                rule, reference = self.rate_scaling.rule, self.rate_scaling.reference_batch
+                text += f", scaled to {group['initial_lr']:g} ({rule}, for {reference} samples)"
+            yield f"{text}, {group['lr']:g} at this step of {type(self.schedule).__name__}"
 
     def _everywhere(self, holds: bool) -> bool:
         """Whether something holds on every process; each has to ask."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lipsim.data import Triplet
+from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import ColorJitter
 from lipsim.data.check import images_of
 from lipsim.data.contracts import facts_of
@@ -19,15 +19,18 @@ from lipsim.data.embeddings.axes import principal_axes as fit_axes
 from lipsim.data.embeddings.cache import EmbeddingCache, ServesEmbeddings
 from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.loading import num_samples, tells_positions
+from lipsim.data.order import IMAGES
 from lipsim.data.skipping import NothingRead
 from lipsim.evaluation.module import Evaluation, evaluation_loaders
 from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
+from lipsim.training.global_batch import RateScaling, gathered, shared
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
+from lipsim.utils.sampling import subkeys
 
 
 class Distillation(Stage):
@@ -50,6 +53,7 @@ class Distillation(Stage):
         optimizer: default Adam with the paper's β and no weight decay.
         schedule: default the paper's warm-up and cosine.
         acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
+        rate_scaling: of the learning rate by the global batch; default none.
         cache: folder of the teacher's embeddings of the images of the data module.
         principal_axes: how many features of the teacher the student follows, its projection onto as many of the
             principal axes of the cache (:func:`lipsim.data.embeddings.axes.principal_axes`); None: all as they are.
@@ -72,6 +76,7 @@ class Distillation(Stage):
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, betas=(0.5, 0.9)),
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
+        rate_scaling: RateScaling | None = None,
         cache: Path | None = None,
         principal_axes: int | None = None,
     ) -> None:
@@ -83,6 +88,7 @@ class Distillation(Stage):
             optimizer,
             schedule or WarmupCosine(),
             acceleration,
+            rate_scaling,
         )
         if teacher is None and cache is None:
             raise LipsimError(
@@ -150,11 +156,37 @@ class Distillation(Stage):
             return self.nothing_learned()
         images, target = images_of(batch), self.target(batch)
         assert target is not None
-        views = [images] if self.view is None else [images, self.view(images)]
-        features = self.embed(torch.cat(views)).chunk(len(views))
-        loss = torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean()
+        views = [images] if self.view is None else [images, self.view(images, self._image_keys(batch, len(images)))]
+        own = self.embed(torch.cat(views))
+        *features, target = gathered(*own.chunk(len(views)), target)
+        loss = shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean())
+        self._own_loss = own.detach().sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
+
+    def _image_keys(self, batch: Any, count: int) -> Tensor:
+        """Keys of what is drawn for the images of a batch: an image of a triplet has its own."""
+        if isinstance(batch, SharedTriplet):
+            return self.row_keys(count)
+        if isinstance(batch, Triplet):
+            keys = self.sample_keys(len(batch))
+            return torch.cat([subkeys(subkeys(keys, IMAGES), part) for part in range(3)])
+        return self.sample_keys(count)
+
+    def loss_of_no_rows(self, features: Tensor) -> Tensor:
+        """As of :class:`Stage`: the loss over the images of the other processes."""
+        if self.cache is None:
+            given = self.target(self.blank_image())
+            assert given is not None
+            target = given[:0]
+        else:
+            width = self.cache.description.features if self.axes is None else self.axes.shape[1]
+            target = features.new_zeros(0, width)
+        views = 1 if self.view is None else 2
+        *every, target = gathered(*[features] * views, target)
+        if not len(target):
+            return features.sum()
+        return shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in every]).mean())
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
         """Compare student and teacher; score the student where the batch has triplets."""

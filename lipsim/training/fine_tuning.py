@@ -13,6 +13,7 @@ from lipsim.data.skipping import NothingRead
 from lipsim.metric import PerceptualMetric
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
+from lipsim.training.global_batch import RateScaling
 from lipsim.training.losses import RadiusHinge, TripletLoss
 from lipsim.training.schedules import Schedule, Triangular
 
@@ -29,6 +30,7 @@ class FineTuning(Stage):
         optimizer: default Adam with the paper's β.
         schedule: default the paper's triangle.
         acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
+        rate_scaling: of the learning rate by the global batch; default none.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class FineTuning(Stage):
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.9)),
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
+        rate_scaling: RateScaling | None = None,
     ) -> None:
         encoder, images = encoder_from(student, init_from, "student")
         super().__init__(
@@ -50,6 +53,7 @@ class FineTuning(Stage):
             optimizer,
             schedule or Triangular(),
             acceleration,
+            rate_scaling,
         )
         self.loss = loss or RadiusHinge()
         self.augment = augment
@@ -58,7 +62,10 @@ class FineTuning(Stage):
         """Loss of a batch; each distinct image is embedded once."""
         if isinstance(batch, NothingRead):
             return self.nothing_learned()
-        z, z0, z1 = (augmented(batch) if self.augment else batch).embed(self.embed)
+        if self.augment:
+            batch = augmented(batch, self.sample_keys(len(batch)), self.batch_key())
+        z, z0, z1 = batch.embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
+        loss = self.mean_over_processes(loss, self.loss, batch.right_vote)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

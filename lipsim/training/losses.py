@@ -25,7 +25,7 @@ class TripletLoss(ABC):
     def __call__(
         self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
     ) -> Tensor:
-        """Scalar loss of features ``(N, D)`` and votes ``(N,)``; triplets with a tied vote count 0.
+        """Scalar loss of features ``(N, D)`` and votes ``(N,)``, a mean over the triplets by their :meth:`weights`.
 
         Args:
             z: features of the references.
@@ -35,6 +35,13 @@ class TripletLoss(ABC):
             anchor: constant coordinate of the metric.
             progress: share of the training that is done, in [0, 1].
         """
+
+    def weights(self, right_vote: Tensor) -> Tensor:
+        """What each triplet counts in the mean, ``(N,)``: here 1, and 0 where the vote is tied.
+
+        Several processes weigh their means by the sums of these, which makes it one mean over all triplets.
+        """
+        return (right_vote != 0.5).to(right_vote)
 
 
 class RadiusHinge(TripletLoss):
@@ -67,7 +74,10 @@ class RadiusHinge(TripletLoss):
     ) -> Tensor:
         target = self.target * min(1.0, progress / self.ramp) if self.ramp else self.target
         radius = _known_or_nan(self.radius(z, z0, z1, anchor), z, z0, z1)
-        return _hinge(radius, target, right_vote, self.weight_by_agreement, self.softness)
+        return _hinge(radius, target, right_vote, self.weights(right_vote), self.softness)
+
+    def weights(self, right_vote: Tensor) -> Tensor:
+        return _agreement(right_vote) if self.weight_by_agreement else super().weights(right_vote)
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
         """The signed radius that the hinge acts on, ``(N,)``."""
@@ -99,7 +109,7 @@ class CertifiedShare(TripletLoss):
         lean = torch.sign(1 - 2 * right_vote)
         radius = lean * _known_or_nan(signed_reference_radius(z, z0, z1, anchor=anchor), z, z0, z1)
         lacks = [torch.sigmoid((budget - radius) / self.temperature) for budget in self.budgets]
-        weight = (lean != 0).to(radius)
+        weight = self.weights(right_vote).to(radius)
         return (weight * torch.stack(lacks).mean(0)).sum() / weight.sum().clamp(min=1e-12)
 
 
@@ -128,11 +138,17 @@ class MarginHinge(TripletLoss):
         self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
     ) -> Tensor:
         h = margin(z, z0, z1, anchor=anchor, least_norm=1e-12)
-        return _hinge(h, self.margin, right_vote, self.weight_by_agreement)
+        return _hinge(h, self.margin, right_vote, self.weights(right_vote))
+
+    def weights(self, right_vote: Tensor) -> Tensor:
+        return _agreement(right_vote) if self.weight_by_agreement else super().weights(right_vote)
 
 
 class DistillationLoss(ABC):
-    """A loss between the student's and the teacher's features; NaN and gradients as in :class:`TripletLoss`."""
+    """A loss between the student's and the teacher's features; NaN and gradients as in :class:`TripletLoss`.
+
+    It may be of the batch as a whole: on several processes each computes it for the images of all.
+    """
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
@@ -212,12 +228,12 @@ def _known_or_nan(radius: Tensor, *features: Tensor) -> Tensor:
     return torch.where(known, radius, torch.nan)
 
 
-def _hinge(
-    value: Tensor, target: float, right_vote: Tensor, weight_by_agreement: bool, softness: float = 0.0
-) -> Tensor:
-    lean = 1 - 2 * right_vote
-    weight = lean.abs() if weight_by_agreement else (lean != 0).to(value)
-    lack = target - torch.sign(lean) * value
+def _agreement(right_vote: Tensor) -> Tensor:
+    return (1 - 2 * right_vote).abs()
+
+
+def _hinge(value: Tensor, target: float, right_vote: Tensor, weight: Tensor, softness: float = 0.0) -> Tensor:
+    weight, lack = weight.to(value), target - torch.sign(1 - 2 * right_vote) * value
     hinge = softness * F.softplus(lack / softness) if softness else F.relu(lack)
     return (weight * hinge).sum() / weight.sum().clamp(min=1e-12)
 

@@ -15,15 +15,18 @@ from lipsim.attacks.adversary import Adversary, adversarial_triplets
 from lipsim.attacks.objectives import TARGETS, Target
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
+from lipsim.data.order import ATTACK
 from lipsim.data.skipping import NothingRead
 from lipsim.layers.encoder import head_of
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
+from lipsim.training.global_batch import RateScaling, gathered, shared
 from lipsim.training.losses import MarginHinge, TripletLoss
 from lipsim.training.schedules import Schedule, WarmupCosine
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.sampling import subkeys
 
 
 class TeacherTuning(Stage):
@@ -53,6 +56,7 @@ class TeacherTuning(Stage):
         optimizer: default Adam.
         schedule: default warm-up and cosine.
         acceleration: how training runs the encoder; see :class:`lipsim.training.Acceleration`.
+        rate_scaling: of the learning rate by the global batch; default none.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class TeacherTuning(Stage):
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=3e-4),
         schedule: Schedule | None = None,
         acceleration: Acceleration | None = None,
+        rate_scaling: RateScaling | None = None,
     ) -> None:
         if tune not in ("all", "lora", "head"):
             raise LipsimError(f"expected to tune all, lora or head, got {tune!r}")
@@ -98,7 +103,7 @@ class TeacherTuning(Stage):
             resize=images.resize,
             framing=images.framing,
         )
-        super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration)
+        super().__init__(metric, optimizer, schedule or WarmupCosine(100), acceleration, rate_scaling)
         self.loss = loss or MarginHinge(0.05)
         self.contrast, self.temperature = contrast, temperature
         self.augment = augment
@@ -125,17 +130,29 @@ class TeacherTuning(Stage):
         """Hinge over a batch, and the contrastive term."""
         if isinstance(batch, NothingRead):
             return self.nothing_learned()
+        keys = self.sample_keys(len(batch))
         if self.augment:
-            batch = augmented(batch)
+            batch = augmented(batch, keys, self.batch_key())
         if self.adversary is not None:
-            seed = self.trainer.global_step  # the same again where a run resumes
-            batch = adversarial_triplets(self.adversary, self.metric, batch, self.adversary_target, seed=seed)
+            index = subkeys(keys, ATTACK)
+            batch = adversarial_triplets(self.adversary, self.metric, batch, self.adversary_target, index=index)
         z, z0, z1 = batch.embed(self.embed)
         loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
+        loss = self.mean_over_processes(loss, self.loss, batch.right_vote)
         if self.contrast:
             preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)
-            loss = loss + self.contrast * info_nce(z, preferred, self.temperature)
+            every, every_preferred = gathered(z, preferred)
+            loss = loss + self.contrast * shared(info_nce(every, every_preferred, self.temperature))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def loss_of_no_rows(self, features: Tensor) -> Tensor:
+        """As of :class:`Stage`, with the contrastive term over the triplets of the other processes."""
+        loss = super().loss_of_no_rows(features)
+        if self.contrast:
+            every, every_preferred = gathered(features, features)
+            if len(every):
+                loss = loss + self.contrast * shared(info_nce(every, every_preferred, self.temperature))
         return loss
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lipsim.utils.errors import LipsimError
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # golden-ratio increments spread (seed, index) over the 64 bits (Steele et al. 2014)
+_FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64's output function
 
 
 def sample_normal(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -25,6 +26,48 @@ def sample_normal(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | No
 def sample_uniform(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
     """Numbers uniform in [0, 1), otherwise as :func:`sample_normal`."""
     return _sample(like, lambda row, generator: row.uniform_(generator=generator), seed, index)
+
+
+def key_of(seed: int) -> Tensor:
+    """The key of a seed, a scalar int64, for :func:`subkeys`; seeds are told apart by their last 64 bits."""
+    return torch.tensor(_signed(seed))
+
+
+def subkeys(keys: Tensor, number: Tensor | int) -> Tensor:
+    """Output ``number`` of the generator SplitMix64 with the seed ``keys``, int64: a key for each number under a key.
+
+    There is no state to keep or to skip: a draw that belongs to (seed, epoch, sample) is
+    ``subkeys(subkeys(key_of(seed), epoch), sample)``, whichever process asks for it, and in whatever order.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+
+    Args:
+        keys: int64; the 64 bits are those of an unsigned number.
+        number: of the output, at least 0; it broadcasts with ``keys``.
+    """
+    # Products and sums of int64 wrap around, as they should.
+    state = keys + (torch.as_tensor(number, device=keys.device) + 1) * _signed(_SEED_STRIDE)
+    state = (state ^ _shifted(state, 30)) * _signed(_FIRST_FACTOR)
+    state = (state ^ _shifted(state, 27)) * _signed(_SECOND_FACTOR)
+    output: Tensor = state ^ _shifted(state, 31)
+    return output
+
+
+def key_uniform(keys: Tensor, count: int) -> Tensor:
+    """Numbers uniform in [0, 1) for keys ``(N,)``, ``(N, count)`` float32: the upper 24 bits of ``count`` outputs."""
+    outputs = subkeys(keys.unsqueeze(1), torch.arange(count, device=keys.device))
+    return _shifted(outputs, 40).float() * 2.0**-24
+
+
+def _signed(number: int) -> int:
+    """The int64 with the last 64 bits of a number."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _shifted(bits: Tensor, places: int) -> Tensor:
+    """Shifted right with zeros coming in; torch's own shift of int64 repeats the sign."""
+    shifted: Tensor = (bits >> places) & (2 ** (64 - places) - 1)
+    return shifted
 
 
 def sample_stream(seed: int, index: int) -> np.random.Generator:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from evaluations import forked
 from lightning.pytorch import Callback
 from PIL import Image
+from torch import Tensor, distributed
 
 import lipsim
 from lipsim import LipsimError
@@ -22,7 +25,8 @@ from lipsim.datamodules.base import TripletData
 from lipsim.datamodules.skipped import SkippedSamples
 from lipsim.metric import save
 from lipsim.students import OrthogonalProjection
-from lipsim.training import Distillation, FineTuning
+from lipsim.teachers import SmallViT
+from lipsim.training import Distillation, FineTuning, TeacherTuning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -161,16 +165,53 @@ def test_a_disk_that_is_gone_is_no_matter_of_a_few_files(tmp_path: Path) -> None
         counts.add(Trainer(), 2, [Unread(0, "no image file 0")])  # type: ignore[arg-type]
 
 
-def test_a_process_without_a_batch_takes_part_in_the_step() -> None:
-    """On several processes its gradient is 0, of every parameter, so that nobody waits for it."""
-    stage = FineTuning(OrthogonalProjection(16, 4))
+def _step_of(stage: Any, batch: Any, count: int) -> list[Tensor]:
+    """Gradients of a step, the mean over processes."""
+    stage._trainer = SimpleNamespace(
+        **{"world_size": count, "global_rank": 0, "global_step": 5, "estimated_stepping_batches": 10},
+        train_dataloader=None,
+        fit_loop=SimpleNamespace(total_batch_idx=5),
+    )
+    stage.log = lambda *_, **__: None
+    loss = stage.training_step(batch, 0)
+    parameters = [p for p in stage.parameters() if p.requires_grad]
+    gradients = [g / count for g in torch.autograd.grad(loss, parameters)]
+    if count > 1:
+        for gradient in gradients:
+            distributed.all_reduce(gradient)
+    return gradients
 
-    class Two:
-        world_size = 2
 
-    stage._trainer = Two()  # type: ignore[assignment]
-    loss = stage.training_step(NothingRead(), 0)
-    assert loss is not None and float(loss.detach()) == 0
-    loss.backward()
-    gradients = [p.grad for p in stage.parameters() if p.requires_grad]
-    assert gradients and all(g is not None and not g.any() for g in gradients)
+def _stages(folder: Path) -> list[Any]:
+    torch.manual_seed(0)
+    teacher = folder / "teacher.safetensors"
+    distillation = Distillation(teacher, OrthogonalProjection(16, 4), jitter=False)
+    tuning = TeacherTuning(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), contrast=0.5, augment=False)
+    return [FineTuning(OrthogonalProjection(16, 4)), distillation, tuning]
+
+
+def _batch() -> Triplet:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.rand(3, 4, 3, 16, 16, generator=draw)
+    return Triplet(*images, torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.arange(4))
+
+
+def _one_of_two_has_nothing(folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    found = [_step_of(stage, NothingRead() if rank else _batch(), 2) for stage in _stages(folder)]
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_without_a_batch_takes_part_in_the_step(tmp_path: Path) -> None:
+    """It waits for nobody and nobody for it, and the step is that of the samples that there are."""
+    save(lipsim.PerceptualMetric(OrthogonalProjection(16, 4), 16), tmp_path / "teacher.safetensors")
+    expected = [_step_of(stage, _batch(), 1) for stage in _stages(tmp_path)]
+    forked(2, _one_of_two_has_nothing, tmp_path)
+    for rank in range(2):
+        for one, other in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,18 @@ def run_command(given: list[str]) -> None:
 
 def fork_two(given: list[str]) -> None:
     """An evaluation on two processes that are forked from this one, in an environment like torchrun's."""
+    forked(2, evaluate, given)
+
+
+def forked(count: int, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in processes that are forked from this one, in an environment like torchrun's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_evaluate_as, args=(world, rank, given)) for rank in range(2)]
+    processes = [context.Process(target=_as_rank, args=(world, rank, function, arguments)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -159,9 +165,11 @@ def fork_two(given: list[str]) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0, 0]
+    assert codes == [0] * count
 
 
-def _evaluate_as(environment: dict[str, str], rank: int, given: list[str]) -> None:
+def _as_rank(
+    environment: dict[str, str], rank: int, function: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
     os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-    evaluate(given)
+    function(*arguments)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from evaluations import (
     BATCH,
+    CERTIFY,
     COUNT,
     args,
     command_line_of,
     config,
     cut_short,
     fork_two,
+    forked,
     kill_after,
     prepare,
     rows,
@@ -96,6 +98,25 @@ def test_two_processes_give_the_results_of_one() -> None:
     evaluate(args("one"))
     fork_two(args("two", *TWO))
     _assert_results_of(Path("one"), Path("two"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")  # since Python 3.12
+def test_certified_scores_are_the_same_on_one_two_and_three_processes() -> None:
+    """17 triplets, which neither two nor three processes can share evenly, in batches that do not divide them."""
+    given = [CERTIFY, "--data.num_test=17", "--trainer.strategy=ddp"]
+    evaluate(args("on1", CERTIFY, "--data.num_test=17"))
+    one = read_results(Path("on1/results.json"))
+    for count in (2, 3):
+        forked(count, evaluate, args(f"on{count}", *given, f"--trainer.devices={count}"))
+        found = read_results(Path(f"on{count}/results.json"))
+        assert found["certified"]["sets"].keys() == one["certified"]["sets"].keys()
+        for name, scores in one["certified"]["sets"].items():
+            for key in ("majority", "vote", "certified", "published", "joint", "num_triplets"):
+                assert scores[key] == found["certified"]["sets"][name][key]
+        ours, theirs = (rows(f"{folder}/radii.csv") for folder in ("on1", f"on{count}"))
+        assert [row["index"] for row in theirs] == list(range(17))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.slow  # starts processes: half a minute of two cores

@@ -17,7 +17,7 @@ from lipsim import PerceptualMetric, certificates
 from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, SaveOnException, TripletGallery
 from lipsim.callbacks.sample_table import SampleTable
 from lipsim.data import SharedTriplet, Triplet
-from lipsim.data.augment import augmented
+from lipsim.data.augment import augmented, reflect
 from lipsim.data.check import check_images
 from lipsim.datamodules import NightsData
 from lipsim.metric import save
@@ -36,6 +36,7 @@ from lipsim.training import (
     Triangular,
     WarmupCosine,
 )
+from lipsim.utils.sampling import key_of, subkeys
 
 
 class ToyData(L.LightningDataModule):
@@ -240,14 +241,21 @@ def test_schedules() -> None:
         Triangular(peak=0.9, knee=0.5)
 
 
+def _symmetry(number: int) -> torch.Tensor:
+    return torch.tensor([[bool(number & 1), bool(number & 2), bool(number & 4)]])
+
+
 def test_augmentation_treats_the_three_images_alike(triplets: Triplet) -> None:
     same = Triplet(*[triplets.reference] * 3, triplets.right_vote, triplets.index)
-    changed = augmented(same)
+    keys = subkeys(key_of(0), torch.arange(12))
+    changed = augmented(same, keys, key_of(0))
     assert torch.equal(changed.reference, changed.left) and torch.equal(changed.left, changed.right)
     assert not torch.equal(changed.reference, same.reference)
     torch.testing.assert_close(changed.reference.flatten(1).norm(dim=1), same.reference.flatten(1).norm(dim=1))
     shared = SharedTriplet(triplets.reference, torch.randint(12, (5, 3)), torch.rand(5), torch.arange(5))
-    assert augmented(shared).distinct.shape == shared.distinct.shape  # type: ignore[attr-defined]
+    moved = augmented(shared, keys[:5], key_of(1)).images()[0]  # an image of several triplets moves once
+    (turned,) = {t for t in range(8) if torch.equal(reflect(shared.distinct, _symmetry(t).expand(12, 3)), moved)}
+    assert turned
 
 
 def test_resuming_continues_and_takes_the_new_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -56,7 +56,7 @@ class EmbeddedFolder(Dataset[EmbeddedImages]):
     def __getitem__(self, index: int) -> EmbeddedImages:
         """One image ``(3, S, S)`` and the embedding ``(D,)`` of its view."""
         image = self.images.load(index, self._content(index))
-        view = self.images.draw_view()
+        view = self.images.draw_view(index)
         return EmbeddedImages(VIEWS[view](image), self.cache.embedding(int(self.rows[index]), view))
 
     def _content(self, index: int) -> bytes | None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lipsim.data.order import VIEW, Place
 from lipsim.data.pack import ImagePack, find_pack
 from lipsim.data.transforms import CentralCrop, load_image, load_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
+from lipsim.utils.sampling import key_of, key_uniform, subkeys
 
 # In any case. What has another ending is no image.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif")
@@ -36,7 +38,8 @@ class FolderImages(Dataset[Tensor]):
             PACK/train for its images under train/.
         image_size: side of the central crop, see :class:`lipsim.data.transforms.CentralCrop`.
         short_side: what the short side is resized to before; None: nothing, as published.
-        views: names of :data:`VIEWS`, of which each access shows one, by torch's generator.
+        views: names of :data:`VIEWS`, of which each access shows one: by seed, epoch and position where a
+            :class:`lipsim.data.order.TrainingOrder` asks, by torch's generator otherwise.
 
     Attributes:
         names: ``(N,)`` bytes, relative to the folder, sorted.
@@ -74,7 +77,7 @@ class FolderImages(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """One image ``(3, S, S)``, float32 in [0, 1]."""
-        return VIEWS[self.draw_view()](self.load(index))
+        return VIEWS[self.draw_view(index)](self.load(index))
 
     @property
     def rounded(self) -> bool:
@@ -102,9 +105,12 @@ class FolderImages(Dataset[Tensor]):
         self._rows = self.pack.find(np.strings.add(os.fsencode(prefix), self.names))
         self.skipped = ""
 
-    def draw_view(self) -> str:
+    def draw_view(self, index: int) -> str:
         """One of the views, each with the same probability."""
-        return self.views[int(torch.randint(len(self.views), ()))]
+        if not isinstance(index, Place):
+            return self.views[int(torch.randint(len(self.views), ()))]
+        (share,) = key_uniform(subkeys(key_of(index.key), VIEW).view(1), 1).flatten().tolist()
+        return self.views[int(share * len(self.views))]
 
 
 @dataclass(frozen=True, eq=False)
