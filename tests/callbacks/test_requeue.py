@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch import Callback
 
 import lipsim
@@ -59,14 +60,16 @@ def _a_task_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"SLURM_{name}", value)
 
 
-def train(steps: Steps, checkpoint: str | None = None) -> None:
+def train(steps: Steps, directory: Path = RUN) -> torch.Tensor:
+    """Train for 8 steps; the weights."""
+    torch.manual_seed(0)
     data = BuiltinData(num_train=32, num_val=4, num_test=4, image_size=16, batch_size=8)
     options: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     stage = FineTuning(OrthogonalProjection(16, 4))
-    lipsim.train(stage, data, directory=RUN, callbacks=[steps], checkpoint=checkpoint, max_epochs=2, **options)
+    metric = lipsim.train(stage, data, directory=directory, callbacks=[steps], max_epochs=2, **options)
+    return torch.cat([parameter.flatten() for parameter in metric.parameters()])
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_requeued_job_continues_and_a_new_one_begins_anew(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,11 +81,14 @@ def test_a_requeued_job_continues_and_a_new_one_begins_anew(
     assert json.loads((RUN / "environment.json").read_text())["job"] == "7"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with caplog.at_level("INFO"):
-        train(second)  # as it was called the first time
+        weights = train(second)  # as it was called the first time
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    torch.testing.assert_close(weights, train(Steps(), Path("whole")), rtol=0, atol=0)  # nobody stopped this one
     assert "SLURM has started this job again" in caplog.text and f"continuing the run in {RUN}" in caplog.text
     assert first.seen + second.seen == list(range(1, 9))
     assert (RUN / "metric.safetensors").is_file() and not (RUN / "previous").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "8")  # started again as well, but this is not its run
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(SystemExit):
         train(other)
     assert other.seen == [1, 2] and (RUN / "previous").is_dir()
