@@ -14,6 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 520, 12, 196
 _MOST_POINTS = 400  # of a line: about one a pixel
 _MOST_DOTS = 40  # a line of fewer points shows where they are
 _LINE_HEIGHT = 18
+_LEAST, _MOST = 1e-150, 1e150  # values between, of which differences and parts are floats as well
 # Lines are told apart by their dashes as well; the colours differ in brightness.
 _STYLES = (
     *(("#0b3c8c", ""), ("#c2410c", "7 3"), ("#15803d", "2 3"), ("#7e22ce", "9 3 2 3")),
@@ -66,14 +67,14 @@ class Chart:
 
 
 def chart(title: str, curves: Mapping[str, Points], *, percent: bool = False) -> Chart | None:
-    """Curves over the steps; of many points, means of neighbours. None where there is no finite point.
+    """Curves over the steps; of many points, means of neighbours. None where no point can be drawn.
 
     Args:
         title: what a reader who cannot see it is told.
         curves: name → points.
         percent: y is a share, which the axis has in %, from 0 to 1.
     """
-    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
+    finite = {name: [(x, y if abs(y) > _LEAST else 0.0) for x, y in p if abs(y) < _MOST] for name, p in curves.items()}
     drawn = {name: thinned(points) for name, points in finite.items() if points}
     if not drawn:
         return None

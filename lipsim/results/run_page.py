@@ -8,14 +8,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from lipsim.results.charts import Chart, Points, chart
 from lipsim.results.file import read_results
 from lipsim.results.formats import run_html
 from lipsim.results.runs import find_results
 from lipsim.results.tables import Row, certified_rows, percent, smoothed_rows
-from lipsim.results.training_log import CERTIFIED, LogRow, certified, log_files, read_log
+from lipsim.results.training_log import CERTIFIED, LogRow, certified, log_files, read_log, readable
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_json, write_text
 from lipsim.utils.progress import duration, per_second
@@ -26,6 +26,7 @@ RATE_COLUMN = "train/lr"
 _NATURAL = "natural"
 _MAJORITY = re.compile(r"val/(?P<set>.+)/majority_score")  # columns of natural scores
 _UNSAFE = re.compile(r"[^\w.-]+")  # in the name of a file
+_MOST = 1e15  # steps, images, seconds: no training has more
 _MOST_VALIDATIONS = 20  # rows of the table; the curves have all
 _FILES = {"config.yaml": "Configuration", "arguments.yaml": "Arguments", "environment.json": "Environment"}
 
@@ -54,13 +55,29 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def read_status(folder: Path) -> Status | None:
-    """The progress.json of a run folder; None where there is none that can be read."""
+    """The progress.json of a run folder; None where there is none as :func:`write_status` writes it."""
     try:
         found = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and found.keys() >= Status.__annotations__.keys()
-    return cast(Status, found) if whole else None
+    return cast(Status, found) if isinstance(found, dict) and _is_status(found) else None
+
+
+def _is_status(found: dict[str, Any]) -> bool:
+    """Whether what a file says can be the state of a training: the file may be somebody else's."""
+    texts = [found.get(name) for name in ("message", "stage", "written")]
+    counts = [found.get(name) for name in ("step", "steps", "epoch", "epochs")]
+    numbers = [found.get(name) for name in ("images_per_second", "seconds", "seconds_left")]
+    needed = [found.get(name) for name in ("step", "epoch", "seconds")]
+    return (
+        found.keys() >= Status.__annotations__.keys()
+        and found["state"] in get_args(State)
+        and all(isinstance(text, str) for text in texts)
+        and all(count is None or (isinstance(count, int) and count >= 0) for count in counts)
+        and all(number is None or isinstance(number, int | float) for number in (*counts, *numbers))
+        and all(number is None or 0 <= number < _MOST for number in (*counts, *numbers))
+        and None not in needed
+    )
 
 
 def is_training(folder: Path) -> bool:
@@ -144,7 +161,7 @@ def write_training_pages(runs: Sequence[str], output: Path) -> tuple[list[Path],
 
 def _about(status: Status | None) -> str:
     if status is None:
-        return f"there is no {STATUS}"
+        return f"there is no {STATUS} of a training"
     if status["state"] == "running":
         left = status["seconds_left"]
         return "" if left is None else f"{duration(left)} left"
@@ -266,4 +283,4 @@ def _warnings(folder: Path, status: Status | None, rows: Sequence[LogRow]) -> li
 
 def _num_skipped(file: Path) -> int:
     with open(file, encoding="utf-8", errors="replace", newline="") as lines:
-        return sum(1 for _ in csv.reader(lines)) - 1  # its header
+        return sum(1 for _ in csv.reader(readable(lines))) - 1  # its header

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+_MOST_STEPS = 2.0**53  # beyond, floats skip some
 LogRow = dict[str, float]  # column → value, of those that the row has; "step" is always there
 # Columns of certified scores, labelled as eps_label writes a budget.
-CERTIFIED = re.compile(r"val/(?P<set>.+)/certified_(?P<eps>\d[\d.e+-]*(?:/255)?)")
+CERTIFIED = re.compile(r"val/(?P<set>.+)/certified_(?P<eps>\d+(?:\.\d+)?(?:e[+-]\d+)?(?:/255)?)")
 
 
 def read_log(folder: Path) -> list[LogRow]:
@@ -68,13 +69,18 @@ def _is_of_training(column: str) -> bool:
 
 
 def _read(file: Path) -> list[LogRow]:
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]  # the last line of a process that was killed may end anywhere
     rows = [
         {name: value for name, cell in cells.items() if (value := _number(cell)) is not None}
-        for cells in csv.DictReader(io.StringIO(whole, newline=""))
+        for cells in csv.DictReader(readable(io.StringIO(whole, newline="")))
     ]
-    return [row for row in rows if "step" in row]
+    return [row for row in rows if 0 <= row.get("step", -1) < _MOST_STEPS]
+
+
+def readable(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of a table without those that are longer than Python's reader takes, which would refuse all of it."""
+    return (line for line in lines if len(line) <= csv.field_size_limit())
 
 
 def _number(cell: object) -> float | None:

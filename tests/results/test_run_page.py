@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -107,6 +109,42 @@ def test_one_that_has_ended_is_not_read_again(run: Path, state: str) -> None:
     assert f"{state}: the loss is <nan>" in text and "its batch is in not_finite.safetensors" in text
     assert "3 samples could not be read" in text
     assert (f"{state} after 40 of 100 steps" in text) == (state != "finished")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("state", "<b>"), ("message", 1), ("stage", None), ("written", {}), ("step", None), ("step", "<b>"),
+        ("step", -1), ("steps", 10**400), ("epoch", 0.5), ("epochs", []), ("images_per_second", "1"), ("seconds", math.nan),
+        ("seconds", None), ("seconds_left", math.inf),
+    ],
+)  # fmt: skip
+def test_a_state_of_somebody_else(run: Path, name: str, value: object) -> None:
+    """What is no state is left out, and the page is written of the rest."""
+    (run / "progress.json").write_text(json.dumps({**RUNNING, name: value}))
+    assert read_status(run) is None
+    assert "unknown: there is no progress.json of a training" in " ".join(_page(run).text.split())
+
+
+@pytest.mark.parametrize(
+    ("head", "rows"),
+    [
+        ("train/loss", ["nan,1", "inf,1", "-1,1", "1e300,1"]),  # steps that are none
+        ("train/loss", ["0,1e308", "1,-1e308", "2,1"]),  # the difference is no float
+        ("train/loss", ["0,5e-324", "1,1e-323"]),
+        ("val/a/certified_1e+-,val/a/certified_1.2.3,train/loss", ["0,1,1,1"]),  # no budgets
+        ("train/loss", ["0," + "1" * 200_000, "1,1"]),  # longer than the reader of Python takes
+        ("train/loss", ["0,\udcff", "1,1"]),  # no UTF-8
+    ],
+    ids=["steps", "range", "tiny", "budgets", "long", "bytes"],
+)
+def test_a_log_of_somebody_else(run: Path, head: str, rows: list[str]) -> None:
+    (run / "metrics.csv").write_text("\n".join([f"step,{head}", *rows, ""]), "utf-8", "surrogateescape")
+    (run / "skipped.csv").write_text(f"epoch,step\n{'1' * 200_000}\n0,1\n")
+    page = _page(run)
+    assert "1 samples could not be read" in page.text
+    numbers = [line["points"] for line in page.all("polyline")]
+    assert not any(word in str(numbers) for word in ("nan", "inf"))
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
