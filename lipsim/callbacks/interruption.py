@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lipsim.evaluation.resume import RemainingData
 from lipsim.utils.slurm import slurm_job
 
 _STOP, _REQUEUE = 1, 2  # what the processes agree on by the larger number; 0: go on
@@ -31,7 +32,8 @@ class Interruption(Callback):
     SIGTERM, which schedulers send before they kill, and under SLURM SIGUSR1 as well, which a job asks for by
     ``--signal=USR1@120``. The step is finished, with all batches that it accumulates; ``last.ckpt`` is written; a
     validation that is due or under way is finished, too; then the process exits with status 0, or 75 where the job is
-    put back into the queue. An evaluation finishes its batch, whose results it keeps, and exits with status 143.
+    put back into the queue. An evaluation finishes its batch, whose results it keeps, and exits with status 143, or 75
+    where the signal asks for the queue: a test of ``train.py`` keeps nothing, so the job's script has to decide.
 
     Lightning's own handlers are replaced meanwhile: they talk to the other processes from within the signal, and save
     in the middle of a step.
@@ -89,8 +91,10 @@ class Interruption(Callback):
     # Before the next batch, when the results of the last one have been kept. Each process has its own share.
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         if self.received is not None:
-            rank_zero_info(f"stopping on {self.received.name}; called again, the evaluation continues where it was")
-            raise SIGTERMException(TERMINATED)
+            kept = isinstance(getattr(trainer, "datamodule", None), RemainingData)
+            then = "the evaluation continues where it was" if kept else "the test begins anew"
+            rank_zero_info(f"stopping on {self.received.name}; called again, {then}")
+            raise SIGTERMException(AGAIN if self.received in self.requeue else TERMINATED)
 
     def _signals(self) -> set[signal.Signals]:
         return {signal.SIGTERM, *(self.requeue if slurm_job() is not None else ())}

@@ -22,14 +22,14 @@ from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lipsim.utils.errors import LipsimError
 
 ALLOWED = ("lipsim", "torch", "lightning", "torchmetrics")
-# Parts of these that run code, start processes or unpickle files by what they are called with.
+# Parts of these that run code, start processes, download or unpickle files by what they are called with.
 DENIED = (
     "lipsim.cli",
     "torch.compiler", "torch.distributed", "torch.export", "torch.fx", "torch.hub", "torch.jit", "torch.library",
     "torch.multiprocessing", "torch.onnx", "torch.package", "torch.serialization", "torch.storage", "torch.testing",
     "torch.utils",
     "lightning.app", "lightning.data", "lightning.fabric.cli", "lightning.fabric.utilities", "lightning.pytorch.cli",
-    "lightning.pytorch.serve", "lightning.pytorch.trainer", "lightning.pytorch.utilities",
+    "lightning.pytorch.demos", "lightning.pytorch.serve", "lightning.pytorch.trainer", "lightning.pytorch.utilities",
 )  # fmt: skip
 # Parts of the denied parts that arguments of the trainer and of data modules are of.
 _NEEDED = ("torch.distributed.fsdp", "torch.distributed.optim", "torch.utils.data")
@@ -99,7 +99,7 @@ def why_refused(path: str, allowed: Sequence[str] = ()) -> str | None:
     if entry is None:
         return f"it is of none of {', '.join((*ALLOWED, *allowed))}"
     if not verdicts[entry]:
-        return f"{entry} runs code, starts processes or unpickles files"
+        return f"{entry} runs code, starts processes, downloads or unpickles files"
     if entry not in allowed and any(part.startswith("_") for part in parts):
         return f"it is a private part of {parts[0]}"
     return None

@@ -205,8 +205,13 @@ def pixel_limit() -> int | None:
     return Image.MAX_IMAGE_PIXELS
 
 
-def check_pixels(width: int, height: int) -> None:
-    """Refuse an image before it is decoded.
+def check_pixels(width: int, height: int, when: str = "") -> None:
+    """Refuse an image before it is decoded, or resized.
+
+    Args:
+        width: in pixels.
+        height: the same.
+        when: it has them, for the message.
 
     Raises:
         ImageTooLargeError: it has more pixels than the limit.
@@ -214,7 +219,7 @@ def check_pixels(width: int, height: int) -> None:
     limit = pixel_limit()
     if limit is not None and width * height > limit:
         raise ImageTooLargeError(
-            f"{width} × {height} = {width * height} pixels are more than the limit of {limit}; {_RAISES_LIMIT}"
+            f"{when}{width} × {height} = {width * height} pixels are more than the limit of {limit}; {_RAISES_LIMIT}"
         )
 
 

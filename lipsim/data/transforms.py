@@ -20,6 +20,7 @@ from lipsim.data.bit_depth import (
     DeepImage,
     ImageTooLargeError,
     UnsupportedImageError,
+    check_pixels,
     decode,
     orientation,
     read_in_full,
@@ -370,7 +371,8 @@ class CentralCrop:
             is cropped as it is, the published view (Ghazanfari et al. 2024).
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1; later, an image that is so narrow that it would have more pixels than the limit of
+            :func:`lipsim.data.bit_depth.pixel_limit` with that short side.
     """
 
     def __init__(self, image_size: int, short_side: int | None = None) -> None:
@@ -387,6 +389,7 @@ class CentralCrop:
         if self.short_side is not None and min(x.shape[1:]) != self.short_side:
             # The long side is rounded down, as torchvision's Resize has it.
             size = [self.short_side * side // min(x.shape[1:]) for side in x.shape[1:]]
+            check_pixels(*reversed(size), f"resized to a short side of {self.short_side}, ")  # of a line of pixels
             x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         cropped: Tensor = center_crop(x, [self.image_size, self.image_size])
         return cropped

@@ -172,6 +172,29 @@ def test_an_evaluation_keeps_its_batches(monkeypatch: pytest.MonkeyPatch, caplog
     assert seen == [4, 4, 4, 4] and found["certified"] == expected["certified"]
 
 
+@pytest.mark.filterwarnings("ignore:The .*_dataloader.* does not have many workers")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_test_of_a_training_keeps_nothing(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so, and on the signal that asks for the queue of SLURM its status says that it is to be called again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    loader = DataLoader(BuiltinTriplets("test", 16, image_size=16), batch_size=8, collate_fn=collate_triplets)
+    seen: list[int] = []
+
+    class KillInTest(Callback):
+        def on_test_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+            seen.append(1)
+            os.kill(os.getpid(), number)
+
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = L.Trainer(**with_defaults({**options, "default_root_dir": "run", "callbacks": [KillInTest()]}))
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as stop, clear_faults(trainer, evaluation=True):
+        trainer.test(FineTuning(OrthogonalProjection(16, 4)), loader)
+    assert stop.value.code == status and len(seen) == 1
+    assert f"stopping on {number.name}; called again, the test begins anew" in caplog.text
+
+
 def test_one_process_alone_may_get_the_signal() -> None:
     """Processes agree on the largest of what they were told."""
 

@@ -76,6 +76,7 @@ def _parse(*options: str, allow: tuple[str, ...] = ()) -> Any:
         ["--callbacks+={class_path: harmful.Module, dict_kwargs: {a: 1}}"],
         ["--module={class_path: harmful.Module}"],
         ["--module={class_path: torch.nn.Sequential, dict_kwargs: {x: {class_path: harmful.Module}}}"],
+        ["--module=lightning.pytorch.demos.Transformer"],  # beside a data set that downloads
         ["--kind=harmful.Module"],
         ["--kind=torch.fx.GraphModule"],
         ["--anything={class_path: harmful.Module}"],

@@ -14,7 +14,7 @@ import tifffile
 from PIL import Image, ImageFile
 
 from lipsim.data.bit_depth import check_pixels, open_image
-from lipsim.data.transforms import read_image
+from lipsim.data.transforms import CentralCrop, load_image, read_image
 
 SIDE = 60_000
 
@@ -115,6 +115,15 @@ def test_the_message_has_width_height_and_limit() -> None:
     wanted = r"60000 × 60000 = 3600000000 pixels are more than the limit of 89478485; LIPSIM_MAX_PIXELS=NUMBER"
     with pytest.raises(ValueError, match=wanted):
         read_image("a file", BOMBS["png"])
+
+
+@pytest.mark.parametrize("size", [(65_000, 1), (1, 65_000)])
+def test_a_line_of_pixels_is_not_enlarged(size: tuple[int, int]) -> None:
+    """Its short side as long as others are, it would take 13 GB."""
+    crop = CentralCrop(64, short_side=128)
+    with pytest.raises(ValueError, match=r"cannot use the image a file: resized to .* 128, .* = 1064960000"):
+        load_image("a file", crop, _saved("PNG", Image.new("L", size)))
+    assert load_image("a file", crop, _saved("PNG", Image.new("L", (40, 30)))).shape == (3, 64, 64)
 
 
 def test_channels_without_number() -> None:

@@ -115,8 +115,8 @@ def test_one_that_has_ended_is_not_read_again(run: Path, state: str) -> None:
     ("name", "value"),
     [
         ("state", "<b>"), ("message", 1), ("stage", None), ("written", {}), ("step", None), ("step", "<b>"),
-        ("step", -1), ("steps", 10**400), ("epoch", 0.5), ("epochs", []), ("images_per_second", "1"), ("seconds", math.nan),
-        ("seconds", None), ("seconds_left", math.inf),
+        ("step", -1), ("steps", 10**400), ("epoch", 0.5), ("epochs", []), ("images_per_second", "1"),
+        ("seconds", math.nan), ("seconds", None), ("seconds_left", math.inf),
     ],
 )  # fmt: skip
 def test_a_state_of_somebody_else(run: Path, name: str, value: object) -> None:

@@ -150,6 +150,26 @@ def test_a_certificate_is_of_a_training_that_ended(recorded: Path, monkeypatch: 
     assert [call[1] for call in calls(recorded)] == ["fit"]
 
 
+TEST = """case "$*" in
+*" test "*) if [ -z "${SLURM_RESTART_COUNT:-}" ]; then trap "exit 75" USR1; echo testing; sleep 200 & wait; fi;;
+*) sleep "$TRAINING";;
+esac"""
+
+
+@pytest.mark.parametrize(("seconds", "back"), [("0", False), pytest.param("3", True, marks=pytest.mark.slow)])
+def test_a_certificate_that_the_end_of_the_time_cuts_short(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, seconds: str, back: bool
+) -> None:
+    """It begins anew where training took most of the time; where it had the time to itself, the job fails."""
+    monkeypatch.setenv("FAKE_SLURM_SIGNAL_ON", "testing")
+    monkeypatch.setenv("STUB", TEST)
+    monkeypatch.setenv("TRAINING", seconds)
+    status = submit(f"--array=0 {SMALL.format(1)}", "seeds", "runs/s", "--config", "c").returncode
+    assert status == (0 if back else 75)
+    assert [call[1] for call in calls(recorded)] == ["fit", "test"] * (2 if back else 1)
+    assert ("the test takes longer than the job may" in logs(recorded)) == (not back)
+
+
 def test_a_task_that_fails_ends_the_others(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB", "if [ $SLURM_PROCID = 1 ]; then exit 3; fi; sleep 200")
     assert submit(SMALL.format(2), "train", "--config", "c", timeout=90).returncode != 0

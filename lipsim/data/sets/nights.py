@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -135,7 +136,7 @@ def read_nights(
                     if line["split"] not in get_args(Split):
                         raise LipsimError(f"split is {line['split']!r}")
                     votes = float(line["votes"])
-                    if not votes >= 0:
+                    if not 0 <= votes < math.inf:
                         raise LipsimError(f"votes is {line['votes']!r}")
                     if line["split"] == split and votes >= min_votes:
                         rows.append(_row(line))

@@ -115,6 +115,7 @@ def _votes(root: Path, line: int) -> str:
         (lambda r: _edit(r, 1, "train", "tran"), ValueError, r"line 2: split is 'tran'"),
         (lambda r: _edit(r, 1, ",train", ",many,train"), ValueError, "line 2"),
         (lambda r: _edit(r, 1, ",6,train", ",nan,train"), ValueError, "line 2: votes is 'nan'"),
+        (lambda r: _edit(r, 1, ",6,train", ",1e400,train"), ValueError, "line 2: votes is '1e400'"),
         (lambda r: _edit(r, 3, _votes(r, 3), "1,1"), ValueError, "line 4: expected one winner"),
         (lambda r: _edit(r, 1, "ref/", "../"), ValueError, r"line 2: a path is '\.\./.*leads out"),
         (lambda r: _edit(r, 1, "ref/", "/etc/"), ValueError, "line 2: a path is '/etc/.*expected a path relative"),
