@@ -51,12 +51,13 @@ def clear_faults(trainer: L.Trainer, *, evaluation: bool = False) -> Iterator[No
 
 def _clear(error: Exception, root: Path) -> Exception:
     """An error in our words where it is a known fault, else itself."""
-    for cause in _chain(error):
-        if isinstance(cause, RuntimeError) and (found := _WORKER_GONE.search(str(cause))):
-            return LipsimError(
-                f"loading process {found[1].strip()} is gone ({_how(found[2])}): most often memory ran out, which "
-                "fewer --data.num_workers or a smaller batch_size mends; resume with --ckpt_path last"
-            )
+    causes = [str(cause) for cause in _chain(error) if isinstance(cause, RuntimeError)]
+    if lost := [found for cause in causes if (found := _WORKER_GONE.search(cause))]:
+        worker = next((found for found in lost if "signal: " in found[2]), lost[0])  # torch says it twice, or once
+        return LipsimError(
+            f"loading process {worker[1].strip()} is gone ({_how(worker[2])}): most often memory ran out, which fewer "
+            "--data.num_workers or a smaller batch_size mends; resume with --ckpt_path last"
+        )
     if is_of_a_connection(error):
         return LipsimError(
             f"another process does not answer ({one_line(str(error))[:300]}); its own messages say why; a slow one "

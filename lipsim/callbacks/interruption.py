@@ -44,7 +44,7 @@ class Interruption(Callback):
 
     def __init__(self, requeue: Collection[str] = ("SIGUSR1",)) -> None:
         super().__init__()
-        self.requeue = {signal.Signals[name] for name in requeue}
+        self.requeue = {signal.Signals[name] for name in requeue if hasattr(signal, name)}  # Windows lacks most
         self.received: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
         self._agreed = 0

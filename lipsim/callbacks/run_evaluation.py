@@ -155,6 +155,17 @@ def run_evaluation(
     Returns:
         The contents of results.json; of a trial (``fast_dev_run``), no section.
     """
+    with clear_faults(trainer, evaluation=True):
+        return _run(trainer, module, data, max_triplets, sample_seed)
+
+
+def _run(
+    trainer: L.Trainer,
+    module: EvaluatedMetric,
+    data: L.LightningDataModule,
+    max_triplets: int | None,
+    sample_seed: int,
+) -> Results:
     if trainer.limit_test_batches == 0:
         raise LipsimError("nothing to evaluate: limit_test_batches is 0; leave it out, or give --max_triplets")
     callbacks = [c for c in trainer.callbacks if isinstance(c, TripletCallback)]  # type: ignore[attr-defined]
@@ -185,35 +196,34 @@ def run_evaluation(
     keep = KeepBatches(directory / "unfinished", settings)
     trainer.callbacks.append(keep)  # type: ignore[attr-defined]
     remaining = RemainingData(data, keep, max_triplets, sample_seed)
-    with clear_faults(trainer, evaluation=True):
-        trainer.test(module, datamodule=remaining, verbose=False)
-        results: Results = {"schema": SCHEMA, "versions": versions()}
-        if trial:
-            return results
-        if trainer.is_global_zero:
-            remove_leftovers(directory)  # of a process that was killed
-            weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
-            if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
-                if earlier is not None:
-                    rank_zero_info(f"removing the results of another evaluation from {directory}")
-                # Without results.json nothing said what the files were of.
-                _remove_others(trainer, directory, callbacks)
-            content: EvaluationSection = {
-                "weights_sha256": weights_sha256,
-                "metric_sha256": metric_sha256,
-                "checkpoint": module.checkpoint,
-                "checkpoint_sha256": module.checkpoint_sha256,
-                "image_size": module.metric.image_size,
-                "resize": module.metric.preprocess.label,
-                "triplets": remaining.triplets,
-                "sample_seed": sample_seed,
-            }
-            update_results(path, {"evaluation": content})
-            print_certified(trainer)
-            results = read_results(path)
-        # Not from the file, which is on the disk of another node perhaps.
-        shared: Results = trainer.strategy.broadcast(results)
-        return shared
+    trainer.test(module, datamodule=remaining, verbose=False)
+    results: Results = {"schema": SCHEMA, "versions": versions()}
+    if trial:
+        return results
+    if trainer.is_global_zero:
+        remove_leftovers(directory)  # of a process that was killed
+        weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
+        if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
+            if earlier is not None:
+                rank_zero_info(f"removing the results of another evaluation from {directory}")
+            # Without results.json nothing said what the files were of.
+            _remove_others(trainer, directory, callbacks)
+        content: EvaluationSection = {
+            "weights_sha256": weights_sha256,
+            "metric_sha256": metric_sha256,
+            "checkpoint": module.checkpoint,
+            "checkpoint_sha256": module.checkpoint_sha256,
+            "image_size": module.metric.image_size,
+            "resize": module.metric.preprocess.label,
+            "triplets": remaining.triplets,
+            "sample_seed": sample_seed,
+        }
+        update_results(path, {"evaluation": content})
+        print_certified(trainer)
+        results = read_results(path)
+    # Not from the file, which is on the disk of another node perhaps.
+    shared: Results = trainer.strategy.broadcast(results)
+    return shared
 
 
 def _remove_others(trainer: L.Trainer, directory: Path, callbacks: Sequence[TripletCallback]) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is claimed there
+    fcntl = None  # type: ignore[assignment]
+
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.slurm import slurm_job
 
 CLAIM = ".lipsim-claim.json"
 # Seconds that a lock may outlive its process: those that it forked have it too, and notice that they are alone after 5.
 _ORPHANS = 12.0
+# Seconds after which a server of NFS gives back the locks of a machine that is lost (its lease is 90).
+_LEASE = 150.0
 _held: weakref.WeakValueDictionary[Path, FolderClaim] = weakref.WeakValueDictionary()
 
 
@@ -35,6 +43,10 @@ class FolderClaim:
 
     def __init__(self, folder: Path, option: str) -> None:
         self.folder = folder
+        if fcntl is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._end: Callable[[], object] = lambda: None
+            return
         self._made = _missing_folders(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +107,8 @@ def _locked(path: Path, option: str) -> int:
             os.close(file)
             # Its process is gone: the lock is that of processes which it has left, and which end soon.
             if _is_gone(holder) and (deadline is None or time.monotonic() < deadline):
-                deadline = deadline or time.monotonic() + _ORPHANS
+                here = holder.get("host") == socket.gethostname()
+                deadline = deadline or time.monotonic() + (_ORPHANS if here else _LEASE)
                 time.sleep(0.1)
                 continue
             raise LipsimError(_taken(path.parent, holder, option)) from None
@@ -149,6 +162,7 @@ def _myself() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": _start_of(os.getpid()),
+        "job": _start_of_job(),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
@@ -162,8 +176,18 @@ def _read(file: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _start_of_job() -> str | None:
+    """Which start of which job of SLURM this process is of; None outside one."""
+    job = slurm_job()
+    return None if job is None else f"{job}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine is no more; of another machine nobody knows."""
+    """Whether a process of this machine, or of an earlier start of this job, is no more; of others nobody knows."""
+    mine, theirs = _start_of_job(), holder.get("job")
+    if mine is not None and isinstance(theirs, str) and theirs.partition("/")[0] == mine.partition("/")[0]:
+        if theirs != mine:  # it has been put back into the queue: its machine may be lost
+            return True
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
     started = _start_of(holder["pid"])

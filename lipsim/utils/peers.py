@@ -25,7 +25,8 @@ def _close_in_child() -> None:
         connection.close()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Peers:

@@ -86,6 +86,25 @@ def test_what_a_killed_job_left_is_taken_over(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists() or not (tmp_path / "run" / CLAIM).exists()
 
 
+def test_an_earlier_start_of_the_same_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine may be lost, and the disk may have no locks; another job there counts as running."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(claim.fcntl, "flock", no_locks)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for job, taken_over in (("12/0", True), ("12/1", False), ("13/0", False)):
+        (tmp_path / CLAIM).write_text(json.dumps({"host": "lost", "pid": 1, "job": job, "since": "2026"}))
+        if taken_over:
+            with pytest.warns(UserWarning, match="has no locks"):
+                claim_folder(tmp_path).release()
+        else:
+            with pytest.raises(LipsimError, match="process 1 on lost"):
+                claim_folder(tmp_path)
+
+
 def test_one_process_has_one_claim_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     first = claim_folder(folder)
