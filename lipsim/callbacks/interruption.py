@@ -1,11 +1,11 @@
-"""Signals that end a run: it finishes its step, saves, says where, and leaves; under SLURM it can be put back."""
+"""What ends a run: a signal, at which it finishes its step, saves and leaves; or none, so that it saves often."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
@@ -21,9 +21,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lipsim.evaluation.resume import RemainingData
 from lipsim.utils.slurm import slurm_job
 
-_STOP, _REQUEUE = 1, 2  # what the processes agree on by the larger number; 0: go on
+_SAVE, _STOP, _REQUEUE = 1, 2, 3  # what the processes agree on by the larger number; 0: go on
 TERMINATED = 128 + signal.SIGTERM  # as a shell has it; of an evaluation, whose results are not there yet
-AGAIN = os.EX_TEMPFAIL  # 75; not 0, so that a script does not go on with a training that has not ended
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h; not 0, so that a script does not go on with a training that has not ended
 
 
 class Interruption(Callback):
@@ -38,14 +38,20 @@ class Interruption(Callback):
     Lightning's own handlers are replaced meanwhile: they talk to the other processes from within the signal, and save
     in the middle of a step.
 
+    What kills a process sends no signal first. So ``last.ckpt`` is written every now and then as well: an epoch of a
+    large data set takes hours.
+
     Args:
         requeue: names of the signals after which a job of SLURM is put back into its queue (``scontrol requeue``).
             SIGTERM is not among them: it is also what ``scancel`` sends, and jobs that are preempted are requeued by
             SLURM itself.
+        save_every: minutes of the first process's clock after which ``last.ckpt`` is written, between two steps.
     """
 
-    def __init__(self, requeue: Collection[str] = ("SIGUSR1",)) -> None:
+    def __init__(self, requeue: Collection[str] = ("SIGUSR1",), save_every: float = 30.0) -> None:
         super().__init__()
+        self.save_every = save_every
+        self._saved = 0.0
         self.requeue = {signal.Signals[name] for name in requeue if hasattr(signal, name)}  # Windows lacks most
         self.received: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
@@ -62,7 +68,7 @@ class Interruption(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
-        self._step = trainer.global_step
+        self._step, self._saved = trainer.global_step, time.monotonic()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
@@ -73,8 +79,12 @@ class Interruption(Callback):
         if trainer.global_step == self._step or self._agreed:  # accumulating, or saved already
             return
         self._step = trainer.global_step
-        self._agreed = self._agree(trainer)
-        if self._agreed:
+        agreed = self._agree(trainer)
+        if agreed == _SAVE:
+            self._save(trainer)
+            self._saved = time.monotonic()
+        elif agreed:
+            self._agreed = agreed
             saved = self._save(trainer)
             name = "a signal" if self.received is None else self.received.name
             rank_zero_info(f"stopping on {name} after step {trainer.global_step}; {saved}")
@@ -115,6 +125,8 @@ class Interruption(Callback):
     def _agree(self, trainer: L.Trainer) -> int:
         """What to do, the same on every process, of which one alone may have got the signal."""
         mine = 0 if self.received is None else _REQUEUE if self.received in self.requeue else _STOP
+        if trainer.is_global_zero and time.monotonic() - self._saved >= 60 * self.save_every:
+            mine = max(mine, _SAVE)
         if trainer.world_size == 1:
             return mine
         told = torch.tensor(mine, device=trainer.strategy.root_device)

@@ -138,7 +138,8 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     folder = RunFolder(None if checkpoint is None else str(checkpoint), claimed)
     # First: it makes room for what the others write.
     options["callbacks"] = [folder, *callbacks, SaveOnException()]
-    if not trial:
+    keeps_nothing = options.get("logger") is False and options.get("enable_checkpointing") is False
+    if not (trial or keeps_nothing):
         options["callbacks"].append(RunReport())  # last: it tells of what the others did
     plugins = options.get("plugins") or []
     plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 import lipsim
-from lipsim.callbacks import interruption
+from lipsim.callbacks import Interruption, interruption
 from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.run_options import with_defaults
 from lipsim.data import BuiltinTriplets, Triplet
@@ -118,6 +119,25 @@ def test_accumulated_batches_belong_to_their_step() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .*_dataloader.* does not have many workers")
+def test_what_kills_without_a_word_costs_some_minutes() -> None:
+    """An epoch may take hours: ``last.ckpt`` is written within it, by the clock."""
+
+    class Saved(Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int | None]] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+            step = torch.load(LAST, weights_only=True)["global_step"] if LAST.exists() else None
+            self.seen.append((trainer.global_step, step))
+
+    often, seldom = Saved(), Saved()
+    _train(often, Interruption(save_every=0), max_epochs=1)
+    assert often.seen == [(0, None), (1, 1), (2, 2), (3, 3)]
+    _train(seldom, max_epochs=1)
+    assert seldom.seen == [(step, None) for step in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:The .*_dataloader.* does not have many workers")
 def test_without_checkpoints_it_stops_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         _stopped(Kill(signal.SIGTERM, "backward", 0), enable_checkpointing=False, logger=False)
@@ -207,12 +227,17 @@ def test_one_process_alone_may_get_the_signal() -> None:
             return torch.maximum(tensor, self.others)
 
     class Two:
-        world_size, strategy = 2, Strategy()
+        world_size, strategy, is_global_zero = 2, Strategy(), True
 
     callback = interruption.Interruption()
+    callback._saved = time.monotonic()
     agree: Callable[[], int] = lambda: callback._agree(Two())  # type: ignore[arg-type]  # noqa: E731
     assert agree() == 0
-    Strategy.others = torch.tensor(1)
-    assert agree() == 1
-    callback.received = signal.SIGUSR1
+    Strategy.others = torch.tensor(2)  # to stop
     assert agree() == 2
+    callback.received = signal.SIGUSR1
+    assert agree() == 3
+    callback.received, callback._saved, Strategy.others = None, -1e9, torch.tensor(0)
+    assert agree() == 1
+    Two.is_global_zero = False  # whose clock it is
+    assert agree() == 0

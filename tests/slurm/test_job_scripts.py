@@ -265,7 +265,7 @@ def test_a_sweep_a_cache_and_an_evaluation(slurm: Path, tmp_path: Path) -> None:
         assert two["builtin"][score] == one["builtin"][score]
 
 
-@pytest.mark.slow  # twice two processes
+@pytest.mark.slow  # three times two processes
 def test_training_is_requeued_before_its_time_is_over(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,3 +284,9 @@ def test_training_is_requeued_before_its_time_is_over(
     assert sorted(map(int, steps)) == list(range(40 * 4))
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 160 and (run / "linear.safetensors").is_file()
+    monkeypatch.delenv("FAKE_SLURM_SIGNAL_ON")  # and of one that nobody stopped, the same weights
+    whole = [*options, "--trainer.default_root_dir", str(tmp_path / "whole")]
+    assert submit(SMALL.format(2), "train", *whole, timeout=1200).returncode == 0
+    expected = torch.load(tmp_path / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(last["state_dict"][name], value)
