@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -201,25 +202,38 @@ def cost(figures: Figures, cluster: Cluster, run: Run) -> Cost:
 def load_figures(file: Path, case: str | None = None) -> tuple[str, Figures, dict[str, tuple[str, str]]]:
     """Title, figures, and of each how it came about and the source.
 
+    A figure may also be its value alone, of which is said that it was given.
+
     Raises:
-        ValueError: no such case, or figures that are missing, unknown or negative.
+        OSError: there is no such file.
+        ValueError: no such case, or figures that are missing, unknown or no numbers of at least 0.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
+    if not (isinstance(content, dict) and content):
+        raise ValueError(f'expected {file} to be {{"title": …, "figures": {{…}}}}; --measure FILE writes one')
     if "figures" not in content:
         names = list(content)
         if (case or names[0]) not in content:
             raise ValueError(f"expected a case out of {', '.join(names)} of {file}, got {case}")
         content = content[case or names[0]]
-    found, known = content["figures"], [field.name for field in fields(Figures)]
+    found, known = content.get("figures"), [field.name for field in fields(Figures)]
+    if not isinstance(found, dict):
+        raise ValueError(f"expected figures by name in {file}, got {found!r}; --measure FILE writes all figures")
     if missing := [name for name in known if name not in found]:
         raise ValueError(f"{file} has no {', '.join(missing)}; --measure FILE writes all figures")
     if unknown := [name for name in found if name not in known]:
         raise ValueError(f"{file} has figures that are unknown: {', '.join(unknown)}; they are {', '.join(known)}")
-    values = {name: found[name][0] for name in known}
-    if bad := [name for name, value in values.items() if not value >= 0]:
+    # Value, how it came about, source; the last two may be left out.
+    rows = {name: [*value, *("given", "")[len(value) - 1 :]] if isinstance(value := found[name], list) and value
+            else [value, "given", ""] for name in known}  # fmt: skip
+    values = {name: row[0] for name, row in rows.items()}
+    if bad := [
+        name for name, value in values.items() if not (isinstance(value, int | float) and 0 <= value < math.inf)
+    ]:
         raise ValueError(f"expected figures of at least 0, got {bad[0]} = {values[bad[0]]} in {file}")
-    sources = {name: (found[name][1], found[name][2]) for name in known}
-    return content["title"], Figures(**values), sources
+    if not (values["image_seconds"] and values["image_size"]):
+        raise ValueError(f"expected an image_size and image_seconds above 0 in {file}: a step takes some time")
+    return str(content.get("title", file.stem)), Figures(**values), {n: (row[1], row[2]) for n, row in rows.items()}
 
 
 def hours(seconds: float) -> str:
@@ -531,6 +545,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", choices=("ViT-S/16", "ViT-B/16", "DreamSim ensemble"), default="ViT-S/16")
     parser.add_argument("--images", type=Path, help="folder whose files are read; without, JPEG files are made up")
     options = parser.parse_args(args)
+    positive = ("gpus", "batch", "epochs", "count", "gpus_per_node", "cores", "disk", "node_link", "network")
+    for name in positive:
+        given = getattr(options, name)
+        if not min(given if name == "gpus" else [given]) > 0:
+            parser.error(f"expected --{name.replace('_', '-')} above 0, got {given}")
     if options.measure is not None or options.check:
         import torch
 
@@ -546,7 +565,7 @@ def main(args: Sequence[str] | None = None) -> None:
         options.figures = options.measure
     try:
         title, figures, sources = load_figures(options.figures, options.case)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     cluster = Cluster(options.gpus_per_node, options.cores, options.disk, options.node_link, options.network)
     same = replace(run, batch=options.batch, epochs=options.epochs, images=options.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -97,6 +99,8 @@ def test_the_table(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     for change, message in (
         ({"nonsense": [1, "given", ""]}, "unknown: nonsense"),
         ({"features": [-1, "given", ""]}, "at least 0, got features = -1"),
+        ({"features": "many"}, "at least 0, got features = many"),
+        ({"image_seconds": [0, "given", ""]}, "image_seconds above 0"),
     ):
         file.write_text(json.dumps({"title": "mine", "figures": {**values, **change}}))
         with pytest.raises(SystemExit):
@@ -106,6 +110,34 @@ def test_the_table(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         scaling.main(["--figures", str(file)])
     assert "--measure FILE writes all figures" in capsys.readouterr().err
+    # Values alone do, too.
+    file.write_text(json.dumps({"figures": vars(figures(scaling))}))
+    scaling.main(["--figures", str(file)])
+    assert "mine; 1,281,167 images" in capsys.readouterr().out
+    for wrong, message in (
+        (["--figures", str(tmp_path / "none.json")], "No such file"),
+        (["--gpus", "8", "0"], "expected --gpus above 0"),
+        (["--cores", "0"], "expected --cores above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            scaling.main(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_has_what_the_command_prints(scaling: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """And its figures are those of the tables that they are said to be of."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for options in (["--case", "imagenet-224"], ["--case", "photographs-64", "--batch", "256", "--epochs", "90"]):
+        scaling.main(options)
+        rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d+ \| (cached|each)", line)]
+        assert len(rows) == 12 and "\n".join(rows) in page
+    tables = (BENCHMARKS / "README.md").read_text(encoding="utf-8").partition("## Reading images")[2]
+    for case in json.loads((BENCHMARKS / "scaling.json").read_text(encoding="utf-8")).values():
+        for name, way in (("reading_core_seconds", "files, `CentralCrop`"), ("pack_core_seconds", "pack")):
+            value, _, source = case["figures"][name]
+            rate = re.search(r"([\d,]+) images/s", source)[1]  # type: ignore[index]
+            assert f"| {way}, batches of 64 | {rate} |" in tables
+            assert 1 / value == pytest.approx(float(rate.replace(",", "")), rel=1e-3)
 
 
 @pytest.mark.slow  # it trains and embeds

@@ -24,17 +24,20 @@ from lipsim import PerceptualMetric, load
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.cache import index_file as cache_index
 from lipsim.data.embeddings.cache import shard_file as cache_shard
-from lipsim.data.pack import index_file, read_index
+from lipsim.data.pack import ImagePack, index_file, read_index, read_shards
 from lipsim.data.sets.bapps import read_judge
 from lipsim.datamodules import BuiltinData
 from lipsim.metric import save
-from lipsim.metric.index_files import read_records
+from lipsim.metric.index_files import Records, read_records, write_records
+from lipsim.results.file import read_results
+from lipsim.results.run_page import read_status
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
 from lipsim.training.checkpoints import read_stage
 from lipsim.training.run import fit
-from lipsim.utils.files import read_array
-from lipsim.utils.weights import read_checkpoint
+from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import parse_json, read_array
+from lipsim.utils.weights import read_checkpoint, read_safetensors
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -242,6 +245,55 @@ def test_headers_of_safetensors(read: Callable[[Path], object], kind: str) -> No
         read(Path("a.safetensors"))
 
 
+DEEP = "[" * 100_000
+
+
+def test_json_that_is_nested_without_end(photo_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON nested deeper than can be read"):
+        parse_json(DEEP)
+    save(PerceptualMetric(OrthogonalProjection(16, 4), 16), "good.safetensors")
+    tensors = {"a": torch.zeros(1)}
+    save_file(tensors, "metric.safetensors", {"format": "lipsim-metric", "version": "1", "metric": DEEP})
+    save_file(tensors, "index.safetensors", {"format": "lipsim-index", "version": "1", "index": DEEP})
+    for name in ("results.json", "pack.json", "index.json", "progress.json"):
+        Path(name).write_text(DEEP)
+    (photo_cache / "cache.json").write_text(DEEP)
+    readers: list[Callable[[], object]] = [
+        lambda: load("metric.safetensors"),
+        lambda: read_records(Path("index.safetensors")),
+        lambda: read_results(Path("results.json")),
+        lambda: ImagePack(tmp_path),
+        lambda: read_shards(tmp_path),
+        lambda: EmbeddingCache(photo_cache),
+    ]
+    for read in readers:
+        with pytest.raises(LipsimError, match=r"nested deeper|is no JSON"):
+            read()
+    assert read_status(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"names_ends": torch.zeros(1)}, {"names_ends": torch.zeros(1, 1).long()}, {"root": 3}, {"root": []},
+     {"skipped": torch.tensor([97], dtype=torch.uint8), "skipped_ends": torch.tensor([1])}],
+    ids=str,
+)  # fmt: skip
+def test_an_index_of_somebody_else(change: dict[str, Any]) -> None:
+    header = {"fingerprint": "a", "metric": "photos", "root": None, "feature_error": 0.0}
+    write_records(Path("i.safetensors"), Records(["a"], torch.zeros(1, 4), [bytes(32)], [1], [1]), header, {})
+    assert read_records(Path("i.safetensors"))[0].names == ["a"]
+    tensors, metadata = read_safetensors(Path("i.safetensors"))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, value in change.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        else:
+            metadata["index"] = json.dumps({**header, name: value})
+    save_file(tensors, "bad.safetensors", metadata)
+    with pytest.raises(LipsimError, match=r"bad\.safetensors is damaged"):
+        read_records(Path("bad.safetensors"))
+
+
 def test_the_header_of_a_metric_names_no_module() -> None:
     save(PerceptualMetric(OrthogonalProjection(16, 4), 16), "good.safetensors")
     state, header = read_checkpoint(Path("good.safetensors")), {}
@@ -274,5 +326,6 @@ def test_lightning_finds_a_checkpoint_by_itself(name: str, monkeypatch: pytest.M
         accelerator="cpu", devices=1, logger=False, max_steps=1, callbacks=[last], default_root_dir=".",
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
-    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+    # The package looks for "last" itself; what Lightning finds, it reads itself.
+    with pytest.raises(LipsimError if name == "last" else pickle.UnpicklingError, match="mkdir"):
         fit(trainer, stage, data, None if name == "hpc" else name)

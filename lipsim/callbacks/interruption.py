@@ -30,7 +30,7 @@ class Interruption(Callback):
     """Training that is told to end by a signal stops between two steps, on every process at the same one.
 
     SIGTERM, which schedulers send before they kill, and under SLURM SIGUSR1 as well, which a job asks for by
-    ``--signal=USR1@120``. The step is finished, with all batches that it accumulates; ``last.ckpt`` is written; a
+    ``--signal=SIGUSR1@120``. The step is finished, with all batches that it accumulates; ``last.ckpt`` is written; a
     validation that is due or under way is finished, too; then the process exits with status 0, or 75 where the job is
     put back into the queue. An evaluation finishes its batch, whose results it keeps, and exits with status 143, or 75
     where the signal asks for the queue: a test of ``train.py`` keeps nothing, so the job's script has to decide.

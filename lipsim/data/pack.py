@@ -37,7 +37,7 @@ from lipsim.certificates.numbers import check_count
 from lipsim.data.eight_bit import as_float
 from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import read_array, write_file, write_text
+from lipsim.utils.files import parse_json, read_array, write_file, write_text
 from lipsim.utils.paths import user_path
 
 FORMAT = "lipsim-pack"
@@ -111,7 +111,7 @@ class PackDescription:
         if not file.is_file():
             raise FileNotFoundError(f"no pack at {folder} (it has no {DESCRIPTION}); {COMMAND} makes one")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT or content.pop("version") != VERSION:
                 raise LipsimError("another format, or of a newer version of lipsim")
             return cls(**content)
@@ -379,7 +379,7 @@ def read_shards(folder: Path) -> list[int]:
     if not file.is_file():
         raise LipsimError(f"the pack {folder} is not finished; run {COMMAND} again, which continues")
     try:
-        chunks = json.loads(file.read_text(encoding="utf-8"))["chunks"]
+        chunks = parse_json(file.read_text(encoding="utf-8"))["chunks"]
         numbers = [int(re.fullmatch(r"shard-(\d+)\.bin", chunk["filename"])[1]) for chunk in chunks]  # type: ignore[index]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LipsimError(f"cannot read {file} ({error!r}); run {COMMAND} again") from error
@@ -401,7 +401,7 @@ def _check_litdata(folder: Path, place: str | None) -> None:
         ValueError: it is another.
     """
     read_shards(folder)  # names of its files
-    config = json.loads((folder / SHARDS).read_text(encoding="utf-8"))["config"]
+    config = parse_json((folder / SHARDS).read_text(encoding="utf-8"))["config"]
     differing = [
         name for name in {**_LITDATA, **config} if name != "chunk_size" and config.get(name) != _LITDATA.get(name)
     ]

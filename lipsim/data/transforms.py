@@ -389,7 +389,7 @@ class CentralCrop:
         if self.short_side is not None and min(x.shape[1:]) != self.short_side:
             # The long side is rounded down, as torchvision's Resize has it.
             size = [self.short_side * side // min(x.shape[1:]) for side in x.shape[1:]]
-            check_pixels(*reversed(size), f"resized to a short side of {self.short_side}, ")  # of a line of pixels
+            check_pixels(size[1], size[0], f"resized to a short side of {self.short_side}, ")  # of a line of pixels
             x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         cropped: Tensor = center_crop(x, [self.image_size, self.image_size])
         return cropped

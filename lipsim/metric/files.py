@@ -23,7 +23,7 @@ from lipsim.metric.tiles import TiledMetric
 from lipsim.students import FoldedNetwork
 from lipsim.teachers.lora_tuning import has_adapter, merged
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import file_sha256, write_safetensors
+from lipsim.utils.files import file_sha256, parse_json, write_safetensors
 from lipsim.utils.framings import DEFAULT_GRID, FRAMINGS
 from lipsim.utils.paths import packaged, user_path
 from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
@@ -307,7 +307,7 @@ def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if int(version) > VERSION:
         raise LipsimError(f"{file} has format version {version}, newer than {VERSION}; update lipsim")
     try:
-        header = json.loads(metadata["metric"])
+        header = parse_json(metadata["metric"])
         if not isinstance(header, dict):
             raise LipsimError(f"its header is a {type(header).__name__}")
         return header, state
@@ -319,7 +319,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and encoder weights of a training checkpoint."""
     content = read_checkpoint(file)
     try:
-        header, state = json.loads(content[FORMAT]), content["state_dict"]
+        header, state = parse_json(content[FORMAT]), content["state_dict"]
     except (KeyError, TypeError, ValueError) as error:
         raise LipsimError(
             f"{file} does not say how to rebuild a metric; it is no checkpoint of a stage of this package, or one with "

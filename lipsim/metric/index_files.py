@@ -18,7 +18,7 @@ from torch import Tensor
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import merged
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import sha256, state_fingerprint, write_file
+from lipsim.utils.files import parse_json, sha256, state_fingerprint, write_file
 from lipsim.utils.weights import read_safetensors
 
 FORMAT = "lipsim-index"
@@ -128,7 +128,7 @@ def read_records(path: Path) -> tuple[Records, dict[str, Any], dict[str, str]]:
     if version.isdecimal() and int(version) > VERSION:
         raise LipsimError(f"{path} has format version {version}, newer than {VERSION}; update lipsim")
     try:
-        header = json.loads(metadata["index"])
+        header = parse_json(metadata["index"])
         names, skipped = _unpacked("names", tensors), _unpacked("skipped", tensors)
         count = len(names)
         for name, dtype in _KINDS:
@@ -138,6 +138,10 @@ def read_records(path: Path) -> tuple[Records, dict[str, Any], dict[str, str]]:
             raise LipsimError("tensors of other shapes")
         if not all(isinstance(header.get(key), str) for key in ("fingerprint", "metric")):
             raise LipsimError("its header does not say whose embeddings it has")
+        if not isinstance(header.get("root"), str | None):
+            raise LipsimError(f"the folder of the images is {header['root']!r}")
+        if len(skipped) % 2:
+            raise LipsimError("a file that was left out without the reason")
         error = header.get("feature_error")
         if not isinstance(error, float) or not 0 <= error < math.inf:
             raise LipsimError(f"feature_error is {error!r}")
@@ -165,6 +169,8 @@ def _packed(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
 
 def _unpacked(name: str, tensors: dict[str, Tensor]) -> list[str]:
     content, ends = tensors[name].numpy().tobytes(), tensors[f"{name}_ends"].tolist()
+    if tensors[f"{name}_ends"].dtype != torch.int64 or tensors[f"{name}_ends"].ndim != 1:
+        raise LipsimError(f"the ends of {name}")
     if ends != sorted(ends) or (ends[-1] if ends else 0) != len(content) or (ends and ends[0] < 0):
         raise LipsimError(f"the ends of {name}")
     return [os.fsdecode(content[start:end]) for start, end in zip([0, *ends], ends, strict=False)]

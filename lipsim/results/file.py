@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from lipsim.results.environment import versions
 from lipsim.results.schema import SCHEMA, Results, Sections
 from lipsim.results.validate import problem
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_json
+from lipsim.utils.files import parse_json, write_json
 
 NAMES: tuple[str, ...] = tuple(Sections.__annotations__)
 _REMEDY = "remove it and run the test again"
@@ -74,7 +73,7 @@ def read_results(path: Path) -> Results:
     if not path.is_file():
         raise FileNotFoundError(f"no results at {path}; a test run writes them")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also bytes that are no UTF-8
         raise LipsimError(f"{path} is no JSON ({error}); {_REMEDY}") from error
     schema = results.get("schema") if isinstance(results, dict) else None

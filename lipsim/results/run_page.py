@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from lipsim.results.runs import find_results
 from lipsim.results.tables import Row, certified_rows, percent, smoothed_rows
 from lipsim.results.training_log import CERTIFIED, LogRow, certified, log_files, read_log, readable
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_json, write_text
+from lipsim.utils.files import parse_json, write_json, write_text
 from lipsim.utils.progress import duration, per_second
 
 STATUS = "progress.json"
@@ -57,8 +56,8 @@ def write_status(folder: Path, status: Status) -> None:
 def read_status(folder: Path) -> Status | None:
     """The progress.json of a run folder; None where there is none as :func:`write_status` writes it."""
     try:
-        found = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return cast(Status, found) if isinstance(found, dict) and _is_status(found) else None
 

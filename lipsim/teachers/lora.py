@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import parse_json
 from lipsim.utils.weights import plain_names, read_checkpoint
 
 CONFIG = "adapter_config.json"
@@ -79,7 +79,7 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} of a LoRA adapter in {folder}; {remedy}")
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         if config.get("peft_type", "LORA") != "LORA":
             raise LipsimError(f"it describes a {config['peft_type']} adapter")
         used = [option for option in _UNSUPPORTED if config.get(option)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor
 from lipsim.teachers.branch import Branch, BranchConfig
 from lipsim.teachers.layouts import TEXT_TOWER
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import parse_json
 
 # The smallest text tower, which open_clip builds beside the one that is wanted.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -84,7 +84,7 @@ class OpenClipBranch(Branch):
         if not path.is_file():
             return
         try:
-            described = json.loads(path.read_text(encoding="utf-8"))
+            described = parse_json(path.read_text(encoding="utf-8"))
             quick = bool(described["model_cfg"].get("quick_gelu", False))
             self._normalise_by(described.get("preprocess_cfg", {}))
         except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:

@@ -26,6 +26,18 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: a full disk, a qu
 _STAT_THREADS = 16  # which wait for a network disk, not for a processor
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a text in JSON says, of somebody else as well.
+
+    Raises:
+        ValueError: it is none, or nested so deep that Python's reader, which calls itself, gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise LipsimError("it is JSON nested deeper than can be read") from None
+
+
 def read_array(path: Path) -> np.ndarray:
     """The array of a ``.npy`` file in memory; see :func:`map_array`."""
     return np.array(map_array(path))

@@ -32,7 +32,7 @@ from lipsim.data.sets.folder import FolderImages, check_views
 from lipsim.data.transforms import CentralCrop
 from lipsim.layers.encoder import Encoder
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import map_array, read_array, state_fingerprint, write_file, write_text
+from lipsim.utils.files import map_array, parse_json, read_array, state_fingerprint, write_file, write_text
 from lipsim.utils.files import sha256 as sha256_of
 from lipsim.utils.paths import user_path
 
@@ -94,7 +94,7 @@ class CacheDescription:
         if not file.is_file():
             raise FileNotFoundError(f"no embedding cache at {folder}; {COMMAND} makes one")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
             version = content.pop("version")
             if content.pop("format") != FORMAT or version > VERSION:
                 raise LipsimError("another format, or of a newer version of lipsim")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 from lipsim.data.transforms import Preprocess, load_images
 from lipsim.data.triplet import SharedTriplet
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import parse_json
 from lipsim.utils.paths import user_path
 
 IMAGES = "data/havran1_ennis_298x298_LDR"
@@ -111,7 +111,7 @@ def load_material_answers(
     if not file.is_file():
         raise FileNotFoundError(_missing(root, ANSWERS.format(part=part)))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         suffix = "" if ties else "_diff"
         ids = np.asarray(content[f"answers{suffix}"], dtype=np.int64).reshape(-1, 3)
         votes = np.asarray(content[f"agreement{suffix}"], dtype=np.float64).reshape(-1, 2)
