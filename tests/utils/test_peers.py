@@ -36,6 +36,10 @@ def _take_part(rank: int, pipe: Connection) -> None:
                 time.sleep(5)
                 os._exit(0)
             pipe.send("forked")
+        elif order == "who":  # until the first has read who the others are
+            while [who["rank"] for who in list(peers._connections.values())].count(None) or len(peers._connections) < 2:
+                time.sleep(0.005)
+            pipe.send("known")
         elif order == "leave":
             peers.leave()
             pipe.send("left")
@@ -63,7 +67,8 @@ class Three:
             else:
                 first = here.recv()
         self.first = first
-        time.sleep(0.1)  # the first has read who the others are
+        self.pipes[0].send("who")
+        assert self.heard(0) == "known"
 
     def heard(self, rank: int) -> str:
         assert self.pipes[rank].poll(10), f"process {rank} has heard nothing"
