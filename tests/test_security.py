@@ -37,7 +37,7 @@ from lipsim.training.checkpoints import read_stage
 from lipsim.training.run import fit
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import parse_json, read_array
-from lipsim.utils.weights import read_checkpoint, read_safetensors
+from lipsim.utils.weights import load_weights, read_checkpoint, read_safetensors
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -292,6 +292,29 @@ def test_an_index_of_somebody_else(change: dict[str, Any]) -> None:
     save_file(tensors, "bad.safetensors", metadata)
     with pytest.raises(LipsimError, match=r"bad\.safetensors is damaged"):
         read_records(Path("bad.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "quantised", "complex", "nested", "number"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of prototypes and of what it is going to drop
+def test_weights_that_are_none(kind: str) -> None:
+    zeros = torch.zeros(3, 3)
+    value: Any = {
+        "meta": lambda: zeros.to("meta"),
+        "sparse": zeros.to_sparse,
+        "quantised": lambda: torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8),
+        "complex": zeros.cfloat,
+        "nested": lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]),
+        "number": lambda: 3,
+    }[kind]()
+    with pytest.raises(LipsimError, match=r"a\.pth do not fit Linear: 1 no dense tensors .* \(first: weight\)"):
+        load_weights(torch.nn.Linear(3, 3), {"weight": value, "bias": torch.zeros(3)}, "a.pth")
+
+
+@pytest.mark.parametrize("state", [None, [], -1, {"metric.encoder.weight": "x"}], ids=str)
+def test_a_checkpoint_without_weights(state: object) -> None:
+    torch.save({"lipsim-metric": "{}", "state_dict": state}, "a.ckpt")
+    with pytest.raises(LipsimError, match=r"a\.ckpt is damaged, its weights are no tensors by name"):
+        load("a.ckpt")
 
 
 def test_the_header_of_a_metric_names_no_module() -> None:

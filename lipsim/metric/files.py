@@ -325,6 +325,12 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} does not say how to rebuild a metric; it is no checkpoint of a stage of this package, or one with "
             "an encoder of another package or with LoRA layers: export the metric when training ends"
         ) from error
+    if (
+        not isinstance(header, dict)
+        or not isinstance(state, dict)
+        or not all(isinstance(t, Tensor) for t in state.values())
+    ):
+        raise LipsimError(f"{file} is damaged, its weights are no tensors by name; train or export it again")
     prefix = "metric.encoder."
     return header, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 

@@ -34,7 +34,8 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str, remed
         remedy: what the message says in the end.
 
     Raises:
-        ValueError: missing, unexpected or misshapen tensors, in one line that names the first of each.
+        ValueError: missing, unexpected, misshapen, sparse, quantised or complex tensors, or things that are none, in
+            one line that names the first of each.
     """
     check_fit(module, state, source, remedy)
     module.load_state_dict(state)
@@ -46,15 +47,24 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str, remed
     Arguments and errors as of :func:`load_weights`.
     """
     own = module.state_dict()
-    misshapen = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    strange = sorted(k for k, tensor in state.items() if not _is_plain(tensor))
+    misshapen = sorted(k for k in own.keys() & state.keys() if k not in strange and own[k].shape != state[k].shape)
     faults = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
+        "no dense tensors of real numbers": strange,
         "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in misshapen],
     }
     found = [f"{len(names)} {fault} (first: {names[0]})" for fault, names in faults.items() if names]
     if found:
         raise LipsimError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(found)}; {remedy}")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether something is a tensor with a number in memory for each of its entries, which a weight can take over."""
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized or value.is_meta:
+        return False
+    return value.layout == torch.strided and not value.is_complex()
 
 
 def plain_names(state: Mapping[str, Any], source: Path) -> dict[str, Any]:
