@@ -73,7 +73,7 @@ def train(
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        trainer.fit(stage, loader)
+        trainer.fit(stage, loader, weights_only=True)
     return stage, watch.losses
 
 
