@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -156,9 +157,10 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
 
 
 @rank_zero_only
-def _claim(directory: Path) -> FolderClaim:
+def _claim(directory: Path) -> FolderClaim | None:
     """The folder of a run, for the first process; the others get None."""
-    return claim_folder(directory)
+    # Where Lightning starts the processes of each node, the first of every node takes itself for the first of all.
+    return claim_folder(directory) if os.environ.get("NODE_RANK", "0") == "0" else None
 
 
 def _leave_process_group() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from lipsim import PerceptualMetric, students
 from lipsim.cli.evaluate import evaluate
@@ -168,8 +170,11 @@ def forked(count: int, function: Callable[..., object], *arguments: object) -> N
     processes = [context.Process(target=_as_rank, args=(world, rank, function, arguments)) for rank in range(count)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(300)
+    deadline = time.monotonic() + 300
+    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=5)
+        if any(p.exitcode for p in processes):  # the others would wait for it
+            break
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -180,4 +185,5 @@ def _as_rank(
     environment: dict[str, str], rank: int, function: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
     os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    rank_zero_only.rank = rank  # which Lightning reads from these when it is imported
     function(*arguments)

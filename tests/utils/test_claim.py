@@ -127,7 +127,7 @@ def _unprivileged(pipe: Connection, folder: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, *list(tmp_path.parents)[:2]):
+    for path in (tmp_path, *(path for path in tmp_path.parents if path.name.startswith(("pytest-", "popen-")))):
         path.chmod(0o755)
     folder = tmp_path / "run"
     folder.mkdir()
