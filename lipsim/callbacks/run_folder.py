@@ -65,12 +65,17 @@ class RunFolder(Callback):
         for folder in (root, root / "checkpoints"):  # what writers that were killed have left
             remove_leftovers(folder)
         if continues(root, self.checkpoint):
-            rank_zero_info(f"continuing the run in {root}")
             return
         exports = [c.output(trainer) for c in trainer.callbacks if isinstance(c, ExportMetric)]  # type: ignore[attr-defined]
         moved = set_aside(root, exports, log_folders(trainer))
         if moved is not None:
             rank_zero_info(f"{root} had an earlier run, which is in {moved} now; --ckpt_path continues one instead")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        root = Path(trainer.default_root_dir)
+        # Not where there was none to continue from, as has been said.
+        if trainer.ckpt_path and not trainer.fast_dev_run and continues(root, self.checkpoint):  # type: ignore[attr-defined]
+            rank_zero_info(f"continuing the run in {root}")
 
     def release(self) -> None:
         """Let other jobs have the folder."""
