@@ -58,7 +58,7 @@ class RunFolder(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         root = Path(trainer.default_root_dir)
-        self._claim = claim_folder(root)
+        self._claim = self._claim or claim_folder(root)
         # Not before: processes that the trainer starts read the same files again, which may lie in the folder.
         if stage != "fit":
             return
@@ -170,7 +170,7 @@ class SaveOnException(Callback):
         if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
             path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
             try:
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)
             except OSError as error:  # of a full disk, say, which may be why training breaks off
                 rank_zero_info(f"nothing more could be saved: {error}")
                 return

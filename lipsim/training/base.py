@@ -307,17 +307,17 @@ class Stage(EvaluationModule):
         """What a step is of, in words: processes, batch, accumulation; and its learning rate."""
         trainer, found = self.trainer, training_loader_of(self.trainer)
         each, total, batches = batch_size_of(trainer), self._samples_in_a_step(), trainer.num_training_batches
-        size = "?" if each is None else str(each)
+        served = "1 batch" if each is None else f"{each} samples"
         processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
-        text = f"a step: {processes} × {size} samples × {trainer.accumulate_grad_batches} accumulated"
+        text = f"a step: {processes} × {served} × {trainer.accumulate_grad_batches} accumulated"
         if total is not None:
             text += f" = {total}"
         if math.isfinite(batches):
             text += f"; {math.ceil(batches / trainer.accumulate_grad_batches)} steps in an epoch"
         if found is not None:
             order = found[1]
-            served = min(order.served, int(batches) * order.global_batch)
-            text += f" of {order.size} samples, of which {order.size - served} are left out"
+            left_out = order.size - min(order.served, int(batches) * order.global_batch)
+            text += f" of {order.size} {'batches' if each is None else 'samples'}, of which {left_out} are left out"
         yield text
         (optimizer,) = trainer.optimizers
         for configured, group in zip(self._configured_rates, optimizer.param_groups, strict=True):

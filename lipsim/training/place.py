@@ -25,9 +25,8 @@ def training_loader_of(trainer: L.Trainer | None) -> tuple[TrainingLoader, Train
 
 
 def batch_size_of(trainer: L.Trainer) -> int | None:
-    """Samples in a batch of one process; of data sets whose items are batches, one item; None where nobody knows."""
-    found = training_loader_of(trainer)
-    size = getattr(trainer.train_dataloader, "batch_size", None) if found is None else found[1].batch_size
+    """Samples in a batch of one process; None where nobody knows, as of data sets whose items are batches."""
+    size = getattr(trainer.train_dataloader, "batch_size", None)
     return size if isinstance(size, int) else None
 
 

@@ -22,11 +22,12 @@ from evaluations import forked
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
-from lipsim import PerceptualMetric
+from lipsim import LipsimError, PerceptualMetric
 from lipsim.attacks.adversary import Adversary
 from lipsim.callbacks import SaveOnException
-from lipsim.data import Triplet
-from lipsim.datamodules.base import TripletData
+from lipsim.data import Triplet, collate_triplets
+from lipsim.data.order import TrainingLoader
+from lipsim.datamodules.base import TripletData, as_fetched
 from lipsim.layers import OrthogonalLinear
 from lipsim.metric import save
 from lipsim.students import OrthogonalProjection
@@ -126,6 +127,7 @@ def _fit(
     callbacks: list[Callback] | None = None,
     save: ModelCheckpoint | None = None,
     seed: int = 0,
+    data: TripletData | None = None,
     **options: Any,
 ) -> Tensor:
     """Train, or go on; the weights at the end."""
@@ -137,7 +139,8 @@ def _fit(
     given["enable_checkpointing"] = save is not None
     trainer = L.Trainer(callbacks=[*(callbacks or []), curve, *([] if save is None else [save])], **given)
     L.seed_everything(seed, verbose=False)
-    trainer.fit(stage, NoiseData(batch_size, num_workers), ckpt_path=checkpoint, weights_only=True)
+    data = data or NoiseData(batch_size, num_workers)
+    trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
     return torch.cat([parameter.detach().flatten() for parameter in stage.parameters()])
 
 
@@ -310,6 +313,31 @@ def test_batch_and_rate_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None
     assert RateScaling(64).factor(256) == 4
     with pytest.raises(ValueError, match="expected the rule linear or sqrt and a reference batch of at least 1"):
         RateScaling(0)
+
+
+class InBatches(Noise):
+    """Its items are batches of four."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Triplet:
+        return collate_triplets([super(InBatches, self).__getitem__(4 * index + row) for row in range(4)])
+
+
+class BatchData(NoiseData):
+    def train_dataloader(self) -> TrainingLoader:
+        return self._training_loader(InBatches(12, 0), None, as_fetched)
+
+
+def test_items_that_are_batches_are_called_so(caplog: pytest.LogCaptureFixture) -> None:
+    """How many samples they have nobody knows, and a rate is not scaled as if they had one."""
+    with caplog.at_level("INFO"):
+        _fit(Curve(), data=BatchData(4), max_epochs=1)
+    expected = "a step: 1 process × 1 batch × 1 accumulated; 3 steps in an epoch of 3 batches, of which 0 are left out"
+    assert expected in caplog.text
+    with pytest.raises(LipsimError, match="nobody knows how many samples are in a batch of the loader"):
+        _fit(Curve(), stage=_stage(rate_scaling=RateScaling(4)), data=BatchData(4), max_epochs=1)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
