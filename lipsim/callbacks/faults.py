@@ -39,7 +39,7 @@ def clear_faults(trainer: L.Trainer, *, evaluation: bool = False) -> Iterator[No
         watches = [c for c in trainer.callbacks if isinstance(c, ProcessWatch)]  # type: ignore[attr-defined]
         if any(watch.gone for watch in watches):
             raise SystemExit(1) from error
-        clear = _clear(error, Path(trainer.default_root_dir))
+        clear = _clear(error, Path(trainer.default_root_dir), evaluation)
         if clear is error:
             raise
         raise clear from error
@@ -49,14 +49,15 @@ def clear_faults(trainer: L.Trainer, *, evaluation: bool = False) -> Iterator[No
                 callback.release()
 
 
-def _clear(error: Exception, root: Path) -> Exception:
+def _clear(error: Exception, root: Path, evaluation: bool) -> Exception:
     """An error in our words where it is a known fault, else itself."""
     causes = [str(cause) for cause in _chain(error) if isinstance(cause, RuntimeError)]
     if lost := [found for cause in causes if (found := _WORKER_GONE.search(cause))]:
         worker = next((found for found in lost if "signal: " in found[2]), lost[0])  # torch says it twice, or once
         return LipsimError(
             f"loading process {worker[1].strip()} is gone ({_how(worker[2])}): most often memory ran out, which fewer "
-            "--data.num_workers or a smaller batch_size mends; resume with --ckpt_path last"
+            "--data.num_workers or a smaller batch_size mends"
+            + ("" if evaluation else "; resume with --ckpt_path last")
         )
     if is_of_a_connection(error):
         return LipsimError(

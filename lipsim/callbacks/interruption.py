@@ -141,7 +141,7 @@ class Interruption(Callback):
         assert keeper.dirpath is not None
         path = Path(keeper.dirpath) / f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
         keeper.last_model_path = str(path)  # which is part of what is saved
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         return f"saved {path}, from which --ckpt_path last continues"
 
     def _leave(self, trainer: L.Trainer) -> None:

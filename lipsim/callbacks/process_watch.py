@@ -39,10 +39,12 @@ class ProcessWatch(Callback):
         super().__init__()
         self.gone = ""
         self._peers: Peers | None = None
+        self._remedy = ""
         self._said, self._stopping = threading.Event(), threading.Event()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.gone = ""
+        self._remedy = "resume with --ckpt_path last" if stage == "fit" else "the same command continues an evaluation"
         self._said.clear()
         self._stopping.clear()
         if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
@@ -76,17 +78,24 @@ class ProcessWatch(Callback):
         if isinstance(exception, SIGTERMException) and exception.code != TERMINATED:  # all have agreed to stop
             peers.leave()
         else:
-            peers.fail(one_line(str(exception)) or type(exception).__name__)
+            peers.fail(_reason(exception))
 
     def _stop(self, sentence: str) -> None:
         """In a thread of its own: say it, and see that this process ends, which may be waiting for that other one."""
         if self._stopping.is_set():  # it ends for a reason of its own
             return
         self.gone = sentence
-        print(f"error: {sentence}; all stop, resume with --ckpt_path last", file=sys.stderr, flush=True)
+        print(f"error: {sentence}; all stop, {self._remedy}", file=sys.stderr, flush=True)
         self._said.set()
         if not self._stopping.wait(_GRACE):
             os._exit(1)
+
+
+def _reason(exception: BaseException) -> str:
+    """What the others are told; a process that ends by itself has a status for a message."""
+    if isinstance(exception, SIGTERMException):
+        return "it was told to by a signal"
+    return one_line(str(exception)) or type(exception).__name__
 
 
 def limit_waiting(trainer: L.Trainer, evaluation: bool) -> None:

@@ -21,9 +21,9 @@ from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.run_options import (
     EvaluationOptions,
     check_options,
+    make_trainer,
     print_certified,
     quiet_warnings,
-    with_defaults,
 )
 from lipsim.callbacks.run_record import RunRecord
 from lipsim.callbacks.triplet_gallery import TripletGallery
@@ -116,7 +116,7 @@ def evaluate(
         "callbacks": [*callbacks, RunRecord("evaluate", record)],
     }
     with quiet_warnings():
-        trainer = L.Trainer(**with_defaults(given))
+        trainer = make_trainer(given)
         return run_evaluation(trainer, module, data, max_triplets=max_triplets, sample_seed=sample_seed)
 
 

@@ -58,19 +58,24 @@ class RunFolder(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         root = Path(trainer.default_root_dir)
-        self._claim = claim_folder(root)
+        self._claim = self._claim or claim_folder(root)
         # Not before: processes that the trainer starts read the same files again, which may lie in the folder.
         if stage != "fit":
             return
         for folder in (root, root / "checkpoints"):  # what writers that were killed have left
             remove_leftovers(folder)
         if continues(root, self.checkpoint):
-            rank_zero_info(f"continuing the run in {root}")
             return
         exports = [c.output(trainer) for c in trainer.callbacks if isinstance(c, ExportMetric)]  # type: ignore[attr-defined]
         moved = set_aside(root, exports, log_folders(trainer))
         if moved is not None:
             rank_zero_info(f"{root} had an earlier run, which is in {moved} now; --ckpt_path continues one instead")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        root = Path(trainer.default_root_dir)
+        # Not where there was none to continue from, as has been said.
+        if trainer.ckpt_path and not trainer.fast_dev_run and continues(root, self.checkpoint):  # type: ignore[attr-defined]
+            rank_zero_info(f"continuing the run in {root}")
 
     def release(self) -> None:
         """Let other jobs have the folder."""
@@ -165,7 +170,7 @@ class SaveOnException(Callback):
         if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
             path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
             try:
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)
             except OSError as error:  # of a full disk, say, which may be why training breaks off
                 rank_zero_info(f"nothing more could be saved: {error}")
                 return

@@ -150,10 +150,29 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     # Advertisements among the messages of a run.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # A trial logs nothing, and says nevertheless what is wrong with the loggers.
-    options["logger"] = run_loggers(options.get("logger"), directory, checkpoint, trial=trial)
+    try:
+        options["logger"] = run_loggers(options.get("logger"), directory, checkpoint, trial=trial)
+    except BaseException:
+        folder.release()
+        raise
     if options.get("accelerator", "auto") == "auto" and not torch.cuda.is_available():
         options["accelerator"] = "cpu"  # scores are computed in float64, which Apple's GPUs lack
     return options
+
+
+def make_trainer(options: Mapping[str, Any], checkpoint: str | Path | None = None) -> L.Trainer:
+    """A trainer of :func:`with_defaults`. Where none can be made its folder is free again.
+
+    (Whoever keeps the error, as a notebook does, would keep the claim with it.)
+    """
+    given = with_defaults(options, checkpoint)
+    try:
+        return L.Trainer(**given)
+    except BaseException:
+        for callback in given["callbacks"]:
+            if isinstance(callback, RunFolder):
+                callback.release()
+        raise
 
 
 @rank_zero_only

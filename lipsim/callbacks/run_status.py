@@ -35,6 +35,7 @@ class RunStatus:
 
     def on_train_batch_end(self, trainer: L.Trainer, batch: Any) -> None:
         """A batch is done, on every process."""
+        self.total = total_steps(trainer)  # where training continues with other batches, not known when it starts
         steps = 1 / trainer.accumulate_grad_batches
         self.pace.add(steps, num_images(batch) * self._processes)
 
@@ -83,7 +84,7 @@ class RunStatus:
 def total_steps(trainer: L.Trainer) -> int | None:
     """Steps of the whole training; None without an end (``max_epochs`` −1, data of unknown length)."""
     total = trainer.estimated_stepping_batches
-    return None if total < 0 or math.isinf(total) else int(total)
+    return None if total < 0 or math.isinf(total) else int(total) - getattr(trainer.lightning_module, "steps_ahead", 0)
 
 
 def num_images(batch: Any) -> int:

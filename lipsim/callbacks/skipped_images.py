@@ -18,6 +18,9 @@ class ReportSkipped(Callback):
     A data module skips them when it is told to (``on_error: skip``); their names are in ``skipped.csv``.
     """
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # which is not called in the middle of an epoch
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(data := _data(trainer), TripletData):
             data.skipped.start_epoch()

@@ -28,7 +28,15 @@ from lipsim.training import global_batch
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.global_batch import RateScaling
 from lipsim.training.losses import TripletLoss
-from lipsim.training.place import Draws, batch_size_of, continue_at, place_of, training_loader_of
+from lipsim.training.place import (
+    Draws,
+    batch_size_of,
+    continue_at,
+    in_mid_epoch,
+    place_of,
+    steps_ahead,
+    training_loader_of,
+)
 from lipsim.training.schedules import Schedule
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
@@ -69,6 +77,7 @@ class Stage(EvaluationModule):
         self._draws = Draws()
         self._saved_place: dict[str, int] | None = None  # of the checkpoint that training resumes from
         self._resumed = False  # until its first batch
+        self.steps_ahead = 0  # of global_step, see place.steps_ahead
         self._own_loss: Tensor | None = None  # of this process, where the loss is that of all
 
     def embed(self, x: Tensor) -> Tensor:
@@ -84,7 +93,7 @@ class Stage(EvaluationModule):
         """
         total = self._total_steps()
         if total is not None:
-            return min(1.0, self.trainer.global_step / total)
+            return min(1.0, (self.trainer.global_step + self.steps_ahead) / total)
         share = self._share_of_time()
         return 1.0 if share is None else share
 
@@ -113,7 +122,12 @@ class Stage(EvaluationModule):
                 )
             # As many steps as there will be at the pace so far.
             total = max(step + 1, round(step / share)) if share > 0 else sys.maxsize
-        return self.schedule(step, total or 1)
+            return self.schedule(step, total)
+        return self.schedule(step + self.steps_ahead, total or 1)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._saved_place, self.steps_ahead = None, 0  # those of an earlier training
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps: of their number, or of the pace so far where time is the limit.
@@ -139,6 +153,16 @@ class Stage(EvaluationModule):
 
         What the user says now wins over what was saved; each difference is logged.
         """
+        found, place = training_loader_of(self.trainer), self._saved_place
+        if found is not None and place is not None:
+            continue_at(self.trainer, place)
+            self.steps_ahead = steps_ahead(self.trainer, place)
+        elif in_mid_epoch(self.trainer):
+            rank_zero_info(
+                "continuing in the middle of an epoch, of which "
+                + ("the checkpoint" if place is None else "the training loader")
+                + " does not say what was served: some samples may be trained on twice"
+            )
         (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         scheduler = cast(LambdaLR, schedule.scheduler)
         scheduler.base_lrs = [group["initial_lr"] for group in self._configured]
@@ -149,9 +173,6 @@ class Stage(EvaluationModule):
                     rank_zero_info(f"resuming with {name} = {configured[name]}; the checkpoint had {group.get(name)}")
                     group[name] = configured[name]
             group["lr"] = group["initial_lr"] * factor
-        found, place = training_loader_of(self.trainer), self._saved_place
-        if place is not None:
-            continue_at(self.trainer, place)
         self._resumed, self._saved_place = place is not None, None
         self._draws.seed = torch.initial_seed() if found is None else found[1].seed
         for line in self._rates_and_batches():
@@ -177,7 +198,7 @@ class Stage(EvaluationModule):
         # Also of an encoder that cannot be described.
         checkpoint[_RESIZE], checkpoint[_FRAMING] = preprocess.resize, preprocess.framing
         if (place := place_of(self.trainer)) is not None:
-            checkpoint[_PLACE] = place
+            checkpoint[_PLACE] = {**place, "ahead": self.steps_ahead}
         try:
             checkpoint[FORMAT] = json.dumps(describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
@@ -286,17 +307,17 @@ class Stage(EvaluationModule):
         """What a step is of, in words: processes, batch, accumulation; and its learning rate."""
         trainer, found = self.trainer, training_loader_of(self.trainer)
         each, total, batches = batch_size_of(trainer), self._samples_in_a_step(), trainer.num_training_batches
-        size = "?" if each is None else str(each)
+        served = "1 batch" if each is None else f"{each} samples"
         processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
-        text = f"a step: {processes} × {size} samples × {trainer.accumulate_grad_batches} accumulated"
+        text = f"a step: {processes} × {served} × {trainer.accumulate_grad_batches} accumulated"
         if total is not None:
             text += f" = {total}"
         if math.isfinite(batches):
             text += f"; {math.ceil(batches / trainer.accumulate_grad_batches)} steps in an epoch"
         if found is not None:
             order = found[1]
-            served = min(order.served, int(batches) * order.global_batch)
-            text += f" of {order.size} samples, of which {order.size - served} are left out"
+            left_out = order.size - min(order.served, int(batches) * order.global_batch)
+            text += f" of {order.size} {'batches' if each is None else 'samples'}, of which {left_out} are left out"
         yield text
         (optimizer,) = trainer.optimizers
         for configured, group in zip(self._configured_rates, optimizer.param_groups, strict=True):

@@ -64,7 +64,8 @@ def read_stage(path: Path, resume: bool = False) -> dict[str, Any]:
 def find_last(folders: Iterable[Path], fall_back: bool = False) -> Path | None:
     """The checkpoint that training continues from: of the files ``last*.ckpt`` that of the latest step.
 
-    Steps are read from the files: clocks change, and copies get times of their own.
+    Without any, of all checkpoints: a process may be killed between its first and the ``last`` beside it. Steps are
+    read from the files: clocks change, and copies get times of their own.
 
     Args:
         folders: where to look.
@@ -79,7 +80,9 @@ def find_last(folders: Iterable[Path], fall_back: bool = False) -> Path | None:
     folders = list(folders)
     last = [path for folder in folders for path in sorted(folder.glob("last*.ckpt"))]
     others = [path for folder in folders for path in sorted(folder.glob("*.ckpt")) if path not in last]
-    if not last and not (fall_back and others):
+    if not last:
+        last, others = others, []
+    if not last:
         return None
     steps, damaged = _steps([*last, *others] if fall_back else last)
     for error in damaged.values() if fall_back else ():

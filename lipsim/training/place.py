@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -24,9 +25,8 @@ def training_loader_of(trainer: L.Trainer | None) -> tuple[TrainingLoader, Train
 
 
 def batch_size_of(trainer: L.Trainer) -> int | None:
-    """Samples in a batch of one process; of data sets whose items are batches, one item; None where nobody knows."""
-    found = training_loader_of(trainer)
-    size = getattr(trainer.train_dataloader, "batch_size", None) if found is None else found[1].batch_size
+    """Samples in a batch of one process; None where nobody knows, as of data sets whose items are batches."""
+    size = getattr(trainer.train_dataloader, "batch_size", None)
     return size if isinstance(size, int) else None
 
 
@@ -68,7 +68,6 @@ def continue_at(trainer: L.Trainer, place: dict[str, int]) -> None:
     """
     found = training_loader_of(trainer)
     if found is None:
-        rank_zero_info("the training loader does not say what it serves: some samples may be trained on twice")
         return
     order = found[1]
     if order.seed != place["seed"]:
@@ -83,6 +82,38 @@ def continue_at(trainer: L.Trainer, place: dict[str, int]) -> None:
     if place["samples"] and place["epoch"] == _epoch(trainer):
         order.continue_at(place["epoch"], place["samples"])
         _count_batches(trainer, order.first_batch)
+    elif place["epoch"] < _epoch(trainer):  # of which the last batch was trained on
+        _count_batches(trainer, int(trainer.num_training_batches))
+
+
+def steps_ahead(trainer: L.Trainer, place: dict[str, int]) -> int:
+    """How much further training is than its number of steps says, in steps of the present size; below 0: less far.
+
+    The steps before were of another size where the global batch or the data have changed. A training of so many epochs
+    is as far as its share of these, which its schedules follow; one of so many steps is as far as its steps.
+
+    Args:
+        trainer: after :func:`continue_at`.
+        place: that it continues from.
+    """
+    found, accumulated = training_loader_of(trainer), trainer.accumulate_grad_batches
+    if found is None:
+        return 0
+    order = found[1]
+    before = place["processes"] * place["batch_size"], place["accumulated"], place["size"]
+    if before == (order.global_batch, accumulated, order.size):
+        return place.get("ahead", 0)
+    each = math.ceil(trainer.num_training_batches / accumulated)
+    if trainer.max_epochs in (None, -1) or 0 <= trainer.max_steps <= each * trainer.max_epochs:
+        return 0
+    batches = order.first_batch if order.epoch == _epoch(trainer) else 0
+    return _epoch(trainer) * each + min(each, math.ceil(batches / accumulated)) - trainer.global_step
+
+
+def in_mid_epoch(trainer: L.Trainer) -> bool:
+    """Whether a trainer that has restored a checkpoint goes on with an epoch that had begun."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.current.ready) and not progress.is_last_batch
 
 
 def _epoch(trainer: L.Trainer) -> int:

@@ -17,9 +17,9 @@ from lipsim.callbacks.run_folder import CHECKPOINT_NAMES, LAST_READABLE, checkpo
 from lipsim.callbacks.run_options import (
     TrainingOptions,
     check_options,
+    make_trainer,
     print_certified,
     quiet_warnings,
-    with_defaults,
 )
 from lipsim.callbacks.run_record import RunRecord
 from lipsim.layers import freeze, unfreeze
@@ -58,7 +58,8 @@ def train(
         checkpoint: ``.ckpt`` of this stage to continue from; "last": the latest in the directory, and an error if it
             is damaged; "last-readable": the latest that is not. Without any, these two begin anew.
         seed: of the generators of Python, numpy and torch, which are set to it before training (the weights of the
-            stage have been drawn by then); None leaves them alone.
+            stage have been drawn by then); None: that which torch was given last. Training gives torch's another one
+            at each step and leaves it there.
         options: of :class:`lightning.Trainer`: ``max_epochs``, ``accelerator``, ``devices``, ``precision``, …
             ``logger`` takes "tensorboard" and "wandb" as well, beside the CSV log.
 
@@ -97,7 +98,7 @@ def train(
     modes = {module: module.training for module in stage.modules()}
     try:
         with quiet_warnings():
-            trainer = L.Trainer(**with_defaults(given, checkpoint))
+            trainer = make_trainer(given, checkpoint)
             fit(trainer, stage, data, checkpoint)
     finally:  # exporting, or an error in validation, leaves the stage in evaluation mode, and the next call would too
         unfreeze(stage.metric)

@@ -42,7 +42,7 @@ class FolderClaim:
     """
 
     def __init__(self, folder: Path, option: str) -> None:
-        self.folder = folder
+        self.folder, self._holders = folder, 0
         if fcntl is None:
             folder.mkdir(parents=True, exist_ok=True)
             self._end: Callable[[], object] = lambda: None
@@ -62,9 +62,11 @@ class FolderClaim:
         self._end = weakref.finalize(self, _release, self._file, folder / CLAIM, self._made, os.getpid())
 
     def release(self) -> None:
-        """Let others have the folder."""
-        _held.pop(self.folder, None)
-        self._end()
+        """Let others have the folder, when all who claimed it in this process have released it."""
+        self._holders -= 1
+        if self._holders <= 0:
+            _held.pop(self.folder, None)
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +77,8 @@ class FolderClaim:
 
 def claim_folder(folder: str | Path, option: str = "--trainer.default_root_dir") -> FolderClaim:
     """Claim a folder for this process, which is made where it is missing.
+
+    What has it already may claim it again, as an evaluation within a training does; each releases it once.
 
     Args:
         folder: the folder.
@@ -88,6 +92,7 @@ def claim_folder(folder: str | Path, option: str = "--trainer.default_root_dir")
     claim = _held.get(folder)
     if claim is None:
         _held[folder] = claim = FolderClaim(folder, option)
+    claim._holders += 1
     return claim
 
 

@@ -189,6 +189,33 @@ def test_the_latest_step_counts_and_no_clock(monkeypatch: pytest.MonkeyPatch) ->
     assert kept == [1e9, 1e9, 2e9, 2e9]
 
 
+def test_without_a_last_the_latest_is_continued(caplog: pytest.LogCaptureFixture) -> None:
+    """As after a kill between the first checkpoint and the ``last.ckpt`` beside it."""
+    with caplog.at_level("INFO"):
+        _train(1, checkpoint="last")
+    assert "there is no checkpoint to continue from yet: training begins anew" in caplog.text
+    assert "continuing the run" not in caplog.text
+    LAST.unlink()
+    steps: list[int] = []
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+            steps.append(trainer.global_step)
+
+    with caplog.at_level("INFO"):
+        _train(2, Steps(), checkpoint="last")
+    assert steps == [2, 3] and _step(LAST) == 4 and "continuing the run in run" in caplog.text
+    assert find_last([Path("nowhere")]) is None
+
+
+def test_a_trainer_that_cannot_be_made_leaves_no_folder() -> None:
+    """Also while somebody keeps the error, as a notebook does."""
+    for options in ({"devices": 0}, {"logger": "none"}):
+        with pytest.raises(Exception, match=r"devices|logger") as kept:
+            _train(1, **options)
+        assert kept.value.__traceback__ is not None and not RUN.exists()
+
+
 def _hold(pipe: Any) -> None:
     claim = claim_folder(RUN)
     pipe.send(os.getpid())

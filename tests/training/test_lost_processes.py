@@ -13,9 +13,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lipsim.callbacks import process_watch
 from lipsim.callbacks.faults import clear_faults
-from lipsim.callbacks.process_watch import TIMEOUT, limit_waiting
+from lipsim.callbacks.interruption import TERMINATED
+from lipsim.callbacks.process_watch import TIMEOUT, ProcessWatch, limit_waiting
 from lipsim.utils.errors import LipsimError
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +117,37 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(rank: int) -> None:
     run, _ = _run("lightning", "term", rank)
     assert run.returncode == 0 and not _errors(run), run.stderr[-3000:]
     assert "after step 6; saved" in run.stderr and torch.load(LAST, weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("stage", "remedy"),
+    [("fit", "resume with --ckpt_path last"), ("test", "the same command continues an evaluation")],
+)
+def test_what_is_said_fits_what_runs(
+    stage: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    watch = ProcessWatch()
+    watch.setup(trainer, L.LightningModule(), stage)
+    watch._peers = peers = Told()  # type: ignore[assignment]
+    watch.on_exception(trainer, L.LightningModule(), SIGTERMException(TERMINATED))
+    assert peers.told == ["it was told to by a signal"]  # and not the status, 143
+    watch._stopping.clear()
+    exits: list[int] = []
+    monkeypatch.setattr(process_watch, "_GRACE", 0)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    watch._stop("process 1 of 2 is gone")
+    assert exits == [1] and capsys.readouterr().err == f"error: process 1 of 2 is gone; all stop, {remedy}\n"
+
+
+class Told:
+    """What the other processes are told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def fail(self, message: str) -> None:
+        self.told.append(message)
 
 
 def test_how_long_processes_wait(monkeypatch: pytest.MonkeyPatch) -> None:

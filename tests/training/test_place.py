@@ -22,17 +22,19 @@ from evaluations import forked
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
-from lipsim import PerceptualMetric
+from lipsim import LipsimError, PerceptualMetric
 from lipsim.attacks.adversary import Adversary
 from lipsim.callbacks import SaveOnException
-from lipsim.data import Triplet
-from lipsim.datamodules.base import TripletData
+from lipsim.data import Triplet, collate_triplets
+from lipsim.data.order import TrainingLoader
+from lipsim.datamodules.base import TripletData, as_fetched
 from lipsim.layers import OrthogonalLinear
 from lipsim.metric import save
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
 from lipsim.training import Distillation, FineTuning, RateScaling, TeacherTuning
 from lipsim.training.base import Stage
+from lipsim.training.schedules import Schedule
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 2
@@ -125,6 +127,7 @@ def _fit(
     callbacks: list[Callback] | None = None,
     save: ModelCheckpoint | None = None,
     seed: int = 0,
+    data: TripletData | None = None,
     **options: Any,
 ) -> Tensor:
     """Train, or go on; the weights at the end."""
@@ -136,7 +139,8 @@ def _fit(
     given["enable_checkpointing"] = save is not None
     trainer = L.Trainer(callbacks=[*(callbacks or []), curve, *([] if save is None else [save])], **given)
     L.seed_everything(seed, verbose=False)
-    trainer.fit(stage, NoiseData(batch_size, num_workers), ckpt_path=checkpoint, weights_only=True)
+    data = data or NoiseData(batch_size, num_workers)
+    trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
     return torch.cat([parameter.detach().flatten() for parameter in stage.parameters()])
 
 
@@ -221,6 +225,71 @@ def test_batches_of_another_size_go_on_with_the_other_samples(
     assert "resuming with a global batch of 3; the checkpoint had 4" in caplog.text
 
 
+class Shares(Callback):
+    """Share of the training that is done after each batch, and the rate as a share of that of the schedule's start."""
+
+    def __init__(self) -> None:
+        self.done: list[float] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
+        self.done.append(pl_module.progress)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 0.01)
+
+
+class Falling(Schedule):
+    """The share of the steps that are left."""
+
+    def __call__(self, step: int, total: int) -> float:
+        return 1 - step / total
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated", "steps"), [(8, 1, 3), (3, 1, 8), (2, 2, 7)])
+def test_the_schedule_goes_on_at_its_share_and_each_epoch_is_whole(
+    whole: tuple[Curve, Tensor, str], batch_size: int, accumulated: int, steps: int
+) -> None:
+    """With larger batches the schedule would be past its end, with smaller ones its steps would be done over again."""
+    curve, _, checkpoint = whole
+    options: dict[str, Any] = {"batch_size": batch_size, "accumulate_grad_batches": accumulated}
+    for step, done in ((2, 8), (6, 24), (8, 24 + 8)):  # the sixth is the last of its epoch
+        part, shares = Curve(), Shares()
+        _fit(part, checkpoint.format(step), _stage(schedule=Falling()), callbacks=[shares], **options)
+        served = Counter(curve.served[:done] + part.served)
+        assert set(served.values()) == {1} and len([epoch for epoch, _ in served if epoch == 1]) >= 24
+        assert shares.done[-1] == 1 and shares.rates[-1] == 0
+        assert shares.done[accumulated - 1] == pytest.approx(done / 48, abs=1.5 / (EPOCHS * steps))
+        assert shares.rates == pytest.approx([1 - share for share in shares.done])
+
+
+def test_where_the_schedule_is_outlives_a_second_resumption(whole: tuple[Curve, Tensor, str]) -> None:
+    first, second, back = Shares(), Shares(), Shares()
+    save = ModelCheckpoint(Path(whole[2]).parent, "eight-{step}", every_n_train_steps=1, save_top_k=-1)
+    stage, seventh = _stage(schedule=Falling()), str(Path(whole[2]).with_name("eight-step=7.ckpt"))
+    _fit(Curve(), whole[2].format(6), stage, batch_size=8, callbacks=[first], save=save)
+    _fit(
+        Curve(),
+        seventh,
+        _stage(schedule=Falling()),
+        batch_size=8,
+        callbacks=[second],
+    )
+    _fit(
+        Curve(),
+        seventh,
+        _stage(schedule=Falling()),
+        batch_size=4,
+        callbacks=[back],
+    )
+    assert first.done == pytest.approx([4 / 6, 5 / 6, 1]) and second.done == first.done[1:]
+    assert back.done == pytest.approx([9 / 12, 10 / 12, 11 / 12, 1])
+    stopped = Shares()  # by its steps, whose schedule is over these
+    _fit(Curve(), whole[2].format(4), _stage(schedule=Falling()), batch_size=8, max_steps=5, callbacks=[stopped])
+    assert stopped.done == [1]
+    assert stage.steps_ahead == -3
+    _fit(Curve(), stage=stage, max_epochs=1)  # a stage that is trained anew is nowhere
+    assert stage.steps_ahead == 0
+
+
 def test_the_order_stays_that_of_the_checkpoint_with_another_seed(
     whole: tuple[Curve, Tensor, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,8 +315,33 @@ def test_batch_and_rate_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None
         RateScaling(0)
 
 
+class InBatches(Noise):
+    """Its items are batches of four."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Triplet:
+        return collate_triplets([super(InBatches, self).__getitem__(4 * index + row) for row in range(4)])
+
+
+class BatchData(NoiseData):
+    def train_dataloader(self) -> TrainingLoader:
+        return self._training_loader(InBatches(12, 0), None, as_fetched)
+
+
+def test_items_that_are_batches_are_called_so(caplog: pytest.LogCaptureFixture) -> None:
+    """How many samples they have nobody knows, and a rate is not scaled as if they had one."""
+    with caplog.at_level("INFO"):
+        _fit(Curve(), data=BatchData(4), max_epochs=1)
+    expected = "a step: 1 process × 1 batch × 1 accumulated; 3 steps in an epoch of 3 batches, of which 0 are left out"
+    assert expected in caplog.text
+    with pytest.raises(LipsimError, match="nobody knows how many samples are in a batch of the loader"):
+        _fit(Curve(), stage=_stage(rate_scaling=RateScaling(4)), data=BatchData(4), max_epochs=1)
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_a_loader_of_the_users_own_trains_as_before() -> None:
+def test_a_loader_of_the_users_own_trains_as_before(caplog: pytest.LogCaptureFixture) -> None:
     """Its samples have no positions: what is drawn depends on the step and the row, and again does so when resumed."""
     torch.manual_seed(0)
     stage, keys = _stage(), []
@@ -263,6 +357,12 @@ def test_a_loader_of_the_users_own_trains_as_before() -> None:
     )  # fmt: skip
     trainer.fit(stage, loader)
     assert len({int(key) for rows, batch in keys for key in (*rows, batch)}) == 4 * 5
+    trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False  # as in the middle of an epoch
+    trainer.fit_loop.epoch_progress.current.processed = 1
+    with caplog.at_level("INFO"):
+        trainer.fit_loop.max_epochs = 3
+        stage.on_train_start()
+    assert "of which the checkpoint does not say what was served: some samples may be trained on twice" in caplog.text
 
 
 def _teacher(**options: Any) -> TeacherTuning:

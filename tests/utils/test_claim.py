@@ -110,6 +110,8 @@ def test_one_process_has_one_claim_and_leaves_nothing(tmp_path: Path) -> None:
     first = claim_folder(folder)
     assert claim_folder(folder) is first and [path.name for path in folder.iterdir()] == [CLAIM]
     first.release()
+    assert (folder / CLAIM).exists()  # of an evaluation within a training, say, which goes on
+    first.release()
     first.release()
     assert list(tmp_path.iterdir()) == []
     claim_folder(folder)  # nobody keeps it
