@@ -142,7 +142,7 @@ def test_without_checkpoints_it_stops_all_the_same(caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO"):
         _stopped(Kill(signal.SIGTERM, "backward", 0), enable_checkpointing=False, logger=False)
     assert "after step 1; nothing is saved, since checkpoints are switched off" in caplog.text
-    assert sorted(path.name for path in Path("run").iterdir()) == ["progress.json", "report.html"]
+    assert not Path("run").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The .*_dataloader.* does not have many workers")
