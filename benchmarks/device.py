@@ -145,23 +145,26 @@ def main(args: Sequence[str] | None = None) -> int:
     about, start = machine(device), time.monotonic()
     title = f"{about['device']}, {about['cores']} cores, torch {about['versions']['torch']}, commit {about['commit']}"
     say(title)
-    figures, seconds = [], {}
-    for name in PARTS:
-        if name not in options.only:
-            continue
-        began = time.monotonic()
-        for run in PARTS[name]:
-            figures += list(run(device, scale))
-        seconds[name] = time.monotonic() - began
-        say(f"{name}: {seconds[name]:.0f} s, {time.monotonic() - start:.0f} s in all")
+    figures: list[Figure] = []
+    seconds: dict[str, float] = {}
+    try:
+        for name in PARTS:
+            if name not in options.only:
+                continue
+            began = time.monotonic()
+            for run in PARTS[name]:
+                figures += run(device, scale)
+            seconds[name] = time.monotonic() - began
+            say(f"{name}: {seconds[name]:.0f} s, {time.monotonic() - start:.0f} s in all")
+    finally:  # a part that breaks off does not cost the others their figures
+        table = f"{title}; {time.monotonic() - start:.0f} s\n\n{markdown(figures)}\n"
+        print(table)
+        if options.markdown is not None:
+            write_text(options.markdown, table)
+        if options.json is not None:
+            content = {"machine": about, "seconds": seconds, "figures": [asdict(figure) for figure in figures]}
+            write_text(options.json, json.dumps(content, indent=1) + "\n")
     failed = [f"{figure.part}: {figure.case}" for figure in figures if figure.passed is False]
-    table = f"{title}; {time.monotonic() - start:.0f} s\n\n{markdown(figures)}\n"
-    print(table)
-    if options.markdown is not None:
-        write_text(options.markdown, table)
-    if options.json is not None:
-        content = {"machine": about, "seconds": seconds, "figures": [asdict(figure) for figure in figures]}
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
     say(f"failed: {'; '.join(failed)}" if failed else "every check passed")
     return 1 if failed else 0
 

@@ -282,6 +282,22 @@ def test_the_table_of_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_a_part_that_breaks_off_costs_the_others_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    import device
+    from device_figures import Figure
+
+    def breaks(*_: Any) -> Any:
+        yield Figure("teacher", "what came before", "1")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(device.PARTS, "teacher", (breaks,))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        device.main(["--quick", "--device", "cpu", "--only", "teacher", "--json", str(tmp_path / "figures.json")])
+    content = json.loads((tmp_path / "figures.json").read_text())
+    assert [figure["case"] for figure in content["figures"]] == ["what came before"] and not content["seconds"]
+
+
+@pytest.mark.usefixtures("benchmarks")
 @pytest.mark.slow  # minutes: compiles, and starts processes
 def test_every_part_of_the_benchmark_of_a_device_runs(capsys: pytest.CaptureFixture[str]) -> None:
     import device
