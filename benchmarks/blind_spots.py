@@ -10,7 +10,7 @@
 - Nullity: all weights of torchvision/resnet50, and all its operators on images of 224 pixels. Seconds; the baseline is
   one forward and backward pass for one image.
 - Traversal: `attacks.level_set` on the confidence of ResNet-18 for 8 images of 64 pixels, and on a distance of the
-  bundled metric for 8 photographs of that size, a network whose passes are short; both rules, beside the very forward
+  bundled metrics for 8 photographs of that size, networks whose passes are short; both rules, beside the very forward
   and backward passes that the walk makes, counted by its objective and made again alone.
 
 One thread, processor time; each round runs baseline and case in turn, ratios are medians of the rounds. Two minutes.
@@ -89,10 +89,13 @@ def _walks(options: argparse.Namespace) -> None:
     photographs = torch.cat([_photograph(name, 64) for name in ("astronaut", "coffee", "chelsea", "rocket")] * 2)
     cases: dict[str, tuple[Tensor, Callable[[], Objective]]] = {
         "ResNet-18": (x, lambda: ConfidenceObjective(network, labels, x, drop=0.05)),
-        "the bundled metric": (
-            photographs,
-            lambda: DistanceObjective(lipsim.load("quickstart"), photographs, threshold=0.03),
-        ),
+        **{
+            f"the bundled metric {metric}": (
+                photographs,
+                lambda metric=metric: DistanceObjective(lipsim.load(metric), photographs, threshold=0.03),
+            )
+            for metric in ("quickstart", "photos")
+        },
     }
     for name, (images, objective) in cases.items():
         for newton, rule in ((False, "published"), (True, "Newton-corrected")):
