@@ -18,10 +18,9 @@ and nothing is certified on them). Nothing is downloaded and no data set is need
     search         queries/s, beside the product of matrices
     compile        torch.compile of the metric
 
-Costs, meant: under eight minutes on one large GPU, which was not tried; measured on two busy CPU cores: 14 minutes,
-four of them for the tests, and with --quick three and a half. Speed is the clock's on an accelerator and the processor
-time of all threads on a CPU; ratios are within this run. Progress goes to stderr, one table to stdout. Exit status 1: a
-check failed.
+Costs, meant: under eight minutes on one large GPU, which was not tried; measured on two CPU cores: 269 s, 186 of them
+for the tests. Speed is the clock's on an accelerator and the processor time of all threads on a CPU; ratios are within
+this run. Progress goes to stderr, one table to stdout. Exit status 1: a check failed.
 """
 
 from __future__ import annotations

@@ -110,16 +110,7 @@ class ProgressLines(ProgressBar):
     ) -> None:
         self._at_batch("test", batch_idx, dataloader_idx, trainer.num_test_batches)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._pace.add(1, num_images(batch) * trainer.world_size)
+    on_test_batch_end = on_validation_batch_end
 
     def _about_the_run(self, trainer: L.Trainer) -> list[str]:
         status = self._status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Collection, Iterable
@@ -20,7 +19,7 @@ from lipsim.callbacks.checkpoint_files import write_checkpoints_whole
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.evaluation.module import weights_are_finite
 from lipsim.utils.claim import FolderClaim, claim_folder
-from lipsim.utils.files import remove_leftovers
+from lipsim.utils.files import parse_json, remove_leftovers
 from lipsim.utils.slurm import slurm_job, was_requeued
 
 PREVIOUS = "previous"
@@ -104,10 +103,11 @@ def to_continue(root: Path, checkpoint: str | Path | None) -> str | Path | None:
     if checkpoint in ("last", LAST_READABLE) or not was_requeued() or not any(root.glob("checkpoints/*.ckpt")):
         return checkpoint
     try:
-        job = json.loads((root / "environment.json").read_text(encoding="utf-8")).get("job")
-    except (FileNotFoundError, json.JSONDecodeError):  # it did not come so far
+        environment = parse_json((root / "environment.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # it did not come so far
         return checkpoint
-    return "last" if job == slurm_job() else checkpoint
+    mine = isinstance(environment, dict) and environment.get("job") == slurm_job()
+    return "last" if mine else checkpoint
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:

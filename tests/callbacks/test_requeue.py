@@ -104,5 +104,8 @@ def test_what_it_was_told_counts_else(monkeypatch: pytest.MonkeyPatch) -> None:
     for job, expected in (("6", told), ("7", "last"), (None, told)):
         (RUN / "environment.json").write_text(json.dumps({"job": job}))
         assert to_continue(RUN, told) == expected
+    for text in ("[]", "{", "null"):
+        (RUN / "environment.json").write_text(text)
+        assert to_continue(RUN, told) == told
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert to_continue(RUN, told) == told

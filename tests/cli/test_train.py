@@ -338,7 +338,8 @@ def test_half_a_slurm_environment(
 def test_an_interactive_slurm_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
-    train(["--config", str(LINEAR), *SMALL, *QUIET, "--trainer.fast_dev_run=true"])
+    cli = train(["--config", str(LINEAR), *SMALL, *QUIET, "--trainer.fast_dev_run=true"])
+    assert cli.trainer.world_size == 1 and cli.trainer.global_step == 1  # not two, as of SLURM_NTASKS
 
 
 def test_unknown_keys_in_a_config_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
