@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def train(
     loader = DataLoader(triplets, batch_size=BATCH // processes, sampler=own, collate_fn=collate_triplets)
     watch = _Losses()
     with tempfile.TemporaryDirectory() as folder, quiet_warnings():
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
         trainer = L.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=processes,

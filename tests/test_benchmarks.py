@@ -298,6 +298,7 @@ def test_a_part_that_breaks_off_costs_the_others_nothing(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("benchmarks")
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of what it does itself
 @pytest.mark.slow  # minutes: compiles, and starts processes
 def test_every_part_of_the_benchmark_of_a_device_runs(capsys: pytest.CaptureFixture[str]) -> None:
     import device
