@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from lipsim.results.runs import Run
@@ -20,9 +21,13 @@ measure: a teacher certifies nothing."""
 
 
 def benchmark_sections(runs: Iterable[Run]) -> list[BenchmarkSection]:
-    """Every row of every seed, tasks by name and rows in their places."""
+    """Every row of every seed, tasks by name (64 px before 128) and rows in their places."""
     found = [run.benchmark for run in runs if run.benchmark]
-    return sorted(found, key=lambda section: (section["task"], section["place"], section["row"], section["seed"]))
+    return sorted(found, key=lambda s: (_numbers_by_size(s["task"]), s["place"], s["row"], s["seed"]))
+
+
+def _numbers_by_size(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def benchmark_tables(runs: Iterable[Run]) -> list[tuple[str, list[Row]]]:
@@ -58,26 +63,45 @@ def benchmark_warnings(runs: Iterable[Run]) -> list[str]:
 
 
 def benchmark_lines(runs: Iterable[Run]) -> list[str]:
-    """What the tables rest on, as paragraphs: how to read them, recipes, settings, devices and versions."""
-    runs = list(runs)
-    sections = benchmark_sections(runs)
-    if not sections:
+    """What the tables rest on, as paragraphs: how to read them, recipes, settings, devices and versions.
+
+    What differs between tasks is said of each task, and the rest once.
+    """
+    by_task = by_name((run.benchmark["task"], run) for run in runs if run.benchmark)
+    if not by_task:
         return []
+    grounds = {task: _grounds(by_task[task]) for task in sorted(by_task, key=_numbers_by_size)}
+    everywhere = by_name(item for found in grounds.values() for item in found.items())
+    common = {name: said[0] for name, said in everywhere.items() if said == said[:1] * len(grounds)}
+    own = {task: {k: v for k, v in found.items() if k not in common} for task, found in grounds.items()}
+    sections = benchmark_sections(run for found in by_task.values() for run in found)
     recipes = dict.fromkeys((section["row"], section["recipe"]) for section in sections)
-    settings = by_name(item for section in sections for item in section["settings"].items())
-    said = {name: ", ".join(map(str, dict.fromkeys(values))) for name, values in settings.items()}
-    versions = by_name(
-        item for run in runs if run.benchmark for item in run.results["versions"].items() if item[0] in _VERSIONS
-    )
-    devices = ", ".join(dict.fromkeys(section["device"] for section in sections))
-    packages = ", ".join(f"{name} {' and '.join(dict.fromkeys(found))}" for name, found in versions.items())
     broken = sum(scores["violations"] for section in sections for scores in section["sets"].values())
     return [
         _READING,
-        f"Measured on {devices}, {packages}; {'; '.join(f'{name}: {value}' for name, value in said.items())}. "
-        f"Answers flipped inside their certified radius: {broken}.",
+        f"{_sentence(common.values())} Answers flipped inside their certified radius: {broken}.".lstrip(),
+        *(f"{task}: {'; '.join(found.values())}." for task, found in own.items() if found),
         "\n".join(f"- {row}: {recipe}" for row, recipe in recipes),
     ]
+
+
+def _grounds(runs: Sequence[Run]) -> dict[str, str]:
+    """What the numbers of a task rest on, each with how it is said: devices, versions of packages, settings."""
+    sections = benchmark_sections(runs)
+    versions = by_name(
+        item for run in runs if run.benchmark for item in run.results["versions"].items() if item[0] in _VERSIONS
+    )
+    settings = by_name(item for section in sections for item in section["settings"].items())
+    return {
+        "device": f"measured on {', '.join(dict.fromkeys(section['device'] for section in sections))}",
+        **{name: f"{name} {' and '.join(dict.fromkeys(found))}" for name, found in versions.items()},
+        **{name: f"{name}: {', '.join(map(str, dict.fromkeys(values)))}" for name, values in settings.items()},
+    }
+
+
+def _sentence(parts: Iterable[str]) -> str:
+    said = "; ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 _VERSIONS = ("torch", "lipsim")

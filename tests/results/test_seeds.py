@@ -129,8 +129,8 @@ def _benchmarked(natural: float, certified: dict[str, float | None]) -> Benchmar
     }
 
 
-def test_the_page_of_the_benchmark(tmp_path: Path) -> None:
-    section: BenchmarkSection = {
+def _section() -> BenchmarkSection:
+    return {
         "weights_sha256": "w",
         "data_sha256": {"known": "d"},
         "task": "material, 64 px",
@@ -147,6 +147,10 @@ def test_the_page_of_the_benchmark(tmp_path: Path) -> None:
         "device": "a processor",
         "sets": {"known": _benchmarked(0.8, {"36/255": 0.7, "1": 0.5})},
     }
+
+
+def test_the_page_of_the_benchmark(tmp_path: Path) -> None:
+    section = _section()
     for seed, natural in enumerate((0.8, 0.9)):
         one = copy.deepcopy(section)
         one["seed"] = seed
@@ -184,3 +188,23 @@ def test_the_page_of_the_benchmark(tmp_path: Path) -> None:
     said = (tmp_path / "out" / "report.md").read_text()
     assert "measured in different ways and do not compare: time budget (90 s, 60 s)." in said
     assert "different data under one name: known" in said and "stand twice: SSIM" in said
+
+
+def test_what_differs_between_tasks_of_the_benchmark_is_said_of_each(tmp_path: Path) -> None:
+    devices = {"material, 128 px": "a processor", "material, 64 px": "a card"}
+    for task, device in devices.items():
+        seconds = 60 if device == "a card" else 120
+        one = _section()
+        one |= {"task": task, "device": device, "settings": {"time budget in s": seconds, "steps": 10}}
+        update_results(tmp_path / device / "results.json", {"benchmark": one})
+    page = tmp_path / "results.md"
+    folders = [tmp_path / device for device in devices.values()]
+    assert _report(*folders, "--output", tmp_path / "out", "--markdown", page) == 0
+    paragraphs = page.read_text().split("\n\n")
+    (common,) = (part for part in paragraphs if "flipped inside" in part)
+    assert "steps: 10" in common and "torch" in common and "time budget" not in common and "a card" not in common
+    own = [part for part in paragraphs if part.startswith("material") and "2AFC" not in part and "costs" not in part]
+    assert own == [
+        "material, 64 px: measured on a card; time budget in s: 60.",
+        "material, 128 px: measured on a processor; time budget in s: 120.",
+    ]
