@@ -75,11 +75,12 @@ def benchmark_lines(runs: Iterable[Run]) -> list[str]:
     common = {name: said[0] for name, said in everywhere.items() if said == said[:1] * len(grounds)}
     own = {task: {k: v for k, v in found.items() if k not in common} for task, found in grounds.items()}
     sections = benchmark_sections(run for found in by_task.values() for run in found)
-    recipes = dict.fromkeys((section["row"], section["recipe"]) for section in sections)
+    by_place = sorted(sections, key=lambda section: section["place"])  # tasks lack some rows each
+    recipes = dict.fromkeys((section["row"], section["recipe"]) for section in by_place)
     broken = sum(scores["violations"] for section in sections for scores in section["sets"].values())
     return [
         _READING,
-        f"{_sentence(common.values())} Answers flipped inside their certified radius: {broken}.".lstrip(),
+        f"Settings: {'; '.join(common.values())}. Answers flipped inside their certified radius: {broken}.",
         *(f"{task}: {'; '.join(found.values())}." for task, found in own.items() if found),
         "\n".join(f"- {row}: {recipe}" for row, recipe in recipes),
     ]
@@ -97,11 +98,6 @@ def _grounds(runs: Sequence[Run]) -> dict[str, str]:
         **{name: f"{name} {' and '.join(dict.fromkeys(found))}" for name, found in versions.items()},
         **{name: f"{name}: {', '.join(map(str, dict.fromkeys(values)))}" for name, values in settings.items()},
     }
-
-
-def _sentence(parts: Iterable[str]) -> str:
-    said = "; ".join(parts)
-    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 _VERSIONS = ("torch", "lipsim")
