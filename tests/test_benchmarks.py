@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,6 +215,27 @@ def test_certified_search_is_compared_with_a_product() -> None:
     found = search_ratio(items=400, features=8, rounds=3)
     for count in (1, 32):
         assert found[f"ratio_{count}"] == found[f"search_{count}"] / found[f"product_{count}"] > 0
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_ceiling_of_votes_is_what_simulated_judges_leave() -> None:
+    from vote_ceiling import VoteModel  # type: ignore[import-not-found]
+
+    rng = np.random.default_rng(0)
+    preference, judges = rng.beta(0.7, 0.7, 200_000), rng.integers(1, 6, 200_000)
+    right = rng.binomial(judges, preference)
+    most, untied = np.maximum(right, judges - right), 2 * right != judges
+    model = VoteModel.fit(most, judges)
+    assert model.shape == pytest.approx(0.7, rel=0.02)
+    agrees = (2 * right > judges) == (preference > 0.5)
+    for chosen in (untied, untied & (judges == 1), untied & (judges == 4)):
+        # 3e-3 is three standard errors of the smallest of the samples.
+        assert model.majority_is_right(most, judges)[chosen].mean() == pytest.approx(agrees[chosen].mean(), abs=3e-3)
+    shares = [model.expected(votes, 5) for votes in (3, 4, 5)]
+    seen = [(most[judges == 5] == votes).mean() for votes in (3, 4, 5)]
+    assert sum(shares) == pytest.approx(1) and shares == pytest.approx(seen, abs=5e-3)
+    # Judges who all toss coins leave nothing to know.
+    assert VoteModel(1e6).majority_is_right(np.array([3]), np.array([4]))[0] == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.usefixtures("benchmarks")
