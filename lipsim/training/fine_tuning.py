@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lipsim.data import Triplet
+from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import augmented
 from lipsim.data.skipping import NothingRead
 from lipsim.metric import PerceptualMetric
@@ -64,8 +64,11 @@ class FineTuning(Stage):
             return self.nothing_learned()
         if self.augment:
             batch = augmented(batch, self.sample_keys(len(batch)), self.batch_key())
-        z, z0, z1 = batch.embed(self.embed)
-        loss = self.loss(z, z0, z1, batch.right_vote, self.metric.anchor, self.progress)
+        rest = (batch.right_vote, self.metric.anchor, self.progress)
+        if isinstance(batch, SharedTriplet):
+            loss = self.loss.of_shared(self.embed(batch.distinct), batch.ids, *rest)
+        else:
+            loss = self.loss(*batch.embed(self.embed), *rest)
         loss = self.mean_over_processes(loss, self.loss, batch.right_vote)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss

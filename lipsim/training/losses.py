@@ -13,6 +13,9 @@ from lipsim.certificates import margin, signed_joint_radius, signed_reference_ra
 from lipsim.certificates.geometry import project
 from lipsim.utils.errors import LipsimError
 
+# Triplets over M images are few enough for the products of all pairs up to so many pairs a triplet.
+_PAIRS_PER_TRIPLET = 32
+
 
 class TripletLoss(ABC):
     """A loss on the features of 2AFC triplets.
@@ -36,6 +39,12 @@ class TripletLoss(ABC):
             progress: share of the training that is done, in [0, 1].
         """
 
+    def of_shared(
+        self, features: Tensor, ids: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        """The same loss of triplets over few images, with features ``(M, D)``, in rows ``ids``, ``(N, 3)`` of these."""
+        return self(*_arranged(features, ids), right_vote, anchor, progress)
+
     def weights(self, right_vote: Tensor) -> Tensor:
         """What each triplet counts in the mean, ``(N,)``: here 1, and 0 where the vote is tied.
 
@@ -44,10 +53,45 @@ class TripletLoss(ABC):
         return (right_vote != 0.5).to(right_vote)
 
 
-class RadiusHinge(TripletLoss):
-    """Hinge on the exact certified radius: ``max(0, target − R)`` with ``R`` negative on the wrong side.
+class RadiusLoss(TripletLoss):
+    """A loss of the exact certified radius, which is negative where the vote is for the other candidate.
 
     The encoder counts as 1-Lipschitz here, which the layers see to; the audit's last digits do not matter in training.
+    """
+
+    @abstractmethod
+    def of_radius(self, radius: Tensor, right_vote: Tensor, progress: float) -> Tensor:
+        """Scalar loss of radii ``(N,)``, positive where left is preferred."""
+
+    def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+        """Signed radii ``(N,)``: here those of the reference."""
+        return signed_reference_radius(z, z0, z1, anchor=anchor)
+
+    def shared_radius(self, features: Tensor, ids: Tensor, anchor: float) -> Tensor:
+        """The same of triplets over few images."""
+        if len(features) ** 2 > _PAIRS_PER_TRIPLET * len(ids):
+            return self.radius(*_arranged(features, ids), anchor)
+        return _radius_by_pairs(features, ids, anchor)
+
+    def __call__(
+        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        known = torch.stack([_is_known(features) for features in (z, z0, z1)]).all(0)
+        return self._loss(self.radius(z, z0, z1, anchor), known, right_vote, progress)
+
+    def of_shared(
+        self, features: Tensor, ids: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
+    ) -> Tensor:
+        known = _is_known(features)[ids].all(1)
+        return self._loss(self.shared_radius(features, ids, anchor), known, right_vote, progress)
+
+    def _loss(self, radius: Tensor, known: Tensor, right_vote: Tensor, progress: float) -> Tensor:
+        # Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie.
+        return self.of_radius(torch.where(known, radius, torch.nan), right_vote, progress)
+
+
+class RadiusHinge(RadiusLoss):
+    """Hinge on the exact certified radius: ``max(0, target − R)`` with ``R`` negative on the wrong side.
 
     Args:
         target: ℓ2 radius beyond which a triplet is left alone.
@@ -69,22 +113,15 @@ class RadiusHinge(TripletLoss):
             )
         self.target, self.weight_by_agreement, self.ramp, self.softness = target, weight_by_agreement, ramp, softness
 
-    def __call__(
-        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
-    ) -> Tensor:
+    def of_radius(self, radius: Tensor, right_vote: Tensor, progress: float) -> Tensor:
         target = self.target * min(1.0, progress / self.ramp) if self.ramp else self.target
-        radius = _known_or_nan(self.radius(z, z0, z1, anchor), z, z0, z1)
         return _hinge(radius, target, right_vote, self.weights(right_vote), self.softness)
 
     def weights(self, right_vote: Tensor) -> Tensor:
         return _agreement(right_vote) if self.weight_by_agreement else super().weights(right_vote)
 
-    def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
-        """The signed radius that the hinge acts on, ``(N,)``."""
-        return signed_reference_radius(z, z0, z1, anchor=anchor)
 
-
-class CertifiedShare(TripletLoss):
+class CertifiedShare(RadiusLoss):
     """Share of the triplets that are not certified, smoothed, mean over some budgets: what a table counts.
 
     ``mean_ε sigmoid((ε − R)/temperature)`` with ``R`` negative on the wrong side. Where a hinge goes on pulling at
@@ -103,11 +140,8 @@ class CertifiedShare(TripletLoss):
             raise LipsimError(f"expected budgets ≥ 0 and a temperature > 0, got {list(budgets)} and {temperature}")
         self.budgets, self.temperature = tuple(budgets), temperature
 
-    def __call__(
-        self, z: Tensor, z0: Tensor, z1: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
-    ) -> Tensor:
-        lean = torch.sign(1 - 2 * right_vote)
-        radius = lean * _known_or_nan(signed_reference_radius(z, z0, z1, anchor=anchor), z, z0, z1)
+    def of_radius(self, radius: Tensor, right_vote: Tensor, progress: float) -> Tensor:
+        radius = torch.sign(1 - 2 * right_vote) * radius
         lacks = [torch.sigmoid((budget - radius) / self.temperature) for budget in self.budgets]
         weight = self.weights(right_vote).to(radius)
         return (weight * torch.stack(lacks).mean(0)).sum() / weight.sum().clamp(min=1e-12)
@@ -121,6 +155,9 @@ class JointRadiusHinge(RadiusHinge):
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
         return signed_joint_radius(z, z0, z1, anchor=anchor)
+
+    def shared_radius(self, features: Tensor, ids: Tensor, anchor: float) -> Tensor:
+        return self.radius(*_arranged(features, ids), anchor)
 
 
 class MarginHinge(TripletLoss):
@@ -222,10 +259,31 @@ class ScaleFree(DistillationLoss):
         return torch.stack([weight * loss(student, teacher, anchor) for weight, loss in self.terms]).sum()
 
 
-def _known_or_nan(radius: Tensor, *features: Tensor) -> Tensor:
-    """Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie."""
-    known = torch.stack([torch.isfinite(z).all(-1) for z in features]).all(0)
-    return torch.where(known, radius, torch.nan)
+def _is_known(features: Tensor) -> Tensor:
+    return torch.isfinite(features).all(-1)
+
+
+def _arranged(features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    reference, left, right = ids.unbind(1)
+    return features[reference], features[left], features[right]
+
+
+def _radius_by_pairs(features: Tensor, ids: Tensor, anchor: float) -> Tensor:
+    """:func:`signed_reference_radius` of triplets ``(N, 3)`` over few images, from the products of all pairs of these.
+
+    Two products of matrices take the place of a dozen passes over ``(N, D)``. In float64, since the distance of two
+    projected images comes from a difference of squares here; where it is below its rounding error they count as equal.
+    """
+    unit, constant = project(features.double(), anchor)
+    reference, left, right = ids.unbind(1)
+    inner = features.double() @ unit.mT + anchor * constant
+    margin = inner[reference, left] - inner[reference, right]
+    gram = unit @ unit.mT
+    norms = gram.diagonal()
+    squared = norms[left] + norms[right] - 2 * gram[left, right]
+    differs = squared > 1e-14
+    slope = torch.where(differs, squared, 1.0).sqrt()
+    return (torch.where(differs, margin, 0.0) / slope).to(features.dtype)
 
 
 def _agreement(right_vote: Tensor) -> Tensor:

@@ -157,3 +157,51 @@ def test_softness_rounds_the_corner_of_the_hinge() -> None:
     assert sharp == pytest.approx(RadiusHinge(1.0)(z, z0, z1, vote, 1.0).item(), abs=1e-8)
     with pytest.raises(ValueError, match="softness"):
         RadiusHinge(softness=-1.0)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("loss", TRIPLET_LOSSES)
+def test_a_loss_of_shared_images_is_that_of_the_triplets(loss: TripletLoss, anchor: float) -> None:
+    """In value and gradient: of few images and many triplets, and where there are too many images for their pairs."""
+    generator = torch.Generator().manual_seed(0)
+    for images, triplets in ((12, 200), (60, 100)):
+        features = 3 * torch.randn(images, 6, generator=generator, dtype=torch.float64)
+        features[1] = features[0]  # candidates that are equal
+        features[2] = 0.0
+        features.requires_grad_(True)
+        ids = torch.randint(images, (triplets, 3), generator=generator)
+        ids[:3] = torch.tensor([[4, 0, 1], [0, 0, 1], [2, 3, 4]])
+        votes = torch.randint(3, (triplets,), generator=generator) / 2
+        z, z0, z1 = features[ids].unbind(1)
+        expected = loss(z, z0, z1, votes, anchor, 0.3)
+        found = loss.of_shared(features, ids, votes, anchor, 0.3)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        gradients = [torch.autograd.grad(value, features)[0] for value in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", [RadiusHinge(2.0), CertifiedShare()])
+def test_pairs_of_images_that_are_nearly_equal(loss: TripletLoss) -> None:
+    """The distance of two candidates comes from a difference of squares: in float32 it would be lost here."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 8, generator=generator) + 1e-3 * torch.randn(10, 8, generator=generator)
+    ids = torch.randint(10, (300, 3), generator=generator)
+    votes = torch.randint(2, (300,), generator=generator).float()
+    leaves = [values.requires_grad_(True) for values in (features.clone(), features.double())]
+    z, z0, z1 = leaves[1][ids].unbind(1)
+    exact = loss(z, z0, z1, votes, 1.0)
+    found = loss.of_shared(leaves[0], ids, votes, 1.0)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-6)
+    (gradient,), (truth,) = torch.autograd.grad(found, leaves[0]), torch.autograd.grad(exact, leaves[1])
+    assert float((gradient - truth).norm() / truth.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("loss", TRIPLET_LOSSES)
+def test_an_image_that_is_not_finite_is_seen_in_shared_batches(loss: TripletLoss) -> None:
+    features = torch.randn(5, 4)
+    features[3, 1] = torch.inf
+    ids = torch.randint(3, (100, 3))
+    assert loss.of_shared(features, ids, torch.zeros(100), 1.0).isfinite()  # of no triplet
+    ids[7, 2] = 3
+    assert loss.of_shared(features, ids, torch.zeros(100), 1.0).isnan()
