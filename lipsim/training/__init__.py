@@ -15,6 +15,7 @@ from lipsim.training.losses import (
     Relational,
     ScaleFree,
 )
+from lipsim.training.muon import Muon
 from lipsim.training.schedules import Constant, Triangular, WarmupCosine
 from lipsim.training.teacher_tuning import TeacherTuning
 
@@ -28,6 +29,7 @@ __all__ = [
     "FineTuning",
     "JointRadiusHinge",
     "MarginHinge",
+    "Muon",
     "RadiusHinge",
     "RateScaling",
     "Relational",

@@ -1,0 +1,140 @@
+"""Muon turns matrices by orthogonal steps, and is Adam on everything else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lipsim.data import BuiltinTriplets, collate_triplets
+from lipsim.students import OrthogonalShiftNetwork
+from lipsim.training import Constant, FineTuning, Muon
+from lipsim.training.muon import nearly_orthogonal
+
+
+def _with_spectrum(rows: int, columns: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix with the given singular values, and the orthogonal matrix of its singular vectors."""
+    generator = torch.Generator().manual_seed(rows)
+    left, _ = torch.linalg.qr(torch.randn(rows, len(values), generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(columns, len(values), generator=generator, dtype=torch.float64))
+    return (left * values) @ right.mT, left @ right.mT
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 300), (300, 16)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_singular_values_come_near_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    values = torch.logspace(0, -2, min(shape), dtype=torch.float64) * 1e-6  # as small as gradients are
+    matrix, vectors = _with_spectrum(*shape, values)
+    found = nearly_orthogonal(matrix.to(dtype))
+    assert found.dtype == dtype and found.shape == shape
+    factors = torch.linalg.svdvals(found.double())
+    assert 0.66 < factors.min() and factors.max() < 1.23
+    if dtype == torch.float64:  # the vectors are those of the matrix: what is left is a symmetric factor of them
+        assert torch.allclose(found @ vectors.mT, (found @ vectors.mT).mT, atol=1e-12)
+
+
+def test_directions_that_a_gradient_lacks_stay_away() -> None:
+    matrix, _ = _with_spectrum(12, 40, torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64))
+    factors = torch.linalg.svdvals(nearly_orthogonal(matrix.float()))
+    assert (factors[:3] > 0.66).all() and factors[3:].max() < 1e-2
+    assert (nearly_orthogonal(torch.zeros(3, 5)) == 0).all()
+
+
+def test_a_step_is_as_pytorch_takes_it() -> None:
+    """On a matrix, against torch.optim.Muon, whose iterations are in bfloat16; on vectors, against torch.optim.Adam."""
+    torch.manual_seed(0)
+    mine = nn.Linear(30, 20)
+    theirs = copy.deepcopy(mine)
+    optimizer = Muon(mine.parameters(), lr=0.05, adam_lr=0.01, adam_betas=(0.8, 0.9))
+    others = [
+        torch.optim.Muon([theirs.weight], lr=0.05, momentum=0.95, weight_decay=0.0),
+        torch.optim.Adam([theirs.bias], lr=0.01, betas=(0.8, 0.9)),
+    ]
+    start = mine.weight.detach().clone()
+    for step in range(5):
+        gradients = [torch.randn(20, 30), torch.randn(20)]
+        for layer, steppers in ((mine, [optimizer]), (theirs, others)):
+            layer.weight.grad, layer.bias.grad = gradients
+            for stepper in steppers:
+                stepper.step()
+        if not step:
+            turned = torch.linalg.svdvals((mine.weight - start).detach() / 0.05)
+            assert 0.6 < turned.min() and turned.max() < 1.23
+    moved = (mine.weight - start).norm()
+    assert (mine.weight - theirs.weight).norm() < 0.02 * moved
+    assert torch.equal(mine.bias, theirs.bias)
+
+
+def test_a_kernel_counts_as_a_matrix() -> None:
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(4, 3, 2, 2))
+    before = kernel.detach().clone()
+    kernel.grad = torch.randn(4, 3, 2, 2)
+    Muon([kernel], lr=0.1, momentum=0.0).step()
+    expected = before - 0.1 * nearly_orthogonal(kernel.grad.flatten(1)).view_as(kernel)
+    torch.testing.assert_close(kernel.detach(), expected)
+
+
+def test_what_has_no_gradient_stays_and_a_closure_is_called() -> None:
+    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))
+
+    def closure() -> Tensor:
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    assert Muon([used, unused]).step(closure) == 4
+    assert (used != 1).all() and (unused == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "rates > 0"),
+        ({"adam_lr": -1.0}, "rates > 0"),
+        ({"momentum": 1.0}, r"\[0, 1\)"),
+        ({"adam_betas": (0.9, 1.0)}, r"\[0, 1\)"),
+    ],
+)
+def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Muon([nn.Parameter(torch.ones(2, 2))], **options)
+    with pytest.raises(ValueError, match="without names or groups"):
+        Muon([{"params": []}])  # type: ignore[list-item]
+
+
+def _fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> FineTuning:
+    torch.manual_seed(0)
+    data = BuiltinTriplets("val", 12, image_size=16)
+    loader = DataLoader(data, batch_size=4, collate_fn=collate_triplets)
+    student = OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8)
+    stage = FineTuning(student, optimizer=Muon, schedule=Constant())
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(stage, loader, loader, ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return stage
+
+
+def test_a_training_resumes_with_its_moments(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    whole = _fit(tmp_path / "whole", 2)
+    _fit(tmp_path / "half", 1)
+    resumed = _fit(tmp_path / "resumed", 2, tmp_path / "half" / "end.ckpt")
+    for expected, found in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, found)
