@@ -88,9 +88,9 @@ def total_steps(trainer: L.Trainer) -> int | None:
 
 
 def num_images(batch: Any) -> int:
-    """Images in a batch: three of each triplet, one of anything else."""
+    """Distinct images in a batch: three of each triplet where these share none, one of anything else."""
     if isinstance(batch, Triplet):
-        return 3 * len(batch)
+        return sum(map(len, batch.images()))
     if isinstance(batch, LabelledBatch):
         return len(batch.images)
     images = batch[0] if isinstance(batch, (tuple, list)) else batch

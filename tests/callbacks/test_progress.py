@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Timer
 from lipsim.callbacks.progress_bar import RunProgressBar
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_status import RunStatus, num_images
-from lipsim.data import Triplet
+from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.labelled import LabelledBatch
 from lipsim.utils import progress
 
@@ -166,3 +166,5 @@ def test_images_of_a_batch(triplets: Triplet) -> None:
     images = torch.zeros(5, 3, 2, 2)
     assert num_images(triplets) == 36 and num_images(images) == num_images([images, torch.zeros(5)]) == 5
     assert num_images(LabelledBatch(images, torch.zeros(5), torch.arange(5))) == 5
+    shared = SharedTriplet(images, torch.zeros(900, 3, dtype=torch.int64), torch.zeros(900), torch.arange(900))
+    assert num_images(shared) == 5  # each is embedded once
