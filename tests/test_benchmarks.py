@@ -342,3 +342,14 @@ def test_maps_that_training_has_bent_are_told() -> None:
     bent = 1.01 * layer.weights()[0].detach()
     layer.weights = lambda: (bent,)  # type: ignore[method-assign]
     assert training.apart_from_orthonormal(stage) == pytest.approx(1.01**2 - 1, rel=1e-4)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_steps_on_shared_batches_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    import shared_batches  # type: ignore[import-not-found]
+
+    sizes = ["--rounds", "2", "--image-size", "16", "--features", "8", "--images", "6", "--triplets", "40"]
+    shared_batches.main(sizes)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| triplets, Adam", "| pairs, Adam", "| pairs, Muon"]
+    assert rows[0].endswith("| 1 |") and all(float(row.split(" | ")[1]) > 0 for row in rows)

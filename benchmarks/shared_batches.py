@@ -1,0 +1,81 @@
+"""A training step on photographs: its loss from the features of each triplet or from all pairs of images; Adam or Muon.
+
+    python benchmarks/shared_batches.py [--rounds 11] [--device cuda]
+
+The default student at 64 pixels, 512 random images a batch, 16,384 random triplets of these, `CertifiedShare`: what
+configs/photos/finetune.yaml trains with. All variants take turns in one process; seconds of processor time of a step
+(wall time of a GPU), medians, and ratios to the first variant within a round. A minute on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from students import seconds
+
+from lipsim.students import OrthogonalShiftNetwork
+from lipsim.training import CertifiedShare, Muon
+
+VARIANTS = {"triplets, Adam": (False, False), "pairs, Adam": (True, False), "pairs, Muon": (True, True)}
+
+
+def training_step(pairs: bool, muon: bool, options: argparse.Namespace) -> Callable[[], None]:
+    """A step of its own student; all variants get the same images and triplets."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    student: nn.Module = OrthogonalShiftNetwork(options.image_size, options.features).to(device).train()
+    images = torch.rand(options.images, 3, options.image_size, options.image_size, device=device)
+    ids = torch.randint(options.images, (options.triplets, 3), device=device)
+    votes = torch.randint(2, (options.triplets,), device=device).float()
+    loss, parameters = CertifiedShare(), list(student.parameters())
+    optimizer = Muon(parameters) if muon else torch.optim.Adam(parameters, lr=0.002, betas=(0.9, 0.99))
+
+    def step() -> None:
+        features = student(images)
+        if pairs:
+            value = loss.of_shared(features, ids, votes, 1.0)
+        else:
+            z, z0, z1 = features[ids].unbind(1)
+            value = loss(z, z0, z1, votes, 1.0)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11, help="steps of each variant that count")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--features", type=int, default=256)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--triplets", type=int, default=16384)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    steps = {name: training_step(*variant, options) for name, variant in VARIANTS.items()}
+    for step in steps.values():  # a warm-up
+        step()
+    device = torch.device(options.device)
+    rounds = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(options.rounds)]
+    first = next(iter(VARIANTS))
+    print("| variant | s a step | of the first |\n| --- | ---: | ---: |")
+    for name in VARIANTS:
+        ratios = sorted(found[name] / found[first] for found in rounds)
+        spread = "1" if name == first else f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"| {name} | {median(found[name] for found in rounds):.3f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
