@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from students import seconds
 
 from lipsim.students import OrthogonalShiftNetwork
-from lipsim.training import CertifiedShare, Muon
+from lipsim.training import CertifiedShare, MuonWithAuxAdam
 
 VARIANTS = {"triplets, Adam": (False, False), "pairs, Adam": (True, False), "pairs, Muon": (True, True)}
 
@@ -36,7 +36,7 @@ def training_step(pairs: bool, muon: bool, options: argparse.Namespace) -> Calla
     ids = torch.randint(options.images, (options.triplets, 3), device=device)
     votes = torch.randint(2, (options.triplets,), device=device).float()
     loss, parameters = CertifiedShare(), list(student.parameters())
-    optimizer = Muon(parameters) if muon else torch.optim.Adam(parameters, lr=0.002, betas=(0.9, 0.99))
+    optimizer = MuonWithAuxAdam(parameters) if muon else torch.optim.Adam(parameters, lr=0.002, betas=(0.9, 0.99))
 
     def step() -> None:
         features = student(images)

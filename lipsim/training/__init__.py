@@ -15,7 +15,7 @@ from lipsim.training.losses import (
     Relational,
     ScaleFree,
 )
-from lipsim.training.muon import Muon
+from lipsim.training.muon import MuonWithAuxAdam
 from lipsim.training.schedules import Constant, Triangular, WarmupCosine
 from lipsim.training.teacher_tuning import TeacherTuning
 
@@ -29,7 +29,7 @@ __all__ = [
     "FineTuning",
     "JointRadiusHinge",
     "MarginHinge",
-    "Muon",
+    "MuonWithAuxAdam",
     "RadiusHinge",
     "RateScaling",
     "Relational",

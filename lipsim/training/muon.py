@@ -17,13 +17,13 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-class Muon(Optimizer):
+class MuonWithAuxAdam(Optimizer):
     """Muon for the matrices and kernels of a network, Adam for its biases and other vectors.
 
     The momentum of a matrix is replaced by the nearest orthogonal one, so that a step turns every direction alike
-    (Jordan et al. 2024, "Muon"). The layers here use of a matrix what is orthogonal in it, so a rate is about the angle
-    in radians by which a step turns the layer. A kernel ``(out, in, k, k)`` counts as the matrix ``(out, in·k·k)``.
-    Where to take it is in ``docs/training.md``.
+    (Jordan et al. 2024, "Muon"). ``torch.optim.Muon`` takes neither kernels nor vectors. The layers here use of a
+    matrix what is orthogonal in it, so a rate is about the angle in radians by which a step turns the layer. A kernel
+    ``(out, in, k, k)`` counts as the matrix ``(out, in·k·k)``. Where to take it is in ``docs/training.md``.
 
     Args:
         params: trainable parameters.

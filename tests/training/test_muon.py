@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lipsim.data import BuiltinTriplets, collate_triplets
 from lipsim.students import OrthogonalShiftNetwork
-from lipsim.training import Constant, FineTuning, Muon
+from lipsim.training import Constant, FineTuning, MuonWithAuxAdam
 from lipsim.training.muon import nearly_orthogonal
 
 
@@ -51,7 +51,7 @@ def test_a_step_is_as_pytorch_takes_it() -> None:
     torch.manual_seed(0)
     mine = nn.Linear(30, 20)
     theirs = copy.deepcopy(mine)
-    optimizer = Muon(mine.parameters(), lr=0.05, adam_lr=0.01, adam_betas=(0.8, 0.9))
+    optimizer = MuonWithAuxAdam(mine.parameters(), lr=0.05, adam_lr=0.01, adam_betas=(0.8, 0.9))
     others = [
         torch.optim.Muon([theirs.weight], lr=0.05, momentum=0.95, weight_decay=0.0),
         torch.optim.Adam([theirs.bias], lr=0.01, betas=(0.8, 0.9)),
@@ -76,7 +76,7 @@ def test_a_kernel_counts_as_a_matrix() -> None:
     kernel = nn.Parameter(torch.randn(4, 3, 2, 2))
     before = kernel.detach().clone()
     kernel.grad = torch.randn(4, 3, 2, 2)
-    Muon([kernel], lr=0.1, momentum=0.0).step()
+    MuonWithAuxAdam([kernel], lr=0.1, momentum=0.0).step()
     expected = before - 0.1 * nearly_orthogonal(kernel.grad.flatten(1)).view_as(kernel)
     torch.testing.assert_close(kernel.detach(), expected)
 
@@ -89,7 +89,7 @@ def test_what_has_no_gradient_stays_and_a_closure_is_called() -> None:
         loss.backward()
         return loss
 
-    assert Muon([used, unused]).step(closure) == 4
+    assert MuonWithAuxAdam([used, unused]).step(closure) == 4
     assert (used != 1).all() and (unused == 1).all()
 
 
@@ -104,9 +104,9 @@ def test_what_has_no_gradient_stays_and_a_closure_is_called() -> None:
 )
 def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Muon([nn.Parameter(torch.ones(2, 2))], **options)
+        MuonWithAuxAdam([nn.Parameter(torch.ones(2, 2))], **options)
     with pytest.raises(ValueError, match="without names or groups"):
-        Muon([{"params": []}])  # type: ignore[list-item]
+        MuonWithAuxAdam([{"params": []}])  # type: ignore[list-item]
 
 
 def _fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> FineTuning:
@@ -114,7 +114,7 @@ def _fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> FineTunin
     data = BuiltinTriplets("val", 12, image_size=16)
     loader = DataLoader(data, batch_size=4, collate_fn=collate_triplets)
     student = OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8)
-    stage = FineTuning(student, optimizer=Muon, schedule=Constant())
+    stage = FineTuning(student, optimizer=MuonWithAuxAdam, schedule=Constant())
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
