@@ -23,6 +23,7 @@ from students import seconds
 
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.training import CertifiedShare, MuonWithAuxAdam
+from lipsim.training.losses import PAIRS_PER_TRIPLET
 
 VARIANTS = {"triplets, Adam": (False, False), "pairs, Adam": (True, False), "pairs, Muon": (True, True)}
 
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--triplets", type=int, default=16384)
     options = parser.parse_args(arguments)
+    if options.images**2 > PAIRS_PER_TRIPLET * options.triplets:
+        parser.error(f"with more than {PAIRS_PER_TRIPLET} pairs of images a triplet the loss does without the pairs")
     torch.set_num_threads(options.threads)
     steps = {name: training_step(*variant, options) for name, variant in VARIANTS.items()}
     for step in steps.values():  # a warm-up

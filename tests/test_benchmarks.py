@@ -353,3 +353,6 @@ def test_steps_on_shared_batches_are_measured(capsys: pytest.CaptureFixture[str]
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| triplets, Adam", "| pairs, Adam", "| pairs, Muon"]
     assert rows[0].endswith("| 1 |") and all(float(row.split(" | ")[1]) > 0 for row in rows)
+    with pytest.raises(SystemExit):  # it would compare the same loss with itself
+        shared_batches.main([*sizes, "--images", "60"])
+    assert "without the pairs" in capsys.readouterr().err

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from lipsim.certificates import margin, signed_joint_radius, signed_reference_radius
 from lipsim.certificates.geometry import project
+from lipsim.certificates.numbers import check_constants
 from lipsim.utils.errors import LipsimError
 
 # Triplets over M images are few enough for the products of all pairs up to so many pairs a triplet.
-_PAIRS_PER_TRIPLET = 32
+PAIRS_PER_TRIPLET = 32
+_RELATIVE_ERROR = 1e-14  # of a difference of squares in float64, with room
 
 
 class TripletLoss(ABC):
@@ -54,14 +56,14 @@ class TripletLoss(ABC):
 
 
 class RadiusLoss(TripletLoss):
-    """A loss of the exact certified radius, which is negative where the vote is for the other candidate.
+    """A loss of the exact certified radius.
 
     The encoder counts as 1-Lipschitz here, which the layers see to; the audit's last digits do not matter in training.
     """
 
     @abstractmethod
     def of_radius(self, radius: Tensor, right_vote: Tensor, progress: float) -> Tensor:
-        """Scalar loss of radii ``(N,)``, positive where left is preferred."""
+        """Scalar loss of signed radii ``(N,)``: positive where left is preferred, and NaN where one is not known."""
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
         """Signed radii ``(N,)``: here those of the reference."""
@@ -69,7 +71,8 @@ class RadiusLoss(TripletLoss):
 
     def shared_radius(self, features: Tensor, ids: Tensor, anchor: float) -> Tensor:
         """The same of triplets over few images."""
-        if len(features) ** 2 > _PAIRS_PER_TRIPLET * len(ids):
+        own = type(self).radius is not RadiusLoss.radius  # a subclass has another one
+        if own or len(features) ** 2 > PAIRS_PER_TRIPLET * len(ids):
             return self.radius(*_arranged(features, ids), anchor)
         return _radius_by_pairs(features, ids, anchor)
 
@@ -82,8 +85,12 @@ class RadiusLoss(TripletLoss):
     def of_shared(
         self, features: Tensor, ids: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
     ) -> Tensor:
-        known = _is_known(features)[ids].all(1)
-        return self._loss(self.shared_radius(features, ids, anchor), known, right_vote, progress)
+        if type(self).__call__ is not RadiusLoss.__call__:
+            return super().of_shared(features, ids, right_vote, anchor, progress)
+        known = _is_known(features)
+        # In a product of all pairs an image of no triplet would make NaN of every gradient.
+        features = torch.where(known.unsqueeze(1), features, 0.0)
+        return self._loss(self.shared_radius(features, ids, anchor), known[ids].all(1), right_vote, progress)
 
     def _loss(self, radius: Tensor, known: Tensor, right_vote: Tensor, progress: float) -> Tensor:
         # Radii of what is not finite are 0, as a certificate has to have it; a loss must not call that a tie.
@@ -155,9 +162,6 @@ class JointRadiusHinge(RadiusHinge):
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
         return signed_joint_radius(z, z0, z1, anchor=anchor)
-
-    def shared_radius(self, features: Tensor, ids: Tensor, anchor: float) -> Tensor:
-        return self.radius(*_arranged(features, ids), anchor)
 
 
 class MarginHinge(TripletLoss):
@@ -274,16 +278,19 @@ def _radius_by_pairs(features: Tensor, ids: Tensor, anchor: float) -> Tensor:
     Two products of matrices take the place of a dozen passes over ``(N, D)``. In float64, since the distance of two
     projected images comes from a difference of squares here; where it is below its rounding error they count as equal.
     """
-    unit, constant = project(features.double(), anchor)
+    check_constants(anchor)
+    z = features.double()
+    unit, constant = project(z, anchor)
     reference, left, right = ids.unbind(1)
-    inner = features.double() @ unit.mT + anchor * constant
-    margin = inner[reference, left] - inner[reference, right]
+    inner = z @ unit.mT
+    along = inner[reference, left] - inner[reference, right] + anchor * (constant[left] - constant[right])
     gram = unit @ unit.mT
     norms = gram.diagonal()
-    squared = norms[left] + norms[right] - 2 * gram[left, right]
-    differs = squared > 1e-14
+    both = norms[left] + norms[right]
+    squared = both - 2 * gram[left, right]
+    differs = squared > _RELATIVE_ERROR * both.detach()
     slope = torch.where(differs, squared, 1.0).sqrt()
-    return (torch.where(differs, margin, 0.0) / slope).to(features.dtype)
+    return (torch.where(differs, along, 0.0) / slope).to(features.dtype)
 
 
 def _agreement(right_vote: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.certificates import signed_reference_radius
@@ -197,11 +200,53 @@ def test_pairs_of_images_that_are_nearly_equal(loss: TripletLoss) -> None:
     assert float((gradient - truth).norm() / truth.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e6])
+def test_pairs_of_small_and_large_features(size: float) -> None:
+    """Small ones are all near the anchor's direction, so that only what is equal to rounding counts as equal."""
+    features = (size * torch.randn(6, 5, dtype=torch.float64)).requires_grad_(True)
+    ids = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 4, 0]] * 5)
+    z, z0, z1 = features[ids].unbind(1)
+    radii = RadiusHinge().shared_radius(features, ids, 1.0), RadiusHinge().radius(z, z0, z1, 1.0)
+    assert (radii[0] - radii[1]).norm() < 1e-2 * radii[1].norm()
+    found, expected = (torch.autograd.grad(radius.sum(), features, retain_graph=True)[0] for radius in radii)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_candidates_that_differ_by_rounding_are_equal() -> None:
+    """Their distance is not known from squares; the triplet has radius 0, and no part in the gradient."""
+    features = torch.randn(3, 5, dtype=torch.float64)
+    features[2] = features[1] * (1 + 1e-13)
+    features.requires_grad_(True)
+    loss = CertifiedShare([0.0], temperature=1.0).of_shared(features, torch.tensor([[0, 1, 2]]), torch.zeros(1), 1.0)
+    assert loss.item() == 0.5
+    assert (torch.autograd.grad(loss, features)[0] == 0).all()
+
+
+class _HalvedRadius(RadiusHinge):
+    def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
+        return super().radius(z, z0, z1, anchor) / 2
+
+
+class _Shifted(CertifiedShare):
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        return 100 + super().__call__(*arguments, **options)
+
+
+@pytest.mark.parametrize("loss", [_HalvedRadius(2.0), _Shifted()])
+def test_a_loss_of_a_users_own_is_the_same_on_shared_images(loss: TripletLoss) -> None:
+    features, ids, votes = torch.randn(4, 3), torch.randint(4, (50, 3)), torch.zeros(50)
+    z, z0, z1 = features[ids].unbind(1)
+    assert loss.of_shared(features, ids, votes, 1.0) == loss(z, z0, z1, votes, 1.0)
+
+
 @pytest.mark.parametrize("loss", TRIPLET_LOSSES)
 def test_an_image_that_is_not_finite_is_seen_in_shared_batches(loss: TripletLoss) -> None:
     features = torch.randn(5, 4)
     features[3, 1] = torch.inf
+    features.requires_grad_(True)
     ids = torch.randint(3, (100, 3))
-    assert loss.of_shared(features, ids, torch.zeros(100), 1.0).isfinite()  # of no triplet
+    of_others = loss.of_shared(features, ids, torch.zeros(100), 1.0)  # the image is in no triplet
+    (gradient,) = torch.autograd.grad(of_others, features)
+    assert of_others.isfinite() and gradient.isfinite().all()
     ids[7, 2] = 3
     assert loss.of_shared(features, ids, torch.zeros(100), 1.0).isnan()

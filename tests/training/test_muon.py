@@ -47,7 +47,10 @@ def test_directions_that_a_gradient_lacks_stay_away() -> None:
 
 
 def test_a_step_is_as_pytorch_takes_it() -> None:
-    """On a matrix, against torch.optim.Muon, whose iterations are in bfloat16; on vectors, against torch.optim.Adam."""
+    """On a matrix, against torch.optim.Muon, whose iterations are in bfloat16; on vectors, against torch.optim.Adam.
+
+    On a wide matrix: on a tall one torch's step is longer by the root of rows over columns.
+    """
     torch.manual_seed(0)
     mine = nn.Linear(30, 20)
     theirs = copy.deepcopy(mine)
@@ -79,6 +82,60 @@ def test_a_kernel_counts_as_a_matrix() -> None:
     MuonWithAuxAdam([kernel], lr=0.1, momentum=0.0).step()
     expected = before - 0.1 * nearly_orthogonal(kernel.grad.flatten(1)).view_as(kernel)
     torch.testing.assert_close(kernel.detach(), expected)
+
+
+def test_vectors_of_any_shape_are_adams() -> None:
+    """Biases of SLL layers are rows: a step of Muon would have the same length whatever their gradient is."""
+    student = OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8)
+    matrices, vectors = (group["params"] for group in MuonWithAuxAdam(student.parameters()).param_groups)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in vectors} >= {"bias"}
+    assert not any("bias" in names[id(p)] for p in matrices) and len(matrices) == 7
+    one_row = nn.Parameter(torch.ones(1, 5, 1, 1))
+    one_row.grad = torch.full_like(one_row, 1e-3)
+    MuonWithAuxAdam([one_row], lr=10.0, adam_lr=0.1).step()
+    torch.testing.assert_close(one_row.detach(), torch.full((1, 5, 1, 1), 0.9), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-25, 1e-38])
+def test_vanishing_gradients_take_small_steps(scale: float) -> None:
+    matrix = scale * torch.randn(6, 9)
+    assert 0 <= nearly_orthogonal(matrix).norm() <= 5000 * scale / 1e-7  # five quintics take them up by 485
+
+
+def test_momentum_dies_out_without_gradients() -> None:
+    """As where every triplet is beyond the target of a hinge."""
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = MuonWithAuxAdam([weight], lr=0.1)
+    weight.grad = torch.randn(4, 4)
+    optimizer.step()
+    weight.grad = torch.zeros(4, 4)
+    for _ in range(2000):
+        optimizer.step()
+    before = weight.detach().clone()
+    optimizer.step()
+    assert torch.isfinite(before).all() and torch.equal(weight.detach(), before)
+
+
+def test_steps_are_in_full_precision() -> None:
+    """In TF32 the iterations of the Gram matrix leave their range."""
+    weight = nn.Parameter(torch.randn(4, 4))
+    weight.grad = torch.randn(4, 4)
+    seen = []
+    optimizer = MuonWithAuxAdam([weight])
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "lipsim.training.muon.nearly_orthogonal",
+                lambda matrix: (
+                    seen.append((torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu"))) or matrix
+                ),
+            )
+            optimizer.step()
+        assert seen == [("ieee", False)] and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def test_what_has_no_gradient_stays_and_a_closure_is_called() -> None:
