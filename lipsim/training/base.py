@@ -321,7 +321,8 @@ class Stage(EvaluationModule):
         yield text
         (optimizer,) = trainer.optimizers
         for configured, group in zip(self._configured_rates, optimizer.param_groups, strict=True):
-            text = f"learning rate: {configured:g} as configured"
+            of = f" of {len(group['params'])} parameters" if len(self._configured_rates) > 1 else ""
+            text = f"learning rate{of}: {configured:g} as configured"
             if self.rate_scaling is not None:
                 rule, reference = self.rate_scaling.rule, self.rate_scaling.reference_batch
                 text += f", scaled to {group['initial_lr']:g} ({rule}, for {reference} samples)"

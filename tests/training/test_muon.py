@@ -188,9 +188,11 @@ def _fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> FineTunin
     return stage
 
 
-def test_a_training_resumes_with_its_moments(tmp_path: Path) -> None:
+def test_a_training_resumes_with_its_moments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.set_num_threads(1)
-    whole = _fit(tmp_path / "whole", 2)
+    with caplog.at_level("INFO"):
+        whole = _fit(tmp_path / "whole", 2)
+    assert "learning rate of 7 parameters: 0.03" in caplog.text and "parameters: 0.002" in caplog.text
     _fit(tmp_path / "half", 1)
     resumed = _fit(tmp_path / "resumed", 2, tmp_path / "half" / "end.ckpt")
     for expected, found in zip(whole.parameters(), resumed.parameters(), strict=True):
