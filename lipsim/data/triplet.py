@@ -125,13 +125,24 @@ class SharedTriplet(Triplet):
         return self.arrange(encoder(self.distinct))
 
     def arrange(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return features[self.ids[:, 0]], features[self.ids[:, 1]], features[self.ids[:, 2]]
+        return arranged(features, self.ids)
 
     def map_images(self, function: Callable[[Tensor], Tensor]) -> SharedTriplet:
         return SharedTriplet(function(self.distinct), self.ids, self.right_vote, self.index)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(*map(function, (self.distinct, self.ids, self.right_vote, self.index)))
+
+
+def arranged(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``(M, …)`` of distinct images as those of references, left and right candidates, ``(N, …)`` each.
+
+    Args:
+        rows: what there is of each image, such as its features.
+        ids: ``(N, 3)`` int64, as in :class:`SharedTriplet`.
+    """
+    reference, left, right = ids.unbind(1)
+    return rows[reference], rows[left], rows[right]
 
 
 def collate_triplets(samples: list[Triplet]) -> Triplet:

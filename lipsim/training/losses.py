@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lipsim.certificates import margin, signed_joint_radius, signed_reference_radius
 from lipsim.certificates.geometry import project
 from lipsim.certificates.numbers import check_constants
+from lipsim.data.triplet import arranged
 from lipsim.utils.errors import LipsimError
 
 # Triplets over M images are few enough for the products of all pairs up to so many pairs a triplet.
@@ -45,7 +46,7 @@ class TripletLoss(ABC):
         self, features: Tensor, ids: Tensor, right_vote: Tensor, anchor: float, progress: float = 1.0
     ) -> Tensor:
         """The same loss of triplets over few images, with features ``(M, D)``, in rows ``ids``, ``(N, 3)`` of these."""
-        return self(*_arranged(features, ids), right_vote, anchor, progress)
+        return self(*arranged(features, ids), right_vote, anchor, progress)
 
     def weights(self, right_vote: Tensor) -> Tensor:
         """What each triplet counts in the mean, ``(N,)``: here 1, and 0 where the vote is tied.
@@ -73,7 +74,7 @@ class RadiusLoss(TripletLoss):
         """The same of triplets over few images."""
         own = type(self).radius is not RadiusLoss.radius  # a subclass has another one
         if own or len(features) ** 2 > PAIRS_PER_TRIPLET * len(ids):
-            return self.radius(*_arranged(features, ids), anchor)
+            return self.radius(*arranged(features, ids), anchor)
         return _radius_by_pairs(features, ids, anchor)
 
     def __call__(
@@ -265,11 +266,6 @@ class ScaleFree(DistillationLoss):
 
 def _is_known(features: Tensor) -> Tensor:
     return torch.isfinite(features).all(-1)
-
-
-def _arranged(features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    reference, left, right = ids.unbind(1)
-    return features[reference], features[left], features[right]
 
 
 def _radius_by_pairs(features: Tensor, ids: Tensor, anchor: float) -> Tensor:
