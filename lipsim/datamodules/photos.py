@@ -29,8 +29,8 @@ class PhotoData(TripletData):
     process holds the images in memory.
 
     Args:
-        root: folder that has train/ and val/; nothing is downloaded. Or a pack of it (``lipsim data pack
-            --frame square``).
+        root: folder that has train/ and val/, see :func:`lipsim.data.sets.labelled_folder.class_names`; nothing is
+            downloaded. Or a pack of it (``lipsim data pack --frame square``).
         image_size: side to which the centred square of each image is resized.
         batch_size: triplets in a batch of one process.
         num_train: training triplets.

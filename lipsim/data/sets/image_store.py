@@ -15,6 +15,7 @@ from lipsim.certificates.numbers import check_count
 from lipsim.data.embeddings.cache import COMMAND, EmbeddingCache
 from lipsim.data.pack import ImagePack, find_pack
 from lipsim.data.sets.folder import list_images
+from lipsim.data.sets.labelled_folder import class_names
 from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess, load_image
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import sha256
@@ -51,9 +52,12 @@ class ImageStore:
         return self.images[numbers].float() / 255
 
     def classes(self) -> Tensor:
-        """Number of the class of each image, the first folder on its path, ``(M,)`` int64."""
-        folders = np.array([name.split(b"/")[0] if b"/" in name else b"" for name in self.names.tolist()])
-        return torch.from_numpy(np.unique(folders, return_inverse=True)[1].astype(np.int64))
+        """Number of the class of each image, as :func:`lipsim.data.sets.labelled_folder.class_names` has it.
+
+        ``(M,)`` int64.
+        """
+        own = np.array(class_names(self.folder, [os.fsdecode(name) for name in self.names.tolist()]))
+        return torch.from_numpy(np.unique(own, return_inverse=True)[1].astype(np.int64))
 
     def embeddings(self, cache: EmbeddingCache, prefix: str) -> Tensor:
         """A teacher's embeddings of the images, ``(M, D)`` float32 of unit norm, from a cache of these very files.

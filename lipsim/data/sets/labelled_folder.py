@@ -1,4 +1,4 @@
-"""Image folders with a folder for each class, as torchvision's ``ImageFolder`` reads them."""
+"""Image folders with a folder for each class, as torchvision's ``ImageFolder`` reads them, or as tiny-imagenet is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import Digest
 from lipsim.utils.paths import user_path
 
+ANNOTATIONS = "val_annotations.txt"  # of tiny-imagenet: lines of an image of images/, its class, and a box
+
 
 class LabelledFolder:
     """The images of a folder ``{folder}/{class}/…/{image}``, numbered in the order of their names.
+
+    A folder with a file :data:`ANNOTATIONS`, such as val/ of tiny-imagenet, has its classes from there.
 
     Args:
         folder: their folder.
@@ -28,7 +32,8 @@ class LabelledFolder:
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
-        ValueError: images outside a folder of a class, or of a class that is none of ``classes``.
+        ValueError: images outside a folder of a class, of a class that is none of ``classes``, or that the annotations
+            do not name.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class LabelledFolder:
         self.folder, self.preprocess = user_path(folder), preprocess
         names = [os.fsdecode(bytes(name)) for name in list_images(self.folder).names]
         self.names = np.array(names)
-        own = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
+        own = class_names(self.folder, names)
         if "" in own:
             raise LipsimError(
                 f"expected images in folders of their classes, CLASS/IMAGE, got {names[own.index('')]} in {folder}"
@@ -62,9 +67,36 @@ class LabelledFolder:
     def fingerprint(self) -> str:
         """SHA-256 over the names and sizes of the files."""
         digest = Digest()
-        for name in self.names:
+        annotated = [ANNOTATIONS] if (self.folder / ANNOTATIONS).is_file() else []
+        for name in [*self.names, *annotated]:
             digest.add(f"{name!r} {(self.folder / str(name)).stat().st_size}\n")
         return digest.hexdigest()
+
+
+def class_names(folder: Path, names: Sequence[str]) -> list[str]:
+    """The class of each image under a folder: the first folder on its path, or what :data:`ANNOTATIONS` says.
+
+    An image that lies in no folder has the class "".
+
+    Raises:
+        ValueError: annotations that name an image not at all or twice, or lines of another form.
+    """
+    file = folder / ANNOTATIONS
+    if not file.is_file():
+        return [name.partition("/")[0] if "/" in name else "" for name in names]
+    classes: dict[str, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        image, _, rest = line.partition("\t")
+        of_class = rest.partition("\t")[0]
+        if not image or not of_class or image in classes:
+            raise LipsimError(f"expected lines of an image and its class in {file}, each image once, got {line!r}")
+        classes[image] = of_class
+    lacking = [name for name in names if Path(name).name not in classes]
+    if lacking:
+        raise LipsimError(
+            f"{file} names no class of {lacking[0]}, nor of {len(lacking) - 1} other images of {len(names)}"
+        )
+    return [classes[Path(name).name] for name in names]
 
 
 def to_8bit(images: Tensor) -> Tensor:

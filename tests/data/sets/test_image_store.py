@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lipsim.data import Preprocess
 from lipsim.data.embeddings.cache import CacheDescription, EmbeddingCache, write_shard
 from lipsim.data.sets import image_store
 from lipsim.data.sets.image_store import ImageStore, load_image_store
+from lipsim.data.sets.labelled_folder import LabelledFolder
 
 
 def write_cache(folder: Path, stores: dict[str, ImageStore], features: np.ndarray, **options: object) -> EmbeddingCache:
@@ -82,3 +84,43 @@ def test_embeddings_are_those_of_the_same_files(photos: Path, tmp_path: Path) ->
     changed = load_image_store(photos / "val", Preprocess(16))
     with pytest.raises(ValueError, match=r"class1/2.png is not the image whose embedding is in the cache"):
         changed.embeddings(cache, "val/")
+
+
+@pytest.fixture
+def annotated(photos: Path, tmp_path: Path) -> Path:
+    """The same pictures as tiny-imagenet has its validation part: in one folder, with their classes in a file."""
+    folder, lines = tmp_path / "val", []
+    (folder / "images").mkdir(parents=True)
+    for number, file in enumerate(sorted((photos / "train").glob("*/*.png"), key=lambda file: file.name)):
+        shutil.copy(file, folder / "images" / f"val_{number}.png")
+        lines.append(f"val_{number}.png\t{file.parent.name}\t0\t32\t44\t62\n")
+    (folder / "val_annotations.txt").write_text("".join(lines))
+    return folder
+
+
+def test_classes_come_from_annotations_where_there_are_some(photos: Path, annotated: Path) -> None:
+    store, plain = (load_image_store(folder, Preprocess(16)) for folder in (annotated, photos / "train"))
+    of_content = {
+        digest.numpy().tobytes(): number for digest, number in zip(plain.sha256, plain.classes(), strict=True)
+    }
+    expected = [int(of_content[digest.numpy().tobytes()]) for digest in store.sha256]
+    assert store.classes().tolist() == expected and expected != sorted(expected)
+    folder = LabelledFolder(annotated, Preprocess(16))
+    assert folder.classes == ["class0", "class1", "class2"] and folder.labels.tolist() == expected
+    before, file = folder.fingerprint(), annotated / "val_annotations.txt"
+    file.write_text(file.read_text().replace("class0", "a_class"))
+    assert LabelledFolder(annotated, Preprocess(16)).fingerprint() != before
+
+
+def test_annotations_name_every_image_once(annotated: Path) -> None:
+    file, store = annotated / "val_annotations.txt", load_image_store(annotated, Preprocess(16))
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[2:]))
+    with pytest.raises(
+        ValueError, match=r"val_annotations.txt names no class of images/val_0.png, nor of 1 other images of 12"
+    ):
+        store.classes()
+    for wrong in (lines[0], "val_0.png\n", "val_0.png class0\n", "\tclass0\n"):
+        file.write_text("".join([*lines, wrong]))
+        with pytest.raises(ValueError, match="expected lines of an image and its class"):
+            store.classes()
