@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from lipsim.utils.errors import LipsimError
 class MaxMin(LipschitzLayer):
     """Sort pairs of channels, ``(x_i, x_{i + C/2}) → (max, min)`` (Anil et al. 2019, GroupSort with groups of two).
 
-    A permutation of coordinates at every point, hence 1-Lipschitz and gradient-norm preserving.
+    A permutation of coordinates at every point, hence 1-Lipschitz and gradient-norm preserving. Where a pair is equal
+    the derivative is the identity on it.
 
     Raises:
         ValueError: an odd number of channels.
@@ -23,10 +25,50 @@ class MaxMin(LipschitzLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, …)`` with even C to the same shape."""
         first, second = _halves(x)
+        # What is recorded is of operations that others can run.
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if torch.is_grad_enabled() and x.requires_grad and not recorded:
+            sorted_pairs: Tensor = _SortedPairs.apply(x)
+            return sorted_pairs
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
 
     def lipschitz_bound(self) -> float:
         return 1.0
+
+
+class _SortedPairs(torch.autograd.Function):
+    """The same, with a backward pass of three operations where those of ``torch.maximum`` and ``torch.minimum`` have a
+    dozen, which took a third of a training step of the default student.
+    """  # noqa: D205
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        first, second = inputs[0].chunk(2, dim=1)
+        exchanged = first < second
+        ctx.save_for_backward(exchanged)
+        ctx.save_for_forward(exchanged)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _exchange(gradient, ctx.saved_tensors[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _exchange(tangent, ctx.saved_tensors[0])
+
+
+def _exchange(x: Tensor, where: Tensor) -> Tensor:
+    """Pairs of channels, exchanged where a mask says so: its own inverse."""
+    first, second = x.chunk(2, dim=1)
+    share = where.to(x.dtype)  # lerp is exact at 0 and 1, and several times faster than torch.where on a CPU
+    return torch.cat([torch.lerp(first, second, share), torch.lerp(second, first, share)], dim=1)
 
 
 class GroupSort(LipschitzLayer):

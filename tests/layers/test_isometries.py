@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from torch import Tensor
 
 from lipsim.layers import (
     ChannelPadding,
@@ -46,3 +50,46 @@ def test_activations_agree_with_torchlip() -> None:
         theirs.theta.uniform_(-3, 3)
         ours.angle.copy_(theirs.theta)
     torch.testing.assert_close(ours(x), -theirs(-x))  # it mirrors the other side of the line than the paper
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_sorted_pairs_are_those_of_maximum_and_minimum(dtype: torch.dtype) -> None:
+    x = torch.randn(64, 6, 3, dtype=dtype)
+    first, second = x.chunk(2, dim=1)
+    x = x[(first != second).flatten(1).all(1)]  # what is equal, as some of half precision are, is below
+    factor = torch.randn_like(x)
+
+    def gradient(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        found = function(leaf)
+        found.backward(factor)
+        assert leaf.grad is not None
+        return found.detach(), leaf.grad
+
+    def reference(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+
+    for got, expected in zip(gradient(MaxMin()), gradient(reference), strict=True):
+        assert got.dtype == dtype and torch.equal(got, expected)
+    each = torch.func.vmap(torch.func.grad(lambda x, f: (MaxMin()(x.unsqueeze(0))[0] * f).sum()))(x, factor)
+    assert torch.equal(each, gradient(reference)[1])
+
+
+def test_equal_pairs_pass_a_gradient_on_as_it_is() -> None:
+    x = torch.tensor([[1.0, 2.0, 1.0, 3.0]], requires_grad=True)
+    MaxMin()(x).backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert x.grad is not None and x.grad.tolist() == [[1.0, 4.0, 3.0, 2.0]]
+
+
+def test_not_a_number_stays_one_in_either_of_a_pair() -> None:
+    x = torch.tensor([[torch.nan, 1.0, 2.0, torch.nan]])
+    for given in (x, x.clone().requires_grad_()):
+        assert MaxMin()(given).isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_sorted_pairs_are_traced_as_plain_operations() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    traced = torch.jit.trace(MaxMin(), x)  # type: ignore[no-untyped-call]
+    assert "PythonOp" not in str(traced.graph) and torch.equal(traced(2 * x), MaxMin()(2 * x))
