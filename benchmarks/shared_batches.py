@@ -57,14 +57,18 @@ VARIANTS = {
 }
 
 
-def training_step(variant: Variant, options: argparse.Namespace) -> Callable[[], None]:
-    """A step of its own student; all variants get the same images and triplets."""
-    device = torch.device(options.device)
+def make_student(variant: Variant, options: argparse.Namespace) -> nn.Module:
+    """The default student; its weights are the same in all variants."""
     torch.manual_seed(0)
     student: nn.Module = OrthogonalShiftNetwork(options.image_size, options.features)
     if variant.plain_sorting:
         student = nn.Sequential(*(PlainMaxMin() if isinstance(layer, MaxMin) else layer for layer in student))
-    student = student.to(device).train()
+    return student.to(options.device).train()
+
+
+def training_step(variant: Variant, options: argparse.Namespace) -> Callable[[], None]:
+    """A step of its own student; all variants get the same images and triplets."""
+    device, student = torch.device(options.device), make_student(variant, options)
     images = torch.rand(options.images, 3, options.image_size, options.image_size, device=device)
     ids = torch.randint(options.images, (options.triplets, 3), device=device)
     votes = torch.randint(2, (options.triplets,), device=device).float()

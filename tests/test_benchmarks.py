@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lipsim.layers import OrthogonalLinear
+from lipsim.layers import MaxMin, OrthogonalLinear
 from lipsim.metric import PerceptualMetric
 from lipsim.results.benchmark import benchmark_tables
 from lipsim.results.runs import load_runs
@@ -353,6 +354,13 @@ def test_steps_on_shared_batches_are_measured(capsys: pytest.CaptureFixture[str]
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0][2:] for row in rows] == list(shared_batches.VARIANTS)
     assert rows[0].endswith("| 1 |") and all(float(row.split(" | ")[1]) > 0 for row in rows)
+    options = argparse.Namespace(image_size=16, features=8, device="cpu")
+    plain, own = (
+        shared_batches.make_student(variant, options) for variant in list(shared_batches.VARIANTS.values())[1:3]
+    )
+    sorting = [sum(isinstance(layer, MaxMin) for layer in student) for student in (plain, own)]
+    x = torch.rand(4, 3, 16, 16)
+    assert sorting[0] == 0 < sorting[1] and torch.equal(plain(x), own(x))
     with pytest.raises(SystemExit):  # it would compare the same loss with itself
         shared_batches.main([*sizes, "--images", "60"])
     assert "without the pairs" in capsys.readouterr().err

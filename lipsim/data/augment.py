@@ -138,7 +138,7 @@ def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
     move = 2 * MAX_SHIFT * numbers[3:]  # the coordinates of a grid run from -1 to 1
     rows = torch.stack([mirror * cosine, -sine, move[0], mirror * sine, cosine, move[1]], dim=1)
     grid = F.affine_grid(rows.view(-1, 2, 3).to(images), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp_(0, 1)
 
 
 def augmented(batch: Triplet, keys: Tensor, shared_key: int) -> Triplet:

@@ -16,8 +16,9 @@ from lipsim.utils.paths import user_path
 class LabelledFolderData(TripletData):
     """Images with labels: a gallery to search in and queries to search with, ``PART/CLASS/…/IMAGE``.
 
-    It is for :class:`lipsim.callbacks.CertifyRetrieval`; nothing is trained on it. The classes are the folders of the
-    gallery. No query is in the gallery: the parts are different folders.
+    It is for :class:`lipsim.callbacks.CertifyRetrieval`; nothing is trained on it. The classes are those of the
+    gallery, see :class:`lipsim.data.sets.labelled_folder.LabelledFolder`. No query is in the gallery: the parts are
+    different folders.
 
     Args:
         root: folder that has both parts; nothing is downloaded.

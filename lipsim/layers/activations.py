@@ -15,8 +15,8 @@ from lipsim.utils.errors import LipsimError
 class MaxMin(LipschitzLayer):
     """Sort pairs of channels, ``(x_i, x_{i + C/2}) → (max, min)`` (Anil et al. 2019, GroupSort with groups of two).
 
-    A permutation of coordinates at every point, hence 1-Lipschitz and gradient-norm preserving. Where a pair is equal
-    the derivative is the identity on it.
+    A permutation of coordinates at every point, hence 1-Lipschitz and gradient-norm preserving. A backward pass takes
+    the identity where a pair is equal; compiled code and forward derivatives average there, as torch's maximum does.
 
     Raises:
         ValueError: an odd number of channels.
@@ -67,7 +67,10 @@ class _SortedPairs(torch.autograd.Function):
 def _exchange(x: Tensor, where: Tensor) -> Tensor:
     """Pairs of channels, exchanged where a mask says so: its own inverse."""
     first, second = x.chunk(2, dim=1)
-    share = where.to(x.dtype)  # lerp is exact at 0 and 1, and several times faster than torch.where on a CPU
+    if x.device.type != "cpu":
+        return torch.cat([torch.where(where, second, first), torch.where(where, first, second)], dim=1)
+    # On a CPU exact at 0 and 1, for what is finite, and several times faster than torch.where.
+    share = where.to(x.dtype)
     return torch.cat([torch.lerp(first, second, share), torch.lerp(second, first, share)], dim=1)
 
 

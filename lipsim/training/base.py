@@ -41,7 +41,10 @@ from lipsim.training.schedules import Schedule
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_safetensors
 
-DIVERGED = "resume from the last checkpoint with a lower rate (--model.optimizer.lr) or --trainer.gradient_clip_val 1"
+DIVERGED = (
+    "resume from the last checkpoint with a lower rate (--model.optimizer.lr; Muon has an adam_lr besides) or "
+    "--trainer.gradient_clip_val 1"
+)
 _RESIZE, _FRAMING, _PLACE = "lipsim-resize", "lipsim-framing", "lipsim-place"  # keys in a checkpoint
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

@@ -92,4 +92,5 @@ def test_not_a_number_stays_one_in_either_of_a_pair() -> None:
 def test_sorted_pairs_are_traced_as_plain_operations() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     traced = torch.jit.trace(MaxMin(), x)  # type: ignore[no-untyped-call]
-    assert "PythonOp" not in str(traced.graph) and torch.equal(traced(2 * x), MaxMin()(2 * x))
+    assert "^" not in str(traced.graph)  # how a function of Python is printed
+    assert torch.equal(traced(2 * x), MaxMin()(2 * x))

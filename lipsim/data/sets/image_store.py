@@ -49,7 +49,7 @@ class ImageStore:
 
     def floats(self, numbers: Tensor) -> Tensor:
         """Some of the images, ``(N, 3, S, S)`` float32 in [0, 1]."""
-        return self.images[numbers].float() / 255
+        return self.images[numbers].float().div_(255)
 
     def classes(self) -> Tensor:
         """Number of the class of each image, as :func:`lipsim.data.sets.labelled_folder.class_names` has it.

@@ -22,7 +22,7 @@ ANNOTATIONS = "val_annotations.txt"  # of tiny-imagenet: lines of an image of im
 class LabelledFolder:
     """The images of a folder ``{folder}/{class}/…/{image}``, numbered in the order of their names.
 
-    A folder with a file :data:`ANNOTATIONS`, such as val/ of tiny-imagenet, has its classes from there.
+    Images in images/ beside a file :data:`ANNOTATIONS`, as in val/ of tiny-imagenet, have their classes from there.
 
     Args:
         folder: their folder.
@@ -65,38 +65,55 @@ class LabelledFolder:
         return torch.cat([to_8bit(self.load([i])) for i in range(len(self))])
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and sizes of the files."""
+        """SHA-256 over the names and sizes of the files, and their classes where these are no folders."""
         digest = Digest()
-        annotated = [ANNOTATIONS] if (self.folder / ANNOTATIONS).is_file() else []
-        for name in [*self.names, *annotated]:
+        for name in self.names:
             digest.add(f"{name!r} {(self.folder / str(name)).stat().st_size}\n")
+        if (annotated := _annotations(self.folder)) is not None:
+            digest.add(repr(sorted(annotated.items())))
         return digest.hexdigest()
 
 
 def class_names(folder: Path, names: Sequence[str]) -> list[str]:
-    """The class of each image under a folder: the first folder on its path, or what :data:`ANNOTATIONS` says.
+    """The class of each image under a folder: the first folder on its path, and "" of an image that lies in none.
 
-    An image that lies in no folder has the class "".
+    Of images/NAME it is what :data:`ANNOTATIONS` says, where the folder has that file.
 
     Raises:
-        ValueError: annotations that name an image not at all or twice, or lines of another form.
+        ValueError: annotations that do not name an image, or name one twice, lines of another form, or a class that
+            could not be the name of a folder.
     """
-    file = folder / ANNOTATIONS
-    if not file.is_file():
-        return [name.partition("/")[0] if "/" in name else "" for name in names]
-    classes: dict[str, str] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        image, _, rest = line.partition("\t")
-        of_class = rest.partition("\t")[0]
-        if not image or not of_class or image in classes:
-            raise LipsimError(f"expected lines of an image and its class in {file}, each image once, got {line!r}")
-        classes[image] = of_class
-    lacking = [name for name in names if Path(name).name not in classes]
+    annotated = _annotations(folder)
+    own = [name.partition("/")[0] if "/" in name else "" for name in names]
+    if annotated is None:
+        return own
+    lacking = [name for name in names if _is_annotated(name) and name not in annotated]
     if lacking:
-        raise LipsimError(
-            f"{file} names no class of {lacking[0]}, nor of {len(lacking) - 1} other images of {len(names)}"
-        )
-    return [classes[Path(name).name] for name in names]
+        others = f"{len(lacking) - 1} other images of {len(names)}"
+        raise LipsimError(f"{folder / ANNOTATIONS} names no class of {lacking[0]}, nor of {others}")
+    return [annotated[name] if _is_annotated(name) else of_folder for name, of_folder in zip(names, own, strict=True)]
+
+
+def _is_annotated(name: str) -> bool:
+    return name.startswith("images/") and name.count("/") == 1
+
+
+def _annotations(folder: Path) -> dict[str, str] | None:
+    """Classes of images/NAME; None: there is no such file."""
+    file, classes = folder / ANNOTATIONS, dict[str, str]()
+    if not file.is_file():
+        return None
+    # As names of files are read, which need not be in UTF-8.
+    for line in file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"):
+        if not line.strip():
+            continue
+        image, of_class, *_ = [*(field.strip() for field in line.split("\t")), ""]
+        # Classes become names of folders, where sets of images are written.
+        is_folder = bool(of_class) and not of_class.startswith(".") and not set(of_class) & set("/\\\0")
+        if not image or not is_folder or f"images/{image}" in classes:
+            raise LipsimError(f"expected lines of an image and its class in {file}, each image once, got {line!r}")
+        classes[f"images/{image}"] = of_class
+    return classes
 
 
 def to_8bit(images: Tensor) -> Tensor:

@@ -108,8 +108,20 @@ def test_classes_come_from_annotations_where_there_are_some(photos: Path, annota
     folder = LabelledFolder(annotated, Preprocess(16))
     assert folder.classes == ["class0", "class1", "class2"] and folder.labels.tolist() == expected
     before, file = folder.fingerprint(), annotated / "val_annotations.txt"
-    file.write_text(file.read_text().replace("class0", "a_class"))
-    assert LabelledFolder(annotated, Preprocess(16)).fingerprint() != before
+    first, second = file.read_text().splitlines(keepends=True)[:2]
+    exchanged = file.read_text().replace(first, first.replace("class0", "class1"), 1)
+    file.write_text(exchanged.replace(second, second.replace("class1", "class0"), 1))
+    assert (again := LabelledFolder(annotated, Preprocess(16))).fingerprint() != before
+    assert again.labels.bincount().tolist() == [4, 4, 4] and again.labels.tolist() != expected
+
+
+def test_annotations_are_of_images_alone(photos: Path, annotated: Path) -> None:
+    shutil.copytree(photos / "train" / "class1", annotated / "class1")
+    file = annotated / "val_annotations.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")  # as editors leave them
+    folder = LabelledFolder(annotated, Preprocess(16))
+    assert folder.classes == ["class0", "class1", "class2"] and folder.labels.bincount().tolist() == [4, 8, 4]
+    assert {name for name in folder.names if name.startswith("class1/")} == {f"class1/{i}.png" for i in range(4)}
 
 
 def test_annotations_name_every_image_once(annotated: Path) -> None:
@@ -120,7 +132,8 @@ def test_annotations_name_every_image_once(annotated: Path) -> None:
         ValueError, match=r"val_annotations.txt names no class of images/val_0.png, nor of 1 other images of 12"
     ):
         store.classes()
-    for wrong in (lines[0], "val_0.png\n", "val_0.png class0\n", "\tclass0\n"):
+    wrongs = [lines[0], "a.png\n", "a.png class0\n", "\tclass0\n"]
+    for wrong in [*wrongs, "a.png\t../class0\n", "a.png\t/class0\n", "a.png\t.class0\n"]:  # sets are written there
         file.write_text("".join([*lines, wrong]))
         with pytest.raises(ValueError, match="expected lines of an image and its class"):
             store.classes()
