@@ -24,16 +24,25 @@ from lipsim.data.triplet import collate_triplets
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric, TiledMetric
 from lipsim.metric.smoothed import SmoothedMetric
-from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork, TorchlipNetwork
+from lipsim.students import (
+    OrthogonalProjection,
+    OrthogonalShiftNetwork,
+    ScatteringNetwork,
+    ScatteringTransform,
+    SLLNetwork,
+    TorchlipNetwork,
+)
 from lipsim.utils.precision import full_precision
 from lipsim.utils.sampling import sample_normal
 
 PART = "certificates"
 PLAIN = "as torch has it"
-BUNDLED = ("quickstart", "photos")
+BUNDLED = ("quickstart", "photos", "scattering")
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "OrthogonalShiftNetwork": lambda: OrthogonalShiftNetwork(32, 64, grid=4, widths=(32, 64), depths=(1, 1)),
     "OrthogonalProjection": lambda: OrthogonalProjection(32, 64),
+    "ScatteringTransform": lambda: ScatteringTransform(32),
+    "ScatteringNetwork": lambda: ScatteringNetwork(32, 64, widths=(32, 64), depths=(1, 1), linear_width=64),
     "SLLNetwork": lambda: SLLNetwork(32, 64, channels=16, depth=2, linear_depth=1, linear_width=64),
     "TorchlipNetwork": lambda: TorchlipNetwork(32, 64, blocks=(4, 2), depths=(1, 1), widths=(32, 64)),
 }

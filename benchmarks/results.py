@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from results_data import DATA, check_data, load_task, prepare, task_names
 from results_measures import declare, measure, passes
-from results_rows import ROWS, TUNED_ROW, Context, row_folder
+from results_rows import ROWS, TUNED_ROW, UNTRAINED_ROWS, Context, row_folder
 
 import lipsim
 from lipsim.cli.parser import OneLineParser, natural_int, one_line_errors, positive_int
@@ -69,7 +69,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
             if builtin and TUNED_ROW not in chosen and any(row.startswith(("lipsim", "ours")) for row in chosen):
                 chosen.insert(0, TUNED_ROW)
             # What is not trained is the same with every seed but for its attacks.
-            still = ("pixel", "ssim") if builtin else ("pixel", "ssim", TUNED_ROW)
+            still = UNTRAINED_ROWS if builtin else (*UNTRAINED_ROWS, TUNED_ROW)
             parts += [Part(task, row, seed) for row in chosen if seed == options.seeds[0] or row not in still]
     return sorted(parts, key=lambda part: (part.row != TUNED_ROW, options.seeds.index(part.seed)))
 

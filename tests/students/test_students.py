@@ -14,8 +14,15 @@ from lipsim import audit
 from lipsim.audit.lower_bounds import attack_lipschitz
 from lipsim.layers import freeze
 from lipsim.metric import save
-from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork, TorchlipNetwork
-from lipsim.students.orthogonal_shift import _cosines, _lowest_frequencies
+from lipsim.students import (
+    OrthogonalProjection,
+    OrthogonalShiftNetwork,
+    ScatteringNetwork,
+    ScatteringTransform,
+    SLLNetwork,
+    TorchlipNetwork,
+)
+from lipsim.students.stages import _cosines, _lowest_frequencies
 
 STUDENTS: dict[str, Callable[[int, int], nn.Module]] = {
     "published": lambda size, features: SLLNetwork(
@@ -24,6 +31,7 @@ STUDENTS: dict[str, Callable[[int, int], nn.Module]] = {
     "torchlip": lambda size, features: TorchlipNetwork(size, features, (4, 2), (1, 2), (16, 32)),
     "default": OrthogonalShiftNetwork,
     "linear": OrthogonalProjection,
+    "scattering": lambda size, features: ScatteringNetwork(size, features, widths=(16, 32), linear_width=8),
 }
 
 
@@ -102,6 +110,22 @@ def test_the_default_student_takes_any_image_size(size: int) -> None:
     assert student(torch.rand(1, 3, size, size)).shape == (1, 6)
 
 
+@pytest.mark.parametrize("size", [16, 32, 41])
+def test_scattering_without_training_is_a_metric(size: int, tmp_path: Path) -> None:
+    student = ScatteringTransform(size)
+    metric = lipsim.PerceptualMetric(student, size).eval()
+    x = torch.rand(3, 3, size, size)
+    assert metric.embed(x).shape == (3, student.out_features)
+    loaded = lipsim.load(save(metric, tmp_path / "scattering.safetensors"))
+    assert torch.equal(loaded.embed(x), metric.embed(x))
+    assert 0.99 < loaded.lipschitz < 1 + 1e-6
+    assert loaded.feature_error > 1e-8
+    exact = lipsim.load(tmp_path / "scattering.safetensors").double()  # windows have a dtype, if no weights do
+    assert exact.dtype == torch.float64 and exact.feature_error < 1e-12
+    with pytest.raises(ValueError, match=r"images in torch\.float64, as the weights are"):
+        exact.embed(x)
+
+
 def test_the_default_student_preserves_the_norm_of_smooth_images() -> None:
     """What it starts as keeps low frequencies, and all of the length of those it keeps."""
     student = OrthogonalShiftNetwork(64, 3072, linear_depth=0, depths=(0, 0))
@@ -148,6 +172,9 @@ def test_blocks_see_their_neighbours() -> None:
         (lambda: OrthogonalShiftNetwork(64, 8, widths=(7,), depths=(1,)), "even widths"),
         (lambda: OrthogonalShiftNetwork(64, 8, widths=(8,), depths=(1, 2)), "one length"),
         (lambda: OrthogonalShiftNetwork(64, 8, widths=(), depths=()), "one stage at least"),
+        (lambda: ScatteringNetwork(64, 4000), "at most 3072 out_features"),
+        (lambda: ScatteringNetwork(64, 8, grid=9), "a grid that 2 stages divide, got 9"),
+        (lambda: ScatteringNetwork(64, 8, widths=(7,), depths=(1,)), "even widths"),
         (lambda: TorchlipNetwork(64, 8, (4,), (1,), (7,)), "even widths"),
         (lambda: TorchlipNetwork(64, 8, (4,), (1, 1), (8,)), "one length"),
         (lambda: TorchlipNetwork(50, 8), "divide one after another"),

@@ -27,6 +27,7 @@ from lipsim.evaluation.verify.claims import (
 from lipsim.evaluation.verify.controls import Control, linear_controls, mutant_controls
 from lipsim.evaluation.verify.tight import tight_controls
 from lipsim.layers import exact_copy
+from lipsim.layers.encoder import first_weight
 from lipsim.metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
@@ -229,7 +230,8 @@ def _deployed(metric: PerceptualMetric, images: tuple[Tensor, ...], outcomes: li
 
     Without a ``feature_error`` a metric certifies exact arithmetic only, which the outcomes are about.
     """
-    dtype = next((p.dtype for p in metric.parameters()), torch.float64)
+    weight = first_weight(metric)
+    dtype = torch.float64 if weight is None else weight.dtype
     if not metric.feature_error and dtype != torch.float64:
         return []
     certificate = metric.certify(*(t.to(dtype) for t in images))
