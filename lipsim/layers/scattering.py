@@ -26,9 +26,10 @@ class Scattering(LipschitzLayer):
 
     It is 1-Lipschitz because nothing in it expands: squared windows, that of the low-pass included, add up to at most 1
     (but for their rounding, which the bound counts) at every pair of opposite frequencies, which real images weigh
-    alike, and neither modulus nor mean lengthens a difference. A wavelet is a window in frequency around its centre, cut to a block of the spectrum; the inverse
-    transform of the block alone is the filtered image, sampled and shifted in frequency, which the modulus does not
-    see. So coarse wavelets cost little, and Parseval's identity holds for each of them to the last digit.
+    alike, and neither modulus nor mean lengthens a difference. A wavelet is a window in frequency around its centre,
+    cut to a block of the spectrum; the inverse transform of the block alone is the filtered image, sampled and shifted
+    in frequency, which the modulus does not see. So coarse wavelets cost little, and Parseval's identity holds for each
+    of them to the last digit.
 
     Args:
         image_size: side ``S``; other sizes are refused, the bound is for this one.
