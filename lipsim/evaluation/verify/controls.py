@@ -27,7 +27,7 @@ from lipsim.evaluation.verify.claims import (
     retrieval_claims,
 )
 from lipsim.layers import exact_copy
-from lipsim.layers.base import FoldedLayer
+from lipsim.layers.base import FoldedLayer, LipschitzLayer
 from lipsim.metric import PerceptualMetric
 from lipsim.students import OrthogonalProjection
 
@@ -234,12 +234,15 @@ def _scaled(metric: PerceptualMetric) -> tuple[nn.Module, str]:
     """The encoder with the weights of one layer times 1.05, the one that the audit notices most, and its name."""
     best, name, most = None, "", -math.inf
     for path, layer in metric.encoder.named_modules():
-        if not isinstance(layer, FoldedLayer | nn.Linear | nn.Conv2d):
+        if not isinstance(layer, FoldedLayer | nn.Linear | nn.Conv2d) and not _fixed_weights(layer):
             continue
         encoder = exact_copy(metric.encoder)
         part = encoder.get_submodule(path) if path else encoder
         if isinstance(part, FoldedLayer):
             part.pin(tuple(1.05 * weight for weight in part.weights()))
+        elif fixed := _fixed_weights(part):
+            for weight in fixed:
+                weight.mul_(1.05)
         else:
             part.weight.mul_(1.05)  # type: ignore[operator]
         try:
@@ -251,3 +254,10 @@ def _scaled(metric: PerceptualMetric) -> tuple[nn.Module, str]:
         if audited >= 1.04 * metric.lipschitz:
             break
     return (metric.encoder, "no layer with weights") if best is None else (best, name)
+
+
+def _fixed_weights(layer: nn.Module) -> list[Tensor]:
+    """What a layer of this package multiplies by and nothing trains, such as wavelets."""
+    if not isinstance(layer, LipschitzLayer) or any(True for _ in layer.parameters()):
+        return []
+    return [buffer for buffer in layer.buffers(recurse=False) if buffer.is_floating_point()]

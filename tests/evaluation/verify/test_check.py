@@ -22,9 +22,10 @@ from lipsim.cli.main import main
 from lipsim.data import Triplet
 from lipsim.data.registry import sample_triplets
 from lipsim.evaluation.verify import Verification, verify
-from lipsim.evaluation.verify.controls import linear_controls
+from lipsim.evaluation.verify.controls import linear_controls, mutant_controls
+from lipsim.layers import exact_copy
 from lipsim.metric import save
-from lipsim.students import OrthogonalProjection, SLLNetwork, TorchlipNetwork
+from lipsim.students import OrthogonalProjection, ScatteringTransform, SLLNetwork, TorchlipNetwork
 from lipsim.teachers import SmallViT
 
 KINDS = ("reference", "left", "right", "joint", "distance", "threshold", "retrieval", "pixels")
@@ -44,6 +45,13 @@ def no_controls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _check(metric: PerceptualMetric, triplets: Triplet, steps: int = 4, polish: int = 6) -> Verification:
     return verify(metric, triplets, steps=steps, polish=polish)
+
+
+def test_a_metric_that_nothing_trains_has_its_fixed_weights_enlarged(two: Triplet) -> None:
+    metric = PerceptualMetric(exact_copy(ScatteringTransform(16, 4, orientations=3)), 16)
+    images = (two.reference.double(), two.left.double(), two.right.double())
+    scaled = mutant_controls(metric, images)[0]
+    assert scaled.name == "Scattering 1 × 1.05" and scaled.caught and "audit, 1.05" in scaled.evidence
 
 
 def test_a_linear_metric_is_sound_and_tight(two: Triplet) -> None:
