@@ -258,6 +258,6 @@ def _scaled(metric: PerceptualMetric) -> tuple[nn.Module, str]:
 
 def _fixed_weights(layer: nn.Module) -> list[Tensor]:
     """What a layer of this package multiplies by and nothing trains, such as wavelets."""
-    if not isinstance(layer, LipschitzLayer) or any(True for _ in layer.parameters()):
+    if not isinstance(layer, LipschitzLayer) or next(layer.parameters(), None) is not None:
         return []
     return [buffer for buffer in layer.buffers(recurse=False) if buffer.is_floating_point()]
