@@ -86,8 +86,8 @@ def check_range(images: Tensor, where: str = "", *, signed: bool = False) -> Non
     """
     if not images.numel() or torch.compiler.is_compiling():
         return
-    # One transfer from the device.
-    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+    # One transfer from the device; under the transforms of torch.func, torch 2.9 has item() and no tolist().
+    low, high = (end.item() for end in torch.stack(torch.aminmax(images.detach())).cpu())
     if low >= -signed - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE:
         if signed and low >= 0:
             warnings.warn(

@@ -53,10 +53,10 @@ def _tiff(side: int, bits: int, *, tile: int = 0, channels: int = 1) -> bytes:
 
 
 def _webp() -> bytes:
-    """The canvas of an extended file; no other header of WebP has more than 16,383 pixels a side, either."""
-    side = (16_382).to_bytes(3, "little")
-    extended = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + 2 * side
-    return b"RIFF" + struct.pack("<I", 108) + extended + _saved("WEBP")[12:]
+    """Small frames on a large canvas; no other header of WebP has more than 16,383 pixels a side, either."""
+    frames = _saved("WEBP", save_all=True, append_images=[Image.new("RGB", (48, 40), "blue")])
+    canvas = b"".join((side - 1).to_bytes(3, "little") for side in (48, 40))
+    return frames.replace(canvas, 2 * (16_382).to_bytes(3, "little"), 1)
 
 
 GRAY16 = Image.fromarray(np.full((40, 48), 3000, np.uint16))
