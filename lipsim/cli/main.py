@@ -37,6 +37,7 @@ COMMANDS = {
     "export": "a metric for other runtimes: folded safetensors, ONNX or torch.export",
     "demo": "a page in the browser: an answer, its certificate, and an attack on it",
     "data": "check a data set on disk, or pack its images: decoded and resized once",
+    "combine": "one metric out of two, without training",
     "convert": "a published LipSim checkpoint becomes a metric of this package",
 }
 # These read all that follows by a parser of their own, LightningCLI's: options by the hundred, named by classes.

@@ -1,5 +1,6 @@
 """The perceptual metric: distances with certificates, and the files that hold it."""
 
+from lipsim.metric.combinations import average_weights, join
 from lipsim.metric.comparisons import Comparison, FileDistance, SameCertificate, compare_files, rank_files, same_files
 from lipsim.metric.distance import Distance
 from lipsim.metric.encoders import register_encoder
@@ -29,8 +30,10 @@ __all__ = [
     "SmoothedMetric",
     "Threshold",
     "TiledMetric",
+    "average_weights",
     "certify_files",
     "compare_files",
+    "join",
     "load",
     "original_radii",
     "rank_files",

@@ -14,6 +14,7 @@ from lipsim.utils.errors import LipsimError
 # Each with its room, which is loaded when a file names it: some take seconds to import.
 _OURS = {
     "FoldedNetwork": "lipsim.students",
+    "JoinedEncoder": "lipsim.metric.combinations",
     "OrthogonalProjection": "lipsim.students",
     "OrthogonalShiftNetwork": "lipsim.students",
     "SLLNetwork": "lipsim.students",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+from torch import nn
+
 from lipsim.layers.base import FoldedLayer
+from lipsim.metric.combinations import JoinedEncoder
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.tiles import TiledMetric
 from lipsim.students import FoldedNetwork
@@ -13,7 +16,7 @@ from lipsim.utils.files import state_fingerprint
 
 
 def folded_copy(metric: PerceptualMetric) -> PerceptualMetric:
-    """A copy whose encoder is a :class:`lipsim.students.FoldedNetwork`: convolutions and matrices, explicitly.
+    """A copy whose encoder is a :class:`lipsim.students.FoldedNetwork`, or two: convolutions and matrices, explicitly.
 
     What :func:`lipsim.metric.save` writes of it is loaded without deriving a weight, needs no package that derived
     them, and holds the very numbers that were folded here: other machines fold the same parameters to other last
@@ -28,9 +31,15 @@ def folded_copy(metric: PerceptualMetric) -> PerceptualMetric:
         tiled.threshold, tiled.notes = metric.threshold, dict(metric.notes)
         return tiled
     copy = deepcopy(metric).requires_grad_(False).eval()
-    if any(isinstance(module, FoldedLayer) for module in metric.encoder.modules()):
-        copy.encoder = FoldedNetwork.from_encoder(copy.encoder)
+    copy.encoder = _folded(copy.encoder)
     return copy
+
+
+def _folded(encoder: nn.Module) -> nn.Module:
+    if isinstance(encoder, JoinedEncoder):
+        return encoder.of(_folded(encoder.first), _folded(encoder.second))
+    derives = any(isinstance(module, FoldedLayer) for module in encoder.modules())
+    return FoldedNetwork.from_encoder(encoder) if derives else encoder
 
 
 def notes_on_folding(metric: PerceptualMetric) -> dict[str, Any]:
