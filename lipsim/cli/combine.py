@@ -6,7 +6,7 @@ import argparse
 
 from lipsim.cli.parser import metric_file, share
 from lipsim.metric import load, save
-from lipsim.metric.combinations import average_weights, join
+from lipsim.metric.combinations import average_weights, checked_share, join
 from lipsim.metric.files import read_facts
 from lipsim.utils.progress import Progress
 
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    checked_share(options.share)
     with Progress("combining"):
         facts = [read_facts(name) for name in (options.first, options.second)]
         combine = average_weights if options.weights else join

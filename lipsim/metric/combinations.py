@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lipsim.audit import UnboundedModuleError
 from lipsim.certificates.numbers import check_number
-from lipsim.layers import OrthogonalLinear, OrthogonalPatches, ParallelMixing, freeze
+from lipsim.layers import OrthogonalLinear, OrthogonalPatches, ParallelMixing, evaluation_mode, freeze
 from lipsim.layers.encoder import declared_image_size
 from lipsim.metric.encoders import encoder_class, encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.tiles import TiledMetric
+from lipsim.students import FoldedNetwork
+from lipsim.teachers.lora_tuning import merged
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
+
+# Joins of joins: a file may ask for any number, and each is audited with all that is in it.
+DEEPEST = 8
 
 
 def join(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) -> PerceptualMetric:
@@ -33,11 +39,13 @@ def join(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) 
         share: ``s`` in (0, 1), of the second.
 
     Returns:
-        A metric with weights of its own, frozen; without a bound where one of the two has none.
+        A metric with weights of its own, frozen. Its bound is audited, or follows from the two's where these are
+        declared; without one where one of the two has none. It covers as much rounding as the two do.
 
     Raises:
-        ValueError: metrics of other images than each other's or of tiles, in other dtypes or on other devices, an
-            encoder of a class that no file can name, or a share out of range.
+        ValueError: metrics of other images than each other's or of tiles, in other dtypes or in half precision, on
+            other devices, an encoder of a class that no file can name or that changes its input in place, or a share
+            out of range.
 
     Example:
         >>> import lipsim
@@ -45,17 +53,26 @@ def join(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) 
         >>> f"{both.lipschitz:.4f}", both.embed(torch.rand(2, 3, 64, 64)).shape
         ('1.0000', torch.Size([2, 6592]))
     """
+    share = checked_share(share)
     _check_alike(first, second)
+    for metric in (first, second):
+        _check_keeps_input(metric)
     encoder = JoinedEncoder(deepcopy(first.encoder), deepcopy(second.encoder), share)
     encoder.to(first.device, first.dtype)
-    return _metric_like(first, encoder, bounded=first.has_bound and second.has_bound)
+    if not (first.has_bound and second.has_bound):
+        return _metric_like(first, encoder, math.inf)
+    error = encoder.combine([first.feature_error, second.feature_error])
+    try:
+        return _metric_like(first, encoder, None, error)
+    except UnboundedModuleError:
+        return _metric_like(first, encoder, encoder.combine([first.lipschitz, second.lipschitz]), error)
 
 
 def average_weights(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) -> PerceptualMetric:
     """One network with the mean of two networks' weights, ``(1 − s)·θ₁ + s·θ₂`` (Wortsman et al. 2022, "Model soups").
 
-    Useful between two stages of one training, or two that continue the same one: with a share of each it is often
-    better than either, at the cost of one. Of orthogonal layers the matrices count that their parameters stand for, and
+    For two stages of one training, or two that continue the same one: a dial between them, at the cost of one network.
+    Of orthogonal layers the matrices count that their parameters stand for, and
     the mean of two is the orthonormal matrix nearest to their arithmetic mean, so that no layer shrinks what it keeps.
 
     Args:
@@ -67,8 +84,10 @@ def average_weights(first: PerceptualMetric, second: PerceptualMetric, share: fl
         A metric with weights of its own, frozen, with the anchor of the first.
 
     Raises:
-        ValueError: networks that differ in more than weights, metrics of other images than each other's or of tiles, in
-            other dtypes or on other devices, or a share out of range.
+        ValueError: networks that differ in more than weights, or whose derived weights are folded for good; metrics of
+            other images than each other's or of tiles, in other dtypes or in half precision, on other devices; or a
+            share out of range.
+        lipsim.audit.UnboundedModuleError: the first metric has a bound, and the audit finds none for the mean.
 
     Example:
         >>> from lipsim.students import OrthogonalProjection
@@ -76,29 +95,33 @@ def average_weights(first: PerceptualMetric, second: PerceptualMetric, share: fl
         >>> f"{average_weights(one, other).lipschitz:.4f}"
         '1.0000'
     """
-    share = _checked_share(share)
+    share = checked_share(share)
     _check_alike(first, second)
-    kinds = [(type(metric.encoder), getattr(metric.encoder, "config", None)) for metric in (first, second)]
-    states = [metric.encoder.state_dict() for metric in (first, second)]
-    if kinds[0] != kinds[1] or _shapes(states[0]) != _shapes(states[1]):
-        raise LipsimError(
-            "expected two networks of one class and with the same arguments, got "
-            f"{kinds[0][0].__name__} of {kinds[0][1]} and {kinds[1][0].__name__} of {kinds[1][1]}"
-        )
-    encoder = deepcopy(first.encoder)
-    modules = [dict(metric.encoder.named_modules()) for metric in (first, second)]
+    own, others = (merged(metric.encoder) for metric in (first, second))  # factors of LoRA have no mean of their own
+    _check_same_network(own, others)
+    encoder = deepcopy(own)
     with torch.no_grad():
-        for name, module in encoder.named_modules():
-            pairs = zip(_weights(modules[0][name]), _weights(modules[1][name]), strict=True)
-            for (key, one), (_, other) in pairs:
-                mean = one.double().lerp(other.double(), share)
-                if _is_orthogonal(module) and key != "bias":
+        for module, one, other in zip(encoder.modules(), own.modules(), others.modules(), strict=True):
+            for (name, weight), (_, another) in zip(_weights(one), _weights(other), strict=True):
+                mean = weight.double().lerp(another.double(), share)
+                if name == _matrix_of(module):
                     mean = _nearest_orthonormal(mean.flatten(1)).view_as(mean)
-                getattr(module, key).copy_(mean)
-    for name, buffer in encoder.named_buffers():
-        if not torch.equal(buffer, second.encoder.get_buffer(name)):
-            raise LipsimError(f"expected networks that differ in their parameters alone, and {name} is none")
-    return _metric_like(first, encoder, bounded=first.has_bound)
+                module.get_parameter(name).copy_(mean)
+    if not first.has_bound:
+        return _metric_like(first, encoder, math.inf)
+    return _metric_like(first, encoder, None, max(first.feature_error, second.feature_error))
+
+
+def checked_share(share: float) -> float:
+    """A share of two, in (0, 1).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    share = check_number("share", share, above=True, most=1)
+    if share == 1:
+        raise LipsimError("expected share to be below 1, got 1")
+    return share
 
 
 def _described(encoder: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +136,7 @@ def _described(encoder: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     return {"encoder": kind, "config": encoder.config}
 
 
-@records_arguments(first=_described, second=_described)
+@records_arguments(first=_described, second=_described, share=float)
 class JoinedEncoder(ParallelMixing):
     """Two encoders side by side, ``(N, 3, S, S) → (N, D + D')``; see :func:`join`.
 
@@ -123,20 +146,26 @@ class JoinedEncoder(ParallelMixing):
         share: of the second in squared distances, at the start; the angle ``asin √share`` is learned.
 
     Raises:
-        ValueError: encoders for images of other sizes than each other's, without a name, or a share out of range.
+        ValueError: encoders for images of other sizes than each other's, without a name, joined more than
+            :data:`DEEPEST` times over, or a share out of range.
     """
 
     config: dict[str, Any]
+    depth: int
 
     def __init__(
         self, first: nn.Module | Mapping[str, Any], second: nn.Module | Mapping[str, Any], share: float = 0.5
     ) -> None:
-        share = _checked_share(share)
+        share = checked_share(share)
         both = [_built(first), _built(second)]
+        depth = 1 + max(encoder.depth if isinstance(encoder, JoinedEncoder) else 0 for encoder in both)
+        if depth > DEEPEST:
+            raise LipsimError(f"expected metrics that are joined at most {DEEPEST} times over, got {depth}")
         sizes = [declared_image_size(encoder) for encoder in both]
         if None not in sizes and sizes[0] != sizes[1]:
             raise LipsimError(f"expected encoders for images of one size, got {sizes[0]} and {sizes[1]} pixels")
         super().__init__(both[0], both[1], angle=math.asin(math.sqrt(share)))
+        self.depth = depth
         self.image_size = sizes[1] if sizes[0] is None else sizes[0]
         widths: list[Any] = [getattr(encoder, "out_features", None) for encoder in both]
         if None not in widths:
@@ -160,26 +189,16 @@ def _built(encoder: nn.Module | Mapping[str, Any]) -> nn.Module:
     return encoder_class(name)(**encoder["config"])
 
 
-def _checked_share(share: float) -> float:
-    """A share of two, in (0, 1).
-
-    Raises:
-        ValueError: it is something else.
-    """
-    share = check_number("share", share, above=True, most=1)
-    if share == 1:
-        raise LipsimError("expected share to be below 1, got 1")
-    return share
-
-
 def _check_alike(first: PerceptualMetric, second: PerceptualMetric) -> None:
     for metric in (first, second):
         if isinstance(metric, TiledMetric):
-            raise LipsimError("expected metrics of whole images; combine those of one tile, TiledMetric.tile")
+            raise LipsimError("expected metrics of whole images; combine those of one tile (TiledMetric.tile)")
     views = [
         (metric.image_size, metric.preprocess.resize, metric.preprocess.framing, metric.dtype, metric.device)
         for metric in (first, second)
     ]
+    if first.dtype in (torch.float16, torch.bfloat16):
+        raise LipsimError("expected metrics in float32 or float64; combine them so, and call .half() on the result")
     if views[0] != views[1]:
         shown = [", ".join(map(str, view)) for view in views]
         raise LipsimError(
@@ -188,14 +207,51 @@ def _check_alike(first: PerceptualMetric, second: PerceptualMetric) -> None:
         )
 
 
+def _check_keeps_input(metric: PerceptualMetric) -> None:
+    """Two encoders read the same images; one of torch's in-place layers at the start of the first would change them."""
+    images = torch.rand(1, 3, metric.image_size, metric.image_size, device=metric.device, dtype=metric.dtype)
+    given = images.clone()
+    with torch.no_grad(), evaluation_mode(metric.encoder):
+        metric.encoder(given)
+    if not torch.equal(given, images):
+        raise LipsimError(f"this {type(metric.encoder).__name__} changes its input in place; give it a copy of that")
+
+
+def _check_same_network(first: nn.Module, second: nn.Module) -> None:
+    """Refuse two networks that differ in more than parameters, or whose parameters do not say what they stand for."""
+    for encoder in (first, second):
+        if any(isinstance(module, FoldedNetwork) for module in encoder.modules()):
+            raise LipsimError(
+                "expected networks that derive their weights, got a FoldedNetwork: a mean of folded weights is no "
+                "orthogonal layer's; combine the metrics that were folded"
+            )
+    kinds = [
+        [(name, type(module), module.extra_repr()) for name, module in encoder.named_modules()]
+        for encoder in (first, second)
+    ]
+    shapes = [{name: tensor.shape for name, tensor in encoder.state_dict().items()} for encoder in (first, second)]
+    if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+        shown = [f"{type(encoder).__name__} of {getattr(encoder, 'config', None)}" for encoder in (first, second)]
+        raise LipsimError(
+            f"expected two networks of one class and with the same arguments, got {shown[0]} and {shown[1]}"
+        )
+    others = dict(second.named_buffers())
+    for name, buffer in first.named_buffers():
+        if not torch.equal(buffer, others[name]):
+            raise LipsimError(f"expected networks that differ in their parameters alone, and {name} is none")
+
+
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The own parameters of a module; of an orthogonal one the matrix that it multiplies by."""
     for name, parameter in module.named_parameters(recurse=False):
-        yield name, module.weights()[0] if _is_orthogonal(module) and name != "bias" else parameter
+        yield name, module.weights()[0] if name == _matrix_of(module) else parameter  # type: ignore[operator]
 
 
-def _is_orthogonal(module: nn.Module) -> TypeGuard[OrthogonalLinear | OrthogonalPatches]:
-    return isinstance(module, OrthogonalLinear | OrthogonalPatches)
+def _matrix_of(module: nn.Module) -> str | None:
+    """The parameter that stands for an orthonormal matrix; None where there is none."""
+    if isinstance(module, OrthogonalLinear):
+        return "weight"
+    return "kernel" if isinstance(module, OrthogonalPatches) else None
 
 
 def _nearest_orthonormal(matrix: Tensor) -> Tensor:
@@ -205,21 +261,19 @@ def _nearest_orthonormal(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
-
-
-def _metric_like(first: PerceptualMetric, encoder: nn.Module, *, bounded: bool) -> PerceptualMetric:
+def _metric_like(
+    first: PerceptualMetric, encoder: nn.Module, lipschitz: float | None, feature_error: float = 0.0
+) -> PerceptualMetric:
     metric = PerceptualMetric(
         encoder,
         first.image_size,
         anchor=first.anchor,
-        lipschitz=None if bounded else math.inf,
+        lipschitz=lipschitz,
         resize=first.preprocess.resize,
         framing=first.preprocess.framing,
     )
     metric.requires_grad_(False)
     freeze(metric)
-    if bounded:
-        metric.require_feature_error(0.0)
+    if metric.has_bound:
+        metric.require_feature_error(feature_error)
     return metric

@@ -46,9 +46,17 @@ def build_encoder(name: str, config: Mapping[str, Any], state: Mapping[str, Tens
     elements = _SPARE_FACTOR * sum(tensor.numel() for tensor in state.values()) + _SPARE_ELEMENTS
     with ExitStack() as guards:
         guards.enter_context(_limited_modules(tensors, elements))
-        if is_of_this_package(name):  # others may derive large tensors that their files do not hold
+        if all(map(is_of_this_package, _encoders(name, config))):  # others may derive large tensors of no file
             guards.enter_context(_LimitedTensors(elements))
         return cls(**config)
+
+
+def _encoders(name: str, config: Any) -> Iterator[str]:
+    """The names of an encoder and of those that it joins."""
+    yield name
+    for part in config.values() if isinstance(config, Mapping) else ():
+        if isinstance(part, Mapping) and isinstance(part.get("encoder"), str):
+            yield from _encoders(part["encoder"], part.get("config"))
 
 
 def _names_files(config: Any) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,15 +19,21 @@ from torch import Tensor, nn
 import lipsim
 from lipsim.attacks import TwoAFCObjective, auto
 from lipsim.cli.main import main
-from lipsim.metric import PerceptualMetric, TiledMetric, average_weights, join, save
+from lipsim.metric import PerceptualMetric, TiledMetric, average_weights, encoders, join, register_encoder, save
 from lipsim.metric.combinations import JoinedEncoder
 from lipsim.metric.folded import folded_copy
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, ScatteringTransform, SLLNetwork
 from lipsim.teachers import SmallViT
+from lipsim.teachers.lora_tuning import Lora, add_adapter, merged
 from lipsim.training import FineTuning
 
 SIZE = 16
 X = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_registered", {})
 
 
 def _student(seed: int = 0) -> PerceptualMetric:
@@ -80,10 +89,46 @@ def test_a_joined_metric_is_a_file(tmp_path: Path) -> None:
     for metric in (joined, nested):
         again = lipsim.load(save(metric, tmp_path / "joined.safetensors"))
         assert torch.equal(again.embed(X), metric.embed(X)) and again.lipschitz == metric.lipschitz
-        # Files do not know of float32's error; both search for it.
         assert again.feature_error == metric.feature_error > 0 and again.feature_error_kind == "searched"
     config = again.encoder.config
     assert config["first"]["config"]["second"]["encoder"] == "ScatteringTransform" and config["share"] == 0.25
+
+
+def test_it_covers_the_errors_of_both() -> None:
+    first, second = _student(), _moduli()
+    first.feature_error, second.feature_error = 0.01, 0.02  # declared, and more than any search finds
+    expected = math.hypot(math.sqrt(0.7) * 0.01, math.sqrt(0.3) * 0.02)
+    assert join(first, second, 0.3).feature_error == pytest.approx(expected, rel=1e-5)
+    assert average_weights(first, _student(1)).feature_error == 0.01
+
+
+def test_bounds_that_no_audit_knows_are_taken_as_declared() -> None:
+    class Unknown(nn.Module):
+        def __init__(self, image_size: int) -> None:
+            super().__init__()
+            self.image_size = image_size
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * x.flatten(1)
+
+    register_encoder(name="tests.Unknown")(Unknown)
+    unknown = PerceptualMetric(Unknown(SIZE), SIZE, lipschitz=3.0)
+    joined = join(unknown, _student(), 0.25)
+    assert joined.lipschitz == pytest.approx(math.sqrt(0.75 * 9 + 0.25), rel=1e-5)
+
+
+def test_an_encoder_that_changes_images_in_place_is_refused() -> None:
+    changing = PerceptualMetric(
+        nn.Sequential(nn.Threshold(0.5, 0.0, inplace=True), nn.Flatten()), SIZE, lipschitz=math.inf
+    )
+    with pytest.raises(ValueError, match="this Sequential changes its input in place; give it a copy"):
+        join(changing, _student())
+
+
+@pytest.mark.parametrize("share", [Fraction(1, 4), np.float32(0.25), torch.tensor(0.25)])
+def test_any_number_is_a_share(share: Any, tmp_path: Path) -> None:
+    path = save(join(_student(), _moduli(), share), tmp_path / "joined.safetensors")
+    assert lipsim.load(path).encoder.config["share"] == 0.25
 
 
 def test_a_folded_one_computes_the_same(tmp_path: Path) -> None:
@@ -133,12 +178,33 @@ def test_a_header_names_known_encoders_only(tmp_path: Path) -> None:
             "more than the file has",
         ),
         (3, "cannot rebuild the metric"),
+        ({"encoder": "JoinedEncoder", "config": _nested(9)}, "joined at most 8 times over"),
     ]:
         header = json.loads(metadata["metric"])
         header["config"]["first"] = first
         save_file(state, tmp_path / "other.safetensors", metadata=metadata | {"metric": json.dumps(header)})
         with pytest.raises(ValueError, match=message):
             lipsim.load(tmp_path / "other.safetensors")
+
+
+def _nested(times: int) -> dict[str, Any]:
+    tiny = {"encoder": "OrthogonalProjection", "config": {"image_size": SIZE, "out_features": 1}}
+    inner = tiny if times == 1 else {"encoder": "JoinedEncoder", "config": _nested(times - 1)}
+    return {"first": inner, "second": tiny, "share": 0.5}
+
+
+def test_encoders_of_others_may_make_what_their_files_do_not_hold(tmp_path: Path) -> None:
+    """As alone, where memory for a while is no attack: whoever registers a class trusts it."""
+
+    @register_encoder(name="tests.Spacious")
+    class Spacious(nn.Sequential):
+        def __init__(self, image_size: int) -> None:
+            torch.zeros(2**25)
+            super().__init__(nn.Flatten())
+            self.image_size = image_size
+
+    joined = join(_student(), PerceptualMetric(Spacious(SIZE), SIZE))
+    assert torch.equal(lipsim.load(save(joined, tmp_path / "joined.safetensors")).embed(X), joined.embed(X))
 
 
 def test_what_cannot_be_joined() -> None:
@@ -148,6 +214,7 @@ def test_what_cannot_be_joined() -> None:
         (_student().double(), "torch.float64"),
         (PerceptualMetric(_student().encoder, SIZE, framing="pad"), "pad"),
         (TiledMetric(student, 2), "expected metrics of whole images"),
+        (_student().half(), "float16"),
     ]:
         with pytest.raises(ValueError, match=message):
             join(student, second)
@@ -203,6 +270,32 @@ def test_networks_that_have_no_mean() -> None:
     next(changed.encoder.buffers()).mul_(0.5)
     with pytest.raises(ValueError, match=r"differ in their parameters alone, and 1\.window_low is none"):
         average_weights(_moduli(), changed)
+    with pytest.raises(ValueError, match="got a FoldedNetwork: a mean of folded weights is no orthogonal layer's"):
+        average_weights(folded_copy(_student()), folded_copy(_student(1)))
+    ours = [PerceptualMetric(nn.Sequential(nn.Flatten(), layer), SIZE) for layer in (nn.ReLU(), nn.Tanh())]
+    with pytest.raises(ValueError, match="expected two networks of one class"):
+        average_weights(*ours)
+    with pytest.raises(ValueError, match="expected metrics in float32 or float64; combine them so"):
+        average_weights(_student().half(), _student(1).half())
+
+
+def test_the_mean_of_adapted_weights_is_theirs() -> None:
+    """Not of the factors of LoRA, whose product is no mean."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    teacher, tuned = SmallViT(SIZE), []
+    for _ in range(2):
+        encoder = deepcopy(teacher)
+        add_adapter(encoder, Lora(rank=2))
+        for name, parameter in encoder.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        tuned.append(PerceptualMetric(encoder, SIZE, lipschitz=math.inf))
+    mean = average_weights(*tuned).encoder.state_dict()
+    states = [merged(metric.encoder).state_dict() for metric in tuned]
+    assert not any("lora_" in name for name in mean)
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
