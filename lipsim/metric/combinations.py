@@ -72,8 +72,9 @@ def average_weights(first: PerceptualMetric, second: PerceptualMetric, share: fl
     """One network with the mean of two networks' weights, ``(1 − s)·θ₁ + s·θ₂`` (Wortsman et al. 2022, "Model soups").
 
     For two stages of one training, or two that continue the same one: a dial between them, at the cost of one network.
-    Of orthogonal layers the matrices count that their parameters stand for, and
-    the mean of two is the orthonormal matrix nearest to their arithmetic mean, so that no layer shrinks what it keeps.
+    Of orthogonal layers the matrices count that their parameters stand for, and the mean of two is the orthonormal
+    matrix nearest to their arithmetic mean, so that no layer shrinks what it keeps. Other parameters are averaged as
+    they are.
 
     Args:
         first: a metric.
@@ -209,7 +210,8 @@ def _check_alike(first: PerceptualMetric, second: PerceptualMetric) -> None:
 
 def _check_keeps_input(metric: PerceptualMetric) -> None:
     """Two encoders read the same images; one of torch's in-place layers at the start of the first would change them."""
-    images = torch.rand(1, 3, metric.image_size, metric.image_size, device=metric.device, dtype=metric.dtype)
+    size = metric.image_size
+    images = torch.linspace(0, 1, 3 * size**2, device=metric.device, dtype=metric.dtype).view(1, 3, size, size)
     given = images.clone()
     with torch.no_grad(), evaluation_mode(metric.encoder):
         metric.encoder(given)
