@@ -39,8 +39,9 @@ def join(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) 
         share: ``s`` in (0, 1), of the second.
 
     Returns:
-        A metric with weights of its own, frozen. Its bound is audited, or follows from the two's where these are
-        declared; without one where one of the two has none. It covers as much rounding as the two do.
+        A metric with weights of its own, frozen. Its bound is audited, or where the audit finds none the larger of the
+        two, which holds for every share; without one where one of the two has none. It covers as much rounding as the
+        two do.
 
     Raises:
         ValueError: metrics of other images than each other's or of tiles, in other dtypes or in half precision, on
@@ -65,7 +66,8 @@ def join(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) 
     try:
         return _metric_like(first, encoder, None, error)
     except UnboundedModuleError:
-        return _metric_like(first, encoder, encoder.combine([first.lipschitz, second.lipschitz]), error)
+        # Of any angle: a bound that is declared does not follow one that is trained.
+        return _metric_like(first, encoder, encoder.combine(2 * [max(first.lipschitz, second.lipschitz)]), error)
 
 
 def average_weights(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) -> PerceptualMetric:
