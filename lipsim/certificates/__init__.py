@@ -58,6 +58,7 @@ from lipsim.certificates.smoothing import (
     smoothed_mean_interval,
     smoothed_radius,
 )
+from lipsim.certificates.sums import Term, certify_sum, sum_interval, sum_margin
 from lipsim.certificates.tiles import certify_tiles, tiled_distance_interval, tiled_margin, tiled_threshold_radius
 from lipsim.certificates.triangles import TriangleCertificate, barycentric_grid, certify_triangles
 from lipsim.certificates.triplets import TwoAFCCertificate, certify_triplets
@@ -71,6 +72,7 @@ __all__ = [
     "SignedRadius",
     "SmoothedCertificate",
     "StarCertificate",
+    "Term",
     "TriangleCertificate",
     "TwoAFCCertificate",
     "answer_radius",
@@ -81,6 +83,7 @@ __all__ = [
     "certify_counts",
     "certify_segments",
     "certify_stars",
+    "certify_sum",
     "certify_tiles",
     "certify_triangles",
     "certify_triplets",
@@ -110,6 +113,8 @@ __all__ = [
     "smoothed_mean_interval",
     "smoothed_radius",
     "spearman_interval",
+    "sum_interval",
+    "sum_margin",
     "threshold_radius",
     "tiled_distance_interval",
     "tiled_margin",

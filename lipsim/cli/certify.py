@@ -11,8 +11,10 @@ from typing import Any
 from lipsim.cli.parser import add_metric_argument, add_output, load_metric, natural_int, positive_int
 from lipsim.data.sets.matching import read_paths
 from lipsim.metric.comparisons import certify_many
-from lipsim.metric.image_files import FileCertificate, SmoothedFileCertificate, certify_files, smooth_files
+from lipsim.metric.files import load
+from lipsim.metric.image_files import Certified, FileCertificate, SmoothedFileCertificate, certify_files, smooth_files
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.saturating_sum import SaturatingSum
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -22,6 +24,7 @@ EXAMPLES = (
     "lipsim certify reference.png left.png right.png",
     "lipsim certify reference.png left.png right.png --metric quickstart --json",
     "lipsim certify triplets.csv --csv",
+    "lipsim certify reference.png left.png right.png --near scattering",
     "lipsim certify reference.png left.png right.png --metric teacher.safetensors --smooth 0.25",
 )
 IMAGES = ("reference", "left", "right")
@@ -36,13 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "reference, left and right, paths relative to its folder; rows with an image that cannot be read are listed on "
         "stderr and left out, with exit status 1. The bundled metric takes a fifth of a second "
         "besides loading torch; LipSim's small network half a minute for its audit, and longer to search for rounding "
-        "errors. --smooth certifies by randomized smoothing instead, also metrics without a bound: the answer under "
+        "errors. --near adds a second metric, which decides between images that are near and saturates where they are "
+        "far. --smooth certifies by randomized smoothing instead, also metrics without a bound: the answer under "
         "noise, and only with probability 1 − alpha; a thousand passes of the network, a second to a minute."
     )
     parser.add_argument(
         "images", nargs="+", type=user_path, metavar="IMAGE", help="reference, left and right; or a CSV file"
     )
     add_metric_argument(parser, option=True)
+    near = parser.add_argument_group("a second metric, of what is near", "d + WEIGHT·(1 − exp(−d_near/SCALE))")
+    near.add_argument("--near", metavar="METRIC", help="a .safetensors file, or the name of a bundled metric")
+    near.add_argument("--weight", type=float, help="what it adds at most (1)")
+    near.add_argument("--scale", type=float, help="its distance where it has added 63 %% of that (0.05)")
     smoothing = parser.add_argument_group("randomized smoothing")
     smoothing.add_argument(
         "--smooth", type=float, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"
@@ -71,8 +79,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     with Progress("certifying") as progress:
         progress("loading and auditing the metric")
-        metric = load_metric(options)
-        certificate = _certificate(metric, options, progress)
+        certificate = _certificate(_metric(options), options, progress)
     if options.json:
         print(json.dumps(certificate.facts(), indent=1))
     elif options.csv:
@@ -85,13 +92,26 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _metric(options: argparse.Namespace) -> Certified:
+    numbers = {name: getattr(options, name) for name in ("weight", "scale") if getattr(options, name) is not None}
+    if options.near is None:
+        if numbers:
+            raise LipsimError(f"--{next(iter(numbers))} is of a second metric; name it with --near METRIC")
+        return load_metric(options)
+    if options.smooth is not None:
+        raise LipsimError("--near and --smooth are two ways to certify; leave one out")
+    metric = load_metric(options)
+    return SaturatingSum(metric, load(options.near, framing=metric.preprocess.framing), **numbers)
+
+
 def _certificate(
-    metric: PerceptualMetric, options: argparse.Namespace, progress: Progress
+    metric: Certified, options: argparse.Namespace, progress: Progress
 ) -> FileCertificate | SmoothedFileCertificate:
     reference, left, right = options.images
     if options.smooth is None:
         progress("images and rounding errors")
         return certify_files(metric, reference, left, right)
+    assert isinstance(metric, PerceptualMetric)
     images = 3 if options.moving == "all" else 1
     return smooth_files(
         metric,
@@ -117,7 +137,7 @@ def _run_table(options: argparse.Namespace) -> int:
     triplets = read_paths(file, IMAGES)
     with Progress("certifying") as progress:
         progress("loading and auditing the metric")
-        found = certify_many(load_metric(options), triplets, progress.counter(len(triplets), "triplets"))
+        found = certify_many(_metric(options), triplets, progress.counter(len(triplets), "triplets"))
     for place, why in found.broken.items():
         print(f"left out, triplet {place + 1}: {why}", file=sys.stderr)
     if not found.certificates:

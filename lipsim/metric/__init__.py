@@ -14,6 +14,7 @@ from lipsim.metric.image_files import (
 )
 from lipsim.metric.modules import ImageDistance
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.saturating_sum import SaturatingSum
 from lipsim.metric.smoothed import SmoothedMetric
 from lipsim.metric.thresholds import Threshold
 from lipsim.metric.tiles import TiledMetric
@@ -26,6 +27,7 @@ __all__ = [
     "ImageDistance",
     "PerceptualMetric",
     "SameCertificate",
+    "SaturatingSum",
     "SmoothedFileCertificate",
     "SmoothedMetric",
     "Threshold",

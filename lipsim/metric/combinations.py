@@ -55,7 +55,7 @@ def join(first: PerceptualMetric, second: PerceptualMetric, share: float = 0.5) 
         ('1.0000', torch.Size([2, 6592]))
     """
     share = checked_share(share)
-    _check_alike(first, second)
+    check_alike(first, second)
     for metric in (first, second):
         _check_keeps_input(metric)
     encoder = JoinedEncoder(deepcopy(first.encoder), deepcopy(second.encoder), share)
@@ -99,7 +99,7 @@ def average_weights(first: PerceptualMetric, second: PerceptualMetric, share: fl
         '1.0000'
     """
     share = checked_share(share)
-    _check_alike(first, second)
+    check_alike(first, second)
     own, others = (merged(metric.encoder) for metric in (first, second))  # factors of LoRA have no mean of their own
     _check_same_network(own, others)
     encoder = deepcopy(own)
@@ -192,7 +192,13 @@ def _built(encoder: nn.Module | Mapping[str, Any]) -> nn.Module:
     return encoder_class(name)(**encoder["config"])
 
 
-def _check_alike(first: PerceptualMetric, second: PerceptualMetric) -> None:
+def check_alike(first: PerceptualMetric, second: PerceptualMetric) -> None:
+    """Refuse two metrics that cannot see the same images.
+
+    Raises:
+        ValueError: metrics of other images than each other's or of tiles, in other dtypes or in half precision, on
+            other devices.
+    """
     for metric in (first, second):
         if isinstance(metric, TiledMetric):
             raise LipsimError("expected metrics of whole images; combine those of one tile (TiledMetric.tile)")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.transforms import load_image, load_images, read_image
-from lipsim.metric.image_files import FileCertificate, certify_files, original_radii
+from lipsim.metric.image_files import Certified, FileCertificate, certify_files, original_radii
 from lipsim.metric.pairs import PairGeometry, pair_geometry
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
@@ -162,14 +162,14 @@ class TripletAnswers:
 
 
 def certify_many(
-    metric: PerceptualMetric,
+    metric: Certified,
     triplets: Sequence[tuple[str | Path, ...]],
     advance: Callable[[int], None] | None = None,
 ) -> TripletAnswers:
     """Certify triplets of image files one after the other, as :func:`lipsim.metric.certify_files` does.
 
     Args:
-        metric: a metric with a bound.
+        metric: a metric with a bound, or a sum of two.
         triplets: files, reference, left and right.
         advance: called with how many more are done.
 

@@ -14,6 +14,7 @@ from lipsim import certificates
 from lipsim.data.bit_depth import DeepImage
 from lipsim.data.transforms import load_image, read_image, upright_size
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.metric.saturating_sum import SaturatingSum
 from lipsim.metric.smoothed import IMAGES, Moving, SmoothedMetric
 from lipsim.metric.tiles import TiledMetric
 from lipsim.utils.errors import LipsimError
@@ -21,6 +22,7 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.terminal import text_table
 
 Picture = Image.Image | DeepImage
+Certified = PerceptualMetric | SaturatingSum
 # Modes of gray pixels, each of which becomes three equal channels: lengths grow by √3.
 _GRAY = ("1", "L", "I", "I;16")
 
@@ -38,8 +40,8 @@ class FileCertificate:
         linf_radius: ℓ∞, of the reference that the metric sees.
         pixels: how many pixels of that reference may take any colour.
         image_size: side of what the metric sees.
-        lipschitz: the bound that the radii divide by.
-        feature_error: the error of an embedding that the radii cover.
+        lipschitz: the bound that the radii divide by; of a sum of two metrics the larger one.
+        feature_error: the error of an embedding that the radii cover; of a sum likewise.
         framing: how the images came to the metric, see :class:`lipsim.data.Preprocess`.
     """
 
@@ -77,13 +79,11 @@ class FileCertificate:
         return "\n".join(lines)
 
 
-def certify_files(
-    metric: PerceptualMetric, reference: str | Path, left: str | Path, right: str | Path
-) -> FileCertificate:
+def certify_files(metric: Certified, reference: str | Path, left: str | Path, right: str | Path) -> FileCertificate:
     """Answer one triplet of image files and certify the answer, in the metric's pixels and in those of the files.
 
     Args:
-        metric: a metric with a bound.
+        metric: a metric with a bound, or a sum of two.
         reference: an image file of any size.
         left: another.
         right: another.
@@ -225,7 +225,7 @@ def smooth_files(
 
 
 def _read(
-    metric: PerceptualMetric, reference: str | Path, left: str | Path, right: str | Path
+    metric: Certified, reference: str | Path, left: str | Path, right: str | Path
 ) -> tuple[dict[str, Picture], dict[str, Tensor]]:
     """The three files as they were decoded, and as the metric sees them, ``(1, 3, H, W)``."""
     files = dict(zip(IMAGES, map(user_path, (reference, left, right)), strict=True))
@@ -239,7 +239,7 @@ def _read(
 
 
 def original_radii(
-    metric: PerceptualMetric, pictures: Mapping[str, Picture], radii: Mapping[str, float]
+    metric: Certified, pictures: Mapping[str, Picture], radii: Mapping[str, float]
 ) -> dict[str, float] | None:
     """Radii in the pixels of files, from those in the pixels that a metric sees.
 

@@ -341,7 +341,7 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: different numbers of images, a wrong shape, values outside [0, 1], or half precision.
         """
-        self._check_certifiable(reference, left, right, check_range=check_range)
+        self.check_certifiable(reference, left, right, check_range=check_range)
         if not len(reference) == len(left) == len(right):
             raise LipsimError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
@@ -380,7 +380,7 @@ class PerceptualMetric(nn.Module):
         Raises:
             ValueError: no images ``(N, 3, H, W)`` in [0, 1], a negative budget, or half precision.
         """
-        self._check_certifiable(x, y, check_range=check_range)
+        self.check_certifiable(x, y, check_range=check_range)
         with full_precision(), evaluation_mode(self.encoder):
             z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
@@ -393,8 +393,12 @@ class PerceptualMetric(nn.Module):
         """
         inputs.check_precision(self, *tensors)
 
-    def _check_certifiable(self, *images: Tensor, check_range: bool) -> None:
-        """Refuse images that no certificate of this metric is about."""
+    def check_certifiable(self, *images: Tensor, check_range: bool) -> None:
+        """Refuse images that no certificate of this metric is about.
+
+        Raises:
+            ValueError: no images of this metric, values outside [0, 1] where they count, or half precision.
+        """
         for x in images:
             check_tensor(x)
         self.check_precision(*images)

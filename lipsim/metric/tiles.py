@@ -216,7 +216,7 @@ class TiledMetric(PerceptualMetric):
         Raises:
             ValueError: as of :meth:`PerceptualMetric.certify`.
         """
-        self._check_certifiable(reference, left, right, check_range=check_range)
+        self.check_certifiable(reference, left, right, check_range=check_range)
         if not len(reference) == len(left) == len(right):
             raise LipsimError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
@@ -261,6 +261,6 @@ class TiledMetric(PerceptualMetric):
         return self.tile
 
     def _pair(self, x: Tensor, y: Tensor, check_range: bool) -> tuple[Tensor, Tensor]:
-        self._check_certifiable(x, y, check_range=check_range)
+        self.check_certifiable(x, y, check_range=check_range)
         z, z_other = self.embed_tiles(torch.cat([x, y])).split([len(x), len(y)])
         return z, z_other

@@ -1,0 +1,236 @@
+"""Certificates of the sum of two distances of which the second saturates; notation as in :mod:`lipsim.certificates`.
+
+``D(x, y) = d₁(x, y) + λ·(1 − exp(−d₂(x, y)/τ))`` with the cosine distances ``d₁`` and ``d₂`` of two encoders. Between
+images that are far apart in the second one its part is nearly constant, so that the first decides; between those that
+are near, the second one does (Welsch's function, a bounded loss of robust statistics). No features of a finite length
+have this distance, so its certificates are of each part by itself:
+
+- a distance lies between the sums of its parts' ends, as both grow with ``d₁`` and ``d₂``;
+- the margin ``D(x, x1) − D(x, x0)`` is at least the sum of the least margins of the parts. That of a cosine distance,
+  ``⟨p, p0 − p1⟩``, follows from how far each of the three vectors can turn (:meth:`Term.least_margin`). That of the
+  second part is a function of its own two distances and their difference (:func:`_saturated_margin`).
+
+A radius is the largest budget with which that sum is positive, by bisection; every budget with a positive sum is one.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from lipsim.certificates.decisions import margin
+from lipsim.certificates.geometry import anchored_norm, rotation, unit_angle
+from lipsim.certificates.numbers import check_constants, check_number
+from lipsim.certificates.pixels import certified_pixels
+from lipsim.certificates.rounding import EPS, Features, anchored, bounded_norm, round_down, round_up, rounding_error
+from lipsim.certificates.triplets import TwoAFCCertificate
+
+# Which of reference, left and right move in each of the four radii of a certificate.
+_MOVING = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+_BISECTIONS = 60
+
+
+class Term:
+    """Features of N triplets by one encoder, and what can become of their distances when images move.
+
+    Attributes, float64:
+        norms: of the anchored features of reference, left and right, ``(3, N)``.
+        angles: from the reference to left and right, ``(2, N)``.
+        margin: ``⟨p, w⟩`` with ``w = p0 − p1``, ``(N,)``: positive where left is nearer.
+        length: ``‖w‖``, ``(N,)``, and ``slope`` that of its feature part.
+
+    Args:
+        z: features ``(N, D)`` of the references.
+        z0: of the left images.
+        z1: of the right images.
+        anchor: constant coordinate beside them.
+        lipschitz: bound of the encoder.
+        feature_error: that certificates cover.
+    """
+
+    def __init__(
+        self,
+        z: Features,
+        z0: Features,
+        z1: Features,
+        *,
+        anchor: float = 1.0,
+        lipschitz: float = 1.0,
+        feature_error: float = 0.0,
+    ) -> None:
+        check_constants(anchor, lipschitz, feature_error)
+        self.options = {"anchor": anchor, "lipschitz": lipschitz, "feature_error": feature_error}
+        self.dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
+        self.rounding = rounding_error(e.z)
+        self.norms = torch.stack([bounded_norm(vector, anchor) for vector in (e, e0, e1)])
+        self.angles = torch.stack([unit_angle(e.unit, other.unit) for other in (e0, e1)])
+        self.margin = margin(e, e0, e1, anchor=anchor)
+        self.slope = anchored_norm(e0.unit[0] - e1.unit[0], 0.0)
+        self.length = torch.hypot(self.slope, e0.unit[1] - e1.unit[1])
+
+    def swapped(self, rows: Tensor) -> Term:
+        """The same triplets, with left and right exchanged in the rows that a mask ``(N,)`` says."""
+        term = copy(self)
+        term.norms = torch.cat([self.norms[:1], torch.where(rows, self.norms[1:].flip(0), self.norms[1:])])
+        term.angles = torch.where(rows, self.angles.flip(0), self.angles)
+        term.margin = torch.where(rows, -self.margin, self.margin)
+        return term
+
+    @property
+    def reach(self) -> Tensor:
+        """The budget ``(N,)`` with which every vector can turn anywhere; 0 where the bound says nothing."""
+        largest, bound = self.norms.amax(0), self.options["lipschitz"]
+        return largest / bound if bound > 0 else torch.zeros_like(largest)
+
+    def turns(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """How far reference, left and right can move, and turn, with budgets ``(…, 3, N)``, in feature space."""
+        bound, error = self.options["lipschitz"], self.options["feature_error"]
+        moved = bound * eps if math.isfinite(bound) else torch.where(eps > 0, math.inf, 0.0)
+        moved = (moved + error) * (1 + self.rounding)
+        return moved, rotation(self.norms, moved)
+
+    def distances(self, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Intervals of the distances to both candidates, ``(…, 2, N)``, after turns ``(…, 3, N)``."""
+        turn = turns[..., :1, :] + turns[..., 1:, :] + self.rounding
+        lower, upper = (self.angles - turn).clamp(min=0), (self.angles + turn).clamp(max=math.pi)
+        return 2 * torch.sin(lower / 2).square(), 2 * torch.sin(upper / 2).square()
+
+    def least_margin(self, eps: Tensor) -> Tensor:
+        """The least ``d(x, x1) − d(x, x0)`` with budgets ``(…, 3, N)``, ``(…, N)``: the largest of three bounds.
+
+        - ``cos(θ0 + α + α0) − cos(θ1 − α − α1)``, of each angle by itself;
+        - ``‖w‖·cos(φ + α)`` with the angle ``φ`` from ``p`` to ``w = p0 − p1``, less what the candidates' turns add;
+        - ``(g − s·‖w_z‖)/(‖e‖ ± s)``, of a reference that moves by ``s`` in feature space, where the anchor stays.
+        """
+        moved, turns = self.turns(eps)
+        turn, others = turns[..., 0, :], turns[..., 1:, :]
+        lower, upper = self.distances(turns)
+        apart = lower[..., 1, :] - upper[..., 0, :]
+        # |⟨p', p0' − p0⟩| ≤ ‖p0' − p0‖, and this is the chord of the turn.
+        lost = 2 * torch.sin(others.clamp(max=math.pi) / 2).sum(-2)
+        aside = (self.length.square() - self.margin.square()).clamp(min=0).sqrt() + math.sqrt(2 * self.rounding)
+        less = self.margin * torch.cos(turn) - aside * torch.sin(turn)
+        turned = (turn > math.pi / 2) | (self.margin + self.length * torch.cos(turn) < 0)
+        direction = torch.where(turned, -self.length, less) - lost
+        step, norm = moved[..., 0, :], self.norms[0]
+        linear = self.margin * norm - step * self.slope
+        nearest = (norm - step).clamp(min=self.options["anchor"])
+        straight = torch.where(linear > 0, linear / (norm + step), linear / nearest) - lost
+        # fmax passes over what is not a number where a vector has no length any more.
+        least = torch.fmax(apart, torch.fmax(direction, straight))
+        return least - 4 * self.rounding
+
+
+def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, scale: float) -> TwoAFCCertificate:
+    """The certificate of N answers by ``D = d₁ + λ·(1 − exp(−d₂/τ))``, in float64.
+
+    Args:
+        reference: images ``(N, 3, H, W)`` in [0, 1].
+        first: features of the triplets by the encoder of ``d₁``.
+        second: features of the same triplets by that of ``d₂``.
+        weight: ``λ ≥ 0``.
+        scale: ``τ > 0``.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Example:
+        >>> import torch
+        >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))
+        >>> term = Term(z, z0, z1)
+        >>> alone = certify_sum(torch.full((1, 3, 2, 2), 0.5), term, term, weight=0.0, scale=1.0)
+        >>> print(bool(alone.prefers_left), f"{alone.radius.item():.4f}")  # as of the first one alone
+        False 0.7071
+        >>> both = certify_sum(torch.full((1, 3, 2, 2), 0.5), term, term, weight=1.0, scale=1.0)
+        >>> print(bool(both.prefers_left), bool(both.radius > 0.6))
+        False True
+    """
+    weight, scale = check_weight_and_scale(weight, scale)
+    found = sum_margin(first, second, weight=weight, scale=scale)
+    right = found < 0  # a margin that is no number certifies nothing, and neither does a tie
+    first, second = first.swapped(right), second.swapped(right)
+    moving = torch.tensor(_MOVING, dtype=torch.float64, device=found.device).unsqueeze(-1)
+    low = found.new_zeros(len(_MOVING), *found.shape)
+    high = torch.maximum(first.reach, second.reach).clamp(max=torch.finfo(found.dtype).max / 4).expand_as(low)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        holds = _least_sum(first, second, middle.unsqueeze(-2) * moving, weight, scale) > 0
+        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    radii = round_down(torch.where(found.abs() > 0, low, 0.0), first.dtype)
+    radius, left, other, joint = radii.unbind(0)
+    return TwoAFCCertificate(
+        prefers_left=found > 0,
+        margin=found,
+        radius=radius,
+        left_radius=torch.where(right, other, left),
+        right_radius=torch.where(right, left, other),
+        joint_radius=joint,
+        pixels=certified_pixels(reference, radius),
+    )
+
+
+def sum_margin(first: Term, second: Term, *, weight: float, scale: float) -> Tensor:
+    """Margin ``D(x, x1) − D(x, x0)``, ``(N,)`` float64: positive where left is nearer, 0 for equal candidates."""
+    nearer, other = torch.exp(-2 * torch.sin(second.angles / 2).square() / scale).unbind(0)
+    saturated = nearer * -torch.expm1(-second.margin / scale)
+    # Where the second exponential leaves the range of float64, from both distances.
+    saturated = torch.where(torch.isfinite(saturated), saturated, nearer - other)
+    return first.margin + weight * saturated
+
+
+def sum_interval(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, weight: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Interval ``(lower, upper)`` of ``D``, ``(N,)`` each, from intervals of ``d₁`` and ``d₂``, rounded outward.
+
+    Example:
+        >>> interval = torch.tensor([0.5]), torch.tensor([0.5])
+        >>> lower, upper = sum_interval(interval, interval, weight=2.0, scale=0.5)
+        >>> print(f"{lower.item():.4f} {upper.item():.4f}")  # 1/2 + 2·(1 − 1/e)
+        1.7642 1.7642
+    """
+    weight, scale = check_weight_and_scale(weight, scale)
+    lower, upper = (a.double() + weight * saturate(b.double(), scale) for a, b in zip(first, second, strict=True))
+    return round_down(lower, first[0].dtype), round_up(upper, first[0].dtype)
+
+
+def saturate(distance: Tensor, scale: float) -> Tensor:
+    """``1 − exp(−d/τ)``, in the dtype and with the digits of small distances."""
+    return -torch.expm1(-distance / scale)
+
+
+def check_weight_and_scale(weight: float, scale: float) -> tuple[float, float]:
+    """``λ ≥ 0`` and ``τ > 0``, as floats.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    return check_number("weight", weight), check_number("scale", scale, least=1e-6)
+
+
+def _least_sum(first: Term, second: Term, eps: Tensor, weight: float, scale: float) -> Tensor:
+    """A number that the margin stays above with budgets ``(…, 3, N)`` of reference, nearer and other candidate."""
+    least = second.least_margin(eps)
+    lower, upper = second.distances(second.turns(eps)[1])
+    saturated = _saturated_margin(least, lower, upper, scale)
+    # Distances are off by less than four times the rounding of their angles, exponents by that over τ.
+    slack = weight * (4 * second.rounding / scale + 16 * EPS)
+    return first.least_margin(eps) + weight * saturated - slack
+
+
+def _saturated_margin(margin: Tensor, lower: Tensor, upper: Tensor, scale: float) -> Tensor:
+    """The least ``exp(−d0/τ) − exp(−d1/τ)`` for distances ``(…, 2, N)`` in intervals and a margin ``d1 − d0``.
+
+    The largest of three bounds: from the ends of the intervals; and from an end of one of them and the least margin, as
+    the difference is ``exp(−d0/τ) − exp(−(d0 + m)/τ)``, which falls with ``d0`` where ``m`` is positive and rises where
+    it is negative, and ``exp(−(d1 − m)/τ) − exp(−d1/τ)``, likewise.
+    """
+    (l0, l1), (u0, u1) = lower.unbind(-2), upper.unbind(-2)
+    ends = torch.exp(-u0 / scale) - torch.exp(-l1 / scale)
+    nearer, other = torch.where(margin > 0, u0, l0), torch.where(margin > 0, u1, l1)
+    by_nearer = torch.exp(-nearer / scale) - torch.exp(-(nearer + margin) / scale)
+    by_other = torch.exp(-(other - margin) / scale) - torch.exp(-other / scale)
+    return torch.fmax(ends, torch.fmax(by_nearer, by_other))
