@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 import torch
@@ -12,18 +11,16 @@ from torch import Tensor
 
 from lipsim.audit import LayerBound, LipschitzReport
 from lipsim.audit.arithmetic import ERROR_FACTOR
+from lipsim.callbacks.answers import Answers, curve_grid
 from lipsim.callbacks.base import TripletCallback, check_budgets, first_images, log_score
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.data.check import check_images
 from lipsim.data.loading import num_samples
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders
-from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
-from lipsim.results import eps_label
-from lipsim.results.schema import Certification, CertifiedSet, Scores
+from lipsim.results.schema import Certification, CertifiedSet
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
-CURVE_POINTS = 121  # from 0 to 1.5 times the largest ε
 
 
 class CertifyRadii(TripletCallback):
@@ -161,42 +158,22 @@ class CertifyRadii(TripletCallback):
         log_score(module, f"{stage}/{name}/median_radius", scores["radius"]["median"])
 
     def _summarise(self, rows: dict[str, Tensor]) -> CertifiedSet:
-        margin, votes, index = rows["margin"], rows["right_vote"].double(), rows["position"]
-        labels = [eps_label(eps) for eps in self.eps]
-        grid = torch.linspace(0, 1.5 * (self.eps[-1] or 1.0), CURVE_POINTS, dtype=torch.float64).tolist()
-
-        def natural(kind: Literal["majority", "vote"]) -> float:
-            score = TwoAFCScore(kind, sync_on_compute=False)
-            score.update(margin, votes, index)
-            return float(score.compute())
-
-        def at_budgets(column: str) -> Scores:
-            scores = CertifiedScore(self.eps, sync_on_compute=False)
-            scores.update(margin, rows[column], votes, index)
-            return dict(zip(labels, map(float, scores.compute().values()), strict=True))
-
-        def over_grid(column: str) -> list[float | None]:
-            scores = CertifiedCurve(grid, sync_on_compute=False)
-            scores.update(margin, rows[column], votes, index)
-            return list(scores.compute()[1].tolist())
-
-        radius = RadiusStatistics(sync_on_compute=False)
-        radius.update(rows["radius"], index)
-        radii = {key.removeprefix("radius_"): float(value) for key, value in radius.compute().items()}
+        answers = Answers(rows["margin"], rows["right_vote"], rows["position"])
+        grid = curve_grid(self.eps)
         return {
-            "num_triplets": len(index),
-            "num_tied_votes": int((votes == 0.5).sum()),
-            "majority": natural("majority"),
-            "vote": natural("vote"),
-            "certified": at_budgets("radius"),
-            "published": at_budgets("published_radius"),
-            "joint": at_budgets("joint_radius"),
+            "num_triplets": len(answers.index),
+            "num_tied_votes": answers.num_tied_votes,
+            "majority": answers.natural("majority"),
+            "vote": answers.natural("vote"),
+            "certified": answers.certified(rows["radius"], self.eps),
+            "published": answers.certified(rows["published_radius"], self.eps),
+            "joint": answers.certified(rows["joint_radius"], self.eps),
             "curve": {
                 "eps": grid,
-                "certified": over_grid("radius"),
-                "published": over_grid("published_radius"),
-                "joint": over_grid("joint_radius"),
+                "certified": answers.curve(rows["radius"], grid),
+                "published": answers.curve(rows["published_radius"], grid),
+                "joint": answers.curve(rows["joint_radius"], grid),
             },
-            "radius": {"mean": radii["mean"], "median": radii["median"], "min": radii["min"], "max": radii["max"]},
+            "radius": answers.radius(rows["radius"]),
             "one_pixel_immune": float((rows["pixels"] >= 1).double().mean()),
         }

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lipsim.callbacks.answers import Answers, curve_grid
 from lipsim.callbacks.base import TripletCallback, check_budgets, drawn_positions, load_others, log_score
-from lipsim.callbacks.certify_radii import CURVE_POINTS, EPS
+from lipsim.callbacks.certify_radii import EPS
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
-from lipsim.evaluation.scores import CertifiedCurve, CertifiedScore, RadiusStatistics, TwoAFCScore
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.smoothed import Moving, SmoothedMetric, check_alpha, check_moving
-from lipsim.results import eps_label
-from lipsim.results.schema import RadiusSummary, SmoothedScores, SmoothedSet, Smoothing
+from lipsim.results.schema import SmoothedScores, SmoothedSet, Smoothing
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
@@ -161,37 +159,24 @@ class CertifySmoothed(TripletCallback):
         self.write_section(trainer, lambda source: {"smoothed": {**source, **content}})
 
     def _summarise(self, rows: dict[str, Tensor]) -> SmoothedSet:
-        votes = rows["right_vote"].double()
+        answers = {key: Answers(rows[f"{key}/choice"], rows["right_vote"], rows["position"]) for key in self.smoothed}
+        first = next(iter(answers.values()))
         return {
-            "num_triplets": len(votes),
-            "num_tied_votes": int((votes == 0.5).sum()),
-            "metrics": {key: self._scores(key, rows, votes) for key in self.smoothed},
+            "num_triplets": len(first.index),
+            "num_tied_votes": first.num_tied_votes,
+            "metrics": {key: self._scores(key, found, rows[f"{key}/radius"]) for key, found in answers.items()},
         }
 
-    def _scores(self, key: str, rows: dict[str, Tensor], votes: Tensor) -> SmoothedScores:
-        choice, radii, index = rows[f"{key}/choice"], rows[f"{key}/radius"], rows["position"]
-        grid = torch.linspace(0, 1.5 * (self.eps[-1] or 1.0), CURVE_POINTS, dtype=torch.float64).tolist()
-
-        def natural(kind: Literal["majority", "vote"]) -> float:
-            score = TwoAFCScore(kind, sync_on_compute=False)
-            score.update(choice, votes, index)
-            return float(score.compute())
-
-        certified, curve = CertifiedScore(self.eps, sync_on_compute=False), CertifiedCurve(grid, sync_on_compute=False)
-        for metric in (certified, curve):
-            metric.update(choice, radii, votes, index)
-        statistics = RadiusStatistics(sync_on_compute=False)
-        statistics.update(radii, index)
-        found = {name.removeprefix("radius_"): float(value) for name, value in statistics.compute().items()}
-        abstained, passes = float((choice == 0).double().mean()), self.smoothed[key].passes
-        labels = [eps_label(eps) for eps in self.eps]
+    def _scores(self, key: str, answers: Answers, radii: Tensor) -> SmoothedScores:
+        grid = curve_grid(self.eps)
+        abstained, passes = float((answers.choice == 0).double().mean()), self.smoothed[key].passes
         return {
-            "natural": natural("majority"),
-            "vote": natural("vote"),
+            "natural": answers.natural("majority"),
+            "vote": answers.natural("vote"),
             "abstained": abstained,
-            "certified": dict(zip(labels, map(float, certified.compute().values()), strict=True)),
-            "radius": RadiusSummary(mean=found["mean"], median=found["median"], min=found["min"], max=found["max"]),
+            "certified": answers.certified(radii, self.eps),
+            "radius": answers.radius(radii),
             "passes": passes,
             "passes_per_certified": None if abstained == 1 else passes / (1 - abstained),
-            "curve": {"eps": grid, "certified": list(curve.compute()[1].tolist())},
+            "curve": {"eps": grid, "certified": answers.curve(radii, grid)},
         }

@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_metric_argument(parser, option=True)
     near = parser.add_argument_group("a second metric, of what is near", "d + WEIGHT·(1 − exp(−d_near/SCALE))")
     near.add_argument("--near", metavar="METRIC", help="a .safetensors file, or the name of a bundled metric")
-    near.add_argument("--weight", type=float, help="what it adds at most (1)")
-    near.add_argument("--scale", type=float, help="its distance where it has added 63 %% of that (0.05)")
+    near.add_argument("--weight", type=float, help="what it adds at most (8)")
+    near.add_argument("--scale", type=float, help="its distance where it has added 63 %% of that (0.03)")
     smoothing = parser.add_argument_group("randomized smoothing")
     smoothing.add_argument(
         "--smooth", type=float, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"

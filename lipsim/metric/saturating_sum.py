@@ -58,7 +58,7 @@ class SaturatingSum(nn.Module):
     """
 
     def __init__(
-        self, first: PerceptualMetric, second: PerceptualMetric, weight: float = 1.0, scale: float = 0.05
+        self, first: PerceptualMetric, second: PerceptualMetric, weight: float = 8.0, scale: float = 0.03
     ) -> None:
         super().__init__()
         check_alike(first, second)
