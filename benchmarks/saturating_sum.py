@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +35,9 @@ from lipsim.datamodules import PhotoData
 from lipsim.evaluation.correlation import correlate
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric, SaturatingSum
+from lipsim.results import eps_label
 from lipsim.results.formats import markdown_table
-from lipsim.results.tables import Row, percent
+from lipsim.results.tables import Row, number, percent
 from lipsim.utils.files import write_text
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
@@ -104,26 +106,40 @@ def material(root: Path, metrics: tuple[PerceptualMetric, PerceptualMetric]) -> 
     return [replace(whole, rows=whole.rows[p], votes=whole.votes[p]) for p in torch.arange(len(whole.rows)).split(2000)]
 
 
-def scores(votes: Tensor, found: TwoAFCCertificate) -> dict[str, float]:
-    """Natural and certified majority scores of one batch, summed."""
-    right = agrees(found.margin, votes)
-    at = {f"{255 * e:.0f}/255" if e < 1 else f"{e:g}": float((right & (found.radius > e)).sum()) for e in EPS}
-    joint = {
-        f"joint {255 * e:.0f}/255" if e < 1 else f"joint {e:g}": float((right & (found.joint_radius > e)).sum())
-        for e in JOINT
-    }
-    return {"natural": float(right.sum()), **at, **joint}
-
-
-def row(batches: list[Batch], certificates: Iterator[TwoAFCCertificate]) -> Row:
-    """Scores in % of what certifies each batch."""
-    total: dict[str, float] = {}
-    count = 0
+def row(batches: list[Batch], certificates: Iterable[TwoAFCCertificate]) -> Row:
+    """Natural and certified majority scores in % of what certifies each batch."""
+    total: Counter[str] = Counter()
     for batch, found in zip(batches, certificates, strict=True):
-        for name, value in scores(batch.votes, found).items():
-            total[name] = total.get(name, 0.0) + value
-        count += len(batch.rows)
+        right = agrees(found.margin, batch.votes)
+        total["natural"] += int(right.sum())
+        for name, radius, budgets in (("", found.radius, EPS), ("joint ", found.joint_radius, JOINT)):
+            for eps in budgets:
+                total[f"{name}{eps_label(eps)}"] += int((right & (radius > eps)).sum())
+    count = sum(len(batch.rows) for batch in batches)
     return {name: percent(value / count) for name, value in total.items()}
+
+
+def rows(
+    batches: list[Batch],
+    metrics: tuple[PerceptualMetric, PerceptualMetric],
+    names: tuple[str, str],
+    sums: dict[str, SaturatingSum],
+) -> list[Row]:
+    """A row for each metric, and for each of their sums."""
+    found: list[Row] = []
+    for k, (name, metric) in enumerate(zip(names, metrics, strict=True)):
+        alone = (
+            metric.certify_features(batch.images[batch.rows[:, 0]], *(batch.features[k][ids] for ids in batch.rows.T))
+            for batch in batches
+        )
+        found.append({"metric": name, **row(batches, alone)})
+    for name, both in sums.items():
+        certified = (
+            certify_sum(batch.images[batch.rows[:, 0]], *batch.terms(metrics), weight=both.weight, scale=both.scale)
+            for batch in batches
+        )
+        found.append({"metric": name, **row(batches, certified)})
+    return found
 
 
 def attacked(metric: SaturatingSum, batches: list[Batch], count: int) -> str:
@@ -164,50 +180,32 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     """Every set that the options name."""
     metrics = (lipsim.load(options.first), lipsim.load(options.second))
+    names = (Path(options.first).stem, Path(options.second).stem)
     sums = {
         f"λ = {weight:g}, τ = {scale:g}": SaturatingSum(*metrics, weight, scale)
         for weight in options.weights
         for scale in options.scales
     }
-    named = dict(zip((Path(options.first).stem, Path(options.second).stem), (0, 1), strict=True))
     lines: list[str] = []
     with Progress("sums", sys.stderr) as progress:
-        sets: dict[str, list[Batch]] = {}
-        if options.photos:
-            sets |= photographs(options.photos, options.triplets, metrics, progress)
+        sets = photographs(options.photos, options.triplets, metrics, progress) if options.photos else {}
         if options.material:
             sets["material"] = material(options.material, metrics)
         for name, batches in sets.items():
-            rows: list[Row] = []
-            for title, which in named.items():
-                metric = metrics[which]
-                alone = (
-                    metric.certify_features(
-                        b.images[b.rows[:, 0]], *(b.features[which][b.rows[:, k]] for k in range(3))
-                    )
-                    for b in batches
-                )
-                progress(f"{name}: {title}")
-                rows.append({"metric": title, **row(batches, alone)})
-            for title, metric in sums.items():
-                progress(f"{name}: {title}")
-                both = (
-                    certify_sum(b.images[b.rows[:, 0]], *b.terms(metrics), weight=metric.weight, scale=metric.scale)
-                    for b in batches
-                )
-                rows.append({"metric": title, **row(batches, both)})
-            lines += [f"{name}, {sum(len(b.rows) for b in batches)} triplets", "", markdown_table(rows), ""]
+            progress(f"{name}: certificates")
+            table = markdown_table(rows(batches, metrics, names, sums))
+            lines += [f"{name}, {sum(len(batch.rows) for batch in batches)} triplets", "", table, ""]
             if options.attacked:
                 progress(f"{name}: attacks")
                 lines += [attacked(next(iter(sums.values())), batches, options.attacked), ""]
         if options.pairs:
             progress("pairs")
-            distances = {**{title: metrics[which] for title, which in named.items()}, **sums}
+            distances = {**dict(zip(names, metrics, strict=True)), **sums}
             found = correlate(distances, PairTable.read(options.pairs))
-            rows = [
-                {"metric": name, "SRCC": f"{one.srcc:.3f}", "KRCC": f"{one.krcc:.3f}"} for name, one in found.items()
-            ]
-            lines += ["pairs", "", markdown_table(rows), ""]
+            table = markdown_table(
+                [{"metric": name, "SRCC": number(one.srcc), "KRCC": number(one.krcc)} for name, one in found.items()]
+            )
+            lines += ["pairs", "", table, ""]
     text = "\n".join(lines)
     print(text)
     if options.output:

@@ -6,6 +6,7 @@ from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
+from lipsim.callbacks.certify_sum import CertifySum
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
@@ -20,6 +21,7 @@ __all__ = [
     "CertifyRadii",
     "CertifyRetrieval",
     "CertifySmoothed",
+    "CertifySum",
     "ExportMetric",
     "Interruption",
     "NullSpaceRobustness",

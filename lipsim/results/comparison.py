@@ -23,11 +23,14 @@ from lipsim.results.schema import (
     SmoothedScores,
     SmoothedSet,
     Smoothing,
+    Summation,
+    SummedSet,
 )
 from lipsim.results.seeds import by_name, mean_and_error, mean_cell, percent_cell, percent_cells, seeds_note
 from lipsim.results.tables import NO_GRADIENT, Row, print_table
 
 Kind = Literal["certified", "published", "joint"]
+AnySet = CertifiedSet | SummedSet | SmoothedSet | AttackedSet
 # What the rows and the curves of a kind of radius are called.
 KINDS: dict[Kind, str] = {
     "certified": "",
@@ -41,7 +44,7 @@ _CURVES: dict[Kind, str] = {
 }
 
 
-_EXACT_PASSES = "3"  # one for each image
+_EXACT_PASSES, _SUM_PASSES = "3", "6"  # one for each image, by each metric
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,24 @@ def print_tables(tables: Iterable[ScoreTable], console: Console) -> None:
 
 
 def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> list[ScoreTable]:
-    """Natural and certified scores on a test set, smoothed metrics below the others; none where no run has them.
+    """Natural and certified scores on a test set, sums and smoothed metrics below the others; none without scores.
 
     Where there are smoothed ones, the table says on how many answers they abstain, and how many forward passes an
     answer costs that is certified.
     """
     sections = [(run.name, run.certified) for run in runs if run.certified and name in run.certified_sets]
     smoothed = [(run.name, run.smoothed) for run in runs if run.smoothed and name in run.smoothed_sets]
-    if not sections and not smoothed:
+    sums = [(run.name, run.summed) for run in runs if run.summed and name in run.summed_sets]
+    budgets = [section["eps"] for part in (sections, sums, smoothed) for _, section in part]
+    if not budgets:
         return []
     groups = by_name((run, section["sets"][name]) for run, section in sections)
-    eps = _labels([*(section["eps"] for _, section in sections), *(section["eps"] for _, section in smoothed)])
+    summed_groups = by_name((f"{run}, {summing(section)}", section["sets"][name]) for run, section in sums)
+    eps = _labels(budgets)
     # Where votes are fractions, agreeing with the majority and with the votes are two scores.
-    fractional = any(s["vote"] != s["majority"] for found in groups.values() for s in found)
+    exact: list[CertifiedSet | SummedSet] = [s for found in groups.values() for s in found]
+    exact += [s for found in summed_groups.values() for s in found]
+    fractional = any(s["vote"] != s["majority"] for s in exact)
 
     def others(vote: Sequence[float | None], abstained: str, passes: str) -> Row:
         votes = {"vote share": percent_cell(vote)} if fractional else {}
@@ -90,6 +98,18 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> l
         for title, found in groups.items()
         for kind in kinds
     ]
+    rows += [
+        _row(
+            title + KINDS[kind],
+            [s["majority"] for s in summed],
+            [s["certified"] if kind == "certified" else s["joint"] for s in summed],
+            eps,
+            others([s["vote"] for s in summed], "", _SUM_PASSES),
+        )
+        for title, summed in summed_groups.items()
+        for kind in kinds
+        if kind != "published"  # which is of one encoder's features
+    ]
     smoothed_groups = by_name(
         (f"{run if key == 'metric' else f'{run}: {key}'}, {smoothing(section)}", values)
         for run, section in smoothed
@@ -99,10 +119,10 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> l
         passes = mean_cell((s["passes_per_certified"] for s in answered), ".0f")
         more = others([s["vote"] for s in answered], percent_cell(s["abstained"] for s in answered), passes)
         rows.append(_row(title, [s["natural"] for s in answered], [s["certified"] for s in answered], eps, more))
-    sets: list[CertifiedSet | SmoothedSet | AttackedSet] = [section["sets"][name] for _, section in sections]
+    sets: list[AnySet] = [*exact]
     sets += [section["sets"][name] for _, section in smoothed]
     title = f"{name}: 2AFC score in %, natural and certified at ℓ2 budgets ε{_counts(sets)}"
-    title += seeds_note({**groups, **smoothed_groups})
+    title += seeds_note({**groups, **summed_groups, **smoothed_groups})
     if smoothed:
         title += "; passes: images embedded for each answer that is certified"
     return [ScoreTable(title, "Certified score", eps, rows)]
@@ -113,6 +133,11 @@ def smoothing(section: Smoothing) -> str:
     moving = section["moving"]
     which = {"reference": "", "all": ", all three images move"}.get(moving, f", the {moving} image moves")
     return f"smoothed, σ = {section['sigma']:g}, n = {section['n']}, α = {section['alpha']:g} an answer{which}"
+
+
+def summing(section: Summation) -> str:
+    """What tables say of a sum of two metrics: the other one, what it adds at most, and at which distance."""
+    return f"and {section['second']} where near, λ = {section['weight']:g}, τ = {section['scale']:g}"
 
 
 def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
@@ -207,6 +232,19 @@ def curves(
             grid = found[0]["eps"]
             same = [curve for curve in found if curve["eps"] == grid]
             certified[title] = {_CURVES[kind]: (grid, _means([curve[kind] for curve in same])) for kind in kinds}
+        sums = by_name(
+            (summing(run.summed), run.summed_sets[name]["curve"])
+            for run in group
+            if run.summed and name in run.summed_sets
+        )
+        for what, curves_of_sum in sums.items():
+            grid = curves_of_sum[0]["eps"]
+            alike = [curve for curve in curves_of_sum if curve["eps"] == grid]
+            certified[f"{title}, {what}"] = {
+                _CURVES[kind]: (grid, _means([c["certified"] if kind == "certified" else c["joint"] for c in alike]))
+                for kind in kinds
+                if kind != "published"
+            }
         smoothed: list[tuple[tuple[str, str], SmoothedScores]] = [
             ((title if key == "metric" else f"{title}: {key}", f"smoothed, σ = {run.smoothed['sigma']:g}"), scores)
             for run in group
@@ -259,6 +297,14 @@ def _single_numbers(runs: Sequence[Run]) -> Iterable[Number]:
             for kind in KINDS:
                 for label, value in scores[kind].items():
                     yield name, run.name, "metric", kind, label, value
+        for name, summed in run.summed_sets.items():
+            assert run.summed is not None
+            what = summing(run.summed)
+            yield name, run.name, what, "majority", "", summed["majority"]
+            yield name, run.name, what, "vote", "", summed["vote"]
+            for kind, found_scores in (("certified", summed["certified"]), ("joint", summed["joint"])):
+                for label, value in found_scores.items():
+                    yield name, run.name, what, kind, label, value
         for name, smooth in run.smoothed_sets.items():
             for key, values in smooth["metrics"].items():
                 yield name, run.name, key, "smoothed, natural", "", values["natural"]
@@ -290,7 +336,7 @@ def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
     return list(dict.fromkeys(eps_label(eps) for eps in sorted({eps for found in budgets for eps in found})))
 
 
-def _counts(scores: Iterable[CertifiedSet | SmoothedSet | AttackedSet]) -> str:
+def _counts(scores: Iterable[AnySet]) -> str:
     """How many triplets have a majority to agree with, and how many have none."""
     found = list(scores)
     tied = sorted({s["num_tied_votes"] for s in found})

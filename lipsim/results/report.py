@@ -18,6 +18,7 @@ from lipsim.results.comparison import (
     numbers,
     seed_means,
     smoothing,
+    summing,
 )
 from lipsim.results.formats import html_page, latex_table, markdown_table
 from lipsim.results.plots import plot_scores
@@ -106,7 +107,7 @@ def _facts(run: Run) -> list[Row]:
     if evaluation := results.get("evaluation"):
         facts["checkpoint"] = evaluation["checkpoint"]
         facts["checkpoint SHA-256"] = evaluation["checkpoint_sha256"]
-    if section := run.certified or run.smoothed or run.attacked or run.retrieval:
+    if section := run.certified or run.smoothed or run.summed or run.attacked or run.retrieval:
         facts["weights SHA-256"] = section["weights_sha256"]
     if certified := run.certified:
         facts["Lipschitz bound"] = certified["lipschitz"]
@@ -118,6 +119,8 @@ def _facts(run: Run) -> list[Row]:
             f"{smoothing(smoothed)}: each certificate holds with probability 1 − α, about the smoothed answer; "
             f"noise of seed {smoothed['seed']}, {smoothed['n0']} draws to choose an answer"
         )
+    if summed := run.summed:
+        facts["sum with another metric"] = f"{summing(summed)}, file SHA-256 {summed['second_sha256']}"
     facts["versions"] = ", ".join(f"{package} {v}" for package, v in results["versions"].items())
     return [{"fact": key, "value": str(value)} for key, value in facts.items() if value is not None]
 

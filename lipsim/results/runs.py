@@ -19,6 +19,8 @@ from lipsim.results.schema import (
     RetrievalSet,
     SmoothedSection,
     SmoothedSet,
+    SummedSection,
+    SummedSet,
 )
 from lipsim.results.seeds import by_name
 from lipsim.utils.errors import LipsimError
@@ -42,6 +44,11 @@ class Run:
     def smoothed(self) -> SmoothedSection | None:
         """What randomized smoothing certified, if it did."""
         return self.results.get("smoothed")
+
+    @property
+    def summed(self) -> SummedSection | None:
+        """What was certified of the sum with another metric, if it was."""
+        return self.results.get("summed")
 
     @property
     def attacked(self) -> AttackedSection | None:
@@ -72,6 +79,11 @@ class Run:
     def smoothed_sets(self) -> Mapping[str, SmoothedSet]:
         """Test set → what smoothing certified there; empty where nothing was smoothed."""
         return self.smoothed["sets"] if self.smoothed else {}
+
+    @property
+    def summed_sets(self) -> Mapping[str, SummedSet]:
+        """Test set → what is certified there of the sum with another metric; empty where nothing was."""
+        return self.summed["sets"] if self.summed else {}
 
     @property
     def attacked_sets(self) -> Mapping[str, AttackedSet]:
@@ -137,7 +149,7 @@ def _searched(runs: Sequence[Run]) -> list[str]:
 
 
 def _sets(run: Run) -> list[str]:
-    return [*run.certified_sets, *run.smoothed_sets, *run.attacked_sets]
+    return [*run.certified_sets, *run.smoothed_sets, *run.summed_sets, *run.attacked_sets]
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -153,7 +165,7 @@ def _repeated_weights(runs: Sequence[Run]) -> list[str]:
         hashes = [
             section["weights_sha256"]
             for run in group
-            if (section := run.certified or run.smoothed or run.attacked or run.retrieval)
+            if (section := run.certified or run.smoothed or run.summed or run.attacked or run.retrieval)
         ]
         if len(set(hashes)) < len(hashes):
             lines.append(f"Runs called {name} have the same weights: they are no different seeds.")

@@ -120,6 +120,44 @@ class SmoothedSection(Source, Smoothing):
     """Smoothing of these weights, and of others, on these data."""
 
 
+class SummedCurves(TypedDict):
+    """Certified scores of a sum over a fine grid of ε."""
+
+    eps: list[float]
+    certified: list[float | None]
+    joint: list[float | None]
+
+
+class SummedSet(TypedDict):
+    """What the sum of two metrics answers on a test set or a part of one."""
+
+    num_triplets: int
+    num_tied_votes: int
+    majority: float | None
+    vote: float | None
+    certified: Scores
+    joint: Scores
+    radius: RadiusSummary
+    curve: SummedCurves
+
+
+class Summation(TypedDict):
+    """What :class:`lipsim.callbacks.CertifySum` finds out."""
+
+    second: str
+    second_sha256: str
+    weight: float
+    scale: float
+    feature_error: float | None
+    second_feature_error: float | None
+    eps: list[float]
+    sets: dict[str, SummedSet]
+
+
+class SummedSection(Source, Summation):
+    """The sum of these weights' metric and another one, on these data."""
+
+
 class RetrievalScores(TypedDict):
     """Recall or k-NN accuracy on a set of queries, at one k."""
 
@@ -365,6 +403,7 @@ class Sections(TypedDict, total=False):
     evaluation: EvaluationSection
     certified: CertifiedSection
     smoothed: SmoothedSection
+    summed: SummedSection
     retrieval: RetrievalSection
     attacked: AttackedSection
     null_space: NullSpaceSection
