@@ -102,7 +102,8 @@ class Term:
         """The least ``d(x, x1) − d(x, x0)`` with budgets ``(…, 3, N)``, ``(…, N)``: the largest of three bounds.
 
         - ``cos(θ0 + α + α0) − cos(θ1 − α − α1)``, of each angle by itself;
-        - ``‖w‖·cos(φ + α)`` with the angle ``φ`` from ``p`` to ``w = p0 − p1``, less what the candidates' turns add;
+        - ``‖w‖·cos(φ + α)`` with the angle ``φ`` from ``p`` to ``w = p0 − p1``, less what the candidates' turns add
+          (:meth:`_along`);
         - ``(g − s·‖w_z‖)/(‖e‖ ± s)``, of a reference that moves by ``s`` in feature space, where the anchor stays.
         """
         moved, turns = self.turns(eps)
@@ -111,10 +112,8 @@ class Term:
         apart = lower[..., 1, :] - upper[..., 0, :]
         # |⟨p', p0' − p0⟩| ≤ ‖p0' − p0‖, and this is the chord of the turn.
         lost = 2 * torch.sin(others.clamp(max=math.pi) / 2).sum(-2)
-        aside = (self.length.square() - self.margin.square()).clamp(min=0).sqrt() + math.sqrt(2 * self.rounding)
-        less = self.margin * torch.cos(turn) - aside * torch.sin(turn)
-        turned = (turn > math.pi / 2) | (self.margin + self.length * torch.cos(turn) < 0)
-        direction = torch.where(turned, -self.length, less) - lost
+        still = torch.zeros_like(others)
+        direction = torch.fmax(self._along(turn, still) - lost, self._along(turn, others))
         step, norm = moved[..., 0, :], self.norms[0]
         linear = self.margin * norm - step * self.slope
         nearest = (norm - step).clamp(min=self.options["anchor"])
@@ -122,6 +121,29 @@ class Term:
         # fmax passes over what is not a number where a vector has no length any more.
         least = torch.fmax(apart, torch.fmax(direction, straight))
         return least - 4 * self.rounding
+
+    def _along(self, turn: Tensor, others: Tensor) -> Tensor:
+        """The least margin when the reference turns by ``α``, ``(…, N)``, and the candidates by ``(…, 2, N)``.
+
+        Wherever ``p`` has turned to, at angles ``θ'`` from the candidates, these turn on to ``cos(θ0' + α0) − cos(θ1' −
+        α1) = ⟨p', v⟩ − sin α0·sin θ0' − sin α1·sin θ1'`` with ``v = cos α0·p0 − cos α1·p1``. The first term is least at
+        ``‖v‖·cos(φ + α)``, ``φ`` the angle from ``p`` to ``v``; the sines are at most the largest that ``α`` allows.
+        NaN where an angle would leave [0, π], so that these are no formulas any more.
+        """
+        cos0, cos1 = torch.cos(others).unbind(-2)
+        ahead = self.margin * cos0 + torch.cos(self.angles[1]) * (cos0 - cos1)
+        square = (cos0 - cos1).square() + cos0 * cos1 * self.length.square()
+        aside = (square - ahead.square()).clamp(min=0).sqrt() + math.sqrt(2 * self.rounding)
+        length = square.clamp(min=0).sqrt()
+        turned = (turn > math.pi / 2) | (ahead + length * torch.cos(turn) < 0)
+        least = torch.where(turned, -length, ahead * torch.cos(turn) - aside * torch.sin(turn))
+        lower, upper = self.angles - turn.unsqueeze(-2), self.angles + turn.unsqueeze(-2)
+        right = (lower <= math.pi / 2) & (upper >= math.pi / 2)
+        sines = torch.where(right, 1.0, torch.maximum(torch.sin(lower), torch.sin(upper)))
+        known = (others <= math.pi / 2).all(-2)
+        known &= ((upper + others)[..., 0, :] <= math.pi) & ((lower - others)[..., 1, :] >= 0)
+        known |= (others == 0).all(-2)
+        return torch.where(known, least - (torch.sin(others) * sines).sum(-2), math.nan)
 
 
 def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, scale: float) -> TwoAFCCertificate:
