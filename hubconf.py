@@ -16,7 +16,8 @@ def lipsim(name: str | Path = "photos") -> PerceptualMetric:
     """A metric, in evaluation mode, with its certificates: ``metric(x, y)``, ``metric.certify(x, left, right)``.
 
     Args:
-        name: "photos", "scattering" or "quickstart", which come with the package, or a ``.safetensors`` file.
+        name: "photos", "photos_wide", "scattering" or "quickstart", which come with the package, or a ``.safetensors``
+            file.
     """
     from lipsim.metric import load
 

@@ -37,7 +37,7 @@ from lipsim.utils.sampling import sample_normal
 
 PART = "certificates"
 PLAIN = "as torch has it"
-BUNDLED = ("quickstart", "photos", "scattering")
+BUNDLED = ("quickstart", "photos", "photos_wide", "scattering")
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "OrthogonalShiftNetwork": lambda: OrthogonalShiftNetwork(32, 64, grid=4, widths=(32, 64), depths=(1, 1)),
     "OrthogonalProjection": lambda: OrthogonalProjection(32, 64),

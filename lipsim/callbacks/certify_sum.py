@@ -35,6 +35,7 @@ class CertifySum(TripletCallback):
         second: file of the metric ``d₂`` of what is near, or the name of a bundled one.
         weight: ``λ``.
         scale: ``τ``.
+        framing: how images come to the second metric, as :func:`lipsim.load` takes it; None: as its file says.
         eps: ℓ2 budgets of the certified score, in input pixels in [0, 1], ascending.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`.
@@ -45,6 +46,7 @@ class CertifySum(TripletCallback):
 
     Raises:
         FileNotFoundError: no such metric.
+        lipsim.audit.UnboundedModuleError: an encoder has no Lipschitz bound (when validation or test starts).
         ValueError: numbers out of range; when an evaluation starts, metrics that do not see the same images.
     """
 
@@ -55,6 +57,7 @@ class CertifySum(TripletCallback):
         second: Path = Path("scattering"),
         weight: float = 8.0,
         scale: float = 0.03,
+        framing: str | None = None,
         eps: list[float] = list(EPS),  # noqa: B006  (copied below)
         directory: Path | None = None,
         validate: bool = False,
@@ -63,13 +66,20 @@ class CertifySum(TripletCallback):
         self.weight, self.scale = certificates.sums.check_weight_and_scale(weight, scale)
         self.eps = check_budgets(eps)
         self.file = resolve(second)
-        self.second = load(self.file)
+        self.framing = framing
+        self.second = load(self.file, framing=framing)
         self.others = {self.file.stem: self.second}
         self.results: Summation | None = None
 
     def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         freeze(self.second.to(module.device))
-        module.metric.check_precision()
+        for metric in (module.metric, self.second):
+            metric.check_precision()
+            if not metric.has_bound:
+                metric.audit()
+        # The same on every process, whatever hardware it runs on.
+        error = torch.tensor(self.second.feature_error, dtype=torch.float64, device=module.device)
+        self.second.feature_error = float(trainer.strategy.reduce(error, reduce_op="max"))
         SaturatingSum(module.metric, self.second, self.weight, self.scale)  # which refuses two that do not go together
 
     def see(

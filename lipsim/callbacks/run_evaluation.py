@@ -16,6 +16,7 @@ from lipsim.callbacks.base import TripletCallback
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
+from lipsim.callbacks.certify_sum import CertifySum
 from lipsim.callbacks.faults import clear_faults
 from lipsim.callbacks.null_space_robustness import NullSpaceRobustness
 from lipsim.callbacks.run_options import (
@@ -39,7 +40,15 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, remove_leftovers, state_fingerprint
 from lipsim.utils.paths import user_path
 
-_KINDS = (CertifyRadii, CertifyRetrieval, CertifySmoothed, AttackRobustness, NullSpaceRobustness, TripletGallery)
+_KINDS = (
+    CertifyRadii,
+    CertifyRetrieval,
+    CertifySmoothed,
+    CertifySum,
+    AttackRobustness,
+    NullSpaceRobustness,
+    TripletGallery,
+)
 
 
 def evaluate(

@@ -28,6 +28,7 @@ from rich.console import Console
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
+from lipsim.callbacks.certify_sum import CertifySum
 from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.loggers import Loggers, run_loggers
 from lipsim.callbacks.process_watch import ProcessWatch
@@ -37,7 +38,7 @@ from lipsim.callbacks.run_folder import RunCheckpoint, RunFolder, SaveOnExceptio
 from lipsim.callbacks.run_report import RunReport
 from lipsim.callbacks.skipped_images import ReportSkipped
 from lipsim.results.retrieval import retrieval_rows
-from lipsim.results.tables import certified_rows, print_table, smoothed_rows
+from lipsim.results.tables import certified_rows, print_table, smoothed_rows, summing
 from lipsim.utils.claim import FolderClaim, claim_folder
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.slurm import check_slurm
@@ -217,6 +218,9 @@ def print_certified(trainer: L.Trainer) -> None:
             about = f"smoothed: σ = {found['sigma']:g}, n = {found['n']}, α = {found['alpha']:g} for each answer"
             if rows := smoothed_rows(found):
                 print_table(Console(), rows, f"{title}; {about}")
+        elif isinstance(callback, CertifySum) and callback.results:
+            if rows := certified_rows(callback.results):
+                print_table(Console(), rows, f"{title}, {summing(callback.results)}")
         elif isinstance(callback, CertifyRetrieval) and callback.results:
             if rows := retrieval_rows(callback.results):
                 print_table(Console(), rows, "Searches: score in %, natural, certified and attacked at ℓ2 budgets ε")

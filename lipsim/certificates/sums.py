@@ -21,8 +21,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from lipsim.certificates.decisions import margin
-from lipsim.certificates.geometry import anchored_norm, rotation, unit_angle
+from lipsim.certificates.errors import LipsimError
+from lipsim.certificates.geometry import along, anchored_norm, rotation, unit_angle
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.pixels import certified_pixels
 from lipsim.certificates.rounding import EPS, Features, anchored, bounded_norm, round_down, round_up, rounding_error
@@ -67,7 +67,7 @@ class Term:
         self.rounding = rounding_error(e.z)
         self.norms = torch.stack([bounded_norm(vector, anchor) for vector in (e, e0, e1)])
         self.angles = torch.stack([unit_angle(e.unit, other.unit) for other in (e0, e1)])
-        self.margin = margin(e, e0, e1, anchor=anchor)
+        self.margin = along(e.unit, e0.unit, e1.unit)
         self.slope = anchored_norm(e0.unit[0] - e1.unit[0], 0.0)
         self.length = torch.hypot(self.slope, e0.unit[1] - e1.unit[1])
 
@@ -80,15 +80,20 @@ class Term:
         return term
 
     @property
+    def bounded(self) -> bool:
+        """Whether the encoder has a bound at all."""
+        return math.isfinite(self.options["lipschitz"])
+
+    @property
     def reach(self) -> Tensor:
-        """The budget ``(N,)`` with which every vector can turn anywhere; 0 where the bound says nothing."""
+        """The budget ``(N,)`` with which all can turn anywhere; 0 where none ever turns, or all may at once."""
         largest, bound = self.norms.amax(0), self.options["lipschitz"]
         return largest / bound if bound > 0 else torch.zeros_like(largest)
 
     def turns(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """How far reference, left and right can move, and turn, with budgets ``(…, 3, N)``, in feature space."""
         bound, error = self.options["lipschitz"], self.options["feature_error"]
-        moved = bound * eps if math.isfinite(bound) else torch.where(eps > 0, math.inf, 0.0)
+        moved = bound * eps if self.bounded else torch.where(eps > 0, math.inf, 0.0)
         moved = (moved + error) * (1 + self.rounding)
         return moved, rotation(self.norms, moved)
 
@@ -114,11 +119,13 @@ class Term:
         lost = 2 * torch.sin(others.clamp(max=math.pi) / 2).sum(-2)
         still = torch.zeros_like(others)
         direction = torch.fmax(self._along(turn, still) - lost, self._along(turn, others))
-        step, norm = moved[..., 0, :], self.norms[0]
-        linear = self.margin * norm - step * self.slope
-        nearest = (norm - step).clamp(min=self.options["anchor"])
-        straight = torch.where(linear > 0, linear / (norm + step), linear / nearest) - lost
-        # fmax passes over what is not a number where a vector has no length any more.
+        # In units of the reference's norm, so that no product leaves the range of float64; nothing is known of norm 0.
+        norm = torch.where(self.norms[0] > 0, self.norms[0], math.nan)
+        step = moved[..., 0, :] / norm
+        linear = self.margin - step * self.slope
+        nearest = torch.maximum(1 - step, self.options["anchor"] / norm)
+        straight = torch.where(linear > 0, linear / (1 + step), linear / nearest) - lost
+        # fmax passes over what is not a number.
         least = torch.fmax(apart, torch.fmax(direction, straight))
         return least - 4 * self.rounding
 
@@ -157,7 +164,7 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
         scale: ``τ > 0``.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or different numbers of triplets.
 
     Example:
         >>> import torch
@@ -171,16 +178,28 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
         False True
     """
     weight, scale = check_weight_and_scale(weight, scale)
+    if not len(reference) == len(first.margin) == len(second.margin):
+        raise LipsimError(
+            f"expected the features of the {len(reference)} triplets by both encoders, got those of "
+            f"{len(first.margin)} and {len(second.margin)}"
+        )
     found = sum_margin(first, second, weight=weight, scale=scale)
     right = found < 0  # a margin that is no number certifies nothing, and neither does a tie
     first, second = first.swapped(right), second.swapped(right)
     moving = torch.tensor(_MOVING, dtype=torch.float64, device=found.device).unsqueeze(-1)
+    # Between 0, the budget with which one of the encoders may answer anything, and that with which both may. These can
+    # be so far apart that only halving their ratio finds a radius near the smaller one.
     low = found.new_zeros(len(_MOVING), *found.shape)
-    high = torch.maximum(first.reach, second.reach).clamp(max=torch.finfo(found.dtype).max / 4).expand_as(low)
+    most = torch.finfo(found.dtype).max / 4
+    middle, high = (
+        bound(first.reach, second.reach).clamp(max=most).expand_as(low) for bound in (torch.minimum, torch.maximum)
+    )
     for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
         holds = _least_sum(first, second, middle.unsqueeze(-2) * moving, weight, scale) > 0
         low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+        middle = torch.where(low > 0, low.sqrt() * high.sqrt(), high / 2)
+    if not (first.bounded and second.bounded):
+        low = torch.zeros_like(low)
     radii = round_down(torch.where(found.abs() > 0, low, 0.0), first.dtype)
     radius, left, other, joint = radii.unbind(0)
     return TwoAFCCertificate(
@@ -198,8 +217,8 @@ def sum_margin(first: Term, second: Term, *, weight: float, scale: float) -> Ten
     """Margin ``D(x, x1) − D(x, x0)``, ``(N,)`` float64: positive where left is nearer, 0 for equal candidates."""
     nearer, other = torch.exp(-2 * torch.sin(second.angles / 2).square() / scale).unbind(0)
     saturated = nearer * -torch.expm1(-second.margin / scale)
-    # Where the second exponential leaves the range of float64, from both distances.
-    saturated = torch.where(torch.isfinite(saturated), saturated, nearer - other)
+    # Where one of the exponentials leaves the range of float64, from both distances.
+    saturated = torch.where(torch.isfinite(saturated) & (nearer > 0), saturated, nearer - other)
     return first.margin + weight * saturated
 
 

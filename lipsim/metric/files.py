@@ -148,7 +148,7 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
 
     Args:
         path: a ``.safetensors`` file, a ``.ckpt`` that a stage of this package saved in training, or the name of a
-            bundled metric ("photos", the default, "scattering" or "quickstart").
+            bundled metric ("photos", the default, "photos_wide", "scattering" or "quickstart").
         framing: how images come to it, "stretch", "center-crop", "pad" or "tiles" (see
             :class:`lipsim.data.Preprocess`); None: as the file says, "stretch" where it says nothing.
         grid: of tiles, how many there are a side; None: as the file says, or 2.

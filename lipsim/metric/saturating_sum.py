@@ -30,7 +30,7 @@ class SaturatingSum(nn.Module):
 
     It has no features, and is no :class:`PerceptualMetric`: attacks and tables take it as any distance, and its answers
     and distances are certified from the bounds of both parts (:mod:`lipsim.certificates.sums`). It has no weights of
-    its own; keep the files of the two metrics and both numbers.
+    its own; keep the files of the two metrics and both numbers. Without a bound of one of the two every radius is 0.
 
     Args:
         first: the metric ``d₁`` of what is far apart.
@@ -131,12 +131,14 @@ class SaturatingSum(nn.Module):
         Raises:
             ValueError: as of :meth:`PerceptualMetric.certify`.
         """
+        for metric in (self.first, self.second):
+            metric.check_certifiable(reference, left, right, check_range=check_range)
         if not len(reference) == len(left) == len(right):
             raise LipsimError(
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
         images = torch.cat([reference, left, right])
-        first, second = (self._term(metric, images, check_range) for metric in (self.first, self.second))
+        first, second = (_term(metric, images) for metric in (self.first, self.second))
         return certificates.certify_sum(reference, first, second, weight=self.weight, scale=self.scale)
 
     @torch.no_grad()
@@ -149,8 +151,10 @@ class SaturatingSum(nn.Module):
         first, second = (m.distance_bounds(x, y, eps, check_range=check_range) for m in (self.first, self.second))
         return certificates.sum_interval(first, second, weight=self.weight, scale=self.scale)
 
-    def _term(self, metric: PerceptualMetric, images: Tensor, check_range: bool) -> Term:
-        metric.check_certifiable(images, check_range=check_range)
-        with full_precision(), evaluation_mode(metric.encoder):
-            z, z0, z1 = metric.encoder(images.clone()).chunk(3)  # a layer may work in place, and the other reads them
-        return Term(z, z0, z1, **metric.certificate_options)
+
+def _term(metric: PerceptualMetric, images: Tensor) -> Term:
+    with full_precision(), evaluation_mode(metric.encoder):
+        z, z0, z1 = metric.encoder(images.clone()).chunk(
+            3
+        )  # a layer may work in place, and the other metric reads them
+    return Term(z, z0, z1, **metric.certificate_options)

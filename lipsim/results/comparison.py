@@ -23,11 +23,10 @@ from lipsim.results.schema import (
     SmoothedScores,
     SmoothedSet,
     Smoothing,
-    Summation,
     SummedSet,
 )
 from lipsim.results.seeds import by_name, mean_and_error, mean_cell, percent_cell, percent_cells, seeds_note
-from lipsim.results.tables import NO_GRADIENT, Row, print_table
+from lipsim.results.tables import NO_GRADIENT, Row, print_table, summing
 
 Kind = Literal["certified", "published", "joint"]
 AnySet = CertifiedSet | SummedSet | SmoothedSet | AttackedSet
@@ -133,11 +132,6 @@ def smoothing(section: Smoothing) -> str:
     moving = section["moving"]
     which = {"reference": "", "all": ", all three images move"}.get(moving, f", the {moving} image moves")
     return f"smoothed, σ = {section['sigma']:g}, n = {section['n']}, α = {section['alpha']:g} an answer{which}"
-
-
-def summing(section: Summation) -> str:
-    """What tables say of a sum of two metrics: the other one, what it adds at most, and at which distance."""
-    return f"and {section['second']} where near, λ = {section['weight']:g}, τ = {section['scale']:g}"
 
 
 def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:

@@ -18,13 +18,12 @@ from lipsim.results.comparison import (
     numbers,
     seed_means,
     smoothing,
-    summing,
 )
 from lipsim.results.formats import html_page, latex_table, markdown_table
 from lipsim.results.plots import plot_scores
 from lipsim.results.retrieval import retrieval_numbers, retrieval_tables
 from lipsim.results.runs import Run, set_names, warnings
-from lipsim.results.tables import Row
+from lipsim.results.tables import Row, summing
 from lipsim.utils.files import write_csv, write_text
 
 _COLUMNS = ("set", "run", "metric", "score", "eps", "value", "standard_error", "runs")

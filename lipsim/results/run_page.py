@@ -13,7 +13,7 @@ from lipsim.results.charts import Chart, Points, chart
 from lipsim.results.file import read_results
 from lipsim.results.formats import run_html
 from lipsim.results.runs import find_results
-from lipsim.results.tables import Row, certified_rows, percent, smoothed_rows
+from lipsim.results.tables import Row, certified_rows, percent, smoothed_rows, summing
 from lipsim.results.training_log import CERTIFIED, LogRow, certified, log_files, read_log, readable
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import parse_json, write_json, write_text
@@ -260,6 +260,8 @@ def _tests(folder: Path) -> tuple[dict[str, list[Row]], list[str]]:
     title = "majority score in %, natural and certified at ℓ2 budgets ε"
     if certified := results.get("certified"):
         tables[title] = certified_rows(certified)
+    if summed := results.get("summed"):
+        tables[f"{title}, {summing(summed)}"] = certified_rows(summed)
     if smoothed := results.get("smoothed"):
         tables[f"{title}, smoothed"] = smoothed_rows(smoothed)
     return {title: rows for title, rows in tables.items() if rows}, []

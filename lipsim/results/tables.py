@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lipsim.results.schema import Certification, Smoothing
+from lipsim.results.schema import Certification, Smoothing, Summation
 
 Row = Mapping[str, str]
 NO_GRADIENT = (
@@ -21,8 +21,8 @@ NO_GRADIENT = (
 )
 
 
-def certified_rows(certified: Certification) -> list[Row]:
-    """One row an evaluation set from the section "certified" of results.json: natural and certified scores in %.
+def certified_rows(certified: Certification | Summation) -> list[Row]:
+    """One row an evaluation set from the section "certified" or "summed" of results.json: scores in %.
 
     "triplets" counts those with a majority; "vote share" is there where votes are fractions.
     """
@@ -39,6 +39,11 @@ def certified_rows(certified: Certification) -> list[Row]:
         }
         for name, scores in certified["sets"].items()
     ]
+
+
+def summing(section: Summation) -> str:
+    """What tables say of a sum of two metrics: the other one, what it adds at most, and at which distance."""
+    return f"and {section['second']} where near, λ = {section['weight']:g}, τ = {section['scale']:g}"
 
 
 def smoothed_rows(smoothed: Smoothing) -> list[Row]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluations import COUNT, args, config, cut_short, prepare, rows, write_config
 
 import lipsim
+from lipsim.audit import UnboundedModuleError
 from lipsim.callbacks import CertifyRadii, CertifySum
 from lipsim.cli.evaluate import evaluate
 from lipsim.cli.main import main
@@ -16,6 +19,7 @@ from lipsim.datamodules import BuiltinData
 from lipsim.metric import PerceptualMetric, SaturatingSum, load, save
 from lipsim.results import read_results
 from lipsim.students import ScatteringTransform
+from lipsim.teachers import SmallViT
 from lipsim.utils.files import file_sha256
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False}
@@ -36,7 +40,7 @@ def _section(directory: str) -> dict[str, Any]:
     return dict(read_results(Path(directory, "results.json"))["summed"])
 
 
-def test_rows_are_those_of_the_sum_in_any_batch() -> None:
+def test_rows_are_those_of_the_sum_in_any_batch(capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for batch_size in (2, 5):
         callbacks = [CertifyRadii(error_sample=0), CertifySum(Path("near.safetensors"), **NUMBERS)]
@@ -47,6 +51,7 @@ def test_rows_are_those_of_the_sum_in_any_batch() -> None:
     (section, table), (again, _) = found
     assert section["sets"]["builtin"]["certified"] == again["sets"]["builtin"]["certified"]
     assert (section["second"], section["weight"], section["scale"]) == ("near", 2.0, 0.1)
+    assert "and near where near, λ = 2, τ = 0.1" in " ".join(capsys.readouterr().out.split())
     assert section["second_sha256"] == file_sha256(Path("near.safetensors"))
     scores = section["sets"]["builtin"]
     assert scores["num_triplets"] == len(table) == COUNT
@@ -96,11 +101,29 @@ def test_a_run_that_was_cut_short_continues(
     assert "sum with another metric" in Path("report/report.html").read_text(encoding="utf-8")
 
 
+def test_another_evaluation_leaves_nothing_of_this_one() -> None:
+    callback = CertifySum(Path("near.safetensors"), **NUMBERS)
+    lipsim.evaluate("metric.safetensors", _data(4), callbacks=[callback], directory="run", **QUIET)
+    assert Path("run/summed.csv").exists()
+    metric = load("metric.safetensors")
+    metric.anchor = 2.0
+    other = BuiltinData(num_test=4, image_size=16, batch_size=4)
+    lipsim.evaluate(metric, other, callbacks=[CertifyRadii()], directory="run", **QUIET)
+    assert not Path("run/summed.csv").exists()
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(FileNotFoundError, match="no metric file nothing"):
         CertifySum(Path("nothing"))
     with pytest.raises(ValueError, match="expected a finite scale"):
         CertifySum(Path("near.safetensors"), scale=0.0)
+    callback = CertifySum(Path("near.safetensors"), framing="center-crop")
+    with pytest.raises(ValueError, match="center-crop"):
+        lipsim.evaluate("metric.safetensors", _data(4), callbacks=[callback], directory="run", **QUIET)
+    torch.manual_seed(0)
+    teacher = PerceptualMetric(SmallViT(image_size=16), 16, lipschitz=math.inf)
+    with pytest.raises(UnboundedModuleError):
+        lipsim.evaluate(teacher, _data(4), callbacks=[CertifySum(Path("near.safetensors"))], directory="run", **QUIET)
     callback = CertifySum()  # scattering, at 64 pixels
     with pytest.raises(ValueError, match=r"16.*64|64.*16"):
         lipsim.evaluate("metric.safetensors", _data(4), callbacks=[callback], directory="run", **QUIET)

@@ -125,8 +125,9 @@ def test_intervals_hold_what_attacks_reach() -> None:
 def test_without_a_bound_nothing_is_certified() -> None:
     torch.manual_seed(0)
     teacher = PerceptualMetric(SmallViT(image_size=SIZE), SIZE, lipschitz=math.inf).eval()
+    x, _, x1 = _triplets(4)
     for metric in (SaturatingSum(teacher, _moduli()), SaturatingSum(_moduli(), teacher)):
-        found = metric.certify(*_triplets(4))
+        found = metric.certify(x, x, x1)  # which the second part would decide whatever the first one says
         assert not metric.has_bound and not found.radius.any() and not found.joint_radius.any()
         assert found.margin.abs().max() > 0
 
@@ -142,9 +143,10 @@ def test_a_layer_that_works_in_place_leaves_the_images() -> None:
     first = PerceptualMetric(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()), SIZE)
     x, x0, x1 = (image - 0.5 for image in _triplets(3))
     kept = [image.clone() for image in (x, x0, x1)]
-    metric = SaturatingSum(first, _moduli())
-    metric.certify(x, x0, x1, check_range=False)
-    metric(x, x0, check_range=False)
+    same = PerceptualMetric(nn.Sequential(nn.ReLU(), nn.Flatten()), SIZE)
+    found, expected = (SaturatingSum(f, _moduli()).certify(x, x0, x1, check_range=False) for f in (first, same))
+    assert torch.equal(found.margin, expected.margin) and torch.equal(found.radius, expected.radius)
+    assert torch.equal(*(SaturatingSum(f, _moduli())(x, x0, check_range=False) for f in (first, same)))
     assert all(torch.equal(*pair) for pair in zip((x, x0, x1), kept, strict=True))
 
 
@@ -161,6 +163,11 @@ def test_what_is_refused() -> None:
         _both().certify(x, x0[:1], x1)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         _both().certify(2 * x, x0, x1)
+    for mixed in ((x.half(), x0, x1), (x, x0.half(), x1)):
+        with pytest.raises(ValueError, match="half precision"):
+            _both().certify(*mixed)
+    with pytest.raises(ValueError, match="16"):
+        _both().certify(x, x0[..., :8, :8], x1)
     with pytest.raises(ValueError, match="half precision"):
         deepcopy(_both()).half().certify(x.half(), x0.half(), x1.half())
 
