@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lipsim import __version__
+from lipsim import __version__, load
+from lipsim.metric.files import BUNDLED
+from lipsim.utils.files import state_fingerprint
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +42,13 @@ def test_every_dependency_has_a_lower_bound_and_a_version_that_was_tested() -> N
 
 def _name(requirement: str) -> str:
     return re.split(r"[\[<>=]", requirement)[0].replace("_", "-")
+
+
+@pytest.mark.parametrize("file", sorted(BUNDLED.glob("*.safetensors")), ids=lambda file: file.stem)
+def test_the_card_of_a_bundled_metric_is_of_its_file(file: Path) -> None:
+    metric = load(file.stem)
+    _, _, card = (ROOT / "checkpoints/README.md").read_text(encoding="utf-8").partition(f"## {file.name}\n")
+    card, _, _ = card.partition("\n## ")
+    assert f"`{state_fingerprint(metric.encoder.state_dict())}`" in card
+    assert f"audited Lipschitz bound: {metric.lipschitz:.8f};" in card
+    assert f"covered by certificates: {metric.declared_feature_error:.1e}" in card
