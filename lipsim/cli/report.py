@@ -64,6 +64,10 @@ def _run(options: argparse.Namespace) -> int:
     from lipsim.results.report import write_report  # matplotlib, which --help does without
     from lipsim.results.runs import load_runs, warnings
 
+    unfinished = [run for run in runs_with_results if _is_empty(run)]
+    if 0 < len(unfinished) < len(runs_with_results):  # such as rows of a benchmark that goes on
+        print(f"left out, without a results.json so far: {', '.join(unfinished)}", file=sys.stderr)
+        runs_with_results = [run for run in runs_with_results if run not in unfinished]
     with Progress("writing the report"):
         runs = load_runs(runs_with_results, seeds=options.seeds)
         tables = write_report(runs, options.output, options.radius, title=options.title, markdown=options.markdown)
@@ -72,3 +76,10 @@ def _run(options: argparse.Namespace) -> int:
         print(f"warning: {line}", file=sys.stderr)
     print(f"report.html, .md, .tex, .csv and curves are in {options.output}/")
     return 0
+
+
+def _is_empty(run: str) -> bool:
+    """Whether a run is a folder in which there are no results yet."""
+    from lipsim.results.runs import find_results
+
+    return all(file.parent.is_dir() and not file.exists() for _, file in find_results(run))

@@ -135,7 +135,11 @@ def test_bad_runs_are_one_line(runs: list[str], tmp_path: Path, capsys: pytest.C
         assert _report(*args, "--output", tmp_path / "out") == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    (tmp_path / "begun").mkdir()
+    assert _report(tmp_path / "begun", "--output", tmp_path / "out") == 1 and "no results at" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert _report(runs[0], tmp_path / "begun", "--output", tmp_path / "out") == 0
+    assert f"left out, without a results.json so far: {tmp_path / 'begun'}" in capsys.readouterr().err
 
 
 def test_names_of_somebody_else_run_nothing_in_a_page() -> None:
