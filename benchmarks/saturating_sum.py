@@ -9,7 +9,7 @@ is a clone of its repository, whose untied training votes are scored; pairs have
 natural and certified where the reference moves (and, "joint", all three images). Attacks run on the sum with the first
 weight and scale: the suite at the radii's own scale, and how many of its answers are turned inside their radius.
 
-10,000 triplets of each kind take two minutes of a core; attacks of 200 besides five minutes a set.
+10,000 triplets of each kind take two minutes of a core; attacks of 200 besides five to ten a set.
 """
 
 from __future__ import annotations
