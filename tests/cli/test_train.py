@@ -138,7 +138,7 @@ OPTIONS_OF = {
     "photos/teacher": [*PHOTOS_TRIPLETS, RANDOM_BRANCH],
     "photos/teacher_adversarial": [*PHOTOS_TRIPLETS, "--model.adversary.steps=1", RANDOM_BRANCH],
     **{f"photos/{name}": PHOTOS_DISTILL for name in ("distill", "distill_128")},
-    **{f"photos/{name}": PHOTOS_SHARED for name in ("finetune", "finetune_128", "linear")},
+    **{f"photos/{name}": PHOTOS_SHARED for name in ("finetune", "finetune_128", "linear", "wide")},
     **{
         f"{room}/distill": [f"--model.student.{name}={value}" for name, value in NARROW.items()]
         for room in ("quickstart", "nights")
