@@ -7,7 +7,7 @@
 Photographs are an image folder of train/CLASS/ and val/CLASS/, of which the validation images make triplets; Material
 is a clone of its repository, whose untied training votes are scored; pairs have opinion scores. Majority scores in %,
 natural and certified where the reference moves (and, "joint", all three images). Attacks run on the sum with the first
-weight and scale: the suite at the radii's own scale, and how many of its answers are turned inside their radius.
+weight and scale: what the suite leaves at each budget, and how many answers it turns inside their radius.
 
 10,000 triplets of each kind take two minutes of a core; attacks of 200 besides five to ten a set.
 """

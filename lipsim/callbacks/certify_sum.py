@@ -77,7 +77,8 @@ class CertifySum(TripletCallback):
             metric.check_precision()
             if not metric.has_bound:
                 metric.audit()
-        # The same on every process, whatever hardware it runs on.
+        # Searched for where it runs now, and the same on every process, whatever hardware that is.
+        self.second.require_feature_error(self.second.declared_feature_error)
         error = torch.tensor(self.second.feature_error, dtype=torch.float64, device=module.device)
         self.second.feature_error = float(trainer.strategy.reduce(error, reduce_op="max"))
         SaturatingSum(module.metric, self.second, self.weight, self.scale)  # which refuses two that do not go together

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.errors import LipsimError
-from lipsim.certificates.geometry import rotation, unit_angle
+from lipsim.certificates.geometry import one_minus_cos, rotation, unit_angle
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.rounding import anchored, bounded_norm, over_bound, round_down, round_up, rounding_error
 
@@ -47,8 +47,8 @@ def distance_interval(
             raise LipsimError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
         moved = lipschitz * budget if math.isfinite(lipschitz) else torch.where(budget > 0, math.inf, 0.0)
         turn = turn + rotation(bounded_norm(features, anchor), (moved + feature_error) * (1 + rounding))
-    lower = _one_minus_cos((theta - turn).clamp(min=0))
-    upper = _one_minus_cos((theta + turn).clamp(max=math.pi))
+    lower = one_minus_cos((theta - turn).clamp(min=0))
+    upper = one_minus_cos((theta + turn).clamp(max=math.pi))
     unknown = torch.isnan(theta) | torch.isnan(turn)
     lower, upper = torch.where(unknown, 0.0, lower), torch.where(unknown, 2.0, upper)
     return round_down(lower, dtype), round_up(upper, dtype).clamp(max=2)
@@ -83,7 +83,3 @@ def threshold_radius(
 def threshold_angle(threshold: float) -> float:
     """``θ_τ = arccos(1 − τ)``, with the digits of thresholds near 0 and near 2."""
     return 2 * math.atan2(math.sqrt(threshold), math.sqrt(2 - threshold))
-
-
-def _one_minus_cos(theta: Tensor) -> Tensor:
-    return 2 * torch.sin(theta / 2).square()

@@ -143,6 +143,11 @@ def unit_angle(unit: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Ten
     return 2 * torch.atan2(_root(difference), _root(total))
 
 
+def one_minus_cos(theta: Tensor) -> Tensor:
+    """``1 − cos θ``, the distance of two unit vectors at an angle, with the digits of small ones."""
+    return 2 * torch.sin(theta / 2).square()
+
+
 def _root(square: Tensor) -> Tensor:
     """Square root whose gradient at 0 is 0 and not infinite; NaN stays NaN."""
     zero = square == 0

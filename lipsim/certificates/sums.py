@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.errors import LipsimError
-from lipsim.certificates.geometry import along, anchored_norm, rotation, unit_angle
+from lipsim.certificates.geometry import along, anchored_norm, one_minus_cos, rotation, unit_angle
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.pixels import certified_pixels
 from lipsim.certificates.rounding import EPS, Features, anchored, bounded_norm, round_down, round_up, rounding_error
@@ -101,7 +101,7 @@ class Term:
         """Intervals of the distances to both candidates, ``(…, 2, N)``, after turns ``(…, 3, N)``."""
         turn = turns[..., :1, :] + turns[..., 1:, :] + self.rounding
         lower, upper = (self.angles - turn).clamp(min=0), (self.angles + turn).clamp(max=math.pi)
-        return 2 * torch.sin(lower / 2).square(), 2 * torch.sin(upper / 2).square()
+        return one_minus_cos(lower), one_minus_cos(upper)
 
     def least_margin(self, eps: Tensor) -> Tensor:
         """The least ``d(x, x1) − d(x, x0)`` with budgets ``(…, 3, N)``, ``(…, N)``: the largest of three bounds.
@@ -215,7 +215,7 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
 
 def sum_margin(first: Term, second: Term, *, weight: float, scale: float) -> Tensor:
     """Margin ``D(x, x1) − D(x, x0)``, ``(N,)`` float64: positive where left is nearer, 0 for equal candidates."""
-    nearer, other = torch.exp(-2 * torch.sin(second.angles / 2).square() / scale).unbind(0)
+    nearer, other = torch.exp(-one_minus_cos(second.angles) / scale).unbind(0)
     saturated = nearer * -torch.expm1(-second.margin / scale)
     # Where one of the exponentials leaves the range of float64, from both distances.
     saturated = torch.where(torch.isfinite(saturated) & (nearer > 0), saturated, nearer - other)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipsim.certificates.geometry import Anchored, along, unit_angle
+from lipsim.certificates.geometry import Anchored, along, one_minus_cos, unit_angle
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.pixels import certified_pixels
 from lipsim.certificates.rounding import bounded_norm, over_bound, round_down, round_up, rounding_error
@@ -334,7 +334,7 @@ def tiled_distance_interval(
     theta = unit_angle(e.unit, other.unit)
     moved = lipschitz * eps if eps else 0.0
     budget = norm.new_full(norm.shape[:1], (moved + math.sqrt(tiles) * feature_error) / _SHAVE)
-    distance = (2 * torch.sin(theta / 2).square()).sum(-1)
+    distance = one_minus_cos(theta).sum(-1)
     slack = (_off(bounded_norm(other, anchor), feature_error) + 8 * rounding).sum(-1)
     ones = torch.ones_like(theta)
     upper = (distance + Losses(ones, theta, norm).worst(budget) / _SHAVE + slack) / tiles
@@ -344,8 +344,8 @@ def tiled_distance_interval(
         bounded_norm(other, anchor).amin(-1), norm.new_full(norm.shape[:1], feature_error * math.sqrt(tiles)), tiles
     )
     turn = _turned(norm.amin(-1), budget, tiles) + still + tiles * rounding
-    upper = torch.minimum(upper, 2 * torch.sin((angle + turn).clamp(max=math.pi) / 2).square())
-    lower = torch.maximum(lower, 2 * torch.sin((angle - turn).clamp(min=0) / 2).square())
+    upper = torch.minimum(upper, one_minus_cos((angle + turn).clamp(max=math.pi)))
+    lower = torch.maximum(lower, one_minus_cos((angle - turn).clamp(min=0)))
     without = budget >= _directed(anchor, norm, bounded_norm(other, anchor))
     lower = torch.where(without, lower.clamp(max=1), lower)
     upper = torch.where(without, upper.clamp(min=1), upper)
@@ -380,7 +380,7 @@ def tiled_threshold_radius(
     e, other = Anchored(z, anchor), Anchored(y, anchor)
     norm, tiles = bounded_norm(e, anchor), z.shape[-2]
     theta = unit_angle(e.unit, other.unit)
-    excess = (2 * torch.sin(theta / 2).square()).sum(-1) - tiles * threshold
+    excess = one_minus_cos(theta).sum(-1) - tiles * threshold
     angle = torch.where((excess > 0).unsqueeze(-1), math.pi - theta, theta)
     slack = (_off(bounded_norm(other, anchor), feature_error) + 8 * rounding_error(z)).sum(-1)
     kept = (excess.abs() - slack).clamp(min=0)
