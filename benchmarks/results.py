@@ -41,6 +41,7 @@ from lipsim.metric import save
 from lipsim.metric.distance import has_features
 from lipsim.results import read_results, update_results
 from lipsim.results.schema import BenchmarkSection
+from lipsim.utils.allocator import keep_freed_memory
 from lipsim.utils.files import state_fingerprint
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import duration
@@ -217,6 +218,7 @@ def _results(parts: Sequence[Part], options: argparse.Namespace) -> Iterable[tup
 
 def _attempt(part: Part, options: argparse.Namespace) -> tuple[str, str | None]:
     """A part, whose failure must not end the others; its traceback is written beside where its results would be."""
+    keep_freed_memory()
     try:
         return run_part(part, options), None
     except (RuntimeError, ValueError, OSError) as error:  # memory of a graphics card, a diverged training, a full disk

@@ -15,6 +15,7 @@ from lipsim.callbacks.run_options import quiet_warnings
 from lipsim.cli.parser import one_line_errors
 from lipsim.cli.stage import StageCLI
 from lipsim.evaluation.exported import ExportedMetric
+from lipsim.utils.allocator import keep_freed_memory
 
 _DESCRIPTION = """Certify and attack an exported metric, for example
 {prog} --config configs/evaluate/builtin.yaml --checkpoint runs/quickstart/quickstart.safetensors
@@ -82,6 +83,7 @@ def evaluate(args: Sequence[str], prog: str = "evaluate.py") -> EvaluationCLI:
 
 def main(args: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     """Entry point of scripts/evaluate.py and of `lipsim evaluate`."""
+    keep_freed_memory()
     with one_line_errors():
         cli = evaluate(sys.argv[1:] if args is None else args, prog)
         if cli.trainer.is_global_zero:

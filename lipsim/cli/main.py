@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 from lipsim.cli.parser import OneLineParser, one_line_errors
+from lipsim.utils.allocator import keep_freed_memory
 from lipsim.utils.version import __version__
 
 # A command is the module of its name here (- is _), which is imported when the command is given and not before: most
@@ -62,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if args and args[0] in STAGES:
         importlib.import_module(f"lipsim.cli.{args[0]}").main(args[1:], f"lipsim {args[0]}")
         return
+    keep_freed_memory()
     chosen = next((argument for argument in args if not argument.startswith("-")), None)
     parser = build_parser([name for name in COMMANDS if name == chosen])
     with one_line_errors(2 if chosen in ANSWERING else 1):

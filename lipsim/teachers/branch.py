@@ -97,7 +97,7 @@ class Branch(nn.Module, ABC):
         if self.input_size is not None and x.shape[-1] != self.input_size:
             # Not clamped as image files are: attacks need the gradient everywhere, and a network takes what overshoots.
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bicubic", antialias=True)
-        return self.tokens((x - self.mean) / self.std)
+        return self.tokens(channels_innermost((x - self.mean) / self.std))
 
     @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
@@ -128,3 +128,11 @@ class Branch(nn.Module, ABC):
         except ValueError as error:
             raise LipsimError(f"{error}; {remedy}") from error
         load_weights(self.backbone, state, str(file), f"it is not the file of {self.model}: {remedy}")
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """Images ``(N, C, H, W)``, on a processor laid out pixel by pixel, with which convolutions are up to twice as fast.
+
+    They keep the layout from one to the next. Spelled with ``permute`` because ``torch.vmap`` knows no memory formats.
+    """
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.device.type == "cpu" else x

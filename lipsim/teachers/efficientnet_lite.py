@@ -13,6 +13,7 @@ import timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipsim.teachers.branch import channels_innermost
 from lipsim.teachers.catalogue import BACKBONES
 from lipsim.teachers.packages import packaged_weights, timm_names
 from lipsim.utils.arguments import records_arguments
@@ -76,5 +77,5 @@ class EfficientNetLite(nn.Module):
         return logits
 
     def _features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.backbone.forward_features((x - self._mean) / self._std)
+        features: Tensor = self.backbone.forward_features(channels_innermost((x - self._mean) / self._std))
         return features

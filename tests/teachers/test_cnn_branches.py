@@ -93,6 +93,29 @@ def test_images_are_resized_inside() -> None:
         torch.testing.assert_close(branch(image[None]), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model", "options"), [("resnet18", RESNET), ("convnext_atto", CONVNEXT), ("vit_tiny_patch16_224", TINY_VIT)]
+)
+def test_channels_lie_innermost_and_change_nothing(model: str, options: dict[str, Any]) -> None:
+    branch = _branch(f"timm/{model}", options=options).double()
+    _randomise_statistics(branch)
+    seen: list[Tensor] = []
+    branch.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    found = branch(images)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    expected = branch.backbone((images - branch.mean) / branch.std)[:, None]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(f.square().sum(), images)[0] for f in (found, expected)))
+
+
+@torch.no_grad()
+def test_the_layout_goes_with_vmap() -> None:  # which knows no memory formats, and Jacobians are taken with
+    branch = _branch("timm/resnet18", options=RESNET)
+    images = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(torch.func.vmap(branch)(images[:, None])[:, 0], branch(images))
+
+
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EfficientNetLite:
     """Installed weights of Lite0, random ones in the layout of its package."""
