@@ -28,9 +28,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 _glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
-def _environment(**variables: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in allocator._VARIABLES}
-    return {**kept, **variables}
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in allocator._VARIABLES}
 
 
 @_glibc
