@@ -23,17 +23,16 @@ number of a dtype are that number.
 from lipsim.certificates.classification import class_radius
 from lipsim.certificates.decisions import (
     candidate_radii,
-    joint_radius,
     linear_margin,
     margin,
     published_radius,
     reference_radius,
-    signed_joint_radius,
     signed_reference_radius,
 )
 from lipsim.certificates.distances import distance_interval, threshold_radius
 from lipsim.certificates.gallery import Gallery
 from lipsim.certificates.geometry import Anchored
+from lipsim.certificates.joint import joint_radius, signed_joint_radius
 from lipsim.certificates.level_sets import (
     ClosestApproach,
     SegmentCertificate,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lipsim.certificates.geometry import Anchored, along, anchored_norm, angle, project, rotation, unit_angle
+from lipsim.certificates.geometry import Anchored, along, anchored_norm, project, rotation, unit_angle
 from lipsim.certificates.numbers import check_constants
 from lipsim.certificates.rounding import (
     Features,
@@ -20,7 +19,6 @@ from lipsim.certificates.rounding import (
 )
 
 Parts = tuple[Tensor, Tensor]  # of features and of the anchor
-_TURNS = (2, 1, 1)  # the reference turns against both candidates
 
 
 def linear_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -122,42 +120,6 @@ def candidate_radii(
     return radii[0], radii[1]
 
 
-def joint_radius(
-    z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, lipschitz: float = 1.0, feature_error: float = 0.0
-) -> Tensor:
-    """Radius of a common budget: all three images may move by less than it, each, and the answer stays, ``(N,)``.
-
-    The largest ε with ``2α(e, Lε) + α(e0, Lε) + α(e1, Lε) < |θ_1 − θ_0|``, by bisection, rounded down. Its gradient is
-    that of the equation (implicit differentiation).
-
-    Example:
-        >>> z, z0, z1 = (torch.tensor([point]) for point in ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]))
-        >>> print(f"{joint_radius(z, z0, z1, anchor=0.0).item():.4f}")  # four turns fill 90°: sin 22.5°
-        0.3827
-    """
-    check_constants(anchor, lipschitz, feature_error)
-    dtype, (e, e0, e1) = anchored(anchor, z, z0, z1)
-    rounding = rounding_error(e.z)
-    norms = [bounded_norm(t, anchor) for t in (e, e0, e1)]
-    radius = _joint(norms, _gap(e.unit, e0.unit, e1.unit) - rounding, rounding)
-    return round_down(over_bound((radius - feature_error).clamp(min=0), lipschitz), dtype)
-
-
-def signed_joint_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
-    """:func:`joint_radius` with the sign of the margin, ``(N,)``: positive prefers left. What a loss can push.
-
-    Example:
-        >>> z, z0, z1 = (torch.tensor([point]) for point in ([1.0, 0.0], [0.0, 1.0], [1.0, 0.0]))
-        >>> print(f"{signed_joint_radius(z, z0, z1, anchor=0.0).item():.4f}")
-        -0.3827
-    """
-    check_constants(anchor, lipschitz)
-    g, _ = linear_margin(z, z0, z1, anchor=anchor)
-    norms = [bounded_norm(t, anchor) for t in (z, z0, z1)]
-    gap = (angle(z, z1, anchor) - angle(z, z0, anchor)).abs()
-    return torch.sign(g.detach()) * over_bound(_joint(norms, gap), lipschitz)
-
-
 def published_radius(z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, lipschitz: float = 1.0) -> Tensor:
     """Radius as published with LipSim, ``|⟨p, p0 − p1⟩|/(L‖p0 − p1‖)``, ``(N,)``: for comparison only.
 
@@ -182,50 +144,6 @@ def _length(vector: Tensor, plain: bool) -> Tensor:
 def _gap(unit: Parts, left: Parts, right: Parts) -> Tensor:
     """How much nearer, as an angle, one candidate is than the other, ``(N,)``."""
     return (unit_angle(unit, right) - unit_angle(unit, left)).abs()
-
-
-def _joint(norms: Sequence[Tensor], gap: Tensor, rounding: float = 0.0) -> Tensor:
-    """Joint radius in feature space, in the dtype of the features, rounded down as far as ``rounding`` says.
-
-    Args:
-        norms: of reference, left and right.
-        gap: how much nearer, as an angle, one candidate is than the other.
-        rounding: relative error of the budget in the equation.
-    """
-    norm = torch.stack([n.expand_as(gap) for n in norms])
-    with torch.no_grad():
-        low, high = torch.zeros_like(gap), norm.amin(0)
-        for _ in range(60 if gap.dtype == torch.float64 else 30):
-            middle = (low + high) / 2
-            holds = _turned(norm, middle * (1 + rounding)) < gap
-            low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-    return low + _implicit(norm, gap, low) if gap.requires_grad else low
-
-
-def _turned(norm: Tensor, radius: Tensor) -> Tensor:
-    """How far the difference of two angles can turn when reference, left and right move by at most ``radius``.
-
-    Args:
-        norm: ``(3, N)``, of the three.
-        radius: ``(N,)``.
-    """
-    # One kernel for the three, not three: this runs sixty times on few numbers.
-    reference, left, right = rotation(norm, radius).unbind(0)
-    return _TURNS[0] * reference + _TURNS[1] * left + _TURNS[2] * right
-
-
-def _implicit(norm: Tensor, gap: Tensor, radius: Tensor) -> Tensor:
-    """Zeros with the gradient of the ``radius`` that solves ``_turned(norm, radius) = gap``."""
-    with torch.no_grad():
-        # At the smallest norm the arcsine is vertical; vectors without a length have no gradient.
-        radius = torch.minimum(radius, (1 - 1e-6) * norm.amin(0))
-        known = radius > 0
-        radius = torch.where(known, radius, 0.0)
-    norm = torch.where(known, norm, 1.0)
-    slopes = [c / ((n - radius).sqrt() * (n + radius).sqrt()) for c, n in zip(_TURNS, norm.unbind(0), strict=True)]
-    slope = (slopes[0] + slopes[1] + slopes[2]).detach()
-    excess = torch.where(known, _turned(norm, radius) - gap, 0.0)
-    return (excess.detach() - excess) / slope
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

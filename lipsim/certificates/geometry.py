@@ -7,6 +7,8 @@ ball, where ``e/‖e‖`` is the projection onto that ball and therefore 1-Lipsc
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -162,3 +164,17 @@ def rotation(norm: Tensor, radius: Tensor | float) -> Tensor:
     ratio = radius / norm
     inside = ratio < 1
     return torch.where(inside, torch.asin(torch.where(inside, ratio, torch.zeros_like(ratio))), torch.pi)
+
+
+def stacked_rotation(norm: Tensor, radius: Tensor | float, tiles: int) -> Tensor:
+    """:func:`rotation` of unit vectors stacked to one, ``(N,)``: at most as if the shortest alone had moved.
+
+    Args:
+        norm: of the shortest of the vectors.
+        radius: by which they move, all together.
+        tiles: how many vectors.
+    """
+    turn = rotation(norm, radius)
+    if tiles == 1:
+        return turn
+    return torch.where(turn < torch.pi, 2 * torch.asin(torch.sin(turn / 2) / math.sqrt(tiles)), turn)

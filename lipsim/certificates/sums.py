@@ -11,6 +11,7 @@ have this distance, so its certificates are of each part by itself:
   second part is a function of its own two distances and their difference (:func:`_saturated_margin`).
 
 A radius is the largest budget with which that sum is positive, by bisection; every budget with a positive sum is one.
+Where all three images move and both parts say what the sum does, so is the smaller of their own joint radii.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.geometry import along, anchored_norm, one_minus_cos, rotation, unit_angle
+from lipsim.certificates.joint import joint_radius
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.pixels import certified_pixels
 from lipsim.certificates.rounding import EPS, Features, anchored, bounded_norm, round_down, round_up, rounding_error
@@ -41,6 +43,7 @@ class Term:
         angles: from the reference to left and right, ``(2, N)``.
         margin: ``⟨p, w⟩`` with ``w = p0 − p1``, ``(N,)``: positive where left is nearer.
         length: ``‖w‖``, ``(N,)``, and ``slope`` that of its feature part.
+        joint_radius: within which the answer by this encoder alone stays, ``(N,)``, as of the metric.
 
     Args:
         z: features ``(N, D)`` of the references.
@@ -70,6 +73,7 @@ class Term:
         self.margin = along(e.unit, e0.unit, e1.unit)
         self.slope = anchored_norm(e0.unit[0] - e1.unit[0], 0.0)
         self.length = torch.hypot(self.slope, e0.unit[1] - e1.unit[1])
+        self.joint_radius = joint_radius(e, e0, e1, **self.options)
 
     def swapped(self, rows: Tensor) -> Term:
         """The same triplets, with left and right exchanged in the rows that a mask ``(N,)`` says."""
@@ -190,6 +194,7 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
     # Between 0, the budget with which one of the encoders may answer anything, and that with which both may. These can
     # be so far apart that only halving their ratio finds a radius near the smaller one.
     low = found.new_zeros(len(_MOVING), *found.shape)
+    low[-1] = _agreed(first, second, weight)
     most = torch.finfo(found.dtype).max / 4
     middle, high = (
         bound(first.reach, second.reach).clamp(max=most).expand_as(low) for bound in (torch.minimum, torch.maximum)
@@ -211,6 +216,14 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
         joint_radius=joint,
         pixels=certified_pixels(reference, radius),
     )
+
+
+def _agreed(first: Term, second: Term, weight: float) -> Tensor:
+    """A joint radius of the sum, ``(N,)``: that of both parts where both have the nearer candidate nearer."""
+    if not weight:
+        return first.joint_radius
+    agreed = (first.margin > 0) & (second.margin > 0)
+    return torch.where(agreed, torch.minimum(first.joint_radius, second.joint_radius), 0.0)
 
 
 def sum_margin(first: Term, second: Term, *, weight: float, scale: float) -> Tensor:

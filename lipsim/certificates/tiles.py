@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipsim.certificates.geometry import Anchored, along, one_minus_cos, unit_angle
+from lipsim.certificates.geometry import Anchored, along, one_minus_cos, stacked_rotation, unit_angle
+from lipsim.certificates.joint import joint_budget
 from lipsim.certificates.numbers import check_constants, check_number
 from lipsim.certificates.pixels import certified_pixels
 from lipsim.certificates.rounding import bounded_norm, over_bound, round_down, round_up, rounding_error
@@ -340,10 +341,10 @@ def tiled_distance_interval(
     upper = (distance + Losses(ones, theta, norm).worst(budget) / _SHAVE + slack) / tiles
     lower = (distance - Losses(ones, math.pi - theta, norm).worst(budget) / _SHAVE - slack) / tiles
     angle = unit_angle(_stacked(e), _stacked(other))
-    still = _turned(
+    still = stacked_rotation(
         bounded_norm(other, anchor).amin(-1), norm.new_full(norm.shape[:1], feature_error * math.sqrt(tiles)), tiles
     )
-    turn = _turned(norm.amin(-1), budget, tiles) + still + tiles * rounding
+    turn = stacked_rotation(norm.amin(-1), budget, tiles) + still + tiles * rounding
     upper = torch.minimum(upper, one_minus_cos((angle + turn).clamp(max=math.pi)))
     lower = torch.maximum(lower, one_minus_cos((angle - turn).clamp(min=0)))
     without = budget >= _directed(anchor, norm, bounded_norm(other, anchor))
@@ -418,24 +419,10 @@ def _stacked(e: Anchored) -> tuple[Tensor, Tensor]:
     return whole, torch.zeros_like(whole[:, 0])
 
 
-def _turned(shortest: Tensor, radius: Tensor, tiles: int) -> Tensor:
-    """How far the stacked unit vectors turn when the features move by ``radius``, ``(N,)``; π from the shortest on."""
-    ratio = radius / shortest
-    inside = ratio < 1
-    half = torch.sin(torch.asin(torch.where(inside, ratio, 0.0)) / 2) / math.sqrt(tiles)
-    return torch.where(inside, 2 * torch.asin(half), math.pi)
-
-
 def _joint(e: tuple[Anchored, Anchored, Anchored], norms: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The budget that all three images survive, each, ``(N,)``: ``2A + A_0 + A_1 < |Θ_1 − Θ_0|``, by bisection."""
-    whole, left, right = (_stacked(t) for t in e)
+    """The budget that all three images survive, each, ``(N,)``: that of the stacked unit vectors."""
+    whole, left, right = (_stacked(t)[0] for t in e)
+    shortest, shortest0, shortest1 = (n.amin(-1) for n in norms)
     tiles = norms[0].shape[-1]
-    gap = (unit_angle(whole, right) - unit_angle(whole, left)).abs() - tiles * rounding_error(e[0].z)
-    shortest = [n.amin(-1) for n in norms]
-    low, high = torch.zeros_like(gap), torch.stack(shortest).amin(0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        turn = sum(count * _turned(n, middle, tiles) for count, n in zip((2, 1, 1), shortest, strict=True))
-        holds = turn < gap
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-    return low
+    rounding = tiles * rounding_error(e[0].z)
+    return joint_budget((whole, left, right), (shortest, shortest0, shortest1), tiles=tiles, rounding=rounding)

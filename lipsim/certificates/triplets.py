@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lipsim.certificates.decisions import candidate_radii, joint_radius, margin, reference_radius
+from lipsim.certificates.decisions import candidate_radii, margin, reference_radius
+from lipsim.certificates.joint import joint_radius
 from lipsim.certificates.pixels import certified_pixels
 from lipsim.certificates.rounding import Features, anchored
 

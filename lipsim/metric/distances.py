@@ -31,16 +31,17 @@ def pixel_l2_certificate(reference: Tensor, left: Tensor, right: Tensor) -> TwoA
 
     The answer is on which side of the perpendicular bisector of the candidates the reference lies, and its radius the
     distance from there, ``|d₁² − d₀²|/(2‖left − right‖)``. A candidate that moves alone has to change its own distance
-    by ``|d₁ − d₀|``. Where all move by ε each, both distances change by 2ε at most, which is a lower bound. What
-    float32 images, their differences and distances in :func:`pixel_l2` may be off by is taken off. Images that are not
-    finite have no radius.
+    by ``|d₁ − d₀|``. Where all move by ε each, the candidates change the difference of the distances by 2ε, and the
+    reference has to come to where that is what is left of it (:func:`_joint_radius`). What float32 images, their
+    differences and distances in :func:`pixel_l2` may be off by is taken off. Images that are not finite have no radius.
     """
     x, x0, x1 = (images.double().flatten(1) for images in (reference, left, right))
     near, far = (torch.linalg.vector_norm(x - other, dim=1) for other in (x0, x1))
     total, apart = near + far, torch.linalg.vector_norm(x0 - x1, dim=1)
     # Roundings to float32 lose a unit in the last place each, at the clean and at the moved point, where the distances
     # are up to twice as long. (NaN is not above 0.)
-    free = (far - near).abs() - 64 * torch.finfo(torch.float32).eps * total
+    slack = 64 * torch.finfo(torch.float32).eps * total
+    free = (far - near).abs() - slack
     free = torch.where((free > 0) & torch.isfinite(free), free, 0.0)
     radius = torch.where((apart > 0) & (free > 0), free * total / (2 * apart), 0.0)
     return TwoAFCCertificate(
@@ -49,9 +50,38 @@ def pixel_l2_certificate(reference: Tensor, left: Tensor, right: Tensor) -> TwoA
         radius=radius,
         left_radius=free,
         right_radius=free,
-        joint_radius=free / 4,
+        joint_radius=torch.where(radius > 0, _joint_radius(x - (x0 + x1) / 2, (x0 - x1) / 2, slack), 0.0),
         pixels=certified_pixels(reference, radius),
     )
+
+
+def _joint_radius(middle: Tensor, half: Tensor, slack: Tensor) -> Tensor:
+    """The distance ``ε`` to where two distances differ by ``2ε`` and a slack, ``(N,)``: to a hyperboloid.
+
+    With ``X`` and ``Y`` the parts of the reference along and beside the line through the candidates, ``2c`` how far
+    these are apart and ``a = ε + slack/2``, it is at least ``ε`` if ``a² + ε²/B(v) < v`` for some ``v`` in
+    ``(a², c²)``, ``B(v) = X²/v − Y²/(c² − v) − 1``, for the reason in :mod:`lipsim.certificates.joint`. The best ``v``
+    has ``B(B + 1) = −vB'``.
+
+    Args:
+        middle: reference less the middle of the candidates, ``(N, D)`` float64.
+        half: half of what is between these, ``(N, D)``.
+        slack: what distances are off by, ``(N,)``.
+    """
+    square = half.square().sum(1)
+    along = (middle * half).sum(1).square() / square
+    aside = (middle - ((middle * half).sum(1) / square).unsqueeze(1) * half).square().sum(1)
+    low, high = torch.zeros_like(square), square
+    for _ in range(60):
+        v = (low + high) / 2
+        bound = along / v - aside / (square - v) - 1
+        slope = along / v.square() + aside / (square - v).square()
+        beyond = (bound <= 0) | (bound * (bound + 1) < v * slope)
+        low, high = torch.where(beyond, low, v), torch.where(beyond, v, high)
+    bound = along / low - aside / (square - low) - 1 - 16 * torch.finfo(low.dtype).eps * along / low
+    whole, offset = 1 + 1 / bound, slack / 2
+    radius = (torch.sqrt(offset.square() + whole * (low - offset.square())) - offset) / whole
+    return torch.where((bound > 0) & (radius > 0), radius * (1 - 1e-9), 0.0)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

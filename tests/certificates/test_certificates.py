@@ -10,45 +10,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from feature_attack import Features, ascend, flips, margin
 from torch.nn import functional as F
 
 from lipsim import certificates as C
 from lipsim.certificates.geometry import anchored_norm, cosine_distance, project
 
-Features = tuple[Tensor, Tensor, Tensor]
 ANCHORS = [0.0, 0.5, 1.0, 2.0]
-
-
-def _margin(z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
-    return cosine_distance(z, z1, anchor) - cosine_distance(z, z0, anchor)
-
-
-def _flips(features: Features, moved: Features, anchor: float) -> Tensor:
-    return torch.sign(_margin(*features, anchor)) * torch.sign(_margin(*moved, anchor)) < 0
-
-
-def _ascend(features: Features, budgets: dict[int, Tensor], anchor: float, steps: int = 400) -> Tensor:
-    """Projected gradient ascent on the flipped margin over the features named in ``budgets``: which answers flip."""
-    sign = -torch.sign(_margin(*features, anchor))
-    deltas = {i: torch.zeros_like(features[i], requires_grad=True) for i in budgets}
-    flipped = torch.zeros(len(sign), dtype=torch.bool)
-    for step in range(steps):
-        moved = tuple(z + deltas[i] if i in deltas else z for i, z in enumerate(features))
-        value = sign * _margin(*moved, anchor)  # type: ignore[arg-type]
-        flipped |= value.detach() > 0
-        if flipped.all():
-            break
-        gradients = torch.autograd.grad(value.sum(), list(deltas.values()))
-        for (i, delta), gradient in zip(deltas.items(), gradients, strict=True):
-            budget = budgets[i].unsqueeze(1)
-            size = budget * 2 / (1 + step / 10)
-            new = delta.detach() + size * F.normalize(gradient, dim=1)
-            length = torch.linalg.vector_norm(new, dim=1, keepdim=True)
-            deltas[i] = (
-                new * torch.minimum(budget / length.clamp(min=1e-300), torch.ones_like(length))
-            ).requires_grad_()
-    return flipped
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
@@ -59,18 +27,18 @@ def test_reference_radius_is_exact(features: Features, anchor: float, lipschitz:
     assert (radius > 0).all()
     # The nearest point of the boundary lies along the normal w, which has a closed form.
     (p0, _), (p1, _) = project(z0, anchor), project(z1, anchor)
-    normal = -torch.sign(_margin(z, z0, z1, anchor)).unsqueeze(1) * F.normalize(p0 - p1, dim=1)
+    normal = -torch.sign(margin(z, z0, z1, anchor)).unsqueeze(1) * F.normalize(p0 - p1, dim=1)
     for factor, expected in ((1 - 1e-9, False), (1 + 1e-6, True)):
         moved = z + factor * (lipschitz * radius).unsqueeze(1) * normal
-        assert (_flips(features, (moved, z0, z1), anchor) == expected).all()
-    assert not _ascend(features, {0: lipschitz * radius * (1 - 1e-9)}, anchor).any()
+        assert (flips(features, (moved, z0, z1), anchor) == expected).all()
+    assert not ascend(features, {0: lipschitz * radius * (1 - 1e-9)}, anchor).any()
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_candidate_radii_withstand_attack(features: Features, anchor: float) -> None:
     left, right = C.candidate_radii(*features, anchor=anchor)
-    assert not _ascend(features, {1: left * (1 - 1e-9)}, anchor).any()
-    assert not _ascend(features, {2: right * (1 - 1e-9)}, anchor).any()
+    assert not ascend(features, {1: left * (1 - 1e-9)}, anchor).any()
+    assert not ascend(features, {2: right * (1 - 1e-9)}, anchor).any()
 
 
 def test_candidate_radii_are_exact_without_anchor(features: Features) -> None:
@@ -80,24 +48,8 @@ def test_candidate_radii_are_exact_without_anchor(features: Features) -> None:
     for i, radius in ((1, left), (2, right)):
         inside = radius < 0.999 * anchored_norm(features[i], 0.0)
         assert inside.sum() > 20
-        flipped = _ascend(features, {i: radius * 1.01}, 0.0, steps=2000)
+        flipped = ascend(features, {i: radius * 1.01}, 0.0, steps=2000)
         assert flipped[inside].double().mean() > 0.95
-
-
-@pytest.mark.parametrize("anchor", ANCHORS)
-def test_joint_radius_withstands_attack_on_all_three(features: Features, anchor: float) -> None:
-    radius = C.joint_radius(*features, anchor=anchor)
-    assert (radius > 0).all()
-    assert not _ascend(features, dict.fromkeys(range(3), radius * (1 - 1e-9)), anchor).any()
-
-
-def test_joint_radius_is_tight_in_the_plane() -> None:
-    # In two dimensions without an anchor all three images can turn towards each other at once.
-    z, z0, z1 = (torch.tensor([[math.cos(t), math.sin(t)]], dtype=torch.float64) for t in (0.0, 0.3, -0.9))
-    radius = C.joint_radius(z, z0, z1, anchor=0.0)
-    assert 4 * math.asin(radius.item()) == pytest.approx(0.6, rel=1e-12)
-    budgets = {i: radius * 1.001 for i in range(3)}
-    assert _ascend((z, z0, z1), budgets, 0.0, steps=3000).all()
 
 
 @pytest.mark.parametrize("anchor", [0.0, 1.0])
@@ -346,36 +298,6 @@ def test_radii_in_the_pixels_of_a_file_cover_the_rounding_on_the_way(size: tuple
     lost = 2 * half * (math.sqrt(3 * size[0] * size[1]) + (0 if size == (16, 16) else math.sqrt(3) * 16 / norm))
     assert 0.5 / norm - 1.001 * lost <= radius <= 0.5 / norm - lost
     assert C.original_radius(1e-7, size, 16) == 0
-
-
-def test_joint_radius_has_the_gradient_of_its_equation() -> None:
-    features = [torch.randn(3, 4, dtype=torch.float64).mul_(2).requires_grad_() for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda *f: C.joint_radius(*f), features, atol=1e-5)
-    assert torch.autograd.gradcheck(lambda *f: C.signed_joint_radius(*f), features, atol=1e-5)
-    plain = C.joint_radius(*(f.detach() for f in features))
-    torch.testing.assert_close(C.joint_radius(*features).detach(), plain, rtol=0, atol=0)
-    same = [features[0], features[1], features[1]]
-    C.joint_radius(*same).sum().backward()
-    assert all(torch.isfinite(f.grad).all() for f in features[:2] if f.grad is not None)
-
-
-def test_signed_joint_radius_has_the_sign_of_the_margin(features: Features) -> None:
-    signed = C.signed_joint_radius(*features)
-    torch.testing.assert_close(signed.abs(), C.joint_radius(*features), rtol=1e-10, atol=0)
-    assert (signed.abs() >= C.joint_radius(*features)).all()  # which is rounded down
-    margin, _ = C.linear_margin(*features)
-    assert ((signed > 0) == ((margin > 0) & (signed != 0))).all()
-    torch.testing.assert_close(C.signed_joint_radius(features[0], features[2], features[1]), -signed)
-
-
-def test_joint_gradients_are_finite_where_vectors_have_no_length_and_at_the_cap() -> None:
-    z, z0, z1 = (torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
-    z[0], z1[1] = 0, 0
-    z[2], z0[2], z1[2] = 0.01 * z[2], 100 * z[2], -100 * z[2]  # the reference's norm caps the radius
-    leaves = [t.requires_grad_() for t in (z, z0, z1)]
-    C.joint_radius(*leaves, anchor=0.0).sum().backward()
-    for leaf in leaves:
-        assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 100
 
 
 def test_lengths_without_all_their_digits_certify_nothing() -> None:

@@ -58,13 +58,33 @@ def _candidate(which: int) -> Callable[..., mpmath.mpf]:
 
 
 def _joint(*e: Vector) -> mpmath.mpf:
-    norms, gap = [_norm(v) for v in e], _gap(*e)
-    low, high = mpmath.mpf(0), min(norms)
+    """From the largest distance, over all v, of the cone's boundary; what a plane says of it is in test_joint.py."""
+    (p, p0, p1), norms = [_unit(v) for v in e], [_norm(v) for v in e]
+    axes = [[a + sign * b for a, b in zip(p0, p1, strict=True)] for sign in (-1, 1)]
+    parts = [mpmath.fsum(a * b for a, b in zip(p, axis, strict=True)) ** 2 / _norm(axis) ** 2 for axis in axes]
+    opening, rest = _norm(axes[0]) ** 2 / 4, 1 - parts[0] - parts[1]
+
+    def bound(v: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
+        terms = [(parts[0], v), (parts[1], v - 1), (rest, v - opening)]
+        return sum(a / b for a, b in terms), sum(a / b**2 for a, b in terms)
+
+    def turned(radius: mpmath.mpf) -> mpmath.mpf:
+        if radius >= min(norms[1:]):
+            return mpmath.mpf(1)
+        return mpmath.sin((mpmath.asin(radius / norms[1]) + mpmath.asin(radius / norms[2])) / 2) ** 2
+
+    low, high = mpmath.mpf(0), opening
     for _ in range(150):
-        middle = (low + high) / 2
-        turn = 2 * mpmath.asin(middle / norms[0]) + mpmath.asin(middle / norms[1]) + mpmath.asin(middle / norms[2])
-        low, high = (middle, high) if turn < gap else (low, middle)
-    return low
+        v = (low + high) / 2
+        value, slope = bound(v)
+        enough = value <= 0 or v - value / slope > turned(norms[0] * value / mpmath.sqrt(slope))
+        low, high = (low, v) if enough else (v, high)
+    value, (least, most) = bound(low)[0], (mpmath.mpf(0), min(norms[1:]))
+    for _ in range(150):
+        radius = (least + most) / 2
+        holds = turned(radius) + (radius / norms[0]) ** 2 / value < low
+        least, most = (radius, most) if holds else (least, radius)
+    return most
 
 
 EXACT = {

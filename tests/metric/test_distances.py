@@ -49,6 +49,22 @@ def test_candidates_and_all_three_move_within_their_radii() -> None:
         assert bool((pixel_l2(x, away(near, x, eps)) < pixel_l2(x, away(far, x, -eps))).all())
 
 
+def test_the_joint_radius_is_how_far_all_three_came_from_a_tie() -> None:
+    generator = torch.Generator().manual_seed(2)
+    shape, (end, first, second) = (100, 3, 4, 4), torch.randn(3, 100, 48, generator=generator).double()
+    first, second = first / first.norm(dim=1, keepdim=True), second / second.norm(dim=1, keepdim=True)
+    # The boundary's normal where both candidates are 0.2 away from the reference.
+    normal = (first - second) / (first - second).norm(dim=1, keepdim=True)
+    end = 0.5 + 0.1 * end / end.norm(dim=1, keepdim=True)
+    eps = torch.linspace(0.01, 0.06, 100, dtype=torch.float64)[:, None]
+    images = [end + eps * normal, end + (0.2 - eps) * first, end + (0.2 + eps) * second]
+    for order, left in (((0, 1, 2), True), ((0, 2, 1), False)):
+        certificate = pixel_l2_certificate(*(images[k].view(shape) for k in order))
+        assert bool((certificate.prefers_left == left).all())
+        assert bool((certificate.joint_radius <= eps[:, 0]).all())
+        assert bool((certificate.joint_radius >= eps[:, 0] - 2e-5).all())  # what float32 distances may be off by
+
+
 def test_a_tie_has_no_radius() -> None:
     x, same = torch.rand(2, 1, 3, 4, 4)
     certificate = pixel_l2_certificate(x, same, same)

@@ -14,6 +14,8 @@ from lipsim.metric import PerceptualMetric
 
 FEATURES = 4
 SIDE = 8
+SAMPLES = 6
+BEYOND = 1e-6  # how far beyond the truth an answer must have changed, relative
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,7 @@ def _excesses(
             ("left", _over(left[i], n0 * gap[1] / constant)),
             ("right", _over(right[i], n1 * gap[1] / constant)),
         ]
-        # Nothing is left of the gap beyond what all three turn by.
-        reach = Decimal(float(joint[i])) * constant
-        reference, first, second = (_arcsine(reach / norm) for norm in (n, n0, n1))
-        turned = _turn(_turn(reference, reference), _turn(first, second))
-        rows.append(("joint", float(-_turn(gap, _back(turned))[1])))
+        rows.append(("joint", _joint(e, e0, e1, Decimal(float(joint[i])) * constant)))
         between, budget = _angle(e0, e1), _arcsine(constant * Decimal(float(eps[i])) / n0)
         least, most = 1 - _turn(between, _back(budget))[0], 1 - _turn(between, budget)[0]
         rows += [("distance ≥", _over(lower[i], least)), ("distance ≤", -_over(upper[i], most))]
@@ -105,6 +101,36 @@ def _reference(e: Vector, e0: Vector, e1: Vector) -> Decimal:
     n0, n1 = _norm(e0), _norm(e1)
     difference = [a / n0 - b / n1 for a, b in zip(e0, e1, strict=True)]
     return abs(_dot(e, difference)) / _norm(difference[:-1])
+
+
+def _joint(e: Vector, e0: Vector, e1: Vector, reach: Decimal) -> float:
+    """How much nearer than ``reach`` another answer is, relative, where the candidates move by that, too.
+
+    The least ``‖y − e‖²`` on the cone ``y_m²/s = y_u²/(1 − s) + y_n²/(t − s)`` by Lagrange's multiplier, along the axes
+    of the cone: :mod:`lipsim.certificates.joint`.
+    """
+    if not reach:
+        return -1.0
+    n0, n1 = _norm(e0), _norm(e1)
+    first, second = ([a / n for a in v] for v, n in ((e0, n0), (e1, n1)))
+    ahead, across = ([a + sign * b for a, b in zip(first, second, strict=True)] for sign in (-1, 1))
+    m2, u2 = (_dot(e, axis) ** 2 / _dot(axis, axis) for axis in (ahead, across))
+    t = _dot(ahead, ahead) / 4
+    s = (1 - _turn(_arcsine(reach / n0), _arcsine(reach / n1))[0]) / 2
+    w2 = _dot(e, e) - m2 - u2
+
+    def parts(v: Decimal) -> tuple[Decimal, Decimal, Decimal]:
+        return m2 / v, u2 / (1 - v), w2 / (t - v)
+
+    low, high = s, t
+    for _ in range(200):
+        v = (low + high) / 2
+        a, b, c = parts(v)
+        grows = a - b - c > (v - s) * (a / v + b / (1 - v) + c / (t - v))
+        low, high = (v, high) if grows else (low, v)
+    a, b, c = parts(low)
+    nearest = (low - s) * (a - b - c)
+    return float(1 - nearest / (reach * reach))
 
 
 def _angle(a: Vector, b: Vector) -> Angle:

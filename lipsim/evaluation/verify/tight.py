@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from lipsim import certificates
 from lipsim.evaluation.verify.cases import (
+    BEYOND,
     FEATURES,
+    SAMPLES,
     SETTINGS,
     SIDE,
     Case,
@@ -31,20 +33,15 @@ from lipsim.evaluation.verify.cases import (
     in_plane,
     nearest,
     no_images,
-    on_line,
     random_features,
     resized,
-    threshold_radii,
-    turned_around,
     unit,
 )
 from lipsim.evaluation.verify.controls import Control
 from lipsim.evaluation.verify.exact import rounding_excess
+from lipsim.evaluation.verify.turning import all_turn, all_turn_in_space, from_angles, one_turns
 from lipsim.layers import exact_copy
 from lipsim.metric import PerceptualMetric
-
-_BEYOND = 1e-6  # how far beyond the truth an answer must have changed, relative
-_SAMPLES = 6
 
 
 def reference_and_retrieval(setting: Setting, draw: torch.Generator) -> list[Case]:
@@ -53,12 +50,12 @@ def reference_and_retrieval(setting: Setting, draw: torch.Generator) -> list[Cas
     Normalising the reference does not matter to the answer and the anchor does not move, so the way to a hyperplane is
     its distance in feature space, and every certificate of this kind is reached everywhere.
     """
-    z, gallery = (setting.scale * random_features(draw, rows) for rows in (_SAMPLES, 7))
+    z, gallery = (setting.scale * random_features(draw, rows) for rows in (SAMPLES, 7))
     units = unit(gallery, setting.anchor)
     left, right = gallery[:1].expand_as(z), gallery[1:2].expand_as(z)
     certificate = setting.metric.certify_features(no_images(z), z, left, right)
     gap, normal = hyperplane(z, units[:1].expand(len(z), -1), units[1:2].expand(len(z), -1), setting.anchor)
-    moved = z - (1 + _BEYOND) * gap[:, None] * normal
+    moved = z - (1 + BEYOND) * gap[:, None] * normal
     nearer = [distance(t, left, setting.anchor) < distance(t, right, setting.anchor) for t in (z, moved)]
     cases = [
         Case("reference", certificate.radius, gap.abs() / setting.lipschitz, broken=nearer[0] != nearer[1]),
@@ -71,130 +68,10 @@ def reference_and_retrieval(setting: Setting, draw: torch.Generator) -> list[Cas
         best = torch.where(swap, gap.abs(), math.inf).flatten(1).argmin(1)
         rows = torch.arange(len(z))
         length = gap.flatten(1)[rows, best]
-        moved = z - (1 + _BEYOND) * length[:, None] * normal.flatten(0, 1)[best]
+        moved = z - (1 + BEYOND) * length[:, None] * normal.flatten(0, 1)[best]
         claimed = certificates.retrieval_radius(z, gallery, k=k, **setting.options)
         changed = (nearest(moved, units, setting.anchor, k) != inside).any(1)
         cases.append(Case(f"retrieval, top {k}", claimed, length.abs() / setting.lipschitz, broken=changed))
-    return cases
-
-
-def one_turns(setting: Setting, draw: torch.Generator) -> list[Case]:
-    """Images on a line, of which one moves to the foot of the perpendicular from the origin.
-
-    All anchored features of one line lie in a plane, and a move along the line that ends at the foot is perpendicular
-    to where it ends: it turns by exactly ``arcsin(Lε/‖e‖)``, with any anchor. So candidates, thresholds and both ends
-    of the interval are reached at angles that are not small.
-    """
-    near = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    gap = torch.tensor([0.05, 0.3, 0.6], dtype=torch.float64)
-    foot = on_line(setting, torch.zeros_like(gap))
-    cases = []
-    # The pivot stays; what moves starts on the near side of the foot and turns away, or beyond it and turns back.
-    for away in (True, False):
-        angle = near + gap if away else near  # between the pivot and the foot
-        pivot, moving = on_line(setting, -angle), on_line(setting, -gap if away else gap)
-        length = (foot - moving).norm(dim=1) / setting.lipschitz
-        beyond = moving + (1 + _BEYOND) * (foot - moving)
-        still = turned_around(pivot, foot)
-        crossed = distance(pivot, beyond, setting.anchor) > distance(pivot, still, setting.anchor)
-        crossed = crossed if away else ~crossed
-        images = no_images(pivot)
-        first = setting.metric.certify_features(images, pivot, moving, still)
-        second = setting.metric.certify_features(images, pivot, still, moving)
-        name = "chosen candidate" if away else "other candidate"
-        cases += [
-            Case(f"{name}, left", first.left_radius, length, broken=crossed),
-            Case(f"{name}, right", second.right_radius, length, broken=crossed),
-            Case(f"{name}, answer", first.prefers_left.double(), torch.full_like(length, float(away))),
-        ]
-        threshold = 1 - torch.cos(angle)
-        radius = threshold_radii(moving, pivot, threshold, setting.options)
-        passed = (distance(pivot, beyond, setting.anchor) > threshold) == away
-        cases.append(Case(f"threshold, {'same' if away else 'different'}", radius, length, broken=passed))
-        ends = certificates.distance_interval(moving, pivot, length, **setting.options)
-        other = certificates.distance_interval(pivot, moving, 0.0, eps_other=length, **setting.options)
-        for name, interval in (("distance", ends), ("distance, other moves", other)):
-            end = interval[1 if away else 0]
-            cases.append(Case(f"{name} {'≤' if away else '≥'}", end, distance(pivot, foot, setting.anchor), upper=away))
-    return cases
-
-
-def all_turn(setting: Setting, draw: torch.Generator) -> list[Case]:
-    """Images on a line, close to the foot of the perpendicular, where all of them turn as fast as they can.
-
-    To first order in the angles: at most 1e-6 of a radius is out of reach. The reference moves from the chosen
-    candidate, which runs away from it, to the other, which comes to meet it.
-    """
-    small = 1e-3 * torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
-    step = 0.1 * small
-    near, reference, far = (on_line(setting, turn) for turn in (-0.3 * small, 0 * small, 0.7 * small))
-    direction = (far - near) / (far - near).norm(dim=1, keepdim=True)
-    length = (on_line(setting, step) - reference).norm(dim=1) * (1 + 1e-5)
-    along = length[:, None] * direction
-    moved = [distance(reference + along, other - along, setting.anchor) for other in (near, far)]
-    both = [setting.metric.certify_features(no_images(near), reference, *pair) for pair in ((near, far), (far, near))]
-    cases = [
-        Case("joint", c.joint_radius, length / setting.lipschitz, slack=3e-5, broken=moved[0] > moved[1]) for c in both
-    ]
-    eps = length / setting.lipschitz
-    for sign, name in ((1.0, "≤"), (-1.0, "≥")):
-        reached = distance(near - sign * along, far + sign * along, setting.anchor)
-        end = certificates.distance_interval(near, far, eps, eps_other=eps, **setting.options)[1 if sign > 0 else 0]
-        cases.append(Case(f"distance {name}, both move", end, reached, slack=1e-5, upper=sign > 0))
-    return cases
-
-
-def from_angles(setting: Setting, draw: torch.Generator) -> list[Case]:
-    """Features placed at the angles at which a radius that was chosen first solves its equation.
-
-    Not reached where there is an anchor, but nothing larger follows from norms and angles; with the error of given
-    features, of which what moves has its own beside the budget.
-    """
-    anchor, scale = setting.anchor, setting.scale
-    norms = scale * (4 + 2 * torch.rand(3, _SAMPLES, dtype=torch.float64, generator=draw))
-    length = scale * (0.1 + torch.rand(_SAMPLES, dtype=torch.float64, generator=draw))
-    angle = 0.25 + 0.3 * torch.rand(_SAMPLES, dtype=torch.float64, generator=draw)
-    reference = torch.zeros(_SAMPLES, FEATURES, dtype=torch.float64)
-    reference[:, 0] = (norms[0].square() - anchor**2).sqrt()
-    radius = length / setting.lipschitz
-    cases = []
-    for error in (0.0, 0.02 * scale):
-        options = {**setting.options, "feature_error": error}
-        slack, name = (0.05, ", η") if error else (1e-9, "")
-        turn, moved = torch.asin(error / norms), torch.asin((length + error) / norms)
-        left = at_angle(reference, angle, norms[1], anchor, 1)
-        for kind, gap in (
-            ("chosen", 2 * turn[0] + moved[1] + turn[2]),
-            ("other", 2 * turn[0] + turn[1] + moved[2]),
-            ("joint", 2 * moved[0] + moved[1] + moved[2]),
-        ):
-            right = at_angle(reference, angle + gap, norms[2], anchor, 2)
-            if kind == "joint":
-                radii = [
-                    certificates.joint_radius(reference, left, right, **options),
-                    certificates.joint_radius(reference, right, left, **options),
-                ]
-            else:
-                index = 0 if kind == "chosen" else 1
-                radii = [
-                    certificates.candidate_radii(reference, left, right, **options)[index],
-                    certificates.candidate_radii(reference, right, left, **options)[1 - index],
-                ]
-            cases += [Case(kind + name, claimed, radius, slack) for claimed in radii]
-        pivot = at_angle(reference, angle, norms[1], anchor, 1)
-        for kind, boundary in (("same", angle + moved[0] + turn[1]), ("different", angle - moved[0] - turn[1])):
-            inside = (boundary > 0).nonzero().flatten()
-            claimed = threshold_radii(reference[inside], pivot[inside], 1 - torch.cos(boundary[inside]), options)
-            cases.append(Case(f"threshold, {kind}{name}", claimed, radius[inside], slack))
-        for both in (False, True):
-            turned = moved[0] + (moved[1] if both else turn[1])
-            eps = {"eps_other": radius if both else 0.0}
-            lower, upper = certificates.distance_interval(reference, pivot, radius, **eps, **options)  # type: ignore[arg-type]
-            truth = 1 - torch.cos((angle - turned).clamp(min=0)), 1 - torch.cos(angle + turned)
-            kind = "distance, both move" if both else "distance"
-            # 1 − cos of an angle near 0 has the digits of 1.
-            cases.append(Case(f"{kind} ≥{name}", lower + 1, truth[0] + 1, slack))
-            cases.append(Case(f"{kind} ≤{name}", upper, truth[1], slack, upper=True))
     return cases
 
 
@@ -205,9 +82,9 @@ def reference_error(setting: Setting, draw: torch.Generator) -> list[Case]:
     the plane and without an anchor, all three: the boundary is the bisector of the candidates, which turns with both.
     """
     anchor, scale, options = setting.anchor, setting.scale, setting.options
-    norms = scale * (4 + 2 * torch.rand(3, _SAMPLES, dtype=torch.float64, generator=draw))
+    norms = scale * (4 + 2 * torch.rand(3, SAMPLES, dtype=torch.float64, generator=draw))
     error = 0.04 * scale
-    reference = torch.zeros(_SAMPLES, FEATURES, dtype=torch.float64)
+    reference = torch.zeros(SAMPLES, FEATURES, dtype=torch.float64)
     reference[:, 0] = (norms[0].square() - anchor**2).sqrt()
     angle = torch.full_like(norms[0], 0.6)
     left = at_angle(reference, angle, 1000 * norms[1], anchor, 1)
@@ -255,7 +132,7 @@ def large_budgets(setting: Setting, draw: torch.Generator) -> list[Case]:
         # A short candidate, near the reference; the other one is nearly opposite.
         reference, far = (in_plane(10 * scale * torch.ones(1).double(), turn) for turn in (0.0, -2.9))
         near = in_plane(scale * torch.ones(1).double(), 0.5)
-        beyond = -_BEYOND / 2 * scale * reference / reference.norm()
+        beyond = -BEYOND / 2 * scale * reference / reference.norm()
         broken = distance(beyond, reference, 0.0) > distance(far, reference, 0.0)
         first = metric.certify_features(no_images(near), reference, near, far)
         second = metric.certify_features(no_images(near), reference, far, near)
@@ -289,7 +166,7 @@ def large_budgets(setting: Setting, draw: torch.Generator) -> list[Case]:
 def nothing_is_certain(setting: Setting, draw: torch.Generator) -> list[Case]:
     """Ties, features without a direction or not finite, and encoders without a bound: every radius is 0."""
     anchor = setting.anchor
-    z, z0 = (setting.scale * random_features(draw, _SAMPLES) for _ in range(2))
+    z, z0 = (setting.scale * random_features(draw, SAMPLES) for _ in range(2))
     mirror = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
     unknown = z.clone()
     unknown[:, 0] = math.nan
@@ -303,7 +180,7 @@ def nothing_is_certain(setting: Setting, draw: torch.Generator) -> list[Case]:
     }
     if not anchor:
         triplets["zero reference"] = (torch.zeros_like(z), z, z0)
-    cases, zero = [], torch.zeros(_SAMPLES, dtype=torch.float64)
+    cases, zero = [], torch.zeros(SAMPLES, dtype=torch.float64)
     for name, (reference, left, right) in triplets.items():
         bound = math.inf if name == "no bound" else setting.lipschitz
         options = {"anchor": anchor, "lipschitz": bound}
@@ -364,9 +241,9 @@ def other_norms(setting: Setting, draw: torch.Generator) -> list[Case]:
             "ℓ∞",
             certificates.linf_radius(radius, count),
             largest,
-            broken=crossed((1 + _BEYOND) * largest * signs, even),
+            broken=crossed((1 + BEYOND) * largest * signs, even),
         ),
-        Case("ℓ1", certificates.l1_radius(radius), total, broken=crossed((1 + _BEYOND) * total * single, single)),
+        Case("ℓ1", certificates.l1_radius(radius), total, broken=crossed((1 + BEYOND) * total * single, single)),
     ]
     for size in ((5, 7), (16, 24), (8, 20)):
         pixels = size[0] * size[1]
@@ -389,7 +266,7 @@ def other_norms(setting: Setting, draw: torch.Generator) -> list[Case]:
 def what_users_call(setting: Setting, draw: torch.Generator) -> list[Case]:
     """The methods of a metric, against the functions on its features that the other controls are about."""
     metric = PerceptualMetric(nn.Flatten(), 2, setting.anchor, lipschitz=setting.lipschitz)
-    x, x0, x1 = torch.rand(3, _SAMPLES, 3, 2, 2, dtype=torch.float64, generator=draw)
+    x, x0, x1 = torch.rand(3, SAMPLES, 3, 2, 2, dtype=torch.float64, generator=draw)
     z, z0, z1 = (images.flatten(1) for images in (x, x0, x1))
     certificate = metric.certify(x, x0, x1)
     left, right = certificates.candidate_radii(z, z0, z1, **setting.options)
@@ -466,6 +343,7 @@ TIGHT: tuple[tuple[str, Callable[[Setting, torch.Generator], list[Case]], tuple[
     ("reference and retrieval, to the hyperplane", reference_and_retrieval, SETTINGS),
     ("one image turns, to the foot of a line", one_turns, SETTINGS),
     ("all images turn, near the foot of a line", all_turn, SETTINGS),
+    ("all three in space, back from a tie", all_turn_in_space, SETTINGS[:1]),
     ("features at angles from chosen radii", from_angles, SETTINGS),
     ("error of features, reference", reference_error, SETTINGS),
     ("budgets beyond the norm", large_budgets, SETTINGS),

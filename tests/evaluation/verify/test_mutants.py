@@ -185,6 +185,8 @@ MUTANTS: dict[str, tuple[str, Mutant]] = {
     "right × 1.02": ("one image turns", _times("candidate_radii", 1.02, part=1)),
     "candidates swapped": ("features at angles", {"candidate_radii": _swapped}),
     "joint × 1.02": ("features at angles", _times("joint_radius", 1.02)),
+    "joint × 1.001, in space": ("all three in space", _times("joint_radius", 1.001)),
+    "joint × 0.999, in space": ("all three in space", _times("joint_radius", 0.999)),
     "threshold × 1.02": ("features at angles", _times("threshold_radius", 1.02)),
     "lower end 1 % too high": ("one image turns", _ends(lower=0.01)),
     "upper end 1 % too low": ("one image turns", _ends(upper=0.01)),
