@@ -91,7 +91,7 @@ def signed_joint_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.
 
 def joint_budget(
     units: tuple[Tensor, Tensor, Tensor],
-    norms: tuple[Tensor, Tensor, Tensor],
+    norms: Tensor,
     *,
     tiles: int = 1,
     rounding: float = 0.0,
@@ -101,7 +101,7 @@ def joint_budget(
 
     Args:
         units: unit vectors ``(N, D)`` of reference, left and right.
-        norms: ``(N,)``, their lengths; of unit vectors stacked from those of tiles, that of the shortest.
+        norms: their lengths, ``(3, N)``; of unit vectors stacked from those of tiles, that of the shortest.
         tiles: how many, of the same weight. A change of an image turns their stack most where it is all in one.
         rounding: more than float64 has lost in the unit vectors and their products; 0: nothing is rounded down.
         bisections: of each of two searches.
@@ -113,16 +113,16 @@ def joint_budget(
     if not any(part.requires_grad for part in cone):
         return radius
     known = radius > 0
-    solved = _Cone(*(part[known] for part in cone))
+    solved = _Cone(*(part[..., known] for part in cone))
     return radius.masked_scatter(known, radius[known] + _implicit(solved, share[known], radius[known]))
 
 
 def _of_features(e: tuple[Anchored, ...], dtype: torch.dtype, rounding: float = 0.0) -> Tensor:
     """:func:`joint_budget` of anchored features, with the digits of ``dtype``."""
     p, p0, p1 = (torch.cat([t.unit[0], t.unit[1].unsqueeze(-1)], -1) for t in e)
-    norm, norm0, norm1 = (bounded_norm(t, t.anchor) for t in e)
+    norms = torch.stack(torch.broadcast_tensors(*(bounded_norm(t, t.anchor) for t in e)))
     bisections = _BISECTIONS if dtype == torch.float64 else _BISECTIONS_FLOAT32
-    return joint_budget((p, p0, p1), (norm, norm0, norm1), rounding=rounding, bisections=bisections)
+    return joint_budget((p, p0, p1), norms, rounding=rounding, bisections=bisections)
 
 
 class _Cone(NamedTuple):
@@ -133,21 +133,17 @@ class _Cone(NamedTuple):
         across: ``u²``.
         aside: ``n²``.
         opening: ``T``.
-        norm: of the reference.
-        norm0: of the left candidate.
-        norm1: of the right one.
+        norms: of reference, left and right, ``(3, N)``.
     """
 
     ahead: Tensor
     across: Tensor
     aside: Tensor
     opening: Tensor
-    norm: Tensor
-    norm0: Tensor
-    norm1: Tensor
+    norms: Tensor
 
     @classmethod
-    def of(cls, units: tuple[Tensor, Tensor, Tensor], norms: tuple[Tensor, Tensor, Tensor], rounding: float) -> _Cone:
+    def of(cls, units: tuple[Tensor, Tensor, Tensor], norms: Tensor, rounding: float) -> _Cone:
         """With ``m``, ``u`` and ``T`` rounded down and ``n`` up, which makes the cone smaller."""
         p, p0, p1 = units
         difference, total = p0 - p1, p0 + p1
@@ -159,8 +155,7 @@ class _Cone(NamedTuple):
         ahead, across = m.square(), u.square()
         aside = torch.minimum(n.square(), (1 - ahead - across + 4 * EPS).clamp(min=0))
         opening = ((length - rounding).clamp(min=0, max=2) / 2).square().expand_as(ahead)
-        norm, norm0, norm1 = (norm.expand_as(ahead) for norm in norms)
-        return cls(ahead, across, aside, opening, norm, norm0, norm1)
+        return cls(ahead, across, aside, opening, norms)
 
     def bound(self, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``T·B(v)`` at ``v = share·T``, how fast it falls with the share, and ``T·m²/v``."""
@@ -177,10 +172,12 @@ class _Cone(NamedTuple):
         width = torch.hypot(self.ahead * (1 - self.opening) + self.aside - across, 2 * (across * self.aside).sqrt())
         return (2 * self.ahead / (total + width)).clamp(max=1)
 
-    def turned(self, radius: Tensor, tiles: int = 1) -> Tensor:
-        """``S`` for candidates that move by at most ``radius``."""
-        turn = stacked_rotation(self.norm0, radius, tiles) + stacked_rotation(self.norm1, radius, tiles)
-        return torch.sin(turn.clamp(max=math.pi) / 2).square()
+    def turned(self, radius: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+        """``sin α`` and ``S`` of images that move by at most ``radius``; 1 where they turn farther than such a sine."""
+        # One kernel for the three, not three: this runs often, on few numbers.
+        turn, left, right = stacked_rotation(self.norms, radius, tiles).unbind(0)
+        sine = torch.sin(turn.clamp(max=math.pi / 2))
+        return sine, torch.sin((left + right).clamp(max=math.pi) / 2).square()
 
 
 def _part(p: Tensor, axis: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +204,7 @@ def _best_share(cone: _Cone, tiles: int, bisections: int) -> Tensor:
         middle = (low + high) / 2
         share = root * middle
         bound, slope, ahead = cone.bound(share)
-        turned = cone.turned(_moved(cone.norm, bound / slope.sqrt(), tiles), tiles)
+        turned = cone.turned(_moved(cone.norms[0], bound / slope.sqrt(), tiles), tiles)[1]
         # Nearer to the root nothing is left of the digits of the bound.
         beyond = (bound <= 4 * _LOST * ahead) | (share - bound / slope > turned / cone.opening)
         low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
@@ -219,13 +216,12 @@ def _radius_at(cone: _Cone, share: Tensor, tiles: int, bisections: int, rounding
     bound, _, ahead = cone.bound(share)
     bound = bound - _LOST * ahead
     quarter = (2 * torch.asin((cone.opening * share).clamp(max=1).sqrt())).clamp(max=math.pi / 2)
-    low, high = torch.zeros_like(bound), _moved(cone.norm, (bound * share).clamp(min=0).sqrt(), tiles)
-    high = torch.minimum(high, _moved(torch.minimum(cone.norm0, cone.norm1), torch.sin(quarter), tiles))
+    low, high = torch.zeros_like(bound), _moved(cone.norms[0], (bound * share).clamp(min=0).sqrt(), tiles)
+    high = torch.minimum(high, _moved(cone.norms[1:].amin(0), torch.sin(quarter), tiles))
     for _ in range(bisections):
         middle = (low + high) / 2
-        moved = middle * (1 + rounding)
-        sine = torch.sin(stacked_rotation(cone.norm, moved, tiles).clamp(max=math.pi / 2))
-        holds = cone.turned(moved, tiles) / cone.opening + sine.square() / bound < share * (1 - 8 * EPS)
+        sine, turned = cone.turned(middle * (1 + rounding), tiles)
+        holds = turned / cone.opening + sine.square() / bound < share * (1 - 8 * EPS)
         low, high = torch.where(holds & (bound > 0), middle, low), torch.where(holds, high, middle)
     return low
 
@@ -234,12 +230,14 @@ def _implicit(cone: _Cone, share: Tensor, radius: Tensor) -> Tensor:
     """Zeros with the gradient of the radius, for one tile; that of ``v`` is 0, as the radius is largest there."""
     with torch.no_grad():
         # At the smallest norm the arcsine is vertical.
-        radius = torch.minimum(radius, (1 - 1e-6) * torch.minimum(cone.norm0, cone.norm1))
+        radius = torch.minimum(radius, (1 - 1e-6) * cone.norms.amin(0))
         v = cone.opening * share
     bound = cone.ahead / v - cone.across / (1 - v) - cone.aside / (cone.opening - v)
-    excess = cone.turned(radius) + (radius / cone.norm).square() / bound
+    sine, turned = cone.turned(radius, 1)
+    excess = turned + sine.square() / bound
     with torch.no_grad():
-        turn = rotation(cone.norm0, radius) + rotation(cone.norm1, radius)
-        slopes = [((n - radius).sqrt() * (n + radius).sqrt()).reciprocal() for n in (cone.norm0, cone.norm1)]
-        slope = torch.sin(turn) / 2 * (slopes[0] + slopes[1]) + 2 * radius / cone.norm.square() / bound
+        norm, candidates = cone.norms[0], cone.norms[1:]
+        turn = rotation(candidates, radius).sum(0)
+        slopes = (candidates - radius).rsqrt() * (candidates + radius).rsqrt()
+        slope = torch.sin(turn) / 2 * slopes.sum(0) + 2 * radius / norm.square() / bound
     return (excess.detach() - excess) / slope

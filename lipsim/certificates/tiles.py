@@ -422,7 +422,7 @@ def _stacked(e: Anchored) -> tuple[Tensor, Tensor]:
 def _joint(e: tuple[Anchored, Anchored, Anchored], norms: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """The budget that all three images survive, each, ``(N,)``: that of the stacked unit vectors."""
     whole, left, right = (_stacked(t)[0] for t in e)
-    shortest, shortest0, shortest1 = (n.amin(-1) for n in norms)
+    shortest = torch.stack([n.amin(-1) for n in norms])
     tiles = norms[0].shape[-1]
     rounding = tiles * rounding_error(e[0].z)
-    return joint_budget((whole, left, right), (shortest, shortest0, shortest1), tiles=tiles, rounding=rounding)
+    return joint_budget((whole, left, right), shortest, tiles=tiles, rounding=rounding)
