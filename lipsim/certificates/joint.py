@@ -9,14 +9,15 @@ reference ``p`` along the axes, ``p`` is in it if
     ``B(S) > 0`` and ``m > 0``, where ``B(v) = m²/v − u²/(1 − v) − n²/(T − v)`` for ``0 < v < T``.
 
 A reference that turns by ``α < π/2`` passes within ``sin α`` of ``p``, and all that is so near is in the cone if one
-``v`` in ``(S, T)`` has ``(v − S)·B(v) > sin² α``: outside of the cone ``B_y(S) ≤ 0``, so that ``‖y − p‖² ≥
-‖y − p‖² + (v − S)·B_y(S)``, of which the right side is least, in each coordinate, at ``(v − S)·B(v)``. With the best
-``v`` that ``y`` is on the boundary and both sides are equal. Hence the radius: the largest ``ε`` with
+``v`` in ``(S, T)`` has ``(v − S)·B(v) > sin² α``: where ``B_y(S) ≤ 0``, ``‖y − p‖² ≥ ‖y − p‖² + (v − S)·B_y(S)``, of
+which the right side is least, in each coordinate, at ``(v − S)·B(v)``, and there is such a ``y`` on the way to any that
+is outside. With the best ``v`` that ``y`` is on the boundary and both sides are equal. Hence the radius: the largest
+``ε`` with
 
     ``S(ε) + sin² α(ε)/B(v) < v``  for some ``v``.
 
-Without an anchor it is exact for the features: just beyond it three of them, each within the budget, change the answer.
-With an anchor features cannot turn everywhere, and it is a lower bound.
+Without an anchor it is exact for two features and more: just beyond it three vectors of them, each within the budget,
+change the answer. With an anchor they cannot turn everywhere, and it is a lower bound.
 
 The best ``v`` has ``sin α = B/√(−B')`` and ``S = v + B/B'``, which is one equation for it, solved by bisection. Any
 other ``v`` gives a sound radius as well, so only the inequality is rounded to the safe side.
@@ -45,7 +46,8 @@ from lipsim.certificates.rounding import (
 # Of the search for v, and of that for the radius.
 _BISECTIONS = 50
 _BISECTIONS_FLOAT32 = 30
-_LOST = 16 * EPS  # more than rounding takes from a bound, relative to the part that is positive
+# More than rounding takes from a bound once its parts are what they are, relative to the part that is positive.
+_LOST = 16 * EPS
 
 
 def joint_radius(
@@ -86,7 +88,8 @@ def signed_joint_radius(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.
     check_constants(anchor, lipschitz)
     dtype, features = anchored(anchor, z, z0, z1)
     sign = torch.sign(along(*(e.unit for e in features)).detach())
-    return (sign * over_bound(_of_features(features, dtype), lipschitz)).to(dtype)
+    radius = over_bound(_of_features(features, dtype), lipschitz).clamp(max=torch.finfo(dtype).max)
+    return (sign * radius).to(dtype)
 
 
 def joint_budget(
@@ -105,15 +108,18 @@ def joint_budget(
         tiles: how many, of the same weight. A change of an image turns their stack most where it is all in one.
         rounding: more than float64 has lost in the unit vectors and their products; 0: nothing is rounded down.
         bisections: of each of two searches.
+
+    The budget of one tile has a gradient.
     """
-    cone = _Cone.of(units, norms, rounding)
     with torch.no_grad():
+        cone = _Cone.of(units, norms, rounding)
         share = _best_share(cone, tiles, bisections)
         radius = _radius_at(cone, share, tiles, bisections, rounding)
-    if not any(part.requires_grad for part in cone):
+    if tiles > 1 or not any(tensor.requires_grad for tensor in (*units, norms)):
         return radius
-    known = radius > 0
-    solved = _Cone(*(part[..., known] for part in cone))
+    # Where nothing is solved, or candidates are hardly apart, quotients have no gradients that are numbers.
+    known = (radius > 0) & (cone.opening * share > 1e-290)
+    solved = _Cone.of(tuple(unit[known] for unit in torch.broadcast_tensors(*units)), norms[:, known], rounding)
     return radius.masked_scatter(known, radius[known] + _implicit(solved, share[known], radius[known]))
 
 
@@ -143,23 +149,28 @@ class _Cone(NamedTuple):
     norms: Tensor
 
     @classmethod
-    def of(cls, units: tuple[Tensor, Tensor, Tensor], norms: Tensor, rounding: float) -> _Cone:
-        """With ``m``, ``u`` and ``T`` rounded down and ``n`` up, which makes the cone smaller."""
+    def of(cls, units: tuple[Tensor, ...], norms: Tensor, rounding: float) -> _Cone:
+        """With ``m`` and ``T`` rounded down and ``n`` up, and ``u`` what is left, which makes the bound smaller."""
         p, p0, p1 = units
-        difference, total = p0 - p1, p0 + p1
-        m, forward, length = _part(p, difference, rounding)
-        u, sideward, _ = _part(p, total, rounding)
-        rest = p - forward.unsqueeze(-1) * difference - sideward.unsqueeze(-1) * total
+        (ahead, length), (across, height) = _direction(p0 - p1), _direction(p0 + p1)
+        side = (p * across).sum(-1)
+        # Without half of the other axis p is as short as it is near to the candidates, and so is what rounding takes.
+        off = p - torch.copysign(torch.full_like(side, 0.5), side).unsqueeze(-1) * (p0 + p1)
+        forward = (off * ahead).sum(-1)
+        slack = rounding * (1 + anchored_norm(off, 0.0) / length)
+        m = (forward.abs() - slack).clamp(min=0) / (1 + rounding / length)
+        u = (side.abs() - rounding / height).clamp(min=0) / (1 + rounding / height)
         # No multiples of the axes leave less than n. Where an axis is hardly known, Pythagoras says more.
-        n = anchored_norm(rest, 0.0) + rounding * (1 + forward.abs() + sideward.abs())
-        ahead, across = m.square(), u.square()
-        aside = torch.minimum(n.square(), (1 - ahead - across + 4 * EPS).clamp(min=0))
-        opening = ((length - rounding).clamp(min=0, max=2) / 2).square().expand_as(ahead)
-        return cls(ahead, across, aside, opening, norms)
+        rest = p - forward.unsqueeze(-1) * ahead - side.unsqueeze(-1) * across
+        n = anchored_norm(rest, 0.0) + rounding * (1 + forward.abs() / length + side.abs() / height)
+        aside = torch.minimum(n.square(), (1 - m.square() - u.square() + 4 * EPS).clamp(min=0))
+        left = (1 - m.square() - aside + 4 * EPS).clamp(min=0)
+        opening = ((length - rounding).clamp(min=0, max=2) / 2).square().expand_as(m)
+        return cls(m.square(), left, aside, opening, norms)
 
     def bound(self, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``T·B(v)`` at ``v = share·T``, how fast it falls with the share, and ``T·m²/v``."""
-        # The first can be the small difference of a product that is rounded; shares are what they are.
+        # The first may be the small difference of a rounded product, off by an EPS; shares are what they are.
         other, left = (1 - self.opening * share - 2 * EPS).clamp(min=1e-300), 1 - share
         ahead, across, aside = self.ahead / share, self.opening * self.across / other, self.aside / left
         return ahead - across - aside, ahead / share + self.opening * across / other + aside / left, ahead
@@ -180,12 +191,11 @@ class _Cone(NamedTuple):
         return sine, torch.sin((left + right).clamp(max=math.pi) / 2).square()
 
 
-def _part(p: Tensor, axis: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of ``p`` along an axis, without sign and rounded down; the multiple of the axis it is; its length."""
+def _direction(axis: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vector along an axis, and the length of this; 0 and 1 for one without a length."""
     length = anchored_norm(axis, 0.0)
-    known = torch.where(length > 0, length, 1.0)
-    product = (p * axis).sum(-1)
-    return (product.abs() - rounding).clamp(min=0) / (known + rounding), product / known.square(), length
+    length = torch.where(length > 0, length, 1.0)
+    return axis / length.unsqueeze(-1), length
 
 
 def _moved(norm: Tensor, sine: Tensor, tiles: int) -> Tensor:
@@ -221,6 +231,7 @@ def _radius_at(cone: _Cone, share: Tensor, tiles: int, bisections: int, rounding
     for _ in range(bisections):
         middle = (low + high) / 2
         sine, turned = cone.turned(middle * (1 + rounding), tiles)
+        # Eight roundings on the way here.
         holds = turned / cone.opening + sine.square() / bound < share * (1 - 8 * EPS)
         low, high = torch.where(holds & (bound > 0), middle, low), torch.where(holds, high, middle)
     return low
@@ -239,5 +250,5 @@ def _implicit(cone: _Cone, share: Tensor, radius: Tensor) -> Tensor:
         norm, candidates = cone.norms[0], cone.norms[1:]
         turn = rotation(candidates, radius).sum(0)
         slopes = (candidates - radius).rsqrt() * (candidates + radius).rsqrt()
-        slope = torch.sin(turn) / 2 * slopes.sum(0) + 2 * radius / norm.square() / bound
+        slope = torch.sin(turn) / 2 * slopes.sum(0) + 2 * (radius / norm) / norm / bound
     return (excess.detach() - excess) / slope

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,7 +44,6 @@ class Term:
         angles: from the reference to left and right, ``(2, N)``.
         margin: ``⟨p, w⟩`` with ``w = p0 − p1``, ``(N,)``: positive where left is nearer.
         length: ``‖w‖``, ``(N,)``, and ``slope`` that of its feature part.
-        joint_radius: within which the answer by this encoder alone stays, ``(N,)``, as of the metric.
 
     Args:
         z: features ``(N, D)`` of the references.
@@ -73,7 +73,7 @@ class Term:
         self.margin = along(e.unit, e0.unit, e1.unit)
         self.slope = anchored_norm(e0.unit[0] - e1.unit[0], 0.0)
         self.length = torch.hypot(self.slope, e0.unit[1] - e1.unit[1])
-        self.joint_radius = joint_radius(e, e0, e1, **self.options)
+        self._features = e, e0, e1
 
     def swapped(self, rows: Tensor) -> Term:
         """The same triplets, with left and right exchanged in the rows that a mask ``(N,)`` says."""
@@ -82,6 +82,12 @@ class Term:
         term.angles = torch.where(rows, self.angles.flip(0), self.angles)
         term.margin = torch.where(rows, -self.margin, self.margin)
         return term
+
+    @cached_property
+    def joint_radius(self) -> Tensor:
+        """Radius ``(N,)`` within which all three images may move as far as the answer by this encoder alone goes."""
+        e, e0, e1 = self._features
+        return joint_radius(e, e0, e1, **self.options)
 
     @property
     def bounded(self) -> bool:
@@ -194,7 +200,6 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
     # Between 0, the budget with which one of the encoders may answer anything, and that with which both may. These can
     # be so far apart that only halving their ratio finds a radius near the smaller one.
     low = found.new_zeros(len(_MOVING), *found.shape)
-    low[-1] = _agreed(first, second, weight)
     most = torch.finfo(found.dtype).max / 4
     middle, high = (
         bound(first.reach, second.reach).clamp(max=most).expand_as(low) for bound in (torch.minimum, torch.maximum)
@@ -205,6 +210,7 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
         middle = torch.where(low > 0, low.sqrt() * high.sqrt(), high / 2)
     if not (first.bounded and second.bounded):
         low = torch.zeros_like(low)
+    low[-1] = torch.maximum(low[-1], _agreed(first, second, weight))
     radii = round_down(torch.where(found.abs() > 0, low, 0.0), first.dtype)
     radius, left, other, joint = radii.unbind(0)
     return TwoAFCCertificate(

@@ -50,7 +50,10 @@ def pixel_l2_certificate(reference: Tensor, left: Tensor, right: Tensor) -> TwoA
         radius=radius,
         left_radius=free,
         right_radius=free,
-        joint_radius=torch.where(radius > 0, _joint_radius(x - (x0 + x1) / 2, (x0 - x1) / 2, slack), 0.0),
+        # Where a little more than the slack is left, both distances changing by 2ε is as good.
+        joint_radius=torch.where(
+            radius > 0, torch.fmax(_joint_radius(x - (x0 + x1) / 2, (x0 - x1) / 2, slack), free / 4), 0.0
+        ),
         pixels=certified_pixels(reference, radius),
     )
 
@@ -71,7 +74,7 @@ def _joint_radius(middle: Tensor, half: Tensor, slack: Tensor) -> Tensor:
     square = half.square().sum(1)
     along = (middle * half).sum(1).square() / square
     aside = (middle - ((middle * half).sum(1) / square).unsqueeze(1) * half).square().sum(1)
-    low, high = torch.zeros_like(square), square
+    low, high = torch.zeros_like(square), square * (1 - 2.0**-50)
     for _ in range(60):
         v = (low + high) / 2
         bound = along / v - aside / (square - v) - 1

@@ -53,6 +53,27 @@ def test_joint_radius_is_never_below_what_four_turns_allow(
         torch.testing.assert_close(ratio[between], torch.ones_like(ratio[between]), rtol=1e-9, atol=0)
 
 
+def test_candidates_that_are_nearly_opposite_certify_no_more() -> None:
+    # The angles are exact here: a reference at 1.2 to the left, candidates that miss being opposite by 1e-13.
+    points = ([math.cos(1.2), math.sin(1.2)], [1.0, 5e-14], [-1.0, 5e-14])
+    features = [torch.tensor([point], dtype=torch.float64) for point in points]
+    exact = math.sin((math.pi / 2 - 1.2) / 2)
+    assert exact * (1 - 1e-9) <= C.joint_radius(*features, anchor=0.0).item() <= exact
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-6])
+def test_images_that_are_all_alike_keep_most_of_what_four_turns_allow(
+    monkeypatch: pytest.MonkeyPatch, distance: float
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from joint_radius import four_turns
+
+    z = torch.randn(200, 768, dtype=torch.float64)
+    z0, z1 = (z + distance * torch.randn_like(z) for _ in range(2))
+    ratio = C.joint_radius(z, z0, z1) / four_turns(z, z0, z1, anchor=1.0, lipschitz=1.0, feature_error=0.0)
+    assert ratio.median() > 1.1 and (distance < 1e-4 or ratio.min() > 1)
+
+
 @pytest.mark.parametrize("size", [3, 12])
 def test_joint_radius_is_where_the_first_reference_in_reach_ties(size: int) -> None:
     """Without an anchor: of all references in reach, those turned farthest, in the span of the three, are tried."""
@@ -102,3 +123,30 @@ def test_joint_gradients_are_finite_where_vectors_have_no_length_and_at_the_cap(
     C.joint_radius(*leaves, anchor=0.0).sum().backward()
     for leaf in leaves:
         assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 100
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "points",
+    [
+        ([0.0, 1.0], [1.0, 0.0], [1.0, 1e-200]),
+        ([1.0, 1.0], [1.0, 0.0], [1.0, 1e-155]),
+        ([3e-170, 1e-170], [1e-170, 0.0], [0.0, 1e-170]),
+        ([1e140, 0.0], [1e140, 2e140], [-1e140, -2e140]),
+    ],
+)
+def test_gradients_are_numbers_for_features_of_any_size(points: tuple[list[float], ...], anchor: float) -> None:
+    # With a row that has one, whose gradient the other must not spoil where they share an encoder.
+    rows = [torch.tensor([point, [1.0, 2.0 - k]], dtype=torch.float64) for k, point in enumerate(points)]
+    for function in (C.joint_radius, C.signed_joint_radius):
+        leaves = [row.clone().requires_grad_() for row in rows]
+        radius = function(*leaves, anchor=anchor)
+        torch.testing.assert_close(radius.detach(), function(*rows, anchor=anchor), rtol=1e-12, atol=0)
+        radius.sum().backward()
+        assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
+        assert all(leaf.grad is not None and leaf.grad[1].any() for leaf in leaves)
+
+
+def test_signed_radii_beyond_the_dtype_are_its_largest_number() -> None:
+    z, z0, z1 = (torch.tensor([point], dtype=torch.float16) for point in ([1.0, 0.0], [0.0, 1.0], [1.0, 0.0]))
+    assert C.signed_joint_radius(z, z0, z1, lipschitz=1e-6).item() == -torch.finfo(torch.float16).max

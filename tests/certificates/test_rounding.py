@@ -61,8 +61,8 @@ def _joint(*e: Vector) -> mpmath.mpf:
     """From the largest distance, over all v, of the cone's boundary; what a plane says of it is in test_joint.py."""
     (p, p0, p1), norms = [_unit(v) for v in e], [_norm(v) for v in e]
     axes = [[a + sign * b for a, b in zip(p0, p1, strict=True)] for sign in (-1, 1)]
-    parts = [mpmath.fsum(a * b for a, b in zip(p, axis, strict=True)) ** 2 / _norm(axis) ** 2 for axis in axes]
-    opening, rest = _norm(axes[0]) ** 2 / 4, 1 - parts[0] - parts[1]
+    parts = [mpmath.fsum(a * b for a, b in zip(p, axis, strict=True)) ** 2 / (_norm(axis) ** 2 or 1) for axis in axes]
+    opening, rest = _norm(axes[0]) ** 2 / 4, max(1 - parts[0] - parts[1], mpmath.mpf(0))
 
     def bound(v: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
         terms = [(parts[0], v), (parts[1], v - 1), (rest, v - opening)]
@@ -126,6 +126,28 @@ def test_radii_of_features_of_any_size_are_rounded_down(
         positive += found.item() >= (1 - 1e-9) * limit
     # Without an anchor nothing is lost; with one, answers between features far smaller than it are none.
     assert positive == 3 or anchor
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("size", [1, 2, 3, 12])
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_no_radius_is_above_the_truth_where_features_are_near_each_other_or_opposite(
+    difference: float, size: int, anchor: float
+) -> None:
+    z, z0, other, noise = torch.randn(4, 4, size, dtype=torch.float64)
+    near = z0 + difference * noise
+    cases = [
+        (other, z0, -near),
+        (near, z0, -z0 + difference * other),
+        (near, z0, other),
+        (near, z0, near + z * difference),
+    ]
+    cases += [(0.3 * z0 + 0.5 * other, z0, other), (0.3 * z0 + 0.5 * other + difference * noise, z0, other)]
+    for features in cases:
+        for kind, (radius, exact) in EXACT.items():
+            for *row, found in zip(*features, radius(*features, anchor=anchor, lipschitz=1.25), strict=True):
+                limit = exact(*(_vector(t, anchor) for t in row)) / 1.25 if found else 0
+                assert mpmath.mpf(found.item()) <= limit, kind
 
 
 @pytest.mark.parametrize("kind", EXACT)

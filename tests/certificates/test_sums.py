@@ -127,6 +127,11 @@ def test_without_weight_it_is_the_cosine_metric() -> None:
     for name in ("radius", "left_radius", "right_radius", "joint_radius"):
         torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
     assert (found.radius <= alone.radius * (1 + 1e-9)).all()  # which is exact
+    # Whatever the second one's features are, the first one's joint radius stays.
+    for z in images:
+        z[:, 3:] *= 1e-2
+    found = _certify(images, 0.0, 0.1)
+    assert (found.joint_radius >= alone.joint_radius * (1 - 1e-9)).all()
 
 
 def test_where_both_parts_agree_all_images_may_move_as_far_as_in_each_of_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from lipsim.attacks import TwoAFCObjective, minimal_norm
@@ -63,6 +64,25 @@ def test_the_joint_radius_is_how_far_all_three_came_from_a_tie() -> None:
         assert bool((certificate.prefers_left == left).all())
         assert bool((certificate.joint_radius <= eps[:, 0]).all())
         assert bool((certificate.joint_radius >= eps[:, 0] - 2e-5).all())  # what float32 distances may be off by
+
+
+def test_the_joint_radius_of_images_on_a_line_and_of_near_ties() -> None:
+    # Gray images of 192 values: the reference is 0.625 from the middle of candidates that are 0.25 apart, outside of
+    # them, and their distances are least apart where it leaves the line. All directions in a plane are tried.
+    turn, size = torch.linspace(0, math.pi, 100_001, dtype=torch.float64), math.sqrt(192)
+    low, high = 0.0, 0.125 * size
+    for _ in range(30):
+        eps = (low + high) / 2
+        along, aside = 0.625 * size + eps * torch.cos(turn), eps * torch.sin(turn)
+        far, near = (torch.hypot(along + side * 0.125 * size, aside) for side in (1, -1))
+        low, high = (eps, high) if float((far - near).min()) > 2 * eps else (low, eps)
+    for dtype in (torch.float32, torch.float64):
+        flat = [torch.full((1, 3, 8, 8), level, dtype=dtype) for level in (1.0, 0.5, 0.25)]
+        assert pixel_l2_certificate(*flat).joint_radius.item() == pytest.approx(low, rel=1e-4)
+        generator = torch.Generator().manual_seed(3)
+        x, left = torch.rand(2, 50, 3, 4, 4, generator=generator, dtype=dtype)
+        certificate = pixel_l2_certificate(x, left, 2 * x - left + 1e-3 * torch.rand(x.shape, generator=generator))
+        assert bool((certificate.joint_radius >= certificate.left_radius / 4).all())
 
 
 def test_a_tie_has_no_radius() -> None:

@@ -104,7 +104,7 @@ def _reference(e: Vector, e0: Vector, e1: Vector) -> Decimal:
 
 
 def _joint(e: Vector, e0: Vector, e1: Vector, reach: Decimal) -> float:
-    """How much nearer than ``reach`` another answer is, relative, where the candidates move by that, too.
+    """How much nearer than ``reach`` another answer is where the candidates move by that, too: of squares, relative.
 
     The least ``‖y − e‖²`` on the cone ``y_m²/s = y_u²/(1 − s) + y_n²/(t − s)`` by Lagrange's multiplier, along the axes
     of the cone: :mod:`lipsim.certificates.joint`.
