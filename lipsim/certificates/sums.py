@@ -34,6 +34,7 @@ from lipsim.certificates.triplets import TwoAFCCertificate
 # Which of reference, left and right move in each of the four radii of a certificate.
 _MOVING = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 _BISECTIONS = 60
+_TANGENTS = 3  # a fourth changes the sixth digit
 
 
 class Term:
@@ -117,8 +118,8 @@ class Term:
         """The least ``d(x, x1) − d(x, x0)`` with budgets ``(…, 3, N)``, ``(…, N)``: the largest of three bounds.
 
         - ``cos(θ0 + α + α0) − cos(θ1 − α − α1)``, of each angle by itself;
-        - ``‖w‖·cos(φ + α)`` with the angle ``φ`` from ``p`` to ``w = p0 − p1``, less what the candidates' turns add
-          (:meth:`_along`);
+        - ``‖w‖·cos(φ + α)`` with the angle ``φ`` from ``p`` to ``w = p0 − p1``, less what the candidates' turns add at
+          most, or have added where the reference is then (:meth:`_along`);
         - ``(g − s·‖w_z‖)/(‖e‖ ± s)``, of a reference that moves by ``s`` in feature space, where the anchor stays.
         """
         moved, turns = self.turns(eps)
@@ -128,7 +129,7 @@ class Term:
         # |⟨p', p0' − p0⟩| ≤ ‖p0' − p0‖, and this is the chord of the turn.
         lost = 2 * torch.sin(others.clamp(max=math.pi) / 2).sum(-2)
         still = torch.zeros_like(others)
-        direction = torch.fmax(self._along(turn, still) - lost, self._along(turn, others))
+        direction = torch.fmax(self._along(turn, still, 1) - lost, self._along(turn, others, _TANGENTS))
         # In units of the reference's norm, so that no product leaves the range of float64; nothing is known of norm 0.
         norm = torch.where(self.norms[0] > 0, self.norms[0], math.nan)
         step = moved[..., 0, :] / norm
@@ -139,28 +140,43 @@ class Term:
         least = torch.fmax(apart, torch.fmax(direction, straight))
         return least - 4 * self.rounding
 
-    def _along(self, turn: Tensor, others: Tensor) -> Tensor:
+    def _along(self, turn: Tensor, others: Tensor, tangents: int) -> Tensor:
         """The least margin when the reference turns by ``α``, ``(…, N)``, and the candidates by ``(…, 2, N)``.
 
         Wherever ``p`` has turned to, at angles ``θ'`` from the candidates, these turn on to ``cos(θ0' + α0) − cos(θ1' −
-        α1) = ⟨p', v⟩ − sin α0·sin θ0' − sin α1·sin θ1'`` with ``v = cos α0·p0 − cos α1·p1``. The first term is least at
-        ``‖v‖·cos(φ + α)``, ``φ`` the angle from ``p`` to ``v``; the sines are at most the largest that ``α`` allows.
-        NaN where an angle would leave [0, π], so that these are no formulas any more.
+        α1)``. That is convex in both cosines, and so above its tangent at those of any angles ``t``,
+
+            ``A·cos θ0' − B·cos θ1' − sin α0/sin t0 − sin α1/sin t1``,  ``A = sin(t0 + α0)/sin t0``,
+            ``B = sin(t1 − α1)/sin t1``.
+
+        The first two terms are ``⟨p', v⟩`` with ``v = A·p0 − B·p1``, least at ``‖v‖·cos(φ + α)`` with the angle ``φ``
+        from ``p`` to ``v``. A tangent is taken where the one before is least, the first at ``p``; without other turns
+        all are the same. NaN where an angle could leave [0, π], so that this is no formula any more.
         """
-        cos0, cos1 = torch.cos(others).unbind(-2)
-        ahead = self.margin * cos0 + torch.cos(self.angles[1]) * (cos0 - cos1)
-        square = (cos0 - cos1).square() + cos0 * cos1 * self.length.square()
-        aside = (square - ahead.square()).clamp(min=0).sqrt() + math.sqrt(2 * self.rounding)
-        length = square.clamp(min=0).sqrt()
-        turned = (turn > math.pi / 2) | (ahead + length * torch.cos(turn) < 0)
-        least = torch.where(turned, -length, ahead * torch.cos(turn) - aside * torch.sin(turn))
+        cosines, sines = torch.cos(self.angles), torch.sin(others)
+        between = 1 - self.length.square() / 2
+        at = self.angles.expand_as(torch.broadcast_tensors(others, self.angles)[0])
+        least = torch.full_like(turn + self.margin, -math.inf)
+        for _ in range(tangents):
+            at = at.clamp(1e-4, math.pi - 1e-4)
+            per = 1 / torch.sin(at)
+            a, b = torch.sin(at[..., 0, :] + others[..., 0, :]), torch.sin(at[..., 1, :] - others[..., 1, :])
+            a, b = a * per[..., 0, :], b * per[..., 1, :]
+            ahead = a * self.margin + (a - b) * cosines[1]
+            square = ((a - b).square() + a * b * self.length.square()).clamp(min=0)
+            aside = (square - ahead.square()).clamp(min=0).sqrt() + (a.abs() + b.abs()) * math.sqrt(2 * self.rounding)
+            around = (turn > math.pi / 2) | (ahead + square.sqrt() * torch.cos(turn) < 0)
+            along = torch.where(around, -square.sqrt(), ahead * torch.cos(turn) - aside * torch.sin(turn))
+            found = along - (sines * per).sum(-2) - 4 * self.rounding * per.sum(-2)
+            least = torch.fmax(least, found)
+            # Where this one is least; wherever that is, a tangent there is one.
+            parts = torch.stack([a - b * between, a * between - b], -2) - ahead.unsqueeze(-2) * cosines
+            share = (torch.sin(turn) / aside).unsqueeze(-2)
+            at = torch.acos((torch.cos(turn).unsqueeze(-2) * cosines - share * parts).clamp(-1, 1)).nan_to_num(1.0)
         lower, upper = self.angles - turn.unsqueeze(-2), self.angles + turn.unsqueeze(-2)
-        right = (lower <= math.pi / 2) & (upper >= math.pi / 2)
-        sines = torch.where(right, 1.0, torch.maximum(torch.sin(lower), torch.sin(upper)))
-        known = (others <= math.pi / 2).all(-2)
-        known &= ((upper + others)[..., 0, :] <= math.pi) & ((lower - others)[..., 1, :] >= 0)
+        known = ((upper + others)[..., 0, :] <= math.pi) & ((lower - others)[..., 1, :] >= 0)
         known |= (others == 0).all(-2)
-        return torch.where(known, least - (torch.sin(others) * sines).sum(-2), math.nan)
+        return torch.where(known, least, math.nan)
 
 
 def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, scale: float) -> TwoAFCCertificate:
