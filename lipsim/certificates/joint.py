@@ -16,8 +16,8 @@ is outside. With the best ``v`` that ``y`` is on the boundary and both sides are
 
     ``S(ε) + sin² α(ε)/B(v) < v``  for some ``v``.
 
-Without an anchor it is exact for two features and more: just beyond it three vectors of them, each within the budget,
-change the answer. With an anchor they cannot turn everywhere, and it is a lower bound.
+Without an anchor it is exact for three features and more: just beyond it three vectors of them, each within the budget,
+change the answer. Of two features, or with an anchor, vectors cannot turn everywhere, and it is a lower bound.
 
 The best ``v`` has ``sin α = B/√(−B')`` and ``S = v + B/B'``, which is one equation for it, solved by bisection. Any
 other ``v`` gives a sound radius as well, so only the inequality is rounded to the safe side.
@@ -55,8 +55,8 @@ def joint_radius(
 ) -> Tensor:
     """Radius of a common budget: all three images may move by less than it, each, and the answer stays, ``(N,)``.
 
-    Exact for ``anchor = 0``, a lower bound above; in float64, rounded down. Its gradient is that of the equation that
-    it solves (implicit differentiation).
+    Exact for ``anchor = 0`` and three features or more, else a lower bound; in float64, rounded down. Its gradient is
+    that of the equation that it solves (implicit differentiation).
 
     Args:
         z: features ``(N, D)`` of the references.
@@ -238,14 +238,18 @@ def _radius_at(cone: _Cone, share: Tensor, tiles: int, bisections: int, rounding
 
 
 def _implicit(cone: _Cone, share: Tensor, radius: Tensor) -> Tensor:
-    """Zeros with the gradient of the radius, for one tile; that of ``v`` is 0, as the radius is largest there."""
+    """Zeros with the gradient of the radius, for one tile.
+
+    That of the share of ``T`` that is best is 0: the radius is largest there, or, where nothing is beside the plane of
+    the candidates, all of ``T`` is best.
+    """
     with torch.no_grad():
         # At the smallest norm the arcsine is vertical.
         radius = torch.minimum(radius, (1 - 1e-6) * cone.norms.amin(0))
-        v = cone.opening * share
-    bound = cone.ahead / v - cone.across / (1 - v) - cone.aside / (cone.opening - v)
+    v = cone.opening * share
+    bound = cone.ahead / v - cone.across / (1 - v) - cone.aside / (cone.opening * (1 - share))
     sine, turned = cone.turned(radius, 1)
-    excess = turned + sine.square() / bound
+    excess = turned + sine.square() / bound - v
     with torch.no_grad():
         norm, candidates = cone.norms[0], cone.norms[1:]
         turn = rotation(candidates, radius).sum(0)

@@ -95,6 +95,24 @@ def test_joint_radius_is_where_the_first_reference_in_reach_ties(size: int) -> N
         assert ((least > 0) == kept).double().mean() == 1
 
 
+@pytest.mark.parametrize("points", [([-2.0], [0.5], [0.6]), ([-0.3, 1.0], [1.0, 0.2], [1.0, 0.1])])
+def test_joint_radius_in_a_plane_has_the_gradient_of_its_equation(points: tuple[list[float], ...]) -> None:
+    leaves = [torch.tensor([point], dtype=torch.float64, requires_grad=True) for point in points]
+    anchor = 2.0 - len(points[0])
+    assert torch.autograd.gradcheck(lambda *f: C.signed_joint_radius(*f, anchor=anchor), leaves, atol=1e-6)
+
+
+def test_joint_radius_of_two_features_is_that_of_more() -> None:
+    """On the axis of the cone the nearest boundary is beside the plane, which two features cannot leave."""
+    for half in (math.pi / 12, math.pi / 6, math.pi / 4):
+        points = ([0.0, 1.0], [math.cos(half), math.sin(half)], [math.cos(half), -math.sin(half)])
+        for more in ([], [0.0]):
+            features = [torch.tensor([point + more], dtype=torch.float64) for point in points]
+            # Out of the plane by α the cosines are ±cos α·sin(half), and both candidates turn by α: tan α = sin(half).
+            exact = math.sin(half) / math.hypot(1, math.sin(half))
+            assert C.joint_radius(*features, anchor=0.0).item() == pytest.approx(exact, rel=1e-9)
+
+
 def test_joint_radius_has_the_gradient_of_its_equation() -> None:
     features = [torch.randn(3, 4, dtype=torch.float64).mul_(2).requires_grad_() for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *f: C.joint_radius(*f), features, atol=1e-5)
