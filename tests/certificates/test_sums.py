@@ -120,6 +120,31 @@ def test_the_margin_is_the_difference_of_the_distances() -> None:
     assert (found.prefers_left == (found.margin > 0)).all()
 
 
+@pytest.mark.parametrize("spread", [3.0, 0.3, 0.03])
+def test_the_least_margin_is_that_of_all_turns(spread: float) -> None:
+    """Three features without an anchor: the reference turns to a grid of its cap, and each candidate on from there."""
+    z, z0, z1 = _draw(60, 3, seed=7)
+    z0, z1 = z + spread / 3 * z0, z + spread / 3 * z1
+    term = C.Term(z, z0, z1, anchor=0.0)
+    found = term.least_margin(torch.zeros(3, 60, dtype=torch.float64))
+    torch.testing.assert_close(found, term.margin, rtol=1e-6, atol=1e-9)
+    eps = 0.1 * spread * torch.rand(3, 60, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    turns = torch.asin(eps / torch.stack([t.norm(dim=1) for t in (z, z0, z1)]))
+    p, p0, p1 = (torch.nn.functional.normalize(t, dim=1) for t in (z, z0, z1))
+    across = torch.nn.functional.normalize(torch.linalg.cross(p, z0), dim=1)
+    around = _circle(361)[:, None] @ torch.stack([across, torch.linalg.cross(p, across)], 1)[:, None]
+    least = torch.full((60,), math.inf, dtype=torch.float64)
+    for share in torch.linspace(0, 1, 21, dtype=torch.float64):
+        turn = (share * turns[0])[:, None, None]
+        moved = torch.cos(turn) * p[:, None] + torch.sin(turn) * around.squeeze(-2)
+        near, far = (torch.acos((moved * t[:, None]).sum(-1).clamp(-1, 1)) for t in (p0, p1))
+        near, far = (near + turns[1, :, None]).clamp(max=math.pi), (far - turns[2, :, None]).clamp(min=0)
+        least = torch.minimum(least, (torch.cos(near) - torch.cos(far)).amin(1))
+    found = term.least_margin(eps)
+    assert (found <= least + 1e-12).all()
+    assert ((least - found) / turns.amax(0)).median() < 1e-4
+
+
 def test_without_weight_it_is_the_cosine_metric() -> None:
     images = _draw(100, 6, seed=2)
     found = _certify(images, 0.0, 0.1)
