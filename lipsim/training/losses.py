@@ -158,8 +158,7 @@ class CertifiedShare(RadiusLoss):
 class JointRadiusHinge(RadiusHinge):
     """Hinge on the radius of a common budget for all three images; arguments as in :class:`RadiusHinge`.
 
-    Joint radii are a third to two fifths of those of the reference alone (medians on photographs), so targets want to
-    be smaller.
+    Joint radii are 0.3 to 0.4 of those of the reference alone (medians on photographs), so targets want to be smaller.
     """
 
     def radius(self, z: Tensor, z0: Tensor, z1: Tensor, anchor: float) -> Tensor:
