@@ -60,6 +60,7 @@ def _default(size: int) -> nn.Module:
 FAST = Acceleration(channels_last=True)
 TRAINING = [
     Case("published small", _published),
+    Case("published small, channels_last", _published, acceleration=FAST),
     Case("published small, bf16", _published, bf16=True),
     Case("SLLNetwork small", _small),
     Case("SLLNetwork small, channels_last", _small, acceleration=FAST),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg
 
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.layout import channels_innermost
 from lipsim.utils.paths import user_path
 from lipsim.utils.weights import read_checkpoint
 
@@ -66,7 +67,7 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances ``(N,)`` between images ``(N, 3, H, W)`` in [0, 1]."""
         total = x.new_zeros(len(x))
-        z = (torch.cat([x, y]) - self.mean) / self.std
+        z = channels_innermost((torch.cat([x, y]) - self.mean) / self.std)
         k = 0
         for i, layer in enumerate(self.layers):
             z = layer(z)
@@ -128,7 +129,7 @@ class DISTS(nn.Module):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """The image, then the last activation of each stage; pooling takes a root of smoothed squares."""
-        found, z = [x], (x - self.mean) / self.std
+        found, z = [x], channels_innermost((x - self.mean) / self.std)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, nn.MaxPool2d):
                 kernel = self.window.expand(z.shape[1], 1, -1, -1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lipsim import layers
 from lipsim.certificates.numbers import check_count
 from lipsim.layers.encoder import Encoder
+from lipsim.students.sequence import LayerSequence
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
@@ -75,7 +76,7 @@ _LARGEST = 2**28  # elements of a tensor between two layers, of one image, or of
 
 
 @records_arguments()
-class FoldedNetwork(nn.Sequential):
+class FoldedNetwork(LayerSequence):
     """Layers with explicit weights one after another, ``(N, 3, S, S) → (N, out_features)``, as a list names them.
 
     Its weights are those that its forward pass uses: convolutions and matrices that any runtime knows. Nothing keeps

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from lipsim.layers import Centering
+from lipsim.students.sequence import LayerSequence
 from lipsim.students.stages import check_features, check_stages, orthogonal_stages, smooth_head
 from lipsim.utils.arguments import records_arguments
 
 
 @records_arguments()
-class OrthogonalShiftNetwork(nn.Sequential):
+class OrthogonalShiftNetwork(LayerSequence):
     """1-Lipschitz network that preserves norm, ``(N, 3, S, S) → (N, out_features)``, for any image size.
 
     The image is cut into ``grid × grid`` patches, each mapped by one orthonormal matrix. A block rolls groups of

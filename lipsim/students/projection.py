@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from lipsim.layers import Centering, OrthogonalLinear
+from lipsim.students.sequence import LayerSequence
 from lipsim.utils.arguments import records_arguments
 
 
 @records_arguments()
-class OrthogonalProjection(nn.Sequential):
+class OrthogonalProjection(LayerSequence):
     """Affine map with orthonormal rows, ``(N, 3, S, S) → (N, out_features)``, 1-Lipschitz and no network at all.
 
     Args:

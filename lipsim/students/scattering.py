@@ -9,13 +9,14 @@ from torch import nn
 
 from lipsim.certificates.numbers import check_count
 from lipsim.layers import Centering, Scattering
+from lipsim.students.sequence import LayerSequence
 from lipsim.students.stages import check_features, check_stages, orthogonal_stages, smooth_head
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
 
 @records_arguments()
-class ScatteringTransform(nn.Sequential):
+class ScatteringTransform(LayerSequence):
     """First-order scattering as features, ``(N, 3, S, S) → (N, D)``: a certified metric that nobody has to train.
 
     It agrees with votes of people about materials a little more often than SSIM, and as often as a network with
@@ -42,7 +43,7 @@ class ScatteringTransform(nn.Sequential):
 
 
 @records_arguments()
-class ScatteringNetwork(nn.Sequential):
+class ScatteringNetwork(LayerSequence):
     """Orthogonal stages on first-order scattering, ``(N, 3, S, S) → (N, out_features)``.
 
     The stages are those of :class:`lipsim.students.OrthogonalShiftNetwork`, which reads patches of pixels in place of

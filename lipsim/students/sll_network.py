@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import nn
 
 from lipsim.layers import ChannelPadding, ScaledAvgPool2d, SLLConv2d, SLLLinear, Truncation
+from lipsim.students.sequence import LayerSequence
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
@@ -20,7 +21,7 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 
 
 @records_arguments()
-class SLLNetwork(nn.Sequential):
+class SLLNetwork(LayerSequence):
     """SLL network of LipSim (Ghazanfari et al. 2024, App. A): ``(N, 3, S, S)`` to ``(N, out_features)``, 1-Lipschitz.
 
     Zero-padded channels, ``depth`` SLL convolutions at full resolution, two 4 × 4 average pools that preserve the norm

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from lipsim.layers import Centering, MaxMin, SpaceToDepth, SpectralConv2d, SpectralLinear
+from lipsim.students.sequence import LayerSequence
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
 
 
 @records_arguments()
-class TorchlipNetwork(nn.Sequential):
+class TorchlipNetwork(LayerSequence):
     """Spectral 1 × 1 convolutions between invertible down-samplings, ``(N, 3, S, S) → (N, out_features)``.
 
     Serrurier et al. 2021 (deel-torchlip). Each stage moves ``block × block`` patches into channels and mixes them with

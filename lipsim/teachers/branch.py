@@ -17,6 +17,7 @@ from lipsim.teachers.layouts import tensors_of
 from lipsim.teachers.locate import find_weights
 from lipsim.teachers.packages import PACKAGE, packaged_weights
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.layout import channels_innermost
 from lipsim.utils.weights import load_weights, read_checkpoint
 
 # In place of a file: random weights, which nobody gets unless they ask.
@@ -128,11 +129,3 @@ class Branch(nn.Module, ABC):
         except ValueError as error:
             raise LipsimError(f"{error}; {remedy}") from error
         load_weights(self.backbone, state, str(file), f"it is not the file of {self.model}: {remedy}")
-
-
-def channels_innermost(x: Tensor) -> Tensor:
-    """Images ``(N, C, H, W)``, on a processor laid out pixel by pixel, with which convolutions are up to twice as fast.
-
-    They keep the layout from one to the next. Spelled with ``permute`` because ``torch.vmap`` knows no memory formats.
-    """
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.device.type == "cpu" else x

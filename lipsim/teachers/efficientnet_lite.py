@@ -13,11 +13,11 @@ import timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipsim.teachers.branch import channels_innermost
 from lipsim.teachers.catalogue import BACKBONES
 from lipsim.teachers.packages import packaged_weights, timm_names
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.layout import channels_innermost
 from lipsim.utils.paths import user_path
 from lipsim.utils.weights import load_weights, read_checkpoint
 

@@ -37,6 +37,16 @@ def test_isometries() -> None:
     torch.testing.assert_close(ScaledAvgPool2d(4)(constant).norm(), constant.norm())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (3, 8, 6), (1, 3, 1, 1)])
+def test_channels_are_added_behind_the_others_and_lie_innermost(shape: tuple[int, ...]) -> None:
+    x = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    found = ChannelPadding(3, 7)(x)
+    torch.testing.assert_close(found, torch.cat([x, torch.zeros_like(x).repeat_interleave(2, -3)[..., :4, :, :]], -3))
+    assert found.movedim(-3, -1).is_contiguous()
+    assert torch.autograd.gradcheck(ChannelPadding(3, 7), x)
+    torch.testing.assert_close(torch.func.vmap(ChannelPadding(3, 7))(x[None])[0], found)
+
+
 def test_activations_agree_with_torchlip() -> None:
     from deel import torchlip
 

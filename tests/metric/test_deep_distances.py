@@ -54,6 +54,16 @@ def test_lpips_is_torchmetrics(net: Net, tmp_path: Path, images: tuple[Tensor, T
     assert (ours(x_adv, images[0]) > 1e-4).all()
 
 
+@pytest.mark.parametrize("net", ["alex", "dists"])
+def test_convolutions_compute_pixel_by_pixel_on_processors(net: str, tmp_path: Path) -> None:
+    _weights(tmp_path, "vgg" if net == "dists" else "alex")
+    distance = DISTS(tmp_path) if net == "dists" else LPIPS("alex", tmp_path)
+    seen: list[Tensor] = []
+    distance.layers[-2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    distance(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64))
+    assert seen[0].shape[2] > 1 and seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_dists_is_torchmetrics(tmp_path: Path, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     network = _weights(tmp_path, "vgg")
     monkeypatch.setattr(torchmetrics_dists, "vgg16", lambda weights: network)

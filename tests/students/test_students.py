@@ -35,6 +35,26 @@ STUDENTS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", STUDENTS)
+def test_slices_are_the_layers_that_they_name(name: str) -> None:
+    student, x = STUDENTS[name](32, 16).eval(), torch.rand(2, 3, 32, 32)
+    assert isinstance(student, nn.Sequential)
+    for cut in (0, 1, len(student)):
+        torch.testing.assert_close(student[cut:](student[:cut](x)), student(x))
+    assert student[-1] is list(student)[-1]
+
+
+@torch.no_grad()
+def test_the_published_network_computes_pixel_by_pixel_on_processors() -> None:
+    student, seen = STUDENTS["published"](32, 16), []
+    assert isinstance(student, SLLNetwork)
+    student[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for network in (student.train(), freeze(student.eval())):
+        network(torch.rand(2, 3, 32, 32))
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("preset", "depth", "channels", "linear_depth", "width"),
     [
