@@ -218,7 +218,7 @@ def _results(parts: Sequence[Part], options: argparse.Namespace) -> Iterable[tup
 
 def _attempt(part: Part, options: argparse.Namespace) -> tuple[str, str | None]:
     """A part, whose failure must not end the others; its traceback is written beside where its results would be."""
-    keep_freed_memory()
+    keep_freed_memory()  # this may be a process of its own
     try:
         return run_part(part, options), None
     except (RuntimeError, ValueError, OSError) as error:  # memory of a graphics card, a diverged training, a full disk
@@ -277,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-timing", action="store_true", help="time the encoders in a later call, without this")
     with one_line_errors():
         options = parser.parse_args(arguments)
+        keep_freed_memory()
         check_lists(parser, options)
         check_data(options)
         options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
