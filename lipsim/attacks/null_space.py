@@ -216,6 +216,9 @@ def null_space_after(
     delta, trivial = _project(operator, aimed, low, high, strength, bounded, iterations)
     if norm == 2:
         back, _ = _project(operator, x - x_adv, low, high, strength, bounded, iterations)
+        # Where many values are at the ends of the box, what was found inside it may be longer than what it takes back.
+        shorter = sample_norm(x_adv + back - x) <= sample_norm(x_adv - x)
+        back = torch.where(expand(shorter, x), back, 0.0)
         delta = back + expand(_longest(x_adv + back - x, delta - back, eps), x) * (delta - back)
     moved = x_adv + delta if box is None else (x_adv + delta).clamp(*box)
     before, after = objective(x_adv), objective(moved)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lipsim.certificates.neighbours import most_frequent
 from lipsim.metric.perceptual_metric import PerceptualMetric
 
 Goal = Literal["recall", "vote"]
@@ -19,8 +20,9 @@ class RetrievalObjective:
     """Positive where a query has lost its label among the ``k`` nearest items of a gallery.
 
     "recall": the ``k``-th most similar item of other labels is before every one of the query's label. "vote": its label
-    is not strictly the most frequent one among the ``k`` nearest; what pushes there is the lead of one rival, the other
-    label with most of the ``k`` nearest of the clean query, in the mean of the nearest ``⌈k/2⌉`` items of each.
+    is not the most frequent one among the ``k`` nearest, of equally frequent ones that of the nearest item; what pushes
+    there is the lead of one rival, the other label with most of the ``k`` nearest of the clean query, in the mean of
+    the nearest ``⌈k/2⌉`` items of each.
 
     Args:
         metric: frozen, for speed.
@@ -49,8 +51,7 @@ class RetrievalObjective:
             return others - torch.where(same, similarity, -torch.inf).amax(1)
         rivals = self.labels == self.rival.unsqueeze(1)
         lead = self._mean_of_nearest(similarity, rivals) - self._mean_of_nearest(similarity, same)
-        votes = self._votes(similarity.detach())
-        broken = votes.scatter(1, self.own.unsqueeze(1), -1).amax(1) >= votes.gather(1, self.own.unsqueeze(1))[:, 0]
+        broken = most_frequent(self._nearest_labels(similarity.detach())) != self.own
         # The sign is that of the vote, the slope that of the lead.
         shift = torch.where(broken, lead.clamp(min=-_JUST_NOT), lead.clamp(max=_JUST_NOT)) - lead
         return lead + shift.detach()
@@ -67,9 +68,13 @@ class RetrievalObjective:
         e = torch.cat([z, torch.full_like(z[:, :1], self.metric.anchor)], 1)
         return torch.nn.functional.normalize(e, dim=1) @ self.unit.mT
 
+    def _nearest_labels(self, similarity: Tensor) -> Tensor:
+        """Labels of the ``k`` nearest, ``(N, k)``, the nearest first."""
+        return self.labels[similarity.topk(self.k, dim=1).indices]
+
     def _votes(self, similarity: Tensor) -> Tensor:
         """How many of the ``k`` nearest have each label, ``(N, C)``."""
-        nearest = self.labels[similarity.topk(self.k, dim=1).indices]
+        nearest = self._nearest_labels(similarity)
         size = int(max(self.labels.max(), self.own.max())) + 1
         return nearest.new_zeros(len(nearest), size).scatter_add(1, nearest, torch.ones_like(nearest))
 

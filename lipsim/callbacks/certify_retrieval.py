@@ -17,7 +17,7 @@ from lipsim.callbacks.base import TripletCallback, check_budgets, drawn_position
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.sample_table import gather_objects
 from lipsim.certificates.gallery import Gallery
-from lipsim.certificates.neighbours import knn_radius, recall_radius
+from lipsim.certificates.neighbours import knn_radius, most_frequent, recall_radius
 from lipsim.certificates.numbers import check_count
 from lipsim.certificates.ranking import nearest
 from lipsim.data.labelled import LabelledBatch
@@ -32,6 +32,7 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
 KS = (1, 10, 20, 100, 200)
+_ROUNDING = 1e-5  # by which float32 changes may leave their ball
 
 
 class CertifyRetrieval(TripletCallback):
@@ -157,13 +158,7 @@ class CertifyRetrieval(TripletCallback):
         found = self.labels[nearest(z, self.gallery, self.ks[-1])]
         same = found == own.unsqueeze(1)
         recall = torch.stack([same[:, :k].any(1) for k in self.ks], 1)
-        votes = []
-        for k in self.ks:
-            counts = found.new_zeros(len(z), self._classes).scatter_add(1, found[:, :k], torch.ones_like(found[:, :k]))
-            of_each = counts.gather(1, found[:, :k])
-            first = (of_each == of_each.amax(1, keepdim=True)).int().argmax(1)
-            votes.append(found.gather(1, first.unsqueeze(1))[:, 0] == own)
-        return {"recall": recall, "vote": torch.stack(votes, 1)}
+        return {"recall": recall, "vote": torch.stack([most_frequent(found[:, :k]) == own for k in self.ks], 1)}
 
     def _chosen(self, module: EvaluationModule, name: str) -> Tensor:
         """Which queries of the batch are attacked, ``(N,)`` bool."""
@@ -193,15 +188,16 @@ class CertifyRetrieval(TripletCallback):
                     images, own = batch.images[rows], batch.label[rows]
                     objective = RetrievalObjective(self._attacked, images, self._unit, self.labels, own, k, goal)
                     x_adv = pgd(objective, images, eps=eps, steps=self.steps, seed=self.seed, index=batch.index[rows])
-                    moved = sample_norm(x_adv - images).double()
+                    moved = sample_norm(x_adv.double() - images.double())
+                    within = moved <= eps * (1 + _ROUNDING)  # the attack ends on the sphere
                     still = self._right(self._attacked.embed(x_adv), own)
                     for other in GOALS:
                         # Any change within ε counts against every score.
-                        newly = right[other][rows] & ~still[other] & (moved <= eps).unsqueeze(1)
+                        newly = right[other][rows] & ~still[other] & within.unsqueeze(1)
                         shorter = newly & (moved.unsqueeze(1) < length[other][rows])
                         length[other][rows] = torch.where(shorter, moved.unsqueeze(1), length[other][rows])
-                        least = torch.where(newly, eps, math.inf).double()
-                        broken_at[other][rows] = torch.minimum(broken_at[other][rows], least)
+                        found = broken_at[other][rows]
+                        broken_at[other][rows] = torch.where(newly, found.clamp(max=eps), found)
         return broken_at, length
 
     def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:

@@ -196,7 +196,7 @@ class NullSpaceRobustness(TripletCallback):
         else:
             moves = NullSpaceMoves(
                 mean_length=float(rows[f"{key}/length"].mean()),
-                median_change=float(rows[f"{key}/change"].median()),
+                median_change=float(rows[f"{key}/change"].double().quantile(0.5)),
                 largest_change=float(rows[f"{key}/change"].max()),
                 exact=float((rows[f"{key}/change"] < EXACT).double().mean()),
                 largest_distance=float(rows[f"{key}/distance"].max()),

@@ -100,7 +100,8 @@ class ProgressLines(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._pace.add(1, num_images(batch) * trainer.world_size)
+        if count := num_images(batch):  # what was finished before takes no time
+            self._pace.add(1, count * trainer.world_size)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pace = Pace()

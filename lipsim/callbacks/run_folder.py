@@ -30,7 +30,8 @@ CHECKPOINT_NAMES = ("best", "last", LAST_READABLE, "hpc", "registry")
 # of other stages among it.
 FILES = (
     *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics.csv", "metrics-*.csv"),
-    *("not_finite*.safetensors", "skipped*.csv", "results.json", "radii*.csv", "attacks*.csv", "plots", "adversarial"),
+    *("not_finite*.safetensors", "skipped*.csv", "results.json", "plots", "adversarial"),
+    *("radii*.csv", "attacks*.csv", "smoothed*.csv", "summed*.csv", "retrieval*.csv"),
     *("report.md", "report.html", "progress.json", "tensorboard", "tensorboard-*", "wandb", "wandb-*"),
 )
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lipsim.data import Triplet
 from lipsim.data.labelled import LabelledBatch
+from lipsim.data.loading import Finished
 from lipsim.results.training_log import CERTIFIED, certified, last_certified, read_log
 from lipsim.utils.progress import Pace, duration, per_second
 
@@ -88,7 +89,9 @@ def total_steps(trainer: L.Trainer) -> int | None:
 
 
 def num_images(batch: Any) -> int:
-    """Distinct images in a batch: three of each triplet where these share none, one of anything else."""
+    """Distinct images in a batch, three of each triplet where these share none; 0 where it is finished."""
+    if isinstance(batch, Finished):
+        return 0
     if isinstance(batch, Triplet):
         return sum(map(len, batch.images()))
     if isinstance(batch, LabelledBatch):

@@ -149,6 +149,13 @@ def knn_radius(
     return winners, _known(found, z, gallery, lipschitz, feature_error)
 
 
+def most_frequent(labels: Tensor) -> Tensor:
+    """The most frequent label of each row, ``(N, k)`` int64 from the nearest on to ``(N,)``; the nearest of several."""
+    each = (labels.unsqueeze(2) == labels.unsqueeze(1)).sum(2)
+    first = (each == each.amax(1, keepdim=True)).int().argmax(1, keepdim=True)
+    return labels.gather(1, first)[:, 0]
+
+
 def _first_flip(pairs: Tensor, inside: Tensor, outside: Tensor, votes: Tensor, winner: int) -> float:
     """The smallest ε at which the winner's lead over some other label may be gone; ∞ where there is none.
 

@@ -47,10 +47,11 @@ class LabelledImages(Dataset[LabelledBatch]):
     Args:
         folder: of the images.
         preprocess: how files become images.
+        gallery: what these are searched for in, on which what is found rests as well.
     """
 
-    def __init__(self, folder: LabelledFolder, preprocess: Preprocess) -> None:
-        self.folder, self.preprocess = folder, preprocess
+    def __init__(self, folder: LabelledFolder, preprocess: Preprocess, gallery: LabelledFolder | None = None) -> None:
+        self.folder, self.preprocess, self.gallery = folder, preprocess, gallery
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -59,8 +60,14 @@ class LabelledImages(Dataset[LabelledBatch]):
         return LabelledBatch(self.folder.load([index]), self.folder.labels[[index]], torch.tensor([index]))
 
     def manifest(self) -> Sequence[str]:
-        """Names and sizes of the files."""
-        return [f"{name} {(self.folder.folder / str(name)).stat().st_size}" for name in self.folder.names]
+        """Names, sizes and classes of the files, and of those of the gallery."""
+        return [*_listed(self.folder), *([] if self.gallery is None else ["in", *_listed(self.gallery)])]
+
+
+def _listed(folder: LabelledFolder) -> Sequence[str]:
+    classes = (folder.classes[label] for label in folder.labels.tolist())
+    named = zip(folder.names, classes, strict=True)
+    return [f"{name} {(folder.folder / str(name)).stat().st_size} {label}" for name, label in named]
 
 
 def collate_labelled(samples: Sequence[LabelledBatch]) -> LabelledBatch:

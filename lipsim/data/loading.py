@@ -24,6 +24,7 @@ from torch.utils.data import (
 
 from lipsim.data.contracts import Listed, TripletSet, resizes_of
 from lipsim.data.device import batch_as_float
+from lipsim.data.labelled import LabelledBatch
 from lipsim.data.plan import Plan, plan
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
@@ -201,6 +202,8 @@ def read_batch(loader: DataLoader[Any], positions: list[int]) -> Any:
 def data_fingerprint(loader: DataLoader[Any]) -> str:
     """SHA-256 over a set of triplets: its length, its manifest, images and votes of up to 32 triplets, evenly spaced.
 
+    Of labelled images likewise, with their labels in place of votes.
+
     A set that can say what it consists of without reading every image has a method ``manifest()`` that returns lines
     of text: names of files, votes. Two sets with one manifest and other images at all of the places looked at are not
     told apart.
@@ -215,6 +218,9 @@ def data_fingerprint(loader: DataLoader[Any]) -> str:
             batch = read_batch(loader, [i])
             if isinstance(batch, Triplet):
                 for tensor in (batch.reference, batch.left, batch.right, batch.right_vote, batch.index):
+                    digest.add_tensor(tensor)
+            elif isinstance(batch, LabelledBatch):
+                for tensor in (batch.images, batch.label, batch.index):
                     digest.add_tensor(tensor)
         _fingerprints[loader] = digest.hexdigest()
     return _fingerprints[loader]

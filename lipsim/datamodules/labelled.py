@@ -67,7 +67,7 @@ class LabelledFolderData(TripletData):
         assert self.preprocess is not None
         self.gallery = LabelledFolder(self.root / self.gallery_part, self.preprocess)
         own = LabelledFolder(self.root / self.query_part, self.preprocess, self.gallery.classes)
-        self.queries = LabelledImages(own, self.preprocess)
+        self.queries = LabelledImages(own, self.preprocess, self.gallery)
 
     def test_dataloader(self) -> list[DataLoader[LabelledBatch]]:
         assert self.queries is not None

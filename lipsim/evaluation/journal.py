@@ -78,7 +78,7 @@ class KeepBatches(Callback):
         self._check({**self.settings, "data": dict(data)})
         trainer.strategy.barrier()  # every process has checked before any of them writes
         self.directory.mkdir(parents=True, exist_ok=True)
-        if trainer.is_global_zero and not self._anything():
+        if trainer.local_rank == 0 and not self._anything():  # each node may have a disk of its own
             write_json(self.directory / "fingerprint.json", {**self.settings, "data": dict(data)})
         rank, world = trainer.global_rank, trainer.world_size
         own = self.directory / f"part-{rank}-of-{world}.jsonl"
@@ -123,8 +123,8 @@ class KeepBatches(Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
         trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            shutil.rmtree(self.directory)
+        if trainer.local_rank == 0:
+            shutil.rmtree(self.directory, ignore_errors=not trainer.is_global_zero)  # which may be the same one
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._file is not None and self._anything():
@@ -138,8 +138,10 @@ class KeepBatches(Callback):
             ValueError: it is larger here.
         """
         path = self.directory / "fingerprint.json"
-        settings, continues = json.loads(path.read_text(encoding="utf-8")), self._anything()
-        trainer.strategy.barrier()  # every process has read before one of them writes
+        read = (json.loads(path.read_text(encoding="utf-8")), self._anything()) if trainer.is_global_zero else None
+        told = trainer.strategy.broadcast(read)
+        assert told is not None
+        settings, continues = told
         if not isinstance(module, EvaluationModule):
             return
         found, measured = settings.get(_ERROR), module.metric.feature_error

@@ -157,7 +157,8 @@ class EvaluationModule(L.LightningModule):
         if torch.get_default_dtype() == torch.float64:
             metric.encoder.float()  # data are float32 whatever the default; other precisions are the trainer's
         self.metric = metric
-        self.scores = nn.ModuleDict()
+        # No modules: their names, those of sets, may be any text.
+        self.scores: dict[str, dict[str, TwoAFCScore]] = {}
         # By loader: positions seen in this evaluation, and the loader with what it serves.
         self._seen: dict[int, list[int]] = {}
         self._batches: dict[int, tuple[Any, list[list[int]] | None]] = {}
@@ -368,10 +369,8 @@ class EvaluationModule(L.LightningModule):
 
     def _score(self, name: str, margin: Tensor, right_vote: Tensor, positions: Tensor) -> None:
         if name not in self.scores:
-            self.scores[name] = nn.ModuleDict(
-                {kind: TwoAFCScore(kind).to(self.device) for kind in ("majority", "vote")}
-            )
-        for score in self.scores[name].values():  # type: ignore[operator]
+            self.scores[name] = {kind: TwoAFCScore(kind).to(self.device) for kind in ("majority", "vote")}
+        for score in self.scores[name].values():
             score.update(margin, right_vote, positions)
 
     def _log_scores(self, stage: str) -> None:
@@ -379,7 +378,7 @@ class EvaluationModule(L.LightningModule):
             check_count(self.set_name(i), seen, self.expected_positions(i))
         parts = {part for name in self.scores for part in self.groups(name)}
         for name, scores in self.scores.items():
-            for kind, score in scores.items():  # type: ignore[operator]
+            for kind, score in scores.items():
                 # torchmetrics gathers inside compute(); the mean over processes is one of equal numbers.
                 self.log(
                     f"{stage}/{name}/{kind}_score",

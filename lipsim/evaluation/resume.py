@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lipsim.data import Preprocess, TripletDataModule
 from lipsim.data.contracts import Parts, facts_of
-from lipsim.data.loading import data_fingerprint, remaining, served_resizes
+from lipsim.data.loading import Finished, data_fingerprint, remaining, served_resizes
 from lipsim.data.plan import Plan, plan
 from lipsim.evaluation.journal import KeepBatches
 from lipsim.evaluation.module import EvaluationModule, check_resize, evaluation_names
@@ -87,8 +88,19 @@ class RemainingData(L.LightningDataModule):
         self.data.trainer = self.trainer
         self.data.setup(stage)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._unless_finished(self.data.on_before_batch_transfer, batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._unless_finished(self.data.transfer_batch_to_device, batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.data.on_after_batch_transfer(batch, dataloader_idx)
+        return self._unless_finished(self.data.on_after_batch_transfer, batch, dataloader_idx)
+
+    @staticmethod
+    def _unless_finished(hook: Callable[..., Any], batch: Any, *args: Any) -> Any:
+        """What a hook of the data module makes of a batch, where it is one."""
+        return batch if isinstance(batch, Finished) else hook(batch, *args)
 
     def _metric(self) -> PerceptualMetric:
         assert self.trainer is not None and isinstance(self.trainer.lightning_module, EvaluationModule)

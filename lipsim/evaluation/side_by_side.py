@@ -275,7 +275,7 @@ def _distances(metric: Distance, triplets: Triplet, settings: Settings) -> Reach
             natural += [metric(part.reference, images).double() for images in (part.left, part.right)]
     levels = torch.tensor(_QUANTILES, dtype=torch.float64)
     quantiles = torch.cat(reached).quantile(levels).tolist()
-    scale = float(torch.cat(natural).median())
+    scale = float(torch.cat(natural).quantile(0.5))
     labels = [f"{100 * q:g} %" for q in _QUANTILES]
     return {
         "reached": dict(zip(labels, quantiles, strict=True)),

@@ -85,6 +85,9 @@ def escape_latex(text: str) -> str:
 def _latex_budget(label: str) -> str:
     """``36/255`` as a fraction."""
     numerator, _, denominator = label.partition("/")
+    if not numerator.strip().replace(".", "").isdecimal():  # a norm before it, or a name
+        norm, _, number = label.rpartition(" ")
+        return f"{escape_latex(norm)} {_latex_budget(number)}" if norm else escape_latex(label)
     return rf"$\frac{{{numerator}}}{{{denominator}}}$" if denominator else f"${label}$"
 
 

@@ -199,17 +199,23 @@ class Distillation(Stage):
             correlation = distance_correlation(student, target, self.metric.anchor)
             values["distance_correlation"] = correlation, len(images)
         if target is not None and student.shape == target.shape:
-            new = torch.ones(len(images))
-            if not isinstance(batch, Triplet):
-                loader = evaluation_loaders(self.trainer)[dataloader_idx]
-                new = unrepeated(len(images), batch_idx, loader, self.global_rank, self.trainer.world_size)
-            cosines = F.cosine_similarity(student, target) * new.to(student)
-            values["cosine_similarity"] = cosines.sum() / new.sum().clamp(min=1).to(student), int(new.sum())
-        for key, (value, count) in values.items():
-            self.log(f"{name}/{key}", value, sync_dist=True, batch_size=count, add_dataloader_idx=False)
+            new = self._unrepeated(batch, len(images), batch_idx, dataloader_idx).to(student)
+            cosines = F.cosine_similarity(student, target) * new
+            values["cosine_similarity"] = cosines.sum() / new.sum().clamp(min=1), int(new.sum())
+        for key, (value, number) in values.items():
+            self.log(f"{name}/{key}", value, sync_dist=True, batch_size=number, add_dataloader_idx=False)
         if not isinstance(batch, Triplet):
             return None
         return self._evaluate(batch, batch.arrange(student), batch_idx, dataloader_idx)
+
+    def _unrepeated(self, batch: Any, num_images: int, batch_idx: int, dataloader_idx: int) -> Tensor:
+        """Which images of a batch are not there to fill it, ``(num_images,)`` of 0 and 1."""
+        loader, rank = evaluation_loaders(self.trainer)[dataloader_idx], self.global_rank
+        if not isinstance(batch, Triplet):
+            return unrepeated(num_images, batch_idx, loader, rank, self.trainer.world_size)
+        new = unrepeated(len(batch), batch_idx, loader, rank, self.trainer.world_size) > 0
+        places = torch.stack(batch.arrange(torch.arange(num_images)))
+        return torch.zeros(num_images).index_fill(0, places[:, new].flatten(), 1.0)
 
 
 def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, world_size: int) -> Tensor:

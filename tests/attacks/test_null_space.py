@@ -188,6 +188,19 @@ def test_after_an_attack_the_flip_survives_within_its_budget(norm: Any) -> None:
     assert "broken answers stay broken" in str(found)
 
 
+def test_after_an_attack_images_of_saturated_values_stay_within_the_budget() -> None:
+    """The kernel part that would shorten the attack is longer than the attack where many values cannot move."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 24, 7, stride=4, padding=3), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 64, 3))
+    model = model.double().eval().requires_grad_(False)
+    x, target = torch.rand(2, 6, 3, 32, 32, dtype=torch.float64)
+    x = torch.where(torch.rand_like(x) < 0.6, x.round(), x)
+    objective = ClassificationObjective(model, model(x).argmax(1))
+    x_adv = pgd(objective, x, eps=0.5, steps=5)
+    found = null_space_after(require_operator(model, 32), objective, x, x_adv, target - x, eps=0.5)
+    assert (sample_norm(found.x_adv - x) <= 0.5 * (1 + 1e-9)).all()
+
+
 def test_what_cannot_move_is_said() -> None:
     resnet = _normalising(nn.Conv2d(3, 64, 7, stride=2, padding=3))
     operator = require_operator(resnet, 16)

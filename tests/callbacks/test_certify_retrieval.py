@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,10 @@ import yaml
 from PIL import Image
 
 import lipsim
+from lipsim.attacks import pgd
 from lipsim.attacks.retrieval import GOALS, RetrievalObjective
 from lipsim.callbacks import CertifyRadii, CertifyRetrieval
+from lipsim.data.loading import data_fingerprint
 from lipsim.datamodules import BuiltinData, LabelledFolderData
 from lipsim.metric import PerceptualMetric, save
 from lipsim.results import read_results
@@ -55,7 +61,9 @@ def test_scores_are_those_of_all_pairs_and_no_attack_passes_a_certificate(
     for batch_size in (5, 7):
         directory, callback = tmp_path / f"run{batch_size}", CertifyRetrieval(KS, EPS, steps=6, error_sample=2)
         results = lipsim.evaluate(metric, data(folder, batch_size), callbacks=[callback], directory=directory, **QUIET)
-        assert (directory / "retrieval.csv").is_file()
+        with open(directory / "retrieval.csv", newline="") as file:
+            broken = {float(row[c]) for row in csv.DictReader(file) for c in row if c.endswith("broken at")}
+        assert broken <= {0.0, *EPS, math.inf} and len(broken) > 3
         found[batch_size] = results["retrieval"]["sets"]["search"]
     scores = found[5]
     assert scores == found[7]  # whatever the batches
@@ -84,6 +92,70 @@ def test_scores_are_those_of_all_pairs_and_no_attack_passes_a_certificate(
     assert scores["recall"]["1"] == scores["knn"]["1"] and proven > 0.5 and broken > 0.5
 
 
+def test_what_ends_on_the_sphere_counts(
+    metric: PerceptualMetric, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 a change of length ε may be a little longer than ε."""
+
+    def found(name: str) -> Any:
+        callback = CertifyRetrieval([1, 3], EPS, steps=4, error_sample=2)
+        return lipsim.evaluate(metric, data(folder), callbacks=[callback], directory=tmp_path / name, **QUIET)
+
+    exact = found("exact")["retrieval"]["sets"]
+    monkeypatch.setattr(
+        "lipsim.callbacks.certify_retrieval.pgd", lambda goal, x, **o: x + (pgd(goal, x, **o) - x) * (1 + 1e-6)
+    )
+    assert found("longer")["retrieval"]["sets"] == exact
+
+
+def test_a_search_in_another_gallery_is_not_continued(
+    metric: PerceptualMetric, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: CertifyRetrieval, *args: Any) -> Any:
+        if fails.left == 0:
+            raise InterruptedError
+        fails.left -= 1
+        return see(self, *args)
+
+    see, fails.left = CertifyRetrieval.see, 1  # type: ignore[attr-defined]
+    shutil.copytree(folder / "train", folder / "other")
+    shutil.copy(folder / "other" / "dark" / "1.png", folder / "other" / "mid" / "one more.png")
+
+    def search(gallery: str) -> Any:
+        callback, images = CertifyRetrieval([1], EPS, steps=0, error_sample=0), data(folder, gallery=gallery)
+        return lipsim.evaluate(metric, images, callbacks=[callback], directory=tmp_path / "run", **QUIET)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CertifyRetrieval, "see", fails)
+        with pytest.raises(InterruptedError):
+            search("train")
+    with pytest.raises(ValueError, match="differs in data"):
+        search("other")
+    assert search("train")["retrieval"]["sets"]["search"]["num_gallery"] == 36
+
+
+def test_other_labels_and_other_pixels_are_other_data(folder: Path) -> None:
+    def fingerprint() -> str:
+        queries = data(folder)
+        queries.setup("test")
+        return data_fingerprint(queries.test_dataloader()[0])
+
+    first, file = fingerprint(), folder / "val" / "dark" / "0.png"
+    assert fingerprint() == first
+    for write in (lambda: file.write_bytes(_recoloured(file)), lambda: file.rename(folder / "val" / "mid" / "9.png")):
+        write()
+        now = fingerprint()
+        assert now != first
+        first = now
+
+
+def _recoloured(file: Path) -> bytes:
+    """Other pixels in a file of the same size."""
+    found = io.BytesIO()
+    Image.fromarray(np.asarray(Image.open(file))[::-1].copy()).save(found, "png")
+    return found.getvalue()
+
+
 def test_reports_show_searches(metric: PerceptualMetric, folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         callback = CertifyRetrieval([1, 3], EPS, steps=0, error_sample=0)
@@ -104,10 +176,9 @@ def test_objectives_are_positive_where_a_query_is_broken(metric: PerceptualMetri
     z = torch.cat([metric.embed(images), torch.ones(60, 1)], 1)
     nearest = labels[(z @ unit.T).argsort(dim=1, descending=True)]
     for k in (1, 5):
-        votes = torch.stack([(nearest[:, :k] == label).sum(1) for label in range(4)], 1)
         lost = {
             "recall": (nearest[:, :k] != own[:, None]).all(1),
-            "vote": votes.scatter(1, own[:, None], -1).amax(1) >= votes.gather(1, own[:, None])[:, 0],
+            "vote": torch.tensor([max(row, key=row.count) for row in nearest[:, :k].tolist()]) != own,
         }
         for goal in GOALS:
             objective = RetrievalObjective(metric, images, unit, labels, own, k, goal)

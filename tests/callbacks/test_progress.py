@@ -20,6 +20,7 @@ from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.callbacks.run_status import RunStatus, num_images
 from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.labelled import LabelledBatch
+from lipsim.data.loading import Finished
 from lipsim.utils import progress
 
 COLUMNS = "val/a/certified_{}"
@@ -168,3 +169,4 @@ def test_images_of_a_batch(triplets: Triplet) -> None:
     assert num_images(LabelledBatch(images, torch.zeros(5), torch.arange(5))) == 5
     shared = SharedTriplet(images, torch.zeros(900, 3, dtype=torch.int64), torch.zeros(900), torch.arange(900))
     assert num_images(shared) == 5  # each is embedded once
+    assert num_images(Finished()) == 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lipsim
+from lipsim import callbacks
 from lipsim.callbacks.run_folder import continues, set_aside
 from lipsim.cli.train import main
 
@@ -134,3 +135,15 @@ def test_setting_aside_keeps_every_run(tmp_path: Path) -> None:
         assert set_aside(tmp_path) is not None
     kept = sorted((tmp_path / "previous").glob("*/config.yaml"))
     assert {file.read_text() for file in kept} == {"0", "1", "2"} and (tmp_path / "teacher").is_dir()
+
+
+def test_every_file_that_a_callback_writes_is_set_aside(tmp_path: Path) -> None:
+    writers = [found for name in vars(callbacks) if isinstance(found := getattr(callbacks, name), type)]
+    names = {
+        pattern.replace("*", "x") for one in writers for pattern in getattr(one, "files", ()) if "/" not in pattern
+    }
+    assert {"radii.csv", "attacks.csv", "retrieval.csv", "smoothed.csv", "summed.csv"} <= names
+    for name in names:
+        (tmp_path / name).touch()
+    aside = set_aside(tmp_path)
+    assert aside is not None and {path.name for path in aside.iterdir()} == names

@@ -137,3 +137,14 @@ def test_names_of_parts_stay_in_the_folder_of_the_results() -> None:
     with pytest.raises(ValueError, match=r"'table_/\.\./\.\./x' is no name of an evaluation set"):
         evaluation_names(DataFacts(["table"], {"table": {"/../../x": mask}}, None, False), "test", [[0]])
     assert evaluation_names(DataFacts(["a..b"], {"a..b": {"c/d": mask}}, None, False), "test", [[0]]) == ["a..b"]
+
+
+@pytest.mark.parametrize("name", ["my.study", "train", "sigma=0.5"])
+def test_sets_and_their_parts_may_have_any_name(name: str) -> None:
+    module, logged = EvaluationModule(PerceptualMetric(OrthogonalProjection(16, 8), 16)), {}
+    module.log = lambda key, value, **_: logged.__setitem__(key, float(value))  # type: ignore[assignment]
+    module.groups = lambda _: {}  # type: ignore[method-assign]
+    module._score(name, torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.0, 0.0, 0.25]), torch.arange(3))
+    module._log_scores("val")
+    assert logged[f"val/{name}/majority_score"] == pytest.approx(2 / 3) and not module.scores
+    assert logged[f"val/{name}/vote_score"] == pytest.approx(1.75 / 3)

@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lipsim.cli.evaluate import evaluate, main
 from lipsim.data import BuiltinTriplets, collate_triplets
+from lipsim.datamodules import BuiltinData
 from lipsim.results import read_results
 
 
@@ -212,6 +213,43 @@ def test_a_size_for_a_quick_run(cases: None) -> None:
     assert results["evaluation"]["sample_seed"] == 0
     with pytest.raises(ValueError, match="nothing to evaluate: limit_test_batches is 0"):
         evaluate_case("first", "run", "--trainer.limit_test_batches=0")
+
+
+class Before(BuiltinData):
+    """Mirrors its images before they go to the device."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return super().on_before_batch_transfer(batch.map_images(lambda x: x.flip(-1)), dataloader_idx)
+
+
+class Meanwhile(BuiltinData):
+    """Mirrors its images on the way."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch.map_images(lambda x: x.flip(-1))
+
+
+class After(BuiltinData):
+    """Mirrors its images when they are there."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return super().on_after_batch_transfer(batch, dataloader_idx).map_images(lambda x: x.flip(-1))
+
+
+def test_every_hook_of_a_data_module_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for cls in (BuiltinData, Before, Meanwhile, After):
+        if cls is not BuiltinData:
+            as_one_of_ours(cls, monkeypatch)
+        write_config(
+            {**config(steps=1), "data": {**config(steps=1)["data"], "class_path": f"lipsim.datamodules.{cls.__name__}"}}
+        )
+        if cls is After:
+            assert len(cut_short(monkeypatch, 3, args("After", CERTIFY))) == 3  # finished batches meet no hook
+        evaluate(args(cls.__name__, CERTIFY))
+        found.append(read_results(Path(cls.__name__) / "results.json")["certified"]["sets"]["builtin"]["radius"])
+    assert found[1] == found[2] == found[3] != found[0]
 
 
 def test_old_pictures_go(cases: None) -> None:

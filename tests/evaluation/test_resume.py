@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,25 @@ def test_two_processes_give_the_results_of_one() -> None:
     evaluate(args("one"))
     fork_two(args("two", *TWO))
     _assert_results_of(Path("one"), Path("two"))
+
+
+def test_a_log_file_is_told_of_what_is_continued(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = cut_short(monkeypatch, 3, args("cut", CERTIFY))
+    evaluate(args("cut", CERTIFY, "--trainer.enable_progress_bar=true"))
+    assert len(lines) == 3 and not Path("cut/unfinished").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")  # since Python 3.12
+def test_each_node_may_have_a_disk_of_its_own() -> None:
+    def on_its_own() -> None:
+        evaluate(args(f"disk{os.environ['RANK']}", CERTIFY, *TWO))
+
+    evaluate(args("one", CERTIFY))
+    forked(2, on_its_own)
+    found, one = (read_results(Path(f"{name}/results.json"))["certified"]["sets"] for name in ("disk0", "one"))
+    assert found == one and not Path("disk0/unfinished").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")  # since Python 3.12

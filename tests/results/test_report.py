@@ -15,7 +15,7 @@ from sections import SOURCE, attacked_section, certified_section, smoothed_secti
 
 from lipsim.cli.main import main
 from lipsim.results import SCHEMA, plots, read_results, update_results
-from lipsim.results.formats import escape_latex, html_page, markdown_table
+from lipsim.results.formats import escape_latex, html_page, latex_table, markdown_table
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs
 from lipsim.results.schema import Scores
@@ -235,3 +235,10 @@ def test_how_far_references_move_stands_in_the_report(tmp_path: Path) -> None:
     with open(out / "report.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["score"] == "null space, same, semantic, length"]
     assert [float(row["value"]) for row in rows] == [12.345]
+
+
+def test_budgets_of_latex_headings_may_name_their_norm() -> None:
+    table = latex_table(
+        [{"metric": "a", "36/255": "1", "1": "2", "ℓ∞ 4/255": "3"}], "", ["36/255", "1", "ℓ∞ 4/255"], "ε"
+    )
+    assert r"$\frac{36}{255}$ & $1$ & $\ell_\infty$ $\frac{4}{255}$" in table

@@ -167,13 +167,19 @@ def test_triplets_are_scored_besides_and_embedded_once(seen: list[int], monkeypa
     assert "val/builtin/cosine_similarity" in trainer.callback_metrics
 
 
-def test_shared_triplets_are_compared_image_by_image(triplets: Any) -> None:
-    """The comparison is over the distinct images, the scores over the triplets, from one embedding."""
+@pytest.mark.parametrize(("new", "counted"), [([1, 1, 1], [0, 1, 2, 3, 4, 5]), ([1, 0, 1], [0, 1, 2, 5])])
+def test_shared_triplets_are_compared_image_by_image(
+    new: list[float], counted: list[int], triplets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over distinct images of triplets that no sampler repeats, the scores over the triplets, from one embedding."""
+    monkeypatch.setattr("lipsim.training.distillation.unrepeated", lambda *_: torch.tensor(new))
+    monkeypatch.setattr("lipsim.training.distillation.evaluation_loaders", lambda trainer: [None])
     module = Distillation(Path("teacher.safetensors"), _student()).eval()
     ids = torch.tensor([[0, 1, 2], [2, 3, 4], [1, 0, 5]])
     batch = SharedTriplet(triplets.reference[:6], ids, torch.tensor([0.0, 1, 0]), torch.arange(3))
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.__setitem__(name.split("/")[-1], value)  # type: ignore[assignment]
+    module.trainer = _trainer()
     module.set_name = lambda index: "shared"  # type: ignore[method-assign]
     module.groups = lambda name: {}  # type: ignore[method-assign]
     module.positions = lambda batch, *_: batch.index  # type: ignore[method-assign]
@@ -185,7 +191,7 @@ def test_shared_triplets_are_compared_image_by_image(triplets: Any) -> None:
     for part, column in zip(found["evaluated"].features, ids.unbind(1), strict=True):
         torch.testing.assert_close(part, student[column])
     cosine = (student * target).sum(1) / (student.norm(dim=1) * target.norm(dim=1))
-    torch.testing.assert_close(logged["cosine_similarity"], cosine.mean())
+    torch.testing.assert_close(logged["cosine_similarity"], cosine[counted].mean())
 
 
 @pytest.mark.parametrize(
