@@ -28,6 +28,7 @@ def one_pixel(
     seed: int = 0,
     index: Tensor | Sequence[int] | None = None,
     batch_size: int = 512,
+    parts: int = 1,
 ) -> Tensor:
     """Maximise an objective by changing a few pixels, found by differential evolution without gradients.
 
@@ -52,12 +53,13 @@ def one_pixel(
         seed: of the evolution.
         index: ``(N,)`` sample indices that the evolution depends on.
         batch_size: images that the objective sees at a time.
+        parts: the channels are that many images, each with pixels of its own.
 
     Returns:
         ``x_adv`` like ``x``, with the best objective found; ``x`` itself where no change is better.
 
     Raises:
-        ValueError: no box, a number of pixels below 1, or a population below 4.
+        ValueError: no box, a number of pixels below 1, a population below 4, or channels that the parts do not divide.
 
     Example:
         >>> from lipsim.attacks import DistanceObjective
@@ -67,7 +69,7 @@ def one_pixel(
         >>> int((x_adv != x).any(1).sum()), bool((x_adv - x).sum() <= 1.5)  # a white pixel adds 1.5
         (1, True)
     """
-    Ball(0, num_pixels, box).check(x)
+    Ball(0, num_pixels, box, parts).check(x)
     if box is None or num_pixels < 1 or population < 4:
         raise LipsimError(
             f"expected at least 1 pixel and a population of at least 4, got {num_pixels} and {population}"
@@ -77,7 +79,7 @@ def one_pixel(
         if len(batch):
             # One seed each for places and colours of the first members, and one a generation.
             first_seed = restart_seed(seed, restart) * (generations + 2)
-            _evolve(batch, num_pixels, generations, population, box, first_seed, batch_size)
+            _evolve(batch, num_pixels, generations, population, box, first_seed, batch_size, parts)
     return batch.best
 
 
@@ -90,51 +92,56 @@ def _evolve(
     box: tuple[float, float],
     seed: int,
     batch_size: int,
+    parts: int,
 ) -> None:
     channels = batch.clean.shape[1]
-    shape = batch.clean.new_empty(len(batch), population, num_pixels, 2 + channels)
+    shape = batch.clean.new_empty(len(batch), population, num_pixels, 2 * parts + channels)
     members = sample_uniform(shape, seed=seed, index=batch.index)
-    colours = 0.5 + 0.5 * sample_normal(shape[..., 2:], seed=seed + 1, index=batch.index)
-    members = torch.cat([members[..., :2], colours.clamp(0, 1)], -1)  # all in [0, 1]; scaled in _paint
-    value = _values(batch, members, box, batch_size)
-    members, value = _keep_best(batch, members, value, box)
+    colours = 0.5 + 0.5 * sample_normal(shape[..., 2 * parts :], seed=seed + 1, index=batch.index)
+    members = torch.cat([members[..., : 2 * parts], colours.clamp(0, 1)], -1)  # all in [0, 1]; scaled in _paint
+    value = _values(batch, members, box, batch_size, parts)
+    members, value = _keep_best(batch, members, value, box, parts)
     for generation in range(generations):
         if not len(batch):
             return
         draws = sample_uniform(value.new_empty(*value.shape, 3), seed=seed + 2 + generation, index=batch.index)
         a, b, c = (_take(members, rows) for rows in _three_others(draws))
         children = (a + _SCALE * (b - c)).clamp(0, 1)
-        found = _values(batch, children, box, batch_size)
+        found = _values(batch, children, box, batch_size, parts)
         better = found > value
         members = torch.where(better[..., None, None], children, members)
         value = torch.where(better, found, value)
-        members, value = _keep_best(batch, members, value, box)
+        members, value = _keep_best(batch, members, value, box, parts)
 
 
-def _keep_best(batch: Survivors, members: Tensor, value: Tensor, box: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _keep_best(
+    batch: Survivors, members: Tensor, value: Tensor, box: tuple[float, float], parts: int
+) -> tuple[Tensor, Tensor]:
     top, best = value.max(1)
-    x_adv = _paint(batch.clean, _take(members, best[:, None])[:, 0], box)
+    x_adv = _paint(batch.clean, _take(members, best[:, None])[:, 0], box, parts)
     members, value = batch.keep(x_adv, top, members, value)
     return members, value
 
 
-def _values(batch: Survivors, members: Tensor, box: tuple[float, float], batch_size: int) -> Tensor:
+def _values(batch: Survivors, members: Tensor, box: tuple[float, float], batch_size: int, parts: int) -> Tensor:
     """Objective of every member, ``(M, P)``."""
     sample = torch.arange(len(batch), device=members.device).repeat_interleave(members.shape[1])
-    parts = []
+    found = []
     for rows, some in zip(sample.split(batch_size), members.flatten(0, 1).split(batch_size), strict=True):
-        parts.append(batch.objective.select(rows)(_paint(batch.clean[rows], some, box)))
-    return torch.cat(parts).view(members.shape[:2]).nan_to_num(nan=-torch.inf)
+        found.append(batch.objective.select(rows)(_paint(batch.clean[rows], some, box, parts)))
+    return torch.cat(found).view(members.shape[:2]).nan_to_num(nan=-torch.inf)
 
 
-def _paint(x: Tensor, members: Tensor, box: tuple[float, float]) -> Tensor:
-    """Images ``(M, C, H, W)`` with the pixels of members ``(M, k, 2 + C)`` put in; a later one covers an earlier."""
+def _paint(x: Tensor, members: Tensor, box: tuple[float, float], parts: int) -> Tensor:
+    """Images ``(M, C, H, W)`` with the pixels of members ``(M, k, 2·parts + C)``; a later one covers an earlier."""
     size = torch.tensor(x.shape[-2:], device=x.device)
-    place = (members[..., :2] * size).long().minimum(size - 1)
+    place = (members[..., : 2 * parts].unflatten(-1, (parts, 2)) * size).long().minimum(size - 1)
+    colour = (box[0] + (box[1] - box[0]) * members[..., 2 * parts :]).unflatten(-1, (parts, -1))
     x = x.clone()
-    sample = torch.arange(len(x), device=x.device)
+    images, sample = x.unflatten(1, (parts, -1)), torch.arange(len(x), device=x.device)
     for k in range(members.shape[1]):
-        x[sample, :, place[:, k, 0], place[:, k, 1]] = box[0] + (box[1] - box[0]) * members[:, k, 2:]
+        for part in range(parts):
+            images[sample, part, :, place[:, k, part, 0], place[:, k, part, 1]] = colour[:, k, part]
     return x
 
 

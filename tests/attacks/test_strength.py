@@ -228,6 +228,21 @@ def test_broken_samples_are_left_alone_and_rows_stay_aligned() -> None:
         assert seen[1] == 8 and seen[-2] == 2 and sum(seen) < 40 * 6
 
 
+def test_each_image_has_pixels_of_its_own() -> None:
+    """Three images in the channels, each of which is worth most at another place."""
+    best = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
+    for image, place in enumerate(((0, 1), (2, 2), (3, 0))):
+        best[image, :, place[0], place[1]] = 1.0
+    x = torch.zeros(2, 9, 4, 4, dtype=torch.float64)
+    objective = DistanceObjective(lambda x, y: ((x - y) * best.flatten(0, 1)).sum((1, 2, 3)), x, threshold=100.0)
+    x_adv = one_pixel(objective, x, generations=60, population=100, parts=3)
+    assert (sample_norm(x_adv - x, 0, parts=3) == 1).all() and (
+        objective(x_adv) + 100 > 6
+    ).all()  # 3 with one place for all
+    with pytest.raises(ValueError, match="that 2 parts divide"):
+        one_pixel(objective, x, parts=2)
+
+
 def test_one_pixel_finds_the_best_pixel() -> None:
     objective, x = _linear(5, size=10)
     gains = torch.where(objective.w > 0, (1 - x) * objective.w, -x * objective.w).sum(1).flatten(1)
