@@ -99,8 +99,15 @@ def _square(objective: Objective, x: Tensor, task: Task) -> Tensor:
 def _pixels(objective: Objective, x: Tensor, task: Task) -> Tensor:
     population = max(4, min(_POPULATION, task.queries // 2))
     generations = max(task.queries // population - 1, 1)  # the first members are looked at too
-    budget: dict[str, int] = {"num_pixels": int(task.eps), "generations": generations, "population": population}
-    return one_pixel(objective, x, **budget, parts=task.parts, **task.options)
+    return one_pixel(
+        objective,
+        x,
+        num_pixels=int(task.eps),
+        generations=generations,
+        population=population,
+        parts=task.parts,
+        **task.options,
+    )
 
 
 def _smallest(objective: Objective, x: Tensor, task: Task) -> Tensor:

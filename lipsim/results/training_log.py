@@ -18,8 +18,8 @@ def read_log(folder: Path) -> list[LogRow]:
     """Rows of the training in a run folder, by step, of all its parts joined; empty where there is no log.
 
     Training that continues from a checkpoint repeats the steps after it: rows of the part before give way to those of
-    the part after from the first step that it trained. Rows of tests are left out, and those of an evaluation that was
-    started by itself, which are of no step of the training.
+    the part after from the first step that it trained, and before that where the same was logged. Rows of tests are
+    left out, and those of an evaluation that was started by itself, which are of no step of the training.
     """
     rows: list[LogRow] = []
     for file in log_files(folder):
@@ -27,7 +27,8 @@ def read_log(folder: Path) -> list[LogRow]:
         trained = [row["step"] for row in part if any(column.startswith("train/") for column in row)]
         if trained:
             first = min(trained)
-            rows = [row for row in rows if row["step"] < first]
+            again = {(row["step"], column) for row in part for column in row if _is_of_training(column)}
+            rows = [row for row in rows if row["step"] < first and again.isdisjoint((row["step"], c) for c in row)]
         elif rows:
             part = [row for row in part if row["step"] > rows[-1]["step"]]
         rows += part

@@ -29,6 +29,14 @@ def test_a_part_replaces_what_it_trained_again(tmp_path: Path) -> None:
     assert budget("36/255") == 36 / 255 and budget("1") == 1
 
 
+def test_a_validation_that_a_part_begins_with_stands_once(tmp_path: Path) -> None:
+    _write(tmp_path, "metrics-1.csv", "0,0,0.9,,,", "0,1,0.8,,,", "0,2,0.7,,,", "0,2,,0.1,0.2,")
+    _write(tmp_path, "metrics.csv", "0,2,,0.3,0.4,", "1,3,0.6,,,")
+    rows = read_log(tmp_path)
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [0.9, 0.8, 0.7, 0.6]
+    assert [(row["step"], row["val/a/certified_1"]) for row in rows if "val/a/certified_1" in row] == [(2, 0.3)]
+
+
 def test_evaluations_in_the_folder_are_no_part_of_it(tmp_path: Path) -> None:
     _write(tmp_path, "metrics-1.csv", "0,0,0.9,,,", "0,1,0.8,,,", "0,1,,0.1,0.2,", "1,2,,,,0.7")
     trained = read_log(tmp_path)

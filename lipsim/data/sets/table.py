@@ -108,7 +108,9 @@ class TableTriplets(Dataset[Triplet]):
     @property
     def groups(self) -> dict[str, Tensor]:
         names = sorted({row.group for row in self.rows} - {""})
-        return {name: torch.tensor([row.group == name for row in self.rows]) for name in names}
+        numbers = {name: number for number, name in enumerate(names)}
+        each = torch.tensor([numbers.get(row.group, -1) for row in self.rows])
+        return {name: each == number for name, number in numbers.items()}
 
     def part(self, name: str) -> Self:
         """The triplets of one of :data:`PARTS` as a set of their own.
