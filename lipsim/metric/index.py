@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -401,37 +401,37 @@ class ImageIndex:
         batch_size: int,
         advance: Any,
     ) -> tuple[Records, int, dict[str, str]]:
-        """Read files, and embed those whose content has no embedding yet.
+        """Read files, and embed those whose content has no embedding yet, each content once.
 
         Returns:
             Records of those that can be used, the number embedded, and the reasons of the others.
         """
         found = Records(features=torch.empty(0, 0))
         features: list[Tensor] = []
+        fresh: dict[bytes, Tensor] = {}  # by content: in another batch it would have other last digits
         skipped: dict[str, str] = {}
         embedded = 0
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(0, len(names), batch_size):
                 some = names[start : start + batch_size]
-                files = list(pool.map(lambda name: self._file(name, by_hash), some))
-                images = [file.image for file in files if file.image is not None]
-                new: Iterator[Tensor] = iter(())
+                files = list(pool.map(lambda name: self._file(name, by_hash, fresh), some))
+                images = {file.sha256: file.image for file in files if file.image is not None}
                 if images:
-                    batch = torch.stack(images).to(self.metric.device, self.metric.dtype)
-                    new = iter(self.metric.embed(batch).float().cpu().unbind(0))
+                    batch = torch.stack([*images.values()]).to(self.metric.device, self.metric.dtype)
+                    fresh |= zip(images, self.metric.embed(batch).float().cpu().unbind(0), strict=True)
                 for name, file in zip(some, files, strict=True):
                     if file.reason:
                         skipped[name] = file.reason
                         continue
-                    if file.image is None:
+                    if file.sha256 in fresh:
+                        feature = fresh[file.sha256]
+                    else:
                         block, row = by_hash[file.sha256]
                         feature = blocks[block].features[row]
-                    else:
-                        feature = next(new)
                     if not bool(torch.isfinite(feature).all()):
                         skipped[name] = "its features are not finite"
                         continue
-                    embedded += file.image is not None
+                    embedded += images.pop(file.sha256, None) is not None
                     features.append(feature)
                     found.names.append(name)
                     found.hashes.append(file.sha256)
@@ -442,15 +442,17 @@ class ImageIndex:
         stacked = torch.stack(features) if features else torch.empty(0, 0)
         return Records(found.names, stacked, found.hashes, found.sizes, found.times), embedded, skipped
 
-    def _file(self, name: str, by_hash: dict[bytes, tuple[int, int]]) -> _File:
-        """Read one file; its image only where no embedding of its content is known."""
+    def _file(self, name: str, *known: Container[bytes]) -> _File:
+        """Read one file; its image only where no embedding of its content, by its hash, is known."""
         path = Path(self.root or "", name)
         try:
             now = time.time_ns()
             status = path.stat()
             content = path.read_bytes()
             own = sha256(content).digest()
-            image = None if own in by_hash else load_image(path, self.metric.preprocess, content)
+            image = None
+            if not any(own in contents for contents in known):
+                image = load_image(path, self.metric.preprocess, content)
         except (LipsimError, OSError) as error:
             return _File(reason=str(error))
         settled = status.st_mtime_ns if now - status.st_mtime_ns > _SETTLED else -1

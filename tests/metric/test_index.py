@@ -132,6 +132,19 @@ def test_update_embeds_only_what_is_new(
     torch.testing.assert_close(fresh.records.features, index.records.features)
 
 
+def test_equal_contents_are_embedded_once_and_tie(metric: PerceptualMetric, folder: Path) -> None:
+    """Also new ones in different batches, where an embedding has other last digits."""
+    root = folder.parent / "copies"
+    for number in range(33):
+        write(root / f"{number:02}.png", np.full((8, 8, 3), (200, 30, 90)))
+    index = ImageIndex(metric)
+    changes = index.update(root)
+    assert (changes.embedded, changes.kept, len(index)) == (1, 32, 33)
+    assert (index.records.features == index.records.features[0]).all()
+    assert metric.feature_error == index.feature_error == 0  # which would hide the difference
+    assert not index.search(torch.rand(50, 3, 8, 8), k=1).top_radius.any()
+
+
 def test_a_file_that_was_just_written_is_told_by_its_content(metric: PerceptualMetric, folder: Path) -> None:
     rng, path = np.random.default_rng(4), folder / "fresh.png"
     write(path, rng.integers(0, 256, (8, 8, 3)), age=0)
