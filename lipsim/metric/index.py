@@ -459,10 +459,13 @@ class ImageIndex:
         return _File(image, own, status.st_size, settled)
 
     def _cover_errors(self) -> None:
-        """Keep the error of these embeddings, that of rounding them to float32 included."""
-        if not self.metric.has_bound or not len(self):
+        """Keep the error of these embeddings, that of rounding them to float32 included.
+
+        Also without a bound, which the metric that loads the index may have: as it is declared then, without a search.
+        """
+        if not len(self):
             return
-        error = self.metric.feature_error
+        error = self.metric.feature_error if self.metric.has_bound else self.metric.declared_feature_error
         if self.metric.dtype == torch.float64:
             longest = max(
                 float(torch.linalg.vector_norm(rows.double(), dim=1).amax())

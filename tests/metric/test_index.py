@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lipsim.attacks import pgd
-from lipsim.certificates import reference_radius
+from lipsim.certificates import Gallery, rank, reference_radius
 from lipsim.cli.main import main
 from lipsim.metric import PerceptualMetric, save
 from lipsim.metric.index import ImageIndex
@@ -72,8 +72,8 @@ def test_search_finds_what_comparing_all_pairs_finds(metric: PerceptualMetric, f
     assert found.compared == found.total == 10
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_no_attack_on_a_rank_breaks_its_radius(metric: PerceptualMetric, folder: Path, rank: int) -> None:
+@pytest.mark.parametrize("place", [0, 2])
+def test_no_attack_on_a_rank_breaks_its_radius(metric: PerceptualMetric, folder: Path, place: int) -> None:
     index = ImageIndex.build(metric, folder)
     query = torch.rand(4, 3, 8, 8)
     found = index.search(query, k=4)
@@ -88,10 +88,10 @@ def test_no_attack_on_a_rank_breaks_its_radius(metric: PerceptualMetric, folder:
         def __call__(self, x: Tensor) -> Tensor:
             z = metric.encoder(x)
             similarity = torch.cat([z, torch.ones(len(z), 1)], 1) @ p.T
-            own = similarity.gather(1, found.items[self.rows, rank : rank + 1])
-            ahead = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, found.items[self.rows, :rank], True)
+            own = similarity.gather(1, found.items[self.rows, place : place + 1])
+            ahead = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, found.items[self.rows, :place], True)
             wrong = torch.where(ahead, own - similarity, similarity - own)
-            return wrong.scatter(1, found.items[self.rows, rank : rank + 1], -torch.inf).amax(1)
+            return wrong.scatter(1, found.items[self.rows, place : place + 1], -torch.inf).amax(1)
 
         def select(self, rows: Tensor) -> Rank:
             return Rank(self.rows[rows])
@@ -99,7 +99,7 @@ def test_no_attack_on_a_rank_breaks_its_radius(metric: PerceptualMetric, folder:
     objective, broken = Rank(torch.arange(4)), 0
     assert (objective(query) < 0).all()
     for row in range(4):
-        radius = float(found.rank_radius[row, rank])
+        radius = float(found.rank_radius[row, place])
         one = objective.select(torch.tensor([row]))
         for length, holds in ((radius * (1 - 1e-3), True), (radius * 1.05 + 1e-3, False)):
             attacked = pgd(one, query[row : row + 1], eps=length, steps=30, box=None)
@@ -216,6 +216,20 @@ def test_certificates_cover_the_error_of_the_embeddings(metric: PerceptualMetric
     assert (after < before).all()
     unbounded = PerceptualMetric(metric.encoder, 8, lipschitz=float("inf"))
     assert not ImageIndex.build(unbounded, folder).search(query, 3).rank_radius.any()
+
+
+def test_the_rounding_of_float64_features_is_covered_whoever_built_the_index(folder: Path, tmp_path: Path) -> None:
+    encoder = OrthogonalProjection(image_size=8, out_features=12).double().eval()
+    unbounded = PerceptualMetric(encoder, 8, lipschitz=float("inf"))
+    file = ImageIndex.build(unbounded, folder).save(tmp_path / "own.safetensors")
+    metric = PerceptualMetric(encoder, 8, lipschitz=1.0)
+    index = ImageIndex.load(file, metric)
+    assert index.feature_error == ImageIndex.build(metric, folder).feature_error > 0
+    stored = torch.stack([metric.preprocess(index.path(i)) for i in range(len(index))]).double()
+    query = torch.rand(200, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        exact = rank(metric.embed(query), Gallery(metric.embed(stored)), k=1).rank_radius
+    assert (index.search(query, k=1).rank_radius <= exact).all()
 
 
 def test_files_by_name(metric: PerceptualMetric, folder: Path) -> None:
