@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from lipsim.certificates.geometry import Anchored, along, anchored_norm, project, rotation, unit_angle
+from lipsim.certificates.geometry import (
+    Anchored,
+    along,
+    anchored_norm,
+    binary_scale,
+    project,
+    rotation,
+    scaled,
+    scaled_norm,
+    unit_angle,
+)
 from lipsim.certificates.numbers import check_constants
 from lipsim.certificates.rounding import (
     Features,
@@ -38,10 +48,17 @@ def margin(z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, leas
     ``h = g/‖e‖``: no cancellation between two distances, and exactly 0 for equal candidates. NaN for a reference of
     zero features without an anchor, or 0 with a ``least_norm`` above 0 in the place of its ``‖e‖``.
     """
+    check_constants(anchor)
     if isinstance(z, Tensor) and isinstance(z0, Tensor) and isinstance(z1, Tensor):
-        return linear_margin(z, z0, z1, anchor=anchor)[0] / anchored_norm(z, anchor).clamp(min=least_norm)
-    _, (e, e0, e1) = anchored(anchor, z, z0, z1)
-    return along((e.z, anchor), e0.unit, e1.unit) / e.norm.clamp(min=least_norm)
+        scale = binary_scale(z, anchor)
+        features, constant = scaled(z, anchor, scale)
+        norm = scaled_norm(features, constant if anchor else None)
+        left, right = project(z0, anchor), project(z1, anchor)
+    else:
+        _, (e, e0, e1) = anchored(anchor, z, z0, z1)
+        scale, (features, constant), norm, left, right = e.scale, e.scaled, e.scaled_norm, e0.unit, e1.unit
+    # Both in units of the reference's own size, so that neither leaves the range of numbers.
+    return along((features, constant), left, right) / norm.clamp(min=torch.full_like(scale, least_norm) / scale)
 
 
 def signed_reference_radius(

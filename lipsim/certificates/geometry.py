@@ -32,6 +32,7 @@ class Anchored:
         plain: whether no power or product of the features can leave the range of float64.
         scale: power of two ``(N,)`` that features and anchor are divided by; 1 where they are plain.
         scaled: both parts of ``e`` over the scale, ``(N, D)`` and ``(N,)``.
+        scaled_norm: ``‖e‖`` over the scale, ``(N,)``.
         unit: both parts of ``p = e/‖e‖``, 0 for zero features without an anchor.
         norm: ``‖e‖``, ``(N,)``.
     """
@@ -46,15 +47,15 @@ class Anchored:
         else:
             self.scale = binary_scale(self.z, anchor)
             self.scaled = scaled(self.z, anchor, self.scale)
-        norm, self.unit = _norm_and_unit(*self.scaled, anchored=anchor > 0)
-        self.norm = self.scale * norm
+        self.scaled_norm, self.unit = _norm_and_unit(*self.scaled, anchored=anchor > 0)
+        self.norm = self.scale * self.scaled_norm
 
 
 def anchored_norm(z: Tensor, anchor: float = 1.0) -> Tensor:
     """Norm ``‖(z, κ)‖`` of the anchored features, ``(N,)``."""
     scale = binary_scale(z, anchor)
     z, constant = scaled(z, anchor, scale)
-    return scale * _scaled_norm(z, constant if anchor else None)
+    return scale * scaled_norm(z, constant if anchor else None)
 
 
 def project(z: Tensor, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def project(z: Tensor, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def _norm_and_unit(z: Tensor, constant: Tensor, anchored: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    norm = _scaled_norm(z, constant if anchored else None)
+    norm = scaled_norm(z, constant if anchored else None)
     inverse = torch.where(norm > 0, norm, torch.ones_like(norm)).reciprocal()
     return norm, (z * inverse.unsqueeze(-1), constant * inverse)
 
@@ -102,7 +103,7 @@ def scaled(z: Tensor, anchor: float, scale: Tensor) -> tuple[Tensor, Tensor]:
     return z / scale.unsqueeze(-1), torch.full_like(scale, anchor) / scale
 
 
-def _scaled_norm(z: Tensor, constant: Tensor | None) -> Tensor:
+def scaled_norm(z: Tensor, constant: Tensor | None) -> Tensor:
     """Norm of ``z`` and a constant; without the latter its derivatives at 0 are 0 and not NaN."""
     if constant is not None:
         return torch.sqrt(z.square().sum(-1) + constant**2)

@@ -283,6 +283,18 @@ def test_radii_scale_with_the_features(size: float) -> None:
         assert torch.isfinite(radius).all() and (radius >= 0).all()
 
 
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_answers_of_features_near_the_end_of_the_range(anchor: float) -> None:
+    """The margin itself would be infinity less infinity."""
+    z0 = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    z = torch.tensor([[1.7e308, 1.5e308]], dtype=torch.float64)
+    certificate = C.certify_triplets(torch.full((1, 3, 2, 2), 0.5), z, z0, -z0, anchor=anchor)
+    expected = C.margin(z / 2.0**900, z0, -z0, anchor=anchor)
+    assert certificate.prefers_left.all() and (certificate.radius > 0).all() and (expected > 0).all()
+    torch.testing.assert_close(certificate.margin, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(C.margin(z, z0, -z0, anchor=anchor), expected, rtol=1e-14, atol=0)
+
+
 def test_upper_ends_of_tiny_distances_do_not_round_to_zero() -> None:
     z = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     for dtype in (torch.float16, torch.float32):
