@@ -62,7 +62,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
         >>> torch.allclose(again(x, 1 - x), metric(x, 1 - x), atol=1e-6)
         True
     """
-    path, threshold = user_path(path), metric.threshold
+    path, threshold, given = user_path(path), metric.threshold, metric
     notes = metric.notes if notes is None else notes
     framing, metric = _framing(metric), _of_a_tile(metric)
     encoder = _written(metric.encoder)
@@ -70,6 +70,8 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
+    if isinstance(given, TiledMetric) and given.tile_error > metric.feature_error:  # declared of all tiles together
+        header |= {"feature_error": given.tile_error, "feature_error_kind": given.feature_error_kind}
     if threshold is not None:
         header["threshold"] = threshold.header()
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}

@@ -153,15 +153,14 @@ class TiledMetric(PerceptualMetric):
 
     @property
     def feature_error(self) -> float:
-        """The error of one embedding, from that of a tile's features, which :meth:`certify` covers.
+        """The error of one embedding, from that of a tile's features.
 
-        Set it to declare another of the embedding; 0 is one of the tile as well.
+        Set it to declare another of the embedding; 0 is one of the tile as well. One that is larger than what follows
+        from the tile raises :attr:`tile_error` too.
         """
         if self._declared_error is not None:
             return self._declared_error
-        # Of all tiles together, and that of rounding the vector, which is less than a quarter of the former: a search
-        # finds no less than half a digit of the longest features, and enlarges it.
-        return 1.5 * self.grid * self._unchanged().feature_error
+        return self._stacked_error(self._unchanged().feature_error)
 
     @feature_error.setter
     def feature_error(self, error: float) -> None:
@@ -169,6 +168,14 @@ class TiledMetric(PerceptualMetric):
         self.feature_error_kind = "declared" if error else "none"
         if not error:
             self.tile.feature_error = 0.0
+
+    @property
+    def tile_error(self) -> float:
+        """The error of the features of one tile, which :meth:`certify` covers and a file keeps: that of :attr:`tile`.
+
+        Where a larger :attr:`feature_error` was declared than follows from it, :attr:`grid` times the declared one.
+        """
+        return self._tile_error(self._unchanged().feature_error)
 
     @property
     def declared_lipschitz(self) -> float | None:
@@ -179,7 +186,7 @@ class TiledMetric(PerceptualMetric):
     def declared_feature_error(self) -> float:
         """:attr:`feature_error` as it was declared, here or of the tile, without a search."""
         own = self._declared_error
-        return 1.5 * self.grid * self.tile.declared_feature_error if own is None else own
+        return self._stacked_error(self.tile.declared_feature_error) if own is None else own
 
     @property
     def certificate_options(self) -> dict[str, float]:
@@ -193,7 +200,8 @@ class TiledMetric(PerceptualMetric):
         Raises:
             ValueError: the encoder or the anchor of the tile has been replaced.
         """
-        return self._unchanged().certificate_options
+        options = self._unchanged().certificate_options
+        return {**options, "feature_error": 2 * self._tile_error(options["feature_error"] / 2)}
 
     def audit(self) -> audit.LipschitzReport:
         """Bound the encoder of a tile with its present weights, and use this bound from now on."""
@@ -249,6 +257,20 @@ class TiledMetric(PerceptualMetric):
         with full_precision(), evaluation_mode(self.encoder):
             z: Tensor = self.encoder.encoder(tiles_of(x, self.grid)).unflatten(0, (-1, self.grid**2))
         return z
+
+    def _stacked_error(self, error: float) -> float:
+        """The error of an embedding that follows from one of the features of a tile."""
+        # Of all tiles together, and that of rounding the vector, which is less than a quarter of the former: a search
+        # finds no less than half a digit of the longest features, and enlarges it.
+        return 1.5 * self.grid * error
+
+    def _tile_error(self, error: float) -> float:
+        """:attr:`tile_error` where the tile has this one."""
+        declared = self._declared_error
+        if declared is None or declared <= self._stacked_error(error):
+            return error
+        # The embedding is at most so much shorter than the shortest features of a tile, which turn with it.
+        return self.grid * declared
 
     def _unchanged(self) -> PerceptualMetric:
         """The metric of a tile, if it still is the one that answers.

@@ -155,6 +155,26 @@ def test_a_metric_without_a_bound_has_distances_and_no_certificate() -> None:
     assert not lower.any() and (upper == 2).all()
 
 
+def test_an_error_of_the_embedding_counts_in_certificates_and_files(tmp_path: Path) -> None:
+    metric = _tiled()
+    x, y, z = _triplet()
+    before = metric.certify(x, y, z).radius
+    metric.feature_error = 1e-3
+    assert metric.tile_error == 2e-3 and metric.tile_options["feature_error"] == 4e-3
+    certificate, (lower, upper) = metric.certify(x, y, z), metric.distance_bounds(x, y, 0.0)
+    assert (certificate.radius + 1e-3 < before).all() and (lower < metric(x, y)).all() and (upper > metric(x, y)).all()
+    again = lipsim.load(save(metric, tmp_path / "own.safetensors"))
+    assert isinstance(again, TiledMetric) and again.tile.declared_feature_error == 2e-3
+    assert again.declared_feature_error >= 1e-3
+    # What follows from the error of a tile is no other one, however often it is declared, saved and loaded.
+    metric = _tiled()
+    metric.tile.feature_error = 1e-4
+    metric.feature_error = metric.feature_error
+    assert metric.tile_error == 1e-4
+    again = lipsim.load(save(metric, tmp_path / "own.safetensors"))
+    assert isinstance(again, TiledMetric) and again.tile.declared_feature_error == 1e-4
+
+
 def test_refusals() -> None:
     metric = _tiled()
     with pytest.raises(ValueError, match="expected the metric of one tile"):
@@ -167,6 +187,7 @@ def test_refusals() -> None:
         metric.lipschitz = 2.0
     metric.feature_error = 2.0
     assert metric.certificate_options["feature_error"] == 4.0 and metric.feature_error_kind == "declared"
+    metric.feature_error = 0.0
     with pytest.raises(ValueError, match="the anchor of its tile"):
         metric.anchor = 2.0
     with pytest.raises(ValueError, match=r"expected images of shape \(N, 3, 16, 16\)"):
