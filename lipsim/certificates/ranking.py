@@ -234,6 +234,7 @@ def _rank_widely(
     chunk = max(1, _NUMBERS // len(unit))
     # `cosine` is the sum of two numbers in float32, rounded once more.
     slack += 2.0**-22
+    cosine = cosine.nan_to_num(nan=-2.0)  # of a query that is not finite, which takes any items
     near = (cosine >= cosine.topk(k).values[-1] - 2 * slack).nonzero().flatten()
     exact = torch.cat([(gallery.unit(part) * unit).sum(-1) for part in near.split(chunk)]).nan_to_num(nan=-2.0)
     order = exact.argsort(dim=-1, descending=True, stable=True)

@@ -88,6 +88,7 @@ class Losses:
         limit = torch.where((margin > 0) & torch.isfinite(limit), limit, 0.0)
         # What a margin survives jumps where a budget gets large enough to turn a tile around.
         jumps = torch.cat([self.norm * (1 - 1e-12), self.norm * (1 + 1e-12)], -1).sort(-1).values
+        jumps = jumps.expand(*limit.shape, -1)  # the margins may be of more images than the norms
         certified, high, domain = torch.zeros_like(limit), limit, limit
         left, right = torch.full_like(limit, math.inf), torch.zeros_like(limit)  # how far the ends are off
         for step in range(_STEPS):

@@ -418,7 +418,7 @@ class ImageIndex:
                 images = {file.sha256: file.image for file in files if file.image is not None}
                 if images:
                     batch = torch.stack([*images.values()]).to(self.metric.device, self.metric.dtype)
-                    fresh |= zip(images, self.metric.embed(batch).float().cpu().unbind(0), strict=True)
+                    fresh.update(zip(images, self.metric.embed(batch).float().cpu().unbind(0), strict=True))
                 for name, file in zip(some, files, strict=True):
                     if file.reason:
                         skipped[name] = file.reason

@@ -108,6 +108,19 @@ def test_what_nothing_is_known_of_has_radius_zero() -> None:
     assert not rank(z, Gallery(torch.zeros(3, 4), anchor=0.0), k=1).set_radius.any()
 
 
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_query_that_is_not_finite_spoils_no_other_one(value: float, anchor: float) -> None:
+    """In a gallery of more items than are candidates."""
+    gallery, finite = Gallery(torch.randn(100, 4), anchor), torch.tensor([1.0, 2, 3, 4])
+    alone = rank(finite[None], gallery, k=3)
+    for row in (torch.tensor([value, 1, 2, 3]), torch.full((4,), value)):
+        found = rank(torch.stack([row, finite]), gallery, k=3)
+        assert found.items[0].unique().numel() == 3 and found.items[1].equal(alone.items[0])
+        torch.testing.assert_close(found.rank_radius[1], alone.rank_radius[0], rtol=1e-12, atol=0)
+        assert not found.rank_radius[0].any() and found.set_radius[0] == 0 < found.set_radius[1]
+
+
 def test_the_whole_gallery_cannot_change() -> None:
     found = rank(torch.randn(2, 3), Gallery(torch.randn(4, 3)), k=4)
     assert found.set_radius.tolist() == [math.inf] * 2 and (found.rank_radius < math.inf).all()
