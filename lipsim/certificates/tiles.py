@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.geometry import Anchored, along, one_minus_cos, stacked_rotation, unit_angle
 from lipsim.certificates.joint import joint_budget
 from lipsim.certificates.numbers import check_constants, check_number
@@ -320,7 +321,7 @@ def tiled_distance_interval(
         feature_error: of a tile, that the interval covers.
 
     Raises:
-        ValueError: a negative budget.
+        ValueError: a negative budget, or features that are neither of as many images nor of one.
 
     Example:
         >>> z, y = torch.tensor([[[1.0, 0.0]] * 2]), torch.tensor([[[0.0, 1.0]] * 2])
@@ -330,6 +331,7 @@ def tiled_distance_interval(
     """
     check_constants(anchor, lipschitz, feature_error)
     check_number("budget eps", eps)
+    _check_alike(z, y)
     e, other = Anchored(z, anchor), Anchored(y, anchor)
     tiles, rounding = z.shape[-2], rounding_error(z)
     norm = bounded_norm(e, anchor)
@@ -370,7 +372,7 @@ def tiled_threshold_radius(
         feature_error: of a tile, that the radius covers.
 
     Raises:
-        ValueError: the threshold is outside [0, 2].
+        ValueError: the threshold is outside [0, 2], or features that are neither of as many images nor of one.
 
     Example:
         >>> z, y = torch.tensor([[[1.0, 0.0]] * 2]), torch.tensor([[[0.0, 1.0]] * 2])
@@ -379,6 +381,7 @@ def tiled_threshold_radius(
     """
     threshold = check_number("threshold in [0, 2], the range of the distance,", threshold, 0, 2)
     check_constants(anchor, lipschitz, feature_error)
+    _check_alike(z, y)
     e, other = Anchored(z, anchor), Anchored(y, anchor)
     norm, tiles = bounded_norm(e, anchor), z.shape[-2]
     theta = unit_angle(e.unit, other.unit)
@@ -389,6 +392,15 @@ def tiled_threshold_radius(
     budget = Losses(torch.ones_like(theta), angle, norm).radius(kept)
     budget = torch.minimum(budget, _directed(anchor, norm, bounded_norm(other, anchor)))
     return _over(budget, tiles, lipschitz, feature_error)
+
+
+def _check_alike(z: Tensor, y: Tensor) -> None:
+    """Refuse features ``(N, T, D)`` of unequal numbers of images, but for one against many, or of unequal tiles."""
+    if z.ndim != 3 or y.ndim != 3 or z.shape[1:] != y.shape[1:] or (len(z) != len(y) and 1 not in (len(z), len(y))):
+        raise LipsimError(
+            f"expected features (N, T, D) of as many images on both sides, or of one on either, got {tuple(z.shape)} "
+            f"and {tuple(y.shape)}"
+        )
 
 
 def _directed(anchor: float, norm: Tensor, *others: Tensor) -> Tensor:

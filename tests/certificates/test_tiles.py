@@ -171,6 +171,24 @@ def test_no_attack_leaves_the_interval_of_a_distance(anchor: float) -> None:
     assert (found >= radius * (1 - 1e-9)).all() and (anchor or (found / radius).median() < 1.01)
 
 
+def test_one_image_is_compared_with_many() -> None:
+    one, many = torch.randn(1, 4, 3), torch.randn(30, 4, 3)
+    for z, y in ((one, many), (many, one)):
+        as_many = z.expand(30, 4, 3), y.expand(30, 4, 3)
+        for threshold in (0.5, 1.0):
+            radius = C.tiled_threshold_radius(z, y, threshold)
+            torch.testing.assert_close(radius, C.tiled_threshold_radius(*as_many, threshold), rtol=1e-6, atol=0)
+        for end, expected in zip(
+            C.tiled_distance_interval(z, y, 0.3), C.tiled_distance_interval(*as_many, 0.3), strict=True
+        ):
+            torch.testing.assert_close(end, expected, rtol=1e-9, atol=0)
+    for other in (many[:4], one[0], torch.randn(30, 2, 3)):
+        with pytest.raises(ValueError, match="of as many images on both sides"):
+            C.tiled_threshold_radius(many, other, 0.5)
+        with pytest.raises(ValueError, match="of as many images on both sides"):
+            C.tiled_distance_interval(many, other, 0.5)
+
+
 def test_what_is_unknown_certifies_nothing() -> None:
     z, z0, z1 = _features(2)
     tie = C.certify_tiles(torch.rand(5, 3, 4, 4), z, z0, z0)
