@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +23,7 @@ from lipsim.certificates.ranking import Ranking, rank
 from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import load_image
 from lipsim.layers.base import evaluation_mode
+from lipsim.metric import reading
 from lipsim.metric.files import load
 from lipsim.metric.index_files import Records, embedding_fingerprint, gather, read_records, write_records
 from lipsim.metric.perceptual_metric import PerceptualMetric
@@ -31,7 +32,7 @@ from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.progress import Progress
 
-Query = Tensor | str | Path
+Query = reading.Image
 _CHUNK = 1024  # images between two files of an unfinished index
 _PARTS = "[0-9]*.safetensors"  # of an update that goes on; hidden files are of one that was killed while it wrote
 _SETTLED = 2 * 10**9  # ns: a file that is older when it is read has another time when it is changed
@@ -283,26 +284,24 @@ class ImageIndex:
         name = self.records.names[item]
         return name if self.root is None else str(self.root / name)
 
-    def search(self, query: Query | Sequence[Query], k: int = 5, *, approximate: bool = False) -> SearchResult:
+    def search(self, query: Query | Iterable[Query], k: int = 5, *, approximate: bool = False) -> SearchResult:
         """The ``k`` nearest images of each query, with certificates over the whole index.
 
         Args:
-            query: images ``(N, 3, S, S)`` as the metric takes them, one image of any kind that its ``preprocess``
-                takes, such as a path, or several of those.
+            query: floating-point images ``(N, 3, S, S)`` as the metric takes them; or one or several of any kind that
+                :meth:`lipsim.PerceptualMetric.read` takes, such as a path.
             k: how many; all where the index has fewer.
             approximate: look at candidates alone, which faiss finds (``pip install 'lipsim[faiss]'``): certificates
                 hold among these then, and neighbours may be missed.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: an image that the metric refuses, or an index without images.
+            ValueError: an image that the metric refuses, no image, or an index without images.
         """
-        if isinstance(query, Tensor) and query.ndim == 4:
-            images = query
+        if isinstance(query, Tensor) and query.ndim == 4 and query.is_floating_point():
+            images = query.to(self.metric.device, self.metric.dtype)
         else:
-            several = [query] if isinstance(query, Tensor | str | Path) else query
-            images = torch.stack([self.metric.preprocess(one) for one in several])
-        images = images.to(self.metric.device, self.metric.dtype)
+            images = self.metric.read(query)
         with full_precision(), evaluation_mode(self.metric.encoder), torch.no_grad():
             z = self.metric.embed(images)
         return self.search_features(z, k, approximate=approximate)

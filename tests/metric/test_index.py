@@ -243,6 +243,22 @@ def test_files_by_name(metric: PerceptualMetric, folder: Path) -> None:
         ImageIndex(metric).search(files[0])
 
 
+def test_queries_of_every_kind(metric: PerceptualMetric, folder: Path) -> None:
+    index, file = ImageIndex.build(metric, folder), folder / "0" / "0.png"
+    expected = index.search(file, 2)
+    picture = Image.open(file)
+    pixels = np.asarray(picture)
+    bits = torch.tensor(pixels).movedim(-1, 0)
+    batch = bits[None].float() / 255
+    for query in (picture, pixels, bits, bits[None], batch[0], batch, [picture], [pixels], (file,)):
+        found = index.search(query, 2)
+        assert found.names == expected.names
+        torch.testing.assert_close(found.rank_radius, expected.rank_radius, rtol=1e-4, atol=1e-6)
+    assert index.search([pixels, file], 1).names == [[str(file)]] * 2
+    with pytest.raises(ValueError, match="at least one image"):
+        index.search([])
+
+
 def test_approximate_search_says_what_it_certifies(metric: PerceptualMetric, folder: Path) -> None:
     pytest.importorskip("faiss")
     index, query = ImageIndex.build(metric, folder), torch.rand(2, 3, 8, 8)
