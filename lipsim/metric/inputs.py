@@ -22,6 +22,16 @@ def check_embeddable(encoder: nn.Module, image_size: int, x: Tensor) -> None:
         raise LipsimError(f"expected images in {weight.dtype}, as the weights are, got {x.dtype}: x.to({weight.dtype})")
 
 
+def check_paired(x: Tensor, y: Tensor) -> None:
+    """Refuse images that no pairs can be made of.
+
+    Raises:
+        ValueError: their numbers differ, and neither is one.
+    """
+    if len(x) != len(y) and 1 not in (len(x), len(y)):
+        raise LipsimError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
+
+
 def check_precision(module: nn.Module, *inputs: Tensor) -> None:
     """Refuse weights that nothing can be certified with, and images or features that an encoder without any passes.
 

@@ -297,8 +297,7 @@ class PerceptualMetric(nn.Module):
             self.check_images(images, check_range=False)
             if check_range:
                 _check_range(images, signed=normalize)
-        if len(x) != len(y) and 1 not in (len(x), len(y)):
-            raise LipsimError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(y)}")
+        inputs.check_paired(x, y)
         if normalize:
             x, y = (x + 1) / 2, (y + 1) / 2
         z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
@@ -378,9 +377,11 @@ class PerceptualMetric(nn.Module):
         ``check_range`` as in :meth:`certify`.
 
         Raises:
-            ValueError: no images ``(N, 3, H, W)`` in [0, 1], a negative budget, or half precision.
+            ValueError: no images ``(N, 3, H, W)`` in [0, 1], different numbers of them, neither of which is 1, a
+                negative budget, or half precision.
         """
         self.check_certifiable(x, y, check_range=check_range)
+        inputs.check_paired(x, y)
         with full_precision(), evaluation_mode(self.encoder):
             z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)

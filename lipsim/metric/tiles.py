@@ -13,6 +13,7 @@ from lipsim.certificates import TwoAFCCertificate, geometry
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode
+from lipsim.metric.inputs import check_paired
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.framings import DEFAULT_GRID
@@ -284,5 +285,6 @@ class TiledMetric(PerceptualMetric):
 
     def _pair(self, x: Tensor, y: Tensor, check_range: bool) -> tuple[Tensor, Tensor]:
         self.check_certifiable(x, y, check_range=check_range)
+        check_paired(x, y)
         z, z_other = self.embed_tiles(torch.cat([x, y])).split([len(x), len(y)])
         return z, z_other

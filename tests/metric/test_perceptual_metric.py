@@ -74,6 +74,14 @@ def test_distance_bounds_hold_under_noise(metric: PerceptualMetric) -> None:
         assert (lower <= distance + 1e-6).all() and (distance <= upper + 1e-6).all()
 
 
+def test_intervals_are_of_pairs(metric: PerceptualMetric) -> None:
+    x, y = torch.rand(3, 3, 16, 16), torch.rand(3, 3, 16, 16)
+    expected = metric.distance_bounds(x, y[:1].expand_as(y), 0.5)
+    torch.testing.assert_close(metric.distance_bounds(x, y[:1], 0.5), expected)
+    with pytest.raises(ValueError, match="as many images on both sides, or one on either, got 3 and 2"):
+        metric.distance_bounds(x, y[:2], 0.5)
+
+
 def test_bad_arguments(metric: PerceptualMetric) -> None:
     with pytest.raises(ValueError, match=r"shape \(N, 3, 16, 16\), got \(2, 3, 32, 32\)"):
         metric(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))

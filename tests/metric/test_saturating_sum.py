@@ -122,6 +122,12 @@ def test_intervals_hold_what_attacks_reach() -> None:
         assert ((lower <= reached) & (reached <= upper)).all()
 
 
+def test_intervals_are_of_pairs() -> None:
+    x, y, _ = _triplets(3)
+    with pytest.raises(ValueError, match="as many images on both sides, or one on either, got 3 and 2"):
+        _both().distance_bounds(x, y[:2], eps=0.2)
+
+
 def test_without_a_bound_nothing_is_certified() -> None:
     torch.manual_seed(0)
     teacher = PerceptualMetric(SmallViT(image_size=SIZE), SIZE, lipschitz=math.inf).eval()

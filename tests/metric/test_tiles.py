@@ -194,6 +194,9 @@ def test_refusals() -> None:
         metric(*torch.rand(2, 1, 3, 8, 8, dtype=torch.float64))
     metric.tile.lipschitz = 2.0
     x, y, z = _triplet()
+    for call in (metric.distance_bounds, metric.threshold_radius):
+        with pytest.raises(ValueError, match="as many images on both sides, or one on either, got 3 and 2"):
+            call(torch.cat([x, x[:1]]), y, 0.5)
     doubled = metric.certify(x, y, z).radius
     torch.testing.assert_close(2 * doubled, _tiled_like(metric).certify(x, y, z).radius, rtol=1e-6, atol=0)
     metric.tile.anchor = 0.5
