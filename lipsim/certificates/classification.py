@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.numbers import check_constants
-from lipsim.certificates.rounding import EPS, over_bound, round_down
+from lipsim.certificates.rounding import EPS, TINY, over_bound, round_down
 
 _LEAST_SLOPE = 2.0**-450  # squares of what is smaller begin to lose digits in float64
 
@@ -60,7 +60,9 @@ def class_radius(
     lead = torch.einsum("ncd,nd->nc", apart, features) + (offset[answer].unsqueeze(1) - offset)
     # What sums of D products lose at most, by the sizes of what is summed (Higham 2002, §3.1), several times over.
     size = apart.abs() @ features.abs().unsqueeze(2)
-    loss = 8 * (z.shape[1] + 16) * EPS * (size.squeeze(2) + offset[answer].abs().unsqueeze(1) + offset.abs())
+    size = size.squeeze(2) + offset[answer].abs().unsqueeze(1) + offset.abs()
+    # Products below the normal numbers lose digits whatever their size.
+    loss = 8 * (z.shape[1] + 16) * (EPS * size + TINY)
     slope = torch.linalg.vector_norm(apart, dim=2) * (1 + (z.shape[1] + 16) * EPS)
     free = (lead - loss).clamp(min=0)
     # Equal rows differ in the bias at most, whatever the features; of rows nearer than squares tell nothing is known.

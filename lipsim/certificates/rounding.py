@@ -13,7 +13,7 @@ from lipsim.certificates.geometry import Anchored, anchored_norm
 Features = Tensor | Anchored  # before the projection, or after it
 
 EPS = torch.finfo(torch.float64).eps
-_TINY = torch.finfo(torch.float64).tiny  # the smallest number with all digits
+TINY = torch.finfo(torch.float64).tiny  # the smallest number with all digits
 
 
 def over_bound(radius: Tensor, lipschitz: float) -> Tensor:
@@ -28,7 +28,7 @@ def bounded_norm(z: Features, anchor: float) -> Tensor:
     """Anchored norm, rounded down to the largest finite number, and to 0 where it has not all its digits."""
     norm = z.norm if isinstance(z, Anchored) else anchored_norm(z, anchor)
     norm = norm.clamp(max=torch.finfo(norm.dtype).max)
-    return torch.where(norm < _TINY, norm * 0, norm) if norm.dtype == torch.float64 else norm
+    return torch.where(norm < TINY, norm * 0, norm) if norm.dtype == torch.float64 else norm
 
 
 def anchored(anchor: float, *features: Features) -> tuple[torch.dtype, tuple[Anchored, ...]]:

@@ -65,6 +65,14 @@ def test_rows_too_near_for_their_squares_have_no_radius() -> None:
     assert class_radius(z, weight * 1e50)[1].item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("size", [1e-170, 1.2345678e-178, 1.2345678e-190, 1e-200])
+def test_products_without_all_their_digits_certify_no_more(size: float) -> None:
+    weight = torch.tensor([[1e-130], [0.0]], dtype=torch.float64)
+    answer, radius = class_radius(torch.tensor([[size]], dtype=torch.float64), weight)
+    assert answer.item() == 0 and radius.item() <= size  # the boundary is at 0
+    assert radius.item() == pytest.approx(size, rel=1e-5) or size < 1e-175
+
+
 @pytest.mark.parametrize(
     ("shapes", "bias", "message"),
     [
