@@ -13,6 +13,7 @@ from lipsim.certificates.numbers import check_count, check_number
 from lipsim.certificates.smoothing import SmoothedCertificate, certify_counts, smoothed_mean_interval
 from lipsim.layers.base import evaluation_mode
 from lipsim.metric.perceptual_metric import PerceptualMetric
+from lipsim.utils.checks import check_tensor
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 from lipsim.utils.sampling import sample_stream
@@ -172,6 +173,8 @@ class SmoothedMetric:
         return (2 * low).to(self.metric.device), (2 * high).to(self.metric.device)
 
     def _check(self, images: Sequence[Tensor], index: Tensor | Sequence[int] | None, check_range: bool) -> list[int]:
+        for x in images:
+            check_tensor(x)
         self.metric.check_precision(*images)
         for x in images:
             self.metric.check_images(x, check_range=check_range)

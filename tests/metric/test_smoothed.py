@@ -167,6 +167,9 @@ def test_what_is_refused(metric: PerceptualMetric) -> None:
         smoothed.certify(x, x, x, index=[3])
     with pytest.raises(ValueError, match="half precision"):
         smoothed.certify(x.half(), x, x)
+    for call in (smoothed.certify, lambda *files: smoothed.distance_bounds(*files[:2], 0.1)):
+        with pytest.raises(ValueError, match=r"expected a tensor of images, got str; metric\.read makes one"):
+            call("a.png", "b.png", "c.png")  # type: ignore[arg-type]
     for wrong in ({"sigma": 0.0}, {"alpha": 0.5}, {"samples": 0}, {"seed": -1}, {"moving": "both"}):
         with pytest.raises(ValueError, match=f"expected .*{next(iter(wrong))}"):
             SmoothedMetric(metric, **{"sigma": SIGMA, **wrong})  # type: ignore[arg-type]
