@@ -48,7 +48,7 @@ def recall_radius(
         gallery: of ``M`` items.
         labels: of the gallery ``(M,)`` int64.
         query_labels: ``(N,)`` int64.
-        ks: numbers of neighbours, each below ``M``.
+        ks: numbers of neighbours, at least one, each below ``M``.
         lipschitz: ``L``.
         feature_error: ``η``.
 
@@ -61,7 +61,9 @@ def recall_radius(
         >>> print(recall_radius(z, gallery, labels, own, ks=[1]))
         tensor([[0.7071]], dtype=torch.float64)
     """
-    _check(gallery, labels, ks)
+    ks = _check(gallery, labels, ks)
+    if query_labels.shape != z.shape[:1]:
+        raise LipsimError(f"expected a label for each of {len(z)} queries, got {tuple(query_labels.shape)}")
     z = z.to(gallery.features.device).double()
     found = z.new_zeros(len(z), len(ks))
     for row, own in enumerate(query_labels.tolist()):
@@ -104,7 +106,7 @@ def knn_radius(
         z: queries ``(N, D)``.
         gallery: of ``M`` items.
         labels: of the gallery ``(M,)`` int64, from 0.
-        ks: numbers of neighbours, each below ``M``.
+        ks: numbers of neighbours, at least one, each below ``M``.
         lipschitz: ``L``.
         feature_error: ``η``.
 
@@ -121,7 +123,7 @@ def knn_radius(
         >>> print(winners, radius)
         tensor([[1, 1]]) tensor([[2.2361, 4.4721]], dtype=torch.float64)
     """
-    _check(gallery, labels, ks)
+    ks = _check(gallery, labels, ks)
     z = z.to(gallery.features.device).double()
     ranked = nearest(z, gallery, max(ks))
     classes = int(labels.max()) + 1
@@ -142,7 +144,7 @@ def knn_radius(
             flip = _first_flip(pairs, labels[inside], outside, votes, int(winner))
             found[row, column] = min(flip, float(farther))
     if 1 in ks:
-        column = list(ks).index(1)
+        column = ks.index(1)
         options = {"lipschitz": lipschitz, "feature_error": feature_error}
         any_of_it = recall_radius(z, gallery, labels, winners[:, column], [1], **options)[:, 0]
         found[:, column] = torch.maximum(found[:, column], any_of_it)
@@ -259,9 +261,14 @@ def _known(radius: Tensor, z: Tensor, gallery: Gallery, lipschitz: float, featur
     return torch.where(known.unsqueeze(1) & ~torch.isnan(radius), radius, 0.0)
 
 
-def _check(gallery: Gallery, labels: Tensor, ks: Sequence[int]) -> None:
+def _check(gallery: Gallery, labels: Tensor, ks: Sequence[int]) -> list[int]:
+    """The numbers of neighbours, if they and the labels are of this gallery."""
     if labels.shape != (len(gallery),):
         raise LipsimError(f"expected a label for each of {len(gallery)} items, got {tuple(labels.shape)}")
-    for k in ks:
-        if check_count("k", k) >= len(gallery):
+    found = [check_count("k", k) for k in ks]
+    if not found:
+        raise LipsimError("expected at least one k, got none")
+    for k in found:
+        if k >= len(gallery):
             raise LipsimError(f"expected every k below {len(gallery)}, the size of the gallery, got k = {k}")
+    return found

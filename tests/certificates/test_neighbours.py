@@ -106,3 +106,11 @@ def test_refuses_labels_and_ks_of_another_gallery() -> None:
         knn_radius(z, prepared, torch.zeros(4, dtype=torch.int64), [1])
     with pytest.raises(ValueError, match="every k below 5"):
         recall_radius(z, prepared, torch.zeros(5, dtype=torch.int64), torch.zeros(1), [1, 5])
+    labels = torch.zeros(5, dtype=torch.int64)
+    for count in (0, 2):
+        with pytest.raises(ValueError, match=rf"a label for each of 1 queries, got \({count},\)"):
+            recall_radius(z, prepared, labels, torch.zeros(count), [1])
+    with pytest.raises(ValueError, match="at least one k"):
+        recall_radius(z, prepared, labels, torch.zeros(1), [])
+    with pytest.raises(ValueError, match="at least one k"):
+        knn_radius(z, prepared, labels, [])
