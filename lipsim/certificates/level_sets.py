@@ -220,7 +220,8 @@ def certify_stars(
 ) -> StarCertificate:
     """Prove that the segments from each source ``(N, …)`` to its outcomes ``(N, K, …)`` stay in its level set.
 
-    ``signed_radius`` is asked by the sources, 0 to N − 1. Other arguments: :func:`certify_segments`.
+    Without outcomes there is nothing to leave it by. ``signed_radius`` is asked by the sources, 0 to N − 1. Other
+    arguments: :func:`certify_segments`.
     """
     count = outcomes.shape[1]
 
@@ -229,7 +230,7 @@ def certify_stars(
 
     sources = source.unsqueeze(1).expand_as(outcomes).flatten(0, 1)
     segments = certify_segments(of_segment, sources, outcomes.flatten(0, 1), points=points, most=most)
-    return StarCertificate(segments.proved.view(-1, count).all(1), segments)
+    return StarCertificate(segments.proved.view(len(outcomes), count).all(1), segments)
 
 
 @dataclass(frozen=True)

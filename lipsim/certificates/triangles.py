@@ -89,8 +89,8 @@ def certify_triangles(
         # A corner is opposite the side of the cell that is parallel to one of the triangle.
         lengths = _cell_sides(corner, sides[of]) / scale
         holds, fails = _covered(found, lengths), _covered(-found, lengths)
-        inside.index_put_((of[holds], cell[holds]), torch.full_like(inside[0, :1], area), accumulate=True)
-        outside.index_put_((of[fails], cell[fails]), torch.full_like(inside[0, :1], area), accumulate=True)
+        inside.index_put_((of[holds], cell[holds]), inside.new_full((1,), area), accumulate=True)
+        outside.index_put_((of[fails], cell[fails]), outside.new_full((1,), area), accumulate=True)
         open_ = (~holds & ~fails).nonzero().flatten()
         if level == depth or not len(open_):
             break

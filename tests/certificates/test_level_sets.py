@@ -206,6 +206,14 @@ def test_closest_approach_is_tight_for_a_linear_encoder() -> None:
     assert bool(arrived.ratio.isinf().all())  # and not 0/0
 
 
+def test_nothing_to_prove() -> None:
+    level, corners = half_space(RIGHT, 0.0), plane((0, 0), (1, 0), (0, 1))
+    triangles = C.certify_triangles(level, corners.expand(0, *corners.shape))
+    assert triangles.proved.shape == (0,) and triangles.area[0].shape == (0,)
+    star = C.certify_stars(level, corners, corners[:, None][:, :0])
+    assert star.proved.tolist() == [True] * 3 and not len(star.segments.proved)
+
+
 def test_bad_input_gets_one_line() -> None:
     level, points = half_space(RIGHT, 0.0), plane((0, 0), (1, 0))
     with pytest.raises(ValueError, match=r"expected ends like the sources \(2, 1, 1, 2\), got \(1, 1, 1, 2\)"):
