@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -60,11 +60,11 @@ def check_number(
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """A whole number of at least ``least``; no bool and no float.
+    """A whole number of at least ``least``, also one of NumPy, as an int; no bool and no float.
 
     Raises:
         ValueError: it is something else.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise LipsimError(f"expected a whole number {name} ≥ {least}, got {value!r}")
-    return value
+    return int(value)

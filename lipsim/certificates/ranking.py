@@ -100,7 +100,7 @@ def rank(z: Tensor, gallery: Gallery, *, k: int, lipschitz: float = 1.0, feature
         3.0000
     """
     check_constants(gallery.anchor, lipschitz, feature_error)
-    check_count("k", k)
+    k = check_count("k", k)
     if k > len(gallery):
         raise LipsimError(f"expected 1 ≤ k ≤ {len(gallery)} (the size of the gallery), got k = {k}")
     if z.ndim != 2 or z.shape[-1] != gallery.features.shape[-1]:

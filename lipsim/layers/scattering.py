@@ -51,17 +51,19 @@ class Scattering(LipschitzLayer):
     ) -> None:
         super().__init__()
         # Before anything is made of them: sizes may come from the header of a file.
-        if check_count("image_size", image_size, 2) ** 2 > _LARGEST:
+        image_size, grid = check_count("image_size", image_size, 2), check_count("grid", grid)
+        if image_size**2 > _LARGEST:
             raise LipsimError(f"images of {image_size} × {image_size} are too large, at most 4096 × 4096")
-        if check_count("grid", grid) > image_size // 2:
+        if grid > image_size // 2:
             raise LipsimError(f"expected a grid of 1 to {image_size // 2} cells for {image_size} pixels, got {grid}")
         octaves = 1 + math.ceil(math.log2(image_size))
         if scales is None:
             scales = max(1, 1 + math.ceil(math.log2(2 * _CENTRE * image_size / grid)))
-        if check_count("scales", scales) > octaves:
+        scales, orientations = check_count("scales", scales), check_count("orientations", orientations)
+        if scales > octaves:
             raise LipsimError(f"expected at most {octaves} scales for {image_size} pixels, got {scales}")
         self.image_size, self.grid, self.low = image_size, grid, check_number("low", low, 0.0, 1.0)
-        self.scales, self.orientations = scales, check_count("orientations", orientations)
+        self.scales, self.orientations = scales, orientations
         if orientations * self._block(0) ** 2 > _LARGEST:
             raise LipsimError(f"{orientations} wavelets of {self._block(0)}² frequencies each are too many")
         # The lowest row and column of each wavelet's block of the spectrum, by scale.

@@ -170,7 +170,7 @@ class ImageIndex:
             FileNotFoundError: no such folder, or no image in it.
             ValueError: an index of files that is to be updated without being told which.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         names, passed_over = self._listed(images)
         fingerprint = embedding_fingerprint(self.metric)
         parts = _read_parts(unfinished, fingerprint)
@@ -309,7 +309,7 @@ class ImageIndex:
     @torch.no_grad()
     def search_features(self, z: Tensor, k: int = 5, *, approximate: bool = False) -> SearchResult:
         """:meth:`search` from features ``(N, D)`` of the queries, before anchor and projection."""
-        check_count("k", k)
+        k = check_count("k", k)
         if not len(self):
             raise LipsimError("expected an index with images to search in, got an empty one")
         self.metric.check_precision(z)

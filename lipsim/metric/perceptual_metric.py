@@ -92,7 +92,7 @@ class PerceptualMetric(nn.Module):
     ) -> None:
         super().__init__()
         self._near_duplicates = NearDuplicates()
-        check_count("image_size", image_size)
+        image_size = check_count("image_size", image_size)
         if (own := declared_image_size(encoder)) is not None and own != image_size:
             raise LipsimError(f"expected the encoder's image_size {own}, got {image_size}")
         if framing == "tiles":

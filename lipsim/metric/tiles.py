@@ -117,7 +117,7 @@ class TiledMetric(PerceptualMetric):
     def __init__(self, tile: PerceptualMetric, grid: int = DEFAULT_GRID) -> None:
         if isinstance(tile, TiledMetric):
             raise LipsimError("expected the metric of one tile, got one of tiles; give its tile and a finer grid")
-        check_count("grid", grid)
+        grid = check_count("grid", grid)
         encoder = TiledEncoder(tile.encoder, tile.image_size, grid, tile.anchor)
         super().__init__(encoder, encoder.image_size, anchor=0.0, lipschitz=math.inf)
         self.tile, self.grid = tile, grid

@@ -82,7 +82,7 @@ class ScatteringNetwork(LayerSequence):
         linear_width: int = 256,
     ) -> None:
         check_stages(widths, depths)
-        check_count("grid", grid)
+        grid = check_count("grid", grid)
         size, left = divmod(grid, 2 ** (len(widths) - 1))
         if left or not size:
             raise LipsimError(f"expected a grid that {len(widths)} stages divide, got {grid}")

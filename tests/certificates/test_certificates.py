@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from feature_attack import Features, ascend, flips, margin
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from lipsim import certificates as C
 from lipsim.certificates.geometry import anchored_norm, cosine_distance, project
+from lipsim.certificates.numbers import check_count
 
 ANCHORS = [0.0, 0.5, 1.0, 2.0]
 
@@ -241,6 +243,15 @@ def test_other_numbers_that_are_refused() -> None:
     for count in (0, -3, 2.5):
         with pytest.raises(ValueError, match="num_elements"):
             C.linf_radius(z[:, 0], count)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_other_libraries_are_taken() -> None:
+    found = check_count("k", np.int64(3))
+    assert found == 3 and type(found) is int
+    assert C.retrieval_radius(torch.randn(2, 3), torch.randn(5, 3), k=np.int64(2)).shape == (2,)  # type: ignore[arg-type]
+    for value in (np.bool_(True), np.float64(3), True):
+        with pytest.raises(ValueError, match="expected a whole number k ≥ 1"):
+            check_count("k", value)
 
 
 def test_no_radius_certifies_no_pixel() -> None:
