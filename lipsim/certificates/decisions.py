@@ -83,8 +83,8 @@ def reference_radius(
 ) -> Tensor:
     """Exact radius ``|g|/(L‖w‖)`` within which a perturbed *reference* keeps its answer, ``(N,)``, at least 0.
 
-    It is the distance of ``z`` to the decision hyperplane, so no larger radius follows from ``z`` and ``L``. It is
-    never below :func:`published_radius` for ``anchor ≥ 1``.
+    It is the distance of ``z`` to the decision hyperplane, so no larger radius follows from ``z`` and ``L``. For
+    ``anchor ≥ 1`` it is never below :func:`published_radius`, but for the last digits, which are rounded down here.
 
     Example:
         >>> z, z0, z1 = (torch.tensor([point]) for point in ([3.0, 4.0], [1.0, 0.0], [0.0, 1.0]))

@@ -180,7 +180,9 @@ class Term:
 
 
 def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, scale: float) -> TwoAFCCertificate:
-    """The certificate of N answers by ``D = d₁ + λ·(1 − exp(−d₂/τ))``, in float64.
+    """The certificate of N answers by ``D = d₁ + λ·(1 − exp(−d₂/τ))``, computed in float64.
+
+    Its radii have the dtype of the features of the first term.
 
     Args:
         reference: images ``(N, 3, H, W)`` in [0, 1].

@@ -45,8 +45,8 @@ class Changes:
     """What :meth:`ImageIndex.update` did: numbers of images.
 
     Attributes:
-        kept: embeddings that stay.
-        embedded: new or changed images.
+        kept: images whose embedding was there, or is that of a copy.
+        embedded: new or changed images, of copies one.
         removed: images that are in the index no more.
         skipped: files that cannot be used → the reason.
         passed_over: what else there was in the folder, in words; empty where nothing was.
