@@ -14,7 +14,7 @@ class ChannelPadding(LipschitzLayer):
     """Append zero channels: ``(N, C, H, W) → (N, channels, H, W)``, an isometry.
 
     On a processor the result is laid out pixel by pixel, which the convolutions after it keep: those of the published
-    network are up to 1.8 times as fast then (``benchmarks/README.md``).
+    network are 1.5 to 2 times as fast then (``benchmarks/README.md``).
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
