@@ -127,7 +127,7 @@ def knn_radius(
     z = z.to(gallery.features.device).double()
     ranked = nearest(z, gallery, max(ks))
     classes = int(labels.max()) + 1
-    winners = labels.new_zeros(len(z), len(ks))
+    winners = torch.stack([most_frequent(labels[ranked[:, :k]]) for k in ks], 1)
     found = z.new_zeros(len(z), len(ks))
     for row, items in enumerate(ranked):
         near = _Neighbourhood(z[row], gallery, max(ks), lipschitz, feature_error)
@@ -137,11 +137,9 @@ def knn_radius(
         for column, k in enumerate(ks):
             inside = items[:k]
             votes = torch.bincount(labels[inside], minlength=classes)
-            winner = labels[inside][(votes[labels[inside]] == votes.max()).nonzero()[0, 0]]
-            winners[row, column] = winner
             pairs = torch.cat([among[:k, k:], behind[:k]], 1)
             outside = labels[torch.cat([items[k:], others])]
-            flip = _first_flip(pairs, labels[inside], outside, votes, int(winner))
+            flip = _first_flip(pairs, labels[inside], outside, votes, int(winners[row, column]))
             found[row, column] = min(flip, float(farther))
     if 1 in ks:
         column = ks.index(1)

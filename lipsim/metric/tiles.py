@@ -174,7 +174,9 @@ class TiledMetric(PerceptualMetric):
     def tile_error(self) -> float:
         """The error of the features of one tile, which :meth:`certify` covers and a file keeps: that of :attr:`tile`.
 
-        Where a larger :attr:`feature_error` was declared than follows from it, :attr:`grid` times the declared one.
+        Where a larger :attr:`feature_error` was declared than follows from it, :attr:`grid` times the declared one,
+        which covers the tile with the shortest features. Of a tile with longer ones no error of the embedding tells
+        enough: declare theirs, as the ``feature_error`` of :attr:`tile`.
         """
         return self._tile_error(self._unchanged().feature_error)
 
@@ -270,7 +272,7 @@ class TiledMetric(PerceptualMetric):
         declared = self._declared_error
         if declared is None or declared <= self._stacked_error(error):
             return error
-        # The embedding is at most so much shorter than the shortest features of a tile, which turn with it.
+        # The embedding is at most so much shorter than the shortest features of a tile.
         return self.grid * declared
 
     def _unchanged(self) -> PerceptualMetric:

@@ -101,6 +101,14 @@ def test_queries_of_one_pixel() -> None:
     assert (int(watched.passes.forward.sum()), 0) == encoder.counts
 
 
+@pytest.mark.parametrize("queries", [20, 50, 90, 150])
+def test_pixels_in_a_suite_ask_no_more_than_their_queries(queries: int) -> None:
+    _, objective = _problem()
+    found = auto(_Shifted(objective, 10.0), objective.images, norm=0, eps=1, attacks=["one_pixel"], queries=queries)
+    # Besides, the suite looks at the clean image and at what was found.
+    assert (found.passes.forward <= queries + 3).all() and (found.passes.forward > queries / 2).all()
+
+
 class _Shifted:
     """An objective moved out of reach."""
 
