@@ -122,7 +122,8 @@ class CertifyRetrieval(TripletCallback):
         size = max(1, int(evaluation_loaders(trainer)[0].batch_size or 32))
         batches = [list(range(start, min(start + size, len(folder)))) for start in range(0, len(folder), size)]
         own: dict[int, Tensor] = {}
-        with Progress("embedding the gallery", enabled=trainer.is_global_zero) as progress:
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with Progress("embedding the gallery", enabled=shown) as progress:
             advance = progress.counter(len(batches[:: trainer.world_size]), "batches")
             for number in range(trainer.global_rank, len(batches), trainer.world_size):
                 images = folder.load(batches[number]).to(module.device, module.metric.dtype)

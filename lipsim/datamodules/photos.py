@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from lipsim.data import Preprocess
+from lipsim.data import Preprocess, TripletSet
 from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photo_batches import HumanVotes, PhotoBatches, SharedImages
@@ -100,18 +101,20 @@ class PhotoData(TripletData):
             self.human.follow(preprocess)
 
     def setup(self, stage: str) -> None:
-        """Read the images that the stage needs."""
+        """Read the images that the stage needs.
+
+        Raises:
+            ValueError: a set of human votes has the name of a kind of triplets.
+        """
         if self.human is not None:
             self.human.trainer = self.trainer
             self.human.setup(stage)
         if stage in ("fit", "validate") and not self.val_sets:
-            self.val_sets = dict(self._by_kind(self.eval_seed, self.num_val))
-            if self.human is not None:
-                self.val_sets |= self.human.val_sets
+            own = self._by_kind(self.eval_seed, self.num_val)
+            self.val_sets = dict(own) if self.human is None else _beside(own, self.human.val_sets)
         if stage == "test" and not self.test_sets:
-            self.test_sets = dict(self._by_kind(self.eval_seed + 1, self.num_test))
-            if self.human is not None:
-                self.test_sets |= self.human.test_sets
+            own = self._by_kind(self.eval_seed + 1, self.num_test)
+            self.test_sets = dict(own) if self.human is None else _beside(own, self.human.test_sets)
         if stage == "fit" and self.train_set is None:
             self.train_set = triplets = self._read("train", self.num_train, self.seed, self.kinds)
             if self.shared is not None:
@@ -157,3 +160,17 @@ class PhotoData(TripletData):
                 "progress": progress,
             }
             return cast(PhotoTriplets, self._open("photos", [part], self.root, **options)[part])
+
+
+def _beside(own: Mapping[str, TripletSet], human: Mapping[str, TripletSet]) -> dict[str, TripletSet]:
+    """Sets of photographs and of people's votes in one mapping.
+
+    Raises:
+        ValueError: a name stands for one of each.
+    """
+    if shared := own.keys() & human.keys():
+        raise LipsimError(
+            f"{', '.join(sorted(shared))} is the name of triplets of photographs and of a set in data.human; give that "
+            "another name"
+        )
+    return {**own, **human}

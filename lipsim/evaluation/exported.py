@@ -8,7 +8,7 @@ from lipsim.data import Triplet
 from lipsim.data.check import check_votes
 from lipsim.data.labelled import LabelledBatch
 from lipsim.data.loading import Finished
-from lipsim.evaluation.module import EvaluatedBatch, EvaluatedImages, Evaluation, EvaluationModule
+from lipsim.evaluation.module import EvaluatedBatch, Evaluation, EvaluationModule
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.files import resolve
 from lipsim.utils.errors import LipsimError
@@ -41,8 +41,7 @@ class EvaluatedMetric(EvaluationModule):
         if isinstance(batch, Finished):
             return None
         if isinstance(batch, LabelledBatch):
-            with full_precision():
-                return {"evaluated": EvaluatedImages(self.embed_checked(batch.images))}
+            return self.embed_labelled(batch)
         if not isinstance(batch, Triplet):
             raise LipsimError(
                 f"{self.set_name(dataloader_idx)} serves {type(batch).__name__} and no triplets with votes; "

@@ -24,6 +24,7 @@ from lipsim.certificates import Anchored, TwoAFCCertificate
 from lipsim.data import Triplet
 from lipsim.data.check import check_images, check_votes
 from lipsim.data.contracts import DataFacts, Parts, facts_of
+from lipsim.data.labelled import LabelledBatch
 from lipsim.data.loading import check_count, num_samples, planned_batches, served_batches, served_resizes
 from lipsim.data.transforms import Preprocess
 from lipsim.evaluation.scores import TwoAFCScore
@@ -208,12 +209,17 @@ class EvaluationModule(L.LightningModule):
         """Features ``(N, D)`` of images that were checked with their batch."""
         return self.metric.embed(x, check_range=False)
 
+    def embed_labelled(self, batch: LabelledBatch) -> Evaluation:
+        """Images with labels, for a callback that searches; they have no score here."""
+        with full_precision():
+            return {"evaluated": EvaluatedImages(self.embed_checked(batch.images))}
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
-        """Score a batch of triplets, ``{"evaluated": …}``; None for other batches."""
+        """Score a batch of triplets, ``{"evaluated": …}``, or embed images with labels; None for other batches."""
         return self._embed_and_evaluate(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
-        """Score a batch of triplets, ``{"evaluated": …}``; None for other batches."""
+        """Score a batch of triplets, ``{"evaluated": …}``, or embed images with labels; None for other batches."""
         return self._embed_and_evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_end(self) -> None:
@@ -343,6 +349,8 @@ class EvaluationModule(L.LightningModule):
                     )
 
     def _embed_and_evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Evaluation | None:
+        if isinstance(batch, LabelledBatch):
+            return self.embed_labelled(batch)
         if not isinstance(batch, Triplet):  # a folder of images, in distillation
             return None
         with full_precision():

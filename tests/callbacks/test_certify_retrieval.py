@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lipsim.results import read_results
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs
 from lipsim.students import OrthogonalProjection
+from lipsim.training import FineTuning
 
 KS, EPS = [1, 3, 10], [0.05, 0.3, 1.0]
 QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
@@ -203,6 +205,18 @@ def test_refuses_other_data_and_too_many_neighbours(metric: PerceptualMetric, fo
         CertifyRetrieval([3, 1])
     with pytest.raises(ValueError, match="no triplets"):
         lipsim.evaluate(metric, data(folder), callbacks=[CertifyRadii()], directory=tmp_path / "run", **QUIET)
+
+
+def test_a_stage_of_training_searches_as_its_metric_does(
+    metric: PerceptualMetric, folder: Path, tmp_path: Path
+) -> None:
+    found = lipsim.evaluate(
+        metric, data(folder), callbacks=[CertifyRetrieval(KS, EPS, steps=0)], directory=tmp_path / "run", **QUIET
+    )
+    stage = FineTuning(metric.encoder)
+    callback = CertifyRetrieval(KS, EPS, steps=0, directory=tmp_path / "stage")
+    L.Trainer(callbacks=[callback], **QUIET).test(stage, data(folder))
+    assert read_results(tmp_path / "stage" / "results.json")["retrieval"]["sets"] == found["retrieval"]["sets"]
 
 
 @pytest.mark.slow  # starts processes: half a minute of two cores

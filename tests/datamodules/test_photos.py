@@ -10,7 +10,7 @@ import torch
 from lipsim.data import Preprocess, TripletDataModule
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photos import PhotoTriplets
-from lipsim.datamodules import BuiltinData, MaterialData, PhotoData
+from lipsim.datamodules import BuiltinData, MaterialData, PhotoData, TableData
 
 
 def _data(photos: Path, **options: object) -> PhotoData:
@@ -57,6 +57,14 @@ def test_human_votes_are_mixed_in_and_scored_besides(photos: Path, material: Pat
         _data(photos, human=MaterialData(material, 20))
     with pytest.raises(ValueError, match="expected votes of people as human, got PhotoData"):
         _data(photos, human=_data(photos))
+    study = photos.parent / "study.csv"
+    files = [str(path.relative_to(photos.parent)) for path in sorted(photos.rglob("*.png"))[:3]]
+    study.write_text("\n".join(["reference,left,right,right_vote", ",".join([*files, "1"])]))
+    data = _data(photos, human=TableData(study, 16, test_fraction=1.0, name="semantic", num_workers=0))
+    with pytest.raises(
+        ValueError, match=r"semantic is the name of triplets of photographs and of a set in data\.human"
+    ):
+        data.setup("test")
 
 
 def test_images_without_size_of_their_own_go_with_any(photos: Path) -> None:
