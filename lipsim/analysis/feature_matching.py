@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.attacks.objectives import Objective, logits_of, value_and_gradient
-from lipsim.attacks.projections import Ball, expand
+from lipsim.attacks.projections import Ball, expand, sample_norm
 
 
 class FeatureObjective:
@@ -90,7 +90,7 @@ def ascend_by_equal_steps(
         keep(value)
         length = torch.full_like(value, step_size)
         if shorten:
-            norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+            norm = sample_norm(gradient)
             length = torch.minimum(length, -value / norm.clamp(min=torch.finfo(norm.dtype).tiny))
         moved = current + expand(length, current) * ball.direction(gradient)
         current = moved.clamp(0, 1) if eps is None else ball.project(moved, x)

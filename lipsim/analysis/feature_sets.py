@@ -23,6 +23,7 @@ from lipsim.analysis.feature_maps import FeatureMap
 from lipsim.analysis.feature_matching import FeatureObjective, LikelihoodObjective, ascend_by_equal_steps
 from lipsim.analysis.models import Model
 from lipsim.attacks.objectives import logits_of
+from lipsim.attacks.projections import sample_norm
 from lipsim.certificates.numbers import check_count
 from lipsim.data.bit_depth import open_image
 from lipsim.data.sets.labelled_folder import LabelledFolder, to_8bit
@@ -316,7 +317,7 @@ class _Maker:
             "right": before.eq(own).tolist(),
             "after": after.eq(target).tolist(),
             "stored": kept.eq(target).tolist(),
-            "norm": torch.linalg.vector_norm((stored.to(x) / 255 - x).flatten(1), dim=1).tolist(),
+            "norm": sample_norm(stored.to(x) / 255 - x).tolist(),
         }
 
     def _class(self, label: Tensor) -> str:

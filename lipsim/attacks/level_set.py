@@ -172,7 +172,7 @@ class Traversal:
         length = torch.where(length > 0, length.clamp(max=step_size), step_size)
         scaled, size, norm, over = _scaled(gradient)
         way = target - x
-        reach, ahead = length * _norm(way), over(length * _dot(scaled, way), size)
+        reach, ahead = length * sample_norm(way), over(length * _dot(scaled, way), size)
         # Rounding refuses points on the boundary itself. Where the gradient nearly vanishes its linear model says
         # little: no way down that is longer than the step.
         excess = torch.minimum(over(value + slack, norm) + _INSIDE * reach, reach)
@@ -300,14 +300,14 @@ def _scaled(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Quotient]:
     The number is 1 where squares of the gradient's entries can be added up, and its largest entry where they would
     underflow, as those of a sure classifier do. A plain division, a sixth of the time, where no length is 0.
     """
-    norm = _norm(gradient)
+    norm = sample_norm(gradient)
     plain = (norm > _SQUARES * torch.finfo(norm.dtype).tiny ** 0.5) & (norm < torch.inf)
     if plain.all():
         return gradient, norm, norm, torch.div
     largest = sample_norm(gradient, "inf")
     scale = torch.where(plain | ~(largest > 0), 1.0, largest)
     scaled = gradient / expand(scale, gradient)
-    size = _norm(scaled)
+    size = sample_norm(scaled)
     return scaled, size, size * scale, _over
 
 
@@ -356,7 +356,7 @@ def _into_half_space(
             break
         # Signs and a product: comparisons and masks of floats take five times as long.
         clipped = cut.sign_().abs_()
-        left = over_size(_norm(torch.addcmul(normal, normal, clipped, value=-1)), size).square()
+        left = over_size(sample_norm(torch.addcmul(normal, normal, clipped, value=-1)), size).square()
         multiplier = multiplier + torch.where(again, _over(over, left), 0.0)
     return point, along
 
@@ -364,12 +364,6 @@ def _into_half_space(
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     """A quotient that is 0 where the denominator is."""
     return (numerator / denominator).where(denominator > 0, 0.0)
-
-
-def _norm(a: Tensor) -> Tensor:
-    """Length of each sample, ``(N,)``."""
-    norm: Tensor = torch.linalg.vector_norm(a.flatten(1), dim=1)
-    return norm
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

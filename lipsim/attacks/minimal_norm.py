@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipsim.attacks.objectives import Objective, value_and_gradient
-from lipsim.attacks.projections import Ball, Box, expand
+from lipsim.attacks.projections import Ball, Box, expand, part_norms, sample_norm
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_normal
 
@@ -110,7 +110,7 @@ class _Search:
         return torch.where(found, self.clean + self.best, self.clean)
 
     def length(self, delta: Tensor) -> Tensor:
-        return self._part_norms(delta).amax(1)
+        return sample_norm(delta, parts=self.parts)
 
     def follow(self, delta: Tensor, noise: Tensor, steps: int) -> None:
         """FMN from one point a row; step sizes are relative to the radius, not to [0, 1]."""
@@ -120,7 +120,7 @@ class _Search:
         for step in range(steps):
             fade = (1 + math.cos(math.pi * step / steps)) / 2
             delta, value, gradient = self._try(delta)
-            slopes = self._part_norms(gradient)
+            slopes = part_norms(gradient, parts=self.parts)
             flat = slopes.sum(1) == 0
             reach = self.length(delta) + value.abs() / slopes.sum(1).clamp(min=torch.finfo(value.dtype).tiny)
             rate = 0.001 + 0.049 * fade
@@ -132,9 +132,11 @@ class _Search:
             )
             radius = torch.where(flat, self.length(delta).clamp(min=1e-3), radius)
             gradient = torch.where(expand(flat, gradient), noise, gradient)
-            ascent = gradient / self._spread(self._part_norms(gradient).clamp(min=torch.finfo(value.dtype).tiny))
+            ascent = gradient / self._spread(
+                part_norms(gradient, parts=self.parts).clamp(min=torch.finfo(value.dtype).tiny)
+            )
             delta = delta + expand((0.01 + 0.99 * fade) * radius, delta) * ascent
-            shrink = self._spread(radius[:, None] / self._part_norms(delta).clamp(min=1e-30))
+            shrink = self._spread(radius[:, None] / part_norms(delta, parts=self.parts).clamp(min=1e-30))
             delta = self._inside(delta * shrink.clamp(max=1))
         self._try(delta)
         self.best = torch.where(expand(torch.isfinite(self.norm), delta), self.best, delta)
@@ -169,7 +171,7 @@ class _Search:
         for step in range(_NEWTON_STEPS):
             delta, value, gradient = last
             # Further from step to step: where rounding hides the boundary, the first aim may fall short of it.
-            aim = 8**step * self.overshoot * gradient.flatten(1).norm(dim=1) * self.length(delta)
+            aim = 8**step * self.overshoot * sample_norm(gradient) * self.length(delta)
             done = (value > 0) & (value <= 2 * aim)
             if done.all():
                 break
@@ -207,7 +209,7 @@ class _Search:
         tiny = torch.finfo(gradient.dtype).tiny
         gradient = gradient * expand(torch.where(offset < 0, -1.0, 1.0).to(gradient), gradient)
         offset = offset.abs()
-        weight = 1 / self._part_norms(gradient).clamp(min=tiny)
+        weight = 1 / part_norms(gradient, parts=self.parts).clamp(min=tiny)
         if self.parts == 1:
             weight = torch.ones_like(weight)
         for _ in range(1 if self.parts == 1 or self.box is None else 5):
@@ -227,7 +229,7 @@ class _Search:
                 if not open_.any():
                     break
                 factor = factor + torch.where(open_, missing / slope.clamp(min=tiny), 0.0)
-            norms = self._part_norms(delta)
+            norms = part_norms(delta, parts=self.parts)
             weight = weight * norms.amax(1, keepdim=True) / norms.clamp(min=tiny)
         return delta
 
@@ -240,11 +242,6 @@ class _Search:
             return torch.ones_like(delta)
         x_adv = self.clean + delta
         return (torch.where(direction > 0, x_adv < self.box[1], x_adv > self.box[0])).to(delta)
-
-    def _part_norms(self, delta: Tensor) -> Tensor:
-        """ℓ2 norms of the parts, ``(N, parts)``."""
-        norms: Tensor = torch.linalg.vector_norm(delta.reshape(len(delta), self.parts, -1), dim=2)
-        return norms
 
     def _spread(self, scalars: Tensor) -> Tensor:
         """``(N, parts)`` as something that broadcasts over the images."""

@@ -150,7 +150,8 @@ def null_space_move(
     if eps is None and box is None:
         raise LipsimError("expected a budget eps where there is no box")
     _check(operator, x, direction)
-    Ball(2, 0.0 if eps is None else eps, box).check(x)
+    ball = Ball(2, 0.0 if eps is None else eps, box)
+    ball.check(x)
     direction, strength = _local(x, direction, regions)
     low, high = _bounds(x, box, strength)
     delta, trivial = _project(operator, direction, low, high, strength, box is not None, iterations)
@@ -159,7 +160,10 @@ def null_space_move(
         scale = eps / length.clamp(min=torch.finfo(x.dtype).tiny)
         delta = delta * expand(scale if box is None else scale.clamp(max=1), delta)
         delta = torch.where(expand(trivial, delta), 0.0, delta)
-    return _outcome(operator, x, x + delta if box is None else (x + delta).clamp(*box), direction, trivial)
+    moved = x + delta if box is None else (x + delta).clamp(*box)
+    if eps is not None:
+        moved = ball.round_inward(moved, x, delta)
+    return _outcome(operator, x, moved, direction, trivial)
 
 
 @torch.no_grad()
@@ -221,6 +225,7 @@ def null_space_after(
         back = torch.where(expand(shorter, x), back, 0.0)
         delta = back + expand(_longest(x_adv + back - x, delta - back, eps), x) * (delta - back)
     moved = x_adv + delta if box is None else (x_adv + delta).clamp(*box)
+    moved = ball.round_inward(moved, x, x_adv - x + delta)
     before, after = objective(x_adv), objective(moved)
     undone = (before > 0) & ~(after > 0)
     moved = torch.where(expand(undone, moved), x_adv, moved)

@@ -16,6 +16,7 @@ from lipsim.utils.sampling import sample_normal
 Norm = Literal[2, "inf", 0]
 Box = tuple[float, float] | None
 NORMS: tuple[Norm, ...] = (2, "inf", 0)
+_TOLERANCE = 5e-7  # by which a change may be longer than its budget
 
 
 def check_norm(norm: Norm) -> None:
@@ -39,14 +40,26 @@ def sample_norm(delta: Tensor, norm: Norm = 2, parts: int = 1) -> Tensor:
     Raises:
         ValueError: an unknown norm.
     """
+    largest: Tensor = part_norms(delta, norm, parts).amax(1)
+    return largest
+
+
+def part_norms(delta: Tensor, norm: Norm = 2, parts: int = 1) -> Tensor:
+    """Norm of each image of each sample, ``(N, parts·C, …)`` to ``(N, parts)``, see :func:`sample_norm`.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
     check_norm(norm)
     split = delta.unflatten(1, (parts, -1)).flatten(0, 1)
     if norm == 0:
-        norms = (split != 0).any(1).flatten(1).sum(1).to(delta.dtype)
+        norms: Tensor = (split != 0).any(1).flatten(1).sum(1).to(delta.dtype)
     else:
-        norms = torch.linalg.vector_norm(split.flatten(1), ord=math.inf if norm == "inf" else 2, dim=1)
-    largest: Tensor = norms.view(-1, parts).amax(1)
-    return largest
+        order = math.inf if norm == "inf" else 2
+        if split.ndim > 2:  # row by row: all at once, float32 sums of equal squares are off by 1e-4 at 224 pixels
+            split = torch.linalg.vector_norm(split, ord=order, dim=-1)
+        norms = torch.linalg.vector_norm(split.flatten(1), ord=order, dim=1)
+    return norms.view(-1, parts)
 
 
 def expand(scalar: Tensor, like: Tensor) -> Tensor:
@@ -122,7 +135,9 @@ class Ball:
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """A point of the ball around ``x`` and of the box near ``x_adv``: the nearest in ℓ∞ and ℓ0.
 
-        In ℓ2 the nearest of the ball, then of the box; since ``x`` is in the box, this stays in the ball.
+        In ℓ2 the nearest of the ball, then of the box; since ``x`` is in the box, this stays in the ball. Rounding to
+        the numbers around ``x`` may lead out of it, most where a small change is the same for every pixel: what was
+        rounded up is rounded down then.
         """
         delta = self.split(x_adv - x)
         if self.norm == "inf":
@@ -134,7 +149,19 @@ class Ball:
         else:
             delta = self._keep_pixels(delta, self.split(x))
         moved = x + delta.view_as(x)
-        return moved if self.box is None else moved.clamp(*self.box)
+        moved = moved if self.box is None else moved.clamp(*self.box)
+        return self.round_inward(moved, x, delta.view_as(x))
+
+    def round_inward(self, moved: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+        """Where rounding ``x + delta`` to ``moved`` left an ℓ2 ball: with no entry farther off than ``delta``."""
+        if self.norm != 2:
+            return moved
+        change = moved - x
+        outside = sample_norm(change, parts=self.parts) > self.eps * (1 + _TOLERANCE)
+        if not outside.any():
+            return moved
+        rounded_up = expand(outside, change) & (change.abs() > delta.abs())
+        return torch.where(rounded_up, torch.nextafter(moved, x), moved)
 
     def random_point(self, x: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """A random point that depends on the seed and the sample.

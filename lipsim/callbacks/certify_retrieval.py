@@ -32,7 +32,7 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
 KS = (1, 10, 20, 100, 200)
-_ROUNDING = 1e-5  # by which float32 changes may leave their ball
+_ROUNDING = 1e-6  # by which changes may leave their ball
 
 
 class CertifyRetrieval(TripletCallback):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,17 @@ from torch import Tensor, nn
 
 import lipsim
 from lipsim import PerceptualMetric
-from lipsim.attacks import DistanceObjective, TwoAFCObjective, first_operator, null_space, pgd, project_to_kernel
+from lipsim.attacks import (
+    DistanceObjective,
+    TwoAFCObjective,
+    apgd,
+    first_operator,
+    mi_fgsm,
+    null_space,
+    pgd,
+    project_to_kernel,
+    square,
+)
 from lipsim.attacks.projections import sample_norm
 from lipsim.data import BuiltinTriplets, Triplet
 from lipsim.metric.distances import pixel_l2
@@ -59,6 +71,20 @@ def test_budget_and_box_hold(norm) -> None:  # type: ignore[no-untyped-def]
     x_adv = pgd(objective, x, norm=norm, eps=0.5, steps=20, restarts=3)
     assert (sample_norm(x_adv - x, norm) <= 0.5 + 1e-6).all() and (sample_norm(x_adv - x, norm) > 0.3).all()
     assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+@pytest.mark.parametrize("eps", [0.14, 1.0])
+@pytest.mark.parametrize("attack", [apgd, mi_fgsm, pgd, partial(square, box=None)])
+def test_budgets_hold_where_the_rounding_of_every_pixel_is_the_same(attack: Any, eps: float) -> None:
+    x = torch.tensor([0.1, 0.3, 0.7]).view(3, 1, 1, 1).expand(3, 3, 224, 224).clone()
+    w = torch.full_like(x, x[0].numel() ** -0.5)
+    x_adv = attack(LinearObjective(w, (x * w).flatten(1).sum(1) + 100), x, eps=eps, norm=2, steps=4)
+    share = (x_adv.double() - x.double()).flatten(1).norm(dim=1) / eps
+    assert (share <= 1 + 1e-6).all() and (share > 1 - 1e-3).all()
+    hidden = null_space(nn.Conv2d(3, 8, 4, stride=4, bias=False), x, torch.ones_like(x), eps=eps)
+    share = (hidden.double() - x.double()).flatten(1).norm(dim=1) / eps
+    assert (share <= 1 + 1e-6).all() and (share > 1 - 1e-3).all()
+    torch.testing.assert_close(sample_norm(w), torch.ones(3), rtol=1e-6, atol=0)
 
 
 def test_zero_budget_is_the_identity() -> None:

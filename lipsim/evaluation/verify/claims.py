@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lipsim import certificates
 from lipsim.attacks import minimal_norm
-from lipsim.attacks.projections import Box, expand
+from lipsim.attacks.projections import Box, expand, sample_norm
 from lipsim.audit.lower_bounds import jacobian_norm
 from lipsim.certificates import TwoAFCCertificate, geometry
 from lipsim.metric import PerceptualMetric
@@ -341,7 +341,7 @@ def _attack_rows(
         )
         with torch.no_grad():
             broken = objective(x_adv) > 0
-        norms = (x_adv - x).unflatten(1, (claim.parts, 3)).flatten(2).norm(dim=2).amax(1)
+        norms = sample_norm(x_adv - x, parts=claim.parts)
         found = torch.where(broken, norms, math.inf).view(-1, claim.group).amin(1)
         results.append((found, x_adv[:: claim.group, :3].detach()))
         starts = [x, x_adv, *(x + _SCALES[1] * direction for direction in directions)]
