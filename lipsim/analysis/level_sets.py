@@ -197,8 +197,8 @@ def measure_level_sets(
         if found is None:
             found = run.measure(lpips, keep_outcomes).tensors
             if file is not None:
-                write_safetensors(file, {**found, **run.identity(keep_outcomes)})
-        elif not run.is_that_of(found, keep_outcomes):
+                write_safetensors(file, {**found, **run.identity(lpips, keep_outcomes)})
+        elif not run.is_that_of(found, lpips, keep_outcomes):
             raise LipsimError(f"{file} has results of other images, settings or a model; take another folder")
         parts.append(found)
     return LevelSets(**{field.name: torch.cat([part[field.name] for part in parts]) for field in fields(LevelSets)})
@@ -340,18 +340,22 @@ class _Run:
             ]
         return torch.cat(values)
 
-    def identity(self, keep_outcomes: bool) -> dict[str, Tensor]:
-        """What the results belong to: settings and images by a hash, the model by its answers."""
+    @torch.no_grad()
+    def identity(self, lpips: Distance | None, keep_outcomes: bool) -> dict[str, Tensor]:
+        """What the results belong to: settings and images by a hash, the model and the distance by their answers."""
         digest = Digest()
-        digest.add(f"{asdict(self.protocol)}{keep_outcomes}")
-        for tensor in (self.rows, self.target, self.source, self.images[self.target[:, 0]]):
+        digest.add(f"{asdict(self.protocol)}{keep_outcomes}{lpips is None}")
+        for tensor in (self.rows, self.target, self.source, *(self.images[column] for column in self.target.T)):
             digest.add_tensor(tensor)
-        answers = self.evaluate(self.everyone, self.images[self.target[:, 0]])
+        first = self.images[self.target[:, 0]]
+        answers = [self.value, self.evaluate(self.everyone, first)]
+        if lpips is not None:
+            answers.append(lpips(self.source, first).double().cpu())
         sha256 = torch.tensor(list(bytes.fromhex(digest.hexdigest())), dtype=torch.uint8)
-        return {"sha256": sha256, "answers": torch.stack([self.value, answers], 1)}
+        return {"sha256": sha256, "answers": torch.stack(answers, 1)}
 
-    def is_that_of(self, found: dict[str, Tensor], keep_outcomes: bool) -> bool:
-        expected = self.identity(keep_outcomes)
+    def is_that_of(self, found: dict[str, Tensor], lpips: Distance | None, keep_outcomes: bool) -> bool:
+        expected = self.identity(lpips, keep_outcomes)
         return torch.equal(found["sha256"], expected["sha256"]) and torch.allclose(
             found["answers"], expected["answers"], rtol=_RTOL, atol=_ATOL
         )

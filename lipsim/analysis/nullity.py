@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipsim.layers.base import FoldedLayer
+from lipsim.layers.explicit import FoldedResidualConv2d, FoldedResidualLinear
 from lipsim.utils.errors import LipsimError
 
 _EPS = torch.finfo(torch.float32).eps  # of the dtype that the published table was computed in
@@ -91,10 +92,14 @@ def layer_matrices(network: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Name, kind and unfolded weight ``(C_out, C_in/groups · kh · kw)`` of every layer that the published table counts.
 
     These are ``Conv2d`` and ``Linear``, the projections inside ``MultiheadAttention`` (which other libraries have as
-    layers), and the layers of this package in their place. Norms and transposed convolutions do not count.
+    layers), and the layers of this package in their place. Norms and transposed convolutions do not count. A layer that
+    standardises its weight, as some of timm do, has it here as it is stored.
     """
+    inside: set[nn.Module] = set()  # layers that only derive the weight of another one
     for name, module in network.named_modules():
         kind = type(module).__name__
+        if module in inside:
+            continue
         if isinstance(module, nn.Conv2d | nn.Linear):
             yield name, kind, module.weight.flatten(1)
         elif isinstance(module, nn.MultiheadAttention):
@@ -102,7 +107,11 @@ def layer_matrices(network: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
                 weight = getattr(module, part)
                 if weight is not None:
                     yield f"{name}.{part}", kind, weight
+        elif isinstance(module, FoldedResidualLinear | FoldedResidualConv2d):
+            weight = module.weight if isinstance(module, FoldedResidualLinear) else module.kernel
+            yield name, kind, weight.flatten(1)
         elif isinstance(module, FoldedLayer):
+            inside.update(module.modules())
             weight = module.weights()[0]
             if weight.ndim in (2, 4):
                 yield name, kind, weight.flatten(1)

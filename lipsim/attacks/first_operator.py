@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from lipsim.attacks.partial_pass import Reached, run_up_to
 from lipsim.layers.encoder import first_weight
@@ -21,6 +22,7 @@ from lipsim.utils.checks import check_images, taking_images
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 
+_PARAMETRIZATIONS = "parametrizations"  # torch's name of what derives the weights of a module
 _NORMS = (nn.modules.batchnorm._NormBase,)  # invertible in evaluation mode: what follows them is the operator
 
 
@@ -171,9 +173,7 @@ def _first_layer(model: nn.Module, probe: Tensor) -> tuple[str, nn.Module] | Non
     hooks = [
         layer.register_forward_pre_hook(record(name, layer))
         for name, layer in model.named_modules()
-        if not isinstance(layer, _NORMS)
-        and any(True for _ in layer.parameters(recurse=False))
-        and not any(True for _ in layer.children())
+        if not isinstance(layer, _NORMS) and _PARAMETRIZATIONS not in name.split(".") and _has_weights_alone(layer)
     ]
     try:
         with taking_images(type(model).__name__, probe):
@@ -185,6 +185,13 @@ def _first_layer(model: nn.Module, probe: Tensor) -> tuple[str, nn.Module] | Non
         for hook in hooks:
             hook.remove()
     return None
+
+
+def _has_weights_alone(layer: nn.Module) -> bool:
+    """Whether a module has weights and no layers; what parametrises a weight belongs to it."""
+    if any(name != _PARAMETRIZATIONS for name, _ in layer.named_children()):
+        return False
+    return is_parametrized(layer) or any(True for _ in layer.parameters(recurse=False))
 
 
 def _alike(got: Tensor, expected: Tensor, scale: float) -> bool:

@@ -35,9 +35,13 @@ class OrthogonalLinear(FoldedLayer):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        # A Gaussian matrix of rank r ≤ n is close to orthonormal up to scale; the exact QR start costs seconds at 224
-        # pixels and one Cholesky-QR step removes the difference anyway.
-        nn.init.normal_(self.weight, std=max(in_features, out_features) ** -0.5)
+        few, many = sorted((in_features, out_features))
+        if 2 * few <= many:
+            # A long Gaussian matrix is close to orthonormal up to scale; the exact QR start costs seconds at 224 pixels
+            # and one Cholesky-QR step removes the difference anyway.
+            nn.init.normal_(self.weight, std=many**-0.5)
+        else:  # a square one may have no Cholesky factor in float32, and would be zeros that nothing trains
+            init_orthogonal_(self.weight)
 
     def derive(self) -> tuple[Tensor]:
         """The orthonormal matrix ``Q``, ``(out, in)``."""
@@ -137,8 +141,8 @@ def init_delta_orthogonal_(kernel: Tensor) -> Tensor:
 def orthonormal(weight: Tensor, passes: int = 1) -> Tensor:
     """A matrix with orthonormal rows and the span of ``(out, in)``, or orthonormal columns if ``out > in``.
 
-    Differentiable, in the dtype of the weight, computed in float32 at least. A matrix without full rank has no such
-    factor: it gives zeros, which are 1-Lipschitz.
+    Differentiable, in the dtype of the weight, computed in float32 at least. A matrix without full rank, or in float32
+    one of a condition number from some 10⁴ on, has no such factor: it gives zeros, which are 1-Lipschitz.
     """
     with torch.autocast(weight.device.type, enabled=False):
         tall = weight.shape[0] > weight.shape[1]

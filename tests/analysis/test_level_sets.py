@@ -145,9 +145,21 @@ def test_a_run_goes_on_and_refuses_results_of_another(images: Tensor, tmp_path: 
         lambda: measure_level_sets(objective_of, images, replace(protocol, seed=1), batch_size=2, folder=tmp_path),
         lambda: measure_level_sets(objective_of, 0.9 * images, protocol, batch_size=2, folder=tmp_path),
         lambda: measure_level_sets(lambda r: objective_of(r, 1.1), images, protocol, batch_size=2, folder=tmp_path),
+        lambda: measure_level_sets(objective_of, images, protocol, batch_size=2, folder=tmp_path, lpips=pixel_l2),
     ):
         with pytest.raises(ValueError, match="results of other images, settings or a model"):
             changed()
+    # Of one source, an image that is its second target alone.
+    one, folder = torch.tensor([0]), tmp_path / "one"
+    found = measure_level_sets(objective_of, images, protocol, sources=one, folder=folder, lpips=pixel_l2)
+    assert found.lpips.isfinite().all()
+    moved = images.clone()
+    moved[found.target[0, 1]] *= 0.9
+    for other, distance in ((moved, pixel_l2), (images, lambda x, y: 2 * pixel_l2(x, y))):
+        with pytest.raises(ValueError, match="results of other images, settings or a model"):
+            measure_level_sets(
+                lambda r: brightness_of(images)(r), other, protocol, sources=one, folder=folder, lpips=distance
+            )
 
 
 def test_tables_and_pictures_of_a_classifier(tmp_path: Path) -> None:

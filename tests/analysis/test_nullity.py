@@ -10,7 +10,9 @@ from torch import nn
 
 from lipsim.analysis.models import load_model
 from lipsim.analysis.nullity import nullity, rank
-from lipsim.students import OrthogonalProjection
+from lipsim.layers.adapters import ExplicitLinear
+from lipsim.students import OrthogonalProjection, SLLNetwork
+from lipsim.students.folded_network import FoldedNetwork
 
 PUBLISHED = {  # n and μ (Ozbulak et al., Table 1), which do not depend on the weights
     "torchvision/alexnet": (8, 7),
@@ -59,6 +61,11 @@ def test_attention_counts_alike_in_both_libraries() -> None:
 def test_students_count_with_the_weights_that_they_use() -> None:
     found = nullity(OrthogonalProjection(16, 40), "linear")
     assert (found.n, found.sum_nullity) == (1, 3 * 16**2 - 40)
+    explicit = nullity(ExplicitLinear(nn.Linear(48, 8)))
+    assert (explicit.n, explicit.sum_nullity) == (1, 40)  # what it derives its weight from is no layer of its own
+    network = SLLNetwork(16, 8, channels=12, depth=3, linear_depth=2, linear_width=6)
+    both = [nullity(encoder) for encoder in (network, FoldedNetwork.from_encoder(network.eval()))]
+    assert [(found.n, found.sum_nullity) for found in both] == 2 * [(5, 3 * (12 * 9 - 5) + 2 * (12 - 6))]
 
 
 def test_a_network_without_operators_is_refused() -> None:

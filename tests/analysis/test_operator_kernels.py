@@ -64,6 +64,59 @@ def test_outputs_that_depend_on_each_other_are_counted_once() -> None:
     assert operator_kernel(layer, (10, 10)).dimension == expected
 
 
+@pytest.mark.parametrize("dense_up_to", [0, 1024])
+@pytest.mark.parametrize(
+    ("channels", "stride", "taps"), [(24, 2, (0, 0)), (24, 2, (1, 2)), (24, 1, (0, 2)), (4, 2, (0, 1))], ids=str
+)
+def test_taps_of_zeros_read_nothing(
+    channels: int, stride: int, taps: tuple[int, int], dense_up_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding fills such zeros of an orthonormal basis with 1e-17, which a search would take for weights."""
+    monkeypatch.setattr("lipsim.analysis.operator_kernels._DENSE", dense_up_to)
+    generator = torch.Generator().manual_seed(4)
+    layer = nn.Conv2d(2, channels, 3, stride=stride, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64))
+        layer.weight[:, 1, taps[0]] = 0
+        layer.weight[:, :, :, taps[1]] = 0
+    matrix = dense(layer, (2, 11, 12))
+    found = operator_kernel(layer, (11, 12))
+    assert found.unseen == int((matrix == 0).all(0).sum()) > 0
+    assert found.low <= kernel_dimension(matrix) <= found.high
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_layers_that_derive_their_weight_or_pad_are_what_they_compute(size: int) -> None:
+    pytest.importorskip("timm")
+    from timm.layers import ScaledStdConv2d, StdConv2d, StdConv2dSame
+
+    plain = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    layers = [
+        StdConv2d(3, 4, 3, stride=2, padding=1),
+        StdConv2dSame(3, 4, 3, stride=2),
+        ScaledStdConv2d(3, 4, 4, stride=4),
+        nn.Conv2d(3, 4, 3, stride=2, padding="valid"),
+        nn.Conv2d(3, 4, 3, stride=2, padding=(1, 0), padding_mode="replicate"),
+        nn.utils.parametrizations.weight_norm(plain),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 2, stride=2)),
+    ]
+    for layer in layers:
+        found = operator_kernel(layer.eval(), (size, size))
+        matrix = dense(layer.double(), (3, size, size))
+        # Some taps of a standardised weight are found in float32 and compared in float64.
+        assert found.low <= matrix.shape[1] - int(torch.linalg.matrix_rank(matrix, rtol=1e-6)) <= found.high
+        assert found.kind == type(layer).__name__
+
+
+def test_more_than_a_convolution_is_refused() -> None:
+    class Gated(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    with pytest.raises(ValueError, match="Gated computes something else than one convolution"):
+        operator_kernel(Gated(3, 4, 3), (8, 8))
+
+
 def test_what_cannot_be_decided_is_bounded() -> None:
     """A blur that is neither injective nor onto: 1 + 2cos(kπ/39) is zero at k = 26, and 2 + 2cos is zero nowhere."""
     layer = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()

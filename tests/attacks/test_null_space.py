@@ -211,6 +211,10 @@ def test_what_cannot_move_is_said() -> None:
     nn.init.normal_(sll[1][0].bias)
     with pytest.raises(ValueError, match="first layer with weights is linear"):
         require_operator(sll, 16)
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, bias=False))
+    found = require_operator(nn.Sequential(spectral, nn.ReLU()).eval(), 16)  # whose weight is one, not a layer
+    assert found.name == "0"
+    torch.testing.assert_close(found(torch.ones(1, 3, 16, 16)), spectral(torch.ones(1, 3, 16, 16)))
     with pytest.raises(ValueError, match="does not take images"):
         first_operator(nn.Conv2d(1, 4, 3), 16)
     with pytest.raises(ValueError, match="expected images of shape"):

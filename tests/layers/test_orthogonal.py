@@ -85,6 +85,18 @@ def test_the_map_of_a_training_step_is_orthonormal() -> None:
     assert torch.linalg.matrix_norm(matrix, ord=2) <= 1 + 1e-5
 
 
+@pytest.mark.parametrize(("in_features", "out_features"), [(96, 96), (192, 192), (100, 96), (96, 100)])
+def test_square_maps_are_orthonormal_from_their_start(in_features: int, out_features: int) -> None:
+    """One in forty of 192 Gaussian rows has no Cholesky factor in float32."""
+    least = min(in_features, out_features)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        layer = OrthogonalLinear(in_features, out_features)
+        weight = layer.weights()[0].detach()  # of training
+        assert torch.linalg.svdvals(weight).sub(1).abs().max() < 1e-4, seed
+        assert float(weight.square().sum()) == pytest.approx(least, rel=1e-4)
+
+
 def test_dependent_rows_give_zeros_and_nan_stays_nan() -> None:
     layer, x = OrthogonalLinear(6, 3, bias=False), torch.randn(2, 6, requires_grad=True)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lipsim
 from lipsim import audit
 from lipsim.audit.lower_bounds import attack_lipschitz
-from lipsim.layers import freeze
+from lipsim.layers import OrthogonalLinear, freeze
 from lipsim.metric import save
 from lipsim.students import (
     OrthogonalProjection,
@@ -128,6 +128,16 @@ def test_spectral_layers_survive_steps_that_outrun_their_power_iteration() -> No
 def test_the_default_student_takes_any_image_size(size: int) -> None:
     student = OrthogonalShiftNetwork(size, 6, linear_width=4).eval()
     assert student(torch.rand(1, 3, size, size)).shape == (1, 6)
+
+
+@pytest.mark.parametrize("make", [OrthogonalShiftNetwork, ScatteringNetwork])
+def test_heads_as_wide_as_what_they_read_are_alive(make: Callable[..., nn.Module]) -> None:
+    for seed in range(25):  # of which one and four were born as zeros
+        torch.manual_seed(seed)
+        student = make(16, 384, 4, widths=(24, 96), depths=(1, 1), linear_width=16)
+        head = next(layer for layer in student.modules() if isinstance(layer, OrthogonalLinear))
+        features = student.eval()(torch.rand(2, 3, 16, 16))
+        assert head.weight.shape[0] == 384 and (features[0] - features[1]).norm() > 0.1
 
 
 @pytest.mark.parametrize("size", [16, 32, 41])
