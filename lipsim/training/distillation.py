@@ -180,8 +180,9 @@ class Distillation(Stage):
             assert given is not None
             target = given[:0]
         else:
-            width = self.cache.description.features if self.axes is None else self.axes.shape[1]
-            target = features.new_zeros(0, width)
+            # In the precision of data, whatever that of the features: the processes exchange both.
+            none = self.blank_image().new_zeros(0, self.cache.description.features)
+            target = none if self.axes is None else none @ self.axes
         views = 1 if self.view is None else 2
         *every, target = gathered(*[features] * views, target)
         if not len(target):

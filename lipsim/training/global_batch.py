@@ -65,7 +65,8 @@ def weighted_mean(loss: Tensor, weight: Tensor) -> Tensor:
     """
     if num_processes() == 1:
         return loss
-    weight = weight.detach().to(loss)
+    # In one precision on all processes, whatever autocast made of the loss of each.
+    weight = weight.detach().to(torch.promote_types(loss.dtype, torch.float32))
     sums = torch.stack([loss.detach() * weight, weight])
     distributed.all_reduce(sums)
     total = sums[1].clamp(min=1e-12)

@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 import lipsim
 from lipsim import LipsimError
 from lipsim.cli.parser import one_line_errors
+from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples, Unread
 from lipsim.data.triplet import Triplet, collate_triplets
 from lipsim.datamodules import ImageFolderData, NightsData
@@ -187,30 +188,37 @@ def _stages(folder: Path) -> list[Any]:
     teacher = folder / "teacher.safetensors"
     distillation = Distillation(teacher, OrthogonalProjection(16, 4), jitter=False)
     tuning = TeacherTuning(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), contrast=0.5, augment=False)
-    return [FineTuning(OrthogonalProjection(16, 4)), distillation, tuning]
+    cached = Distillation(teacher, OrthogonalProjection(16, 4), jitter=False)
+    cached.cache = SimpleNamespace(description=SimpleNamespace(features=4))  # type: ignore[assignment]
+    return [FineTuning(OrthogonalProjection(16, 4)), distillation, cached, tuning]
 
 
-def _batch() -> Triplet:
+def _batch(stage: Any) -> Triplet | EmbeddedImages:
     draw = torch.Generator().manual_seed(1)
     images = torch.rand(3, 4, 3, 16, 16, generator=draw)
+    if getattr(stage, "cache", None) is not None:
+        return EmbeddedImages(images[0], torch.randn(4, 4, generator=draw))
     return Triplet(*images, torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.arange(4))
 
 
-def _one_of_two_has_nothing(folder: Path) -> None:
+def _one_of_two_has_nothing(folder: Path, half: bool) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    found = [_step_of(stage, NothingRead() if rank else _batch(), 2) for stage in _stages(folder)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = [_step_of(stage, NothingRead() if rank else _batch(stage), 2) for stage in _stages(folder)]
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
-def test_a_process_without_a_batch_takes_part_in_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16-mixed"])
+def test_a_process_without_a_batch_takes_part_in_the_step(tmp_path: Path, half: bool) -> None:
     """It waits for nobody and nobody for it, and the step is that of the samples that there are."""
     save(lipsim.PerceptualMetric(OrthogonalProjection(16, 4), 16), tmp_path / "teacher.safetensors")
-    expected = [_step_of(stage, _batch(), 1) for stage in _stages(tmp_path)]
-    forked(2, _one_of_two_has_nothing, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        expected = [_step_of(stage, _batch(stage), 1) for stage in _stages(tmp_path)]
+    forked(2, _one_of_two_has_nothing, tmp_path, half)
     for rank in range(2):
         for one, other in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
             for a, b in zip(one, other, strict=True):
