@@ -280,6 +280,7 @@ def upright(image: Image.Image) -> Image.Image:
     Unlike :func:`PIL.ImageOps.exif_transpose` it writes no metadata, which fails where a tag does not fit its type: a
     turned image has none.
     """
+    image.load()  # Pillow turns a TIFF itself, as it is decoded, and takes the tag off only then
     transposition = _TRANSPOSITIONS.get(orientation(image))
     if transposition is None:
         return image

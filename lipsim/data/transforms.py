@@ -137,6 +137,8 @@ def to_tensor(image: Image.Image | DeepImage) -> Tensor:
 
 def upright_size(image: Image.Image | DeepImage) -> tuple[int, int]:
     """Height and width of an image as :func:`to_tensor` shows it, turned as its EXIF orientation wants it."""
+    if isinstance(image, Image.Image):
+        image.load()  # as in upright
     turned = isinstance(image, Image.Image) and orientation(image) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from lipsim.certificates import resize_norm
-from lipsim.data.transforms import CentralCrop, Preprocess, read_image, to_tensor
+from lipsim.data.transforms import CentralCrop, Preprocess, read_image, to_tensor, upright_size
 
 
 def test_modes() -> None:
@@ -36,6 +36,26 @@ def test_exif_orientation_is_applied() -> None:
     exif = image.getexif()
     exif[0x0112] = 6  # turn by 90 degrees
     assert to_tensor(image).shape == (3, 3, 2)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["tiff", "png", "jpeg", "webp"])
+def test_a_file_opened_by_pillow_is_turned_once(kind: str, turn: int, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    path = tmp_path / f"turned.{kind}"
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as opened:
+        expected = (20, 12) if turn >= 5 else (12, 20)
+        assert upright_size(opened) == expected
+    with Image.open(path) as opened:
+        turned = to_tensor(opened)
+    assert turned.shape[1:] == expected and torch.equal(turned, to_tensor(read_image(path)))
+    if kind in ("tiff", "png"):  # which keep the values
+        with Image.open(path) as opened:
+            seen = ImageOps.exif_transpose(opened)
+            assert torch.equal(turned, to_tensor(Image.fromarray(np.asarray(seen))))
 
 
 @pytest.mark.parametrize("resize", ["float", "pil"])
