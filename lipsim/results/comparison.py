@@ -41,6 +41,11 @@ _CURVES: dict[Kind, str] = {
     "published": "published radius",
     "joint": "all three images move",
 }
+# Target of an attack → what its markers are called, and the kinds of radius that are about it.
+_ATTACKS: dict[str, tuple[str, tuple[Kind, ...]]] = {
+    "reference": ("under attack", ("certified", "published")),
+    "all": ("all three images under attack", ("joint",)),
+}
 
 
 _EXACT_PASSES, _SUM_PASSES = "3", "6"  # one for each image, by each metric
@@ -118,6 +123,8 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> l
         passes = mean_cell((s["passes_per_certified"] for s in answered), ".0f")
         more = others([s["vote"] for s in answered], percent_cell(s["abstained"] for s in answered), passes)
         rows.append(_row(title, [s["natural"] for s in answered], [s["certified"] for s in answered], eps, more))
+    if not rows:  # of a sum alone, whose radius nobody published
+        return []
     sets: list[AnySet] = [*exact]
     sets += [section["sets"][name] for _, section in smoothed]
     title = f"{name}: 2AFC score in %, natural and certified at ℓ2 budgets ε{_counts(sets)}"
@@ -212,13 +219,16 @@ def _reaches(runs: Sequence[Run], name: str) -> Iterable[tuple[str, str, str, st
 
 def curves(
     runs: Sequence[Run], name: str, kinds: Sequence[Kind]
-) -> tuple[dict[str, dict[str, Curve]], dict[str, Curve]]:
-    """Metric → kind of radius → certified curve, and metric → scores under attack in ℓ2, on a test set.
+) -> tuple[dict[str, dict[str, Curve]], dict[str, dict[str, Curve]]]:
+    """Metric → kind of radius → certified curve, and metric → kind of attack → what attacks in ℓ2 left, on a test set.
 
-    Of runs of one name the mean, where they have the grid of the first.
+    An attack on one image proves nothing of a radius within which all three move, and one on all three goes below the
+    radius of the reference: each stands beside the radius that it is about, and nowhere else. Of runs of one name the
+    mean, where they have the grid of the first.
     """
     certified: dict[str, dict[str, Curve]] = {}
-    attacked: dict[str, Curve] = {}
+    attacked: dict[str, dict[str, Curve]] = {}
+    attacks = {target: what for target, (what, about) in _ATTACKS.items() if any(kind in about for kind in kinds)}
     for run_name, group in by_name((run.name, run) for run in runs).items():
         title = run_name.replace("$", r"\$")  # matplotlib would read mathematics
         found = [run.certified_sets[name]["curve"] for run in group if name in run.certified_sets]
@@ -234,11 +244,13 @@ def curves(
         for what, curves_of_sum in sums.items():
             grid = curves_of_sum[0]["eps"]
             alike = [curve for curve in curves_of_sum if curve["eps"] == grid]
-            certified[f"{title}, {what}"] = {
+            of_sum: dict[str, Curve] = {
                 _CURVES[kind]: (grid, _means([c["certified"] if kind == "certified" else c["joint"] for c in alike]))
                 for kind in kinds
                 if kind != "published"
             }
+            if of_sum:
+                certified[f"{title}, {what}"] = of_sum
         smoothed: list[tuple[tuple[str, str], SmoothedScores]] = [
             ((title if key == "metric" else f"{title}: {key}", f"smoothed, σ = {run.smoothed['sigma']:g}"), scores)
             for run in group
@@ -249,15 +261,17 @@ def curves(
             grid = answered[0]["curve"]["eps"]
             values = [scores["curve"]["certified"] for scores in answered if scores["curve"]["eps"] == grid]
             certified.setdefault(metric, {})[kind] = grid, _means(values)
-        scored = [
-            ([0.0, *run.attacked["eps"]], run.attacked_sets[name]["metrics"]["metric"])
-            for run in group
-            if run.attacked and name in run.attacked_sets and run.attacked["norm"] == 2
-        ]
-        if scored:
-            budgets = scored[0][0]
-            values = [[score["natural"], *score["attacked"].values()] for own, score in scored if own == budgets]
-            attacked[title] = budgets, _means(values)
+        for target, what in attacks.items():
+            scored = [
+                ([0.0, *run.attacked["eps"]], run.attacked_sets[name]["metrics"]["metric"])
+                for run in group
+                if run.attacked and name in run.attacked_sets
+                if run.attacked["norm"] == 2 and run.attacked["target"] == target
+            ]
+            if scored:
+                budgets = scored[0][0]
+                values = [[score["natural"], *score["attacked"].values()] for own, score in scored if own == budgets]
+                attacked.setdefault(title, {})[what] = budgets, _means(values)
     return certified, attacked
 
 
@@ -308,11 +322,13 @@ def _single_numbers(runs: Sequence[Run]) -> Iterable[Number]:
                     yield name, run.name, key, "smoothed, certified", label, value
         for name, found in run.attacked_sets.items():
             assert run.attacked is not None
+            target = run.attacked["target"]
+            moving = "" if target == "reference" else f", {target}"  # scores of two targets have no mean
             for key, score in found["metrics"].items():
                 yield name, run.name, key, "natural", "", score["natural"]
                 for label, value in score["attacked"].items():
-                    yield name, run.name, key, f"attacked, norm {run.attacked['norm']}", label, value
-                yield name, run.name, key, "no gradient, triplets", "", score["no_gradient"]
+                    yield name, run.name, key, f"attacked, norm {run.attacked['norm']}{moving}", label, value
+                yield name, run.name, key, f"no gradient, triplets{moving}", "", score["no_gradient"]
     for name in set_names(runs):
         for title, key, what, direction, reach in _reaches(runs, name):
             place = f"null space, {what}, {direction}"

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_file
 
 _COLUMN, _AXES = 3.3, 2.3  # inches: the width of a column in two-column papers, the height without a legend
@@ -22,7 +23,7 @@ Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
 
 def plot_scores(
-    path: Path, certified: Mapping[str, Mapping[str, Curve]], attacked: Mapping[str, Curve], title: str
+    path: Path, certified: Mapping[str, Mapping[str, Curve]], attacked: Mapping[str, Mapping[str, Curve]], title: str
 ) -> None:
     """Scores over the ℓ2 budget ε, as wide as a column of a paper: a colour a metric, a line style a kind of radius.
 
@@ -32,16 +33,22 @@ def plot_scores(
     Args:
         path: file to write.
         certified: metric → kind of radius → (ε, score in [0, 1]).
-        attacked: metric → (ε, score in [0, 1]).
+        attacked: metric → kind of attack → (ε, score in [0, 1]).
         title: of the figure.
+
+    Raises:
+        ValueError: there is nothing to draw.
     """
+    if not certified and not attacked:
+        raise LipsimError("expected scores to draw, got none")
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys([*certified, *attacked]))}
     kinds = list(dict.fromkeys(kind for curves in certified.values() for kind in curves))
     styles = dict(zip(kinds, cycle(("-", "--", ":", "-.")), strict=False))
     handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in colours.items()]
     handles += [Line2D([], [], color="0.3", ls=style, lw=1.2, label=kind) for kind, style in styles.items()]
-    if attacked:
-        handles.append(Line2D([], [], color="0.3", marker="o", ls="", ms=3, label="under attack"))
+    attacks = list(dict.fromkeys(kind for curves in attacked.values() for kind in curves))
+    markers = dict(zip(attacks, cycle("osD^"), strict=False))
+    handles += [Line2D([], [], color="0.3", marker=m, ls="", ms=3, label=kind) for kind, m in markers.items()]
     columns = 1 if max(len(str(handle.get_label())) for handle in handles) > _LABEL else 2
     height = _AXES + 0.15 * math.ceil(len(handles) / columns)
     figure = Figure(figsize=(_COLUMN, height), layout="constrained")
@@ -49,9 +56,10 @@ def plot_scores(
     for name, curves in certified.items():
         for kind, (eps, score) in curves.items():
             axes.plot(eps, 100 * np.asarray(score), styles[kind], color=colours[name], lw=1.2)
-    for name, (eps, score) in attacked.items():
-        # No lines between: what an attack would leave there is not known.
-        axes.plot(eps, 100 * np.asarray(score), "o", color=colours[name], ms=3)
+    for name, curves in attacked.items():
+        for kind, (eps, score) in curves.items():
+            # No lines between: what an attack would leave there is not known.
+            axes.plot(eps, 100 * np.asarray(score), markers[kind], color=colours[name], ms=3)
     axes.axhline(50, color="0.7", lw=0.8, zorder=0)
     axes.set_xlabel("ε (ℓ2, pixels in [0, 1])", fontsize=8)
     axes.set_ylabel("2AFC score (%)", fontsize=8)

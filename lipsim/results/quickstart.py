@@ -134,7 +134,9 @@ def _plot(root: Path, results: Results, name: str) -> None:
     }
     names = {"metric": "student", "linear": "linear map", "teacher": "teacher"}
     under_attack = {
-        names[key]: (budgets, plottable([attacked[key]["natural"], *attacked[key]["attacked"].values()]))
+        names[key]: {
+            "under attack": (budgets, plottable([attacked[key]["natural"], *attacked[key]["attacked"].values()]))
+        }
         for key in names
     }
     plot_scores(root / "plots" / "scores.png", certified, under_attack, "Certified score and score under attack")

@@ -37,7 +37,7 @@ def write_report(
     title: str = "Report",
     markdown: Path | None = None,
 ) -> list[ScoreTable]:
-    """Write report.md, report.tex, report.csv, report.html and a curve (PDF and PNG) for each test set.
+    """Write report.md, report.tex, report.csv, report.html and, for each test set with any, curves (PDF and PNG).
 
     Args:
         runs: in the order of the rows; those of one name are one row.
@@ -57,11 +57,15 @@ def write_report(
     tables |= {name: [*tables.get(name, []), *found] for name, found in retrieval_tables(runs).items()}
     benchmark = [ScoreTable(heading, "", [], rows) for heading, rows in benchmark_tables(runs)]
     said, notes = [*warnings(runs), *benchmark_warnings(runs)], benchmark_lines(runs)
-    pictures = {name: output / (f"curves-{_file_name(name)}" if len(sets) > 1 else "curves") for name in sets}
-    for name, path in pictures.items():
+    stems = _stems(sets) if len(sets) > 1 else dict.fromkeys(sets, "curves")
+    pictures = {}
+    for name in sets:
         certified, attacked = curves(runs, name, kinds)
-        for suffix in (".pdf", ".png"):
-            plot_scores(path.with_suffix(suffix), certified, attacked, name)
+        if certified or attacked:  # not of attacks in another norm than ℓ2 alone
+            for suffix in (".pdf", ".png"):
+                # The picture of the page is the last. Names of sets have points, which are no suffixes.
+                pictures[name] = output / f"{stems[name]}{suffix}"
+                plot_scores(pictures[name], certified, attacked, name)
     flat = [*benchmark, *(table for found in tables.values() for table in found)]
     parts = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
     write_text(markdown or output / "report.md", "\n\n".join([f"# {title}", *said, *notes, *parts]) + "\n")
@@ -91,7 +95,7 @@ def _page(
         {
             "name": name,
             "tables": found,
-            "curves": _image(curves[name].with_suffix(".png"), f"curves of {name}") if name in curves else None,
+            "curves": _image(curves[name], f"curves of {name}") if name in curves else None,
         }
         for name, found in tables.items()
     ]
@@ -132,6 +136,19 @@ def _pictures(run: Run) -> list[dict[str, str]]:
 
 def _image(path: Path, title: str) -> dict[str, str]:
     return {"title": title, "base64": base64.b64encode(path.read_bytes()).decode()}
+
+
+def _stems(sets: Sequence[str]) -> dict[str, str]:
+    """Set → the name of its picture without a suffix; each has its own, also where letters have no case."""
+    stems: dict[str, str] = {}
+    for name in sets:
+        first, number = f"curves-{_file_name(name)}", 1
+        stem = first
+        while stem.casefold() in (other.casefold() for other in stems.values()):
+            number += 1
+            stem = f"{first}-{number}"
+        stems[name] = stem
+    return stems
 
 
 def _file_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from sections import SOURCE, attacked_section, certified_section, smoothed_section
 
 from lipsim.cli.main import main
-from lipsim.results import SCHEMA, plots, read_results, update_results
+from lipsim.results import SCHEMA, plots, report, read_results, update_results
 from lipsim.results.formats import escape_latex, html_page, latex_table, markdown_table
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs
@@ -210,6 +211,80 @@ def test_a_colour_a_metric_and_a_line_style_a_radius(tmp_path: Path, monkeypatch
     labels = [text.get_text() for text in legend.texts]
     assert labels == ["one", "two", "exact radius", "published radius", "all three images move", "under attack"]
     assert drawn[0].get_figwidth() == 3.3
+
+
+def _spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, Any, Any]]:
+    """Name of a PNG → title, certified and attacked curves that were drawn into it."""
+    drawn: dict[str, tuple[str, Any, Any]] = {}
+
+    def draw(path: Path, certified: Any, attacked: Any, title: str) -> None:
+        if path.suffix == ".png":
+            assert path.name not in drawn
+            drawn[path.name] = title, certified, attacked
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(title)
+
+    monkeypatch.setattr(report, "plot_scores", draw)
+    return drawn
+
+
+def test_each_set_has_its_own_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = _spied(monkeypatch)
+    names = ["noise 0.1", "noise 0.5", "noise/0.5", "Noise 0.5"]
+    section = certified_section({name: [0.5] for name in names}, [1.0], source={**SOURCE, "data_sha256": {}})
+    section["data_sha256"] = dict.fromkeys(names, "d")
+    update_results(tmp_path / "run/results.json", {"certified": section})
+    write_report(load_runs([str(tmp_path / "run")]), tmp_path / "out")
+    files = ["curves-noise-0.1.png", "curves-noise-0.5.png", "curves-noise-0.5-2.png", "curves-Noise-0.5-3.png"]
+    assert {file: title for file, (title, *_) in drawn.items()} == dict(zip(files, names, strict=True))
+    page = (tmp_path / "out/report.html").read_text()
+    shown = [base64.b64decode(found).decode() for found in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
+    assert shown == names
+
+
+def test_attacks_in_another_norm_alone_have_a_table_and_no_picture(tmp_path: Path) -> None:
+    attacked = attacked_section({"metric": (0.9, {"4/255": 0.1})}, [4 / 255], norm="inf")
+    update_results(tmp_path / "run/results.json", {"attacked": attacked})
+    (table,) = write_report(load_runs([str(tmp_path / "run")]), tmp_path / "out")
+    assert table.rows[0]["4/255"] == "10.0" and not list((tmp_path / "out").glob("curves*"))
+    assert "data:image" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_sum_alone_has_no_published_radius(tmp_path: Path) -> None:
+    found = certified_section({"builtin": [0.5]}, [1.0])
+    keys = ("weights_sha256", "data_sha256", "feature_error", "eps")
+    summed: Any = {key: found[key] for key in keys}  # type: ignore[literal-required]
+    scores: Any = {k: v for k, v in found["sets"]["builtin"].items() if k not in ("published", "one_pixel_immune")}
+    del scores["curve"]["published"]
+    summed |= {"second": "scattering", "second_sha256": "x", "weight": 8.0, "scale": 0.03, "second_feature_error": 0.0}
+    update_results(tmp_path / "run/results.json", {"summed": {**summed, "sets": {"builtin": scores}}})
+    runs = load_runs([str(tmp_path / "run")])
+    assert write_report(runs, tmp_path / "out", ["published"]) == []
+    assert not list((tmp_path / "out").glob("curves*"))
+    (table,) = write_report(runs, tmp_path / "both", ["certified", "published"])
+    assert [row["1"] for row in table.rows] == ["50.0"]
+
+
+def test_an_attack_stands_beside_the_radius_that_it_is_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = _spied(monkeypatch)
+    for folder, target, left in (("x", "all", 0.1), ("y", "reference", 0.4)):
+        attacked = attacked_section({"metric": (0.9, {"1": left})}, [1.0], target=target)
+        section = certified_section({"builtin": [0.5]}, [1.0])
+        update_results(tmp_path / folder / "results.json", {"certified": section, "attacked": attacked})
+    runs = load_runs([f"m={tmp_path / 'x'}", f"m={tmp_path / 'y'}"], seeds=True)
+    reference = {"under attack": ([0.0, 1.0], [0.9, 0.4])}
+    everything = {"all three images under attack": ([0.0, 1.0], [0.9, 0.1])}
+    for number, (kinds, expected) in enumerate(
+        ((["certified"], reference), (["joint"], everything), (["certified", "joint"], {**reference, **everything}))
+    ):
+        write_report(runs, tmp_path / str(number), kinds)  # type: ignore[arg-type]
+        assert drawn.pop("curves.png")[2] == {"m": expected}
+    with open(tmp_path / "0/report.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["score"].startswith("attacked")]
+    assert {row["score"]: (float(row["value"]), row["runs"]) for row in rows} == {
+        "attacked, norm 2, all": (0.1, "1"),
+        "attacked, norm 2": (0.4, "1"),
+    }
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
