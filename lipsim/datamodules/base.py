@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -195,6 +195,24 @@ class TripletData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
+        )
+
+
+def check_names(own: Collection[str], others: Collection[str], what: str, option: str) -> None:
+    """Refuse sets of another data module that are called like those of the one that they are scored beside.
+
+    Args:
+        own: names of that one.
+        others: of the other.
+        what: the former are, for the message.
+        option: that the other is given as.
+
+    Raises:
+        ValueError: a name is one of both.
+    """
+    if shared := set(own) & set(others):
+        raise LipsimError(
+            f"{', '.join(sorted(shared))} is the name of {what} and of a set in {option}; give that another name"
         )
 
 

@@ -16,9 +16,11 @@ from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedFolder, EmbeddedImages
 from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.folder import FolderImages
-from lipsim.datamodules.base import OnError, TripletData
+from lipsim.datamodules.base import OnError, TripletData, check_names
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
+
+_IMAGES = "images"  # the validation set on which student and teacher are compared
 
 
 class ImageFolderData(TripletData):
@@ -70,7 +72,7 @@ class ImageFolderData(TripletData):
     @property
     def val_names(self) -> list[str]:
         """The images come first."""
-        return ["images", *super().val_names]
+        return [_IMAGES, *super().val_names]
 
     def follow(self, preprocess: Preprocess) -> None:
         """Have the triplets resized as a metric expects, unless told otherwise when they were made."""
@@ -82,13 +84,14 @@ class ImageFolderData(TripletData):
         """List the folders that the stage needs.
 
         Raises:
-            ValueError: a test without triplets.
+            ValueError: a test without triplets, or triplets to validate on that are called ``images`` as well.
         """
         if stage == "test" and self.triplets is None:
             raise LipsimError("a folder of images has no votes to test on; name a data module of some as data.triplets")
         if self.triplets is not None:
             self.triplets.trainer = self.trainer
             self.triplets.setup("test" if stage == "test" else "validate")
+            check_names([_IMAGES], self.triplets.val_sets, "the images of the folder", "data.triplets")
             self.val_sets, self.test_sets = self.triplets.val_sets, self.triplets.test_sets
         if stage in ("fit", "validate") and self.val_images is None:
             self.val_images = self._images("val", ("plain",))

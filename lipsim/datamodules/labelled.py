@@ -18,7 +18,7 @@ class LabelledFolderData(TripletData):
 
     It is for :class:`lipsim.callbacks.CertifyRetrieval`; nothing is trained on it. The classes are those of the
     gallery, see :class:`lipsim.data.sets.labelled_folder.LabelledFolder`. No query is in the gallery: the parts are
-    different folders.
+    different folders, neither of them within the other.
 
     Args:
         root: folder that has both parts; nothing is downloaded.
@@ -29,6 +29,9 @@ class LabelledFolderData(TripletData):
         batch_size: images in a batch of one process.
         num_workers: loading processes.
         name: of the set in results, for reports of several folders.
+
+    Raises:
+        ValueError: a part is the other one, or within it.
     """
 
     def __init__(
@@ -47,8 +50,14 @@ class LabelledFolderData(TripletData):
         self.gallery: LabelledFolder | None = None
         self.queries: LabelledImages | None = None
         self.collate = collate_labelled
-        if (self.root / gallery).resolve() == (self.root / queries).resolve():
+        searched, asked = (self.root / gallery).resolve(), (self.root / queries).resolve()
+        if searched == asked:
             raise LipsimError(f"expected queries in another folder than the gallery, got {gallery} for both")
+        if searched.is_relative_to(asked) or asked.is_relative_to(searched):  # each image of the one is in the other
+            raise LipsimError(
+                f"expected queries and gallery in folders beside each other, got {queries} and {gallery}, of which one "
+                "is within the other"
+            )
 
     @property
     def test_names(self) -> list[str]:

@@ -66,7 +66,8 @@ class SkippedSamples:
         path = Path(trainer.default_root_dir) / SKIPPED.replace(".", f"{rank}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
-        with open(path, "a", encoding="utf-8", newline="") as file:
+        # A reason names a file, whose name need not be UTF-8.
+        with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = csv.writer(file)
             if new:
                 rows.writerow(["epoch", "step", "sample", "reason"])

@@ -123,10 +123,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows under a header, as :func:`write_file` does; floats keep the digits that bring them back."""
+    """Write rows under a header, as :func:`write_file` does; floats keep the digits that bring them back.
+
+    Names of files that are not in UTF-8, which Python has as surrogates, are written as the bytes that they are.
+    """
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows([header, *rows])
 
     write_file(path, write)
@@ -171,8 +174,8 @@ class Digest:
         self._sha256 = hashlib.sha256()
 
     def add(self, text: str) -> None:
-        """Add text."""
-        self._sha256.update(text.encode())
+        """Add text in UTF-8; of names of files that are not, their bytes."""
+        self._sha256.update(text.encode(errors="surrogateescape"))
 
     def add_tensor(self, tensor: Tensor, name: str = "") -> None:
         """Add a tensor, under a name."""

@@ -56,6 +56,15 @@ def data(folder: Path, batch_size: int = 5, **options: Any) -> LabelledFolderDat
     return LabelledFolderData(folder, image_size=8, batch_size=batch_size, num_workers=0, **options)
 
 
+@pytest.mark.parametrize(
+    ("gallery", "queries"), [(".", "val/dark"), ("val/dark", "."), ("train", "val/../train/dark"), ("train", "train")]
+)
+def test_no_query_is_in_the_gallery(gallery: str, queries: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected queries (in another folder than the|and) gallery"):
+        data(folder, gallery=gallery, queries=queries)
+    assert data(folder, gallery="train", queries="train-2").query_part == "train-2"  # beside it
+
+
 def test_scores_are_those_of_all_pairs_and_no_attack_passes_a_certificate(
     metric: PerceptualMetric, folder: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,15 @@ def test_images_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     stage = Distillation(tmp_path / "teacher.safetensors", OrthogonalProjection(16, 4))
     _train(stage, data, tmp_path / "run", Damage(bad), steps)
     assert steps.sizes == [(0, 6), (1, 5)] and f"(first: cannot read the image {bad}" in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_it_is(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(
+        fast_dev_run=False, global_rank=0, default_root_dir=str(tmp_path), current_epoch=1, global_step=7
+    )
+    reason = os.fsdecode(b"cannot read the image caf\xe9.png")
+    SkippedSamples().add(trainer, 4, [Unread(3, reason)])  # type: ignore[arg-type]
+    assert (tmp_path / "skipped.csv").read_bytes().endswith(b"1,7,3,cannot read the image caf\xe9.png\r\n")
 
 
 def _triplet(index: int) -> Triplet:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from sections import SOURCE, attacked_section, certified_section, smoothed_section
 
 from lipsim.cli.main import main
-from lipsim.results import SCHEMA, plots, report, read_results, update_results
+from lipsim.results import SCHEMA, plots, read_results, report, update_results
 from lipsim.results.formats import escape_latex, html_page, latex_table, markdown_table
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs

@@ -126,6 +126,16 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     assert file.read_bytes() == b"new"
 
 
+def test_names_that_are_not_utf_8_keep_their_bytes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    files.write_csv(tmp_path / "a.csv", ["é"], [[name]])
+    assert (tmp_path / "a.csv").read_bytes() == b"\xc3\xa9\r\ncaf\xe9.png\r\n"
+    for text, content in ((name, b"caf\xe9.png"), ("café ℓ2", "café ℓ2".encode())):
+        digest = files.Digest()
+        digest.add(text)
+        assert digest.hexdigest() == hashlib.sha256(content).hexdigest()
+
+
 def test_hashes_are_those_of_the_standard_library(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     expected = hashlib.sha256(b"abc").hexdigest()

@@ -14,7 +14,7 @@ from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.sets.folder import FolderImages, list_images
 from lipsim.data.sets.nights import NightsTriplets
 from lipsim.data.transforms import Preprocess
-from lipsim.datamodules import ImageFolderData, NightsData
+from lipsim.datamodules import ImageFolderData, NightsData, TableData
 from lipsim.utils.terminal import one_line
 
 
@@ -145,3 +145,9 @@ def test_triplets_of_another_module_are_scored_besides(folder: Path, nights: Pat
     assert data.test_names == ["nights"] and len(data.test_dataloader()) == 1
     with pytest.raises(ValueError, match="no votes to test on"):
         ImageFolderData(folder, 8).setup("test")
+    (folder / "votes.csv").write_text("reference,left,right,right_vote,split\n" + 3 * "val/a/0.png," + "1,val\n")
+    triplets = TableData(folder / "votes.csv", 8, num_workers=0, name="images")
+    with pytest.raises(
+        ValueError, match=r"images is the name of the images of the folder and of a set in data\.triplets"
+    ):
+        ImageFolderData(folder, 8, num_workers=0, triplets=triplets).setup("fit")
