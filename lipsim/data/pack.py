@@ -24,7 +24,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -73,6 +73,8 @@ class PackDescription:
         short_side: of the crop, what the short side is resized to before; None: nothing.
         stream: where the shards are that are not in the folder, an address that litdata knows, such as
             ``s3://bucket/pack``; None: nowhere.
+        next_shard: number that no shard has had so far, of those that are gone as well; packs of earlier versions do
+            not say, 0.
     """
 
     image_size: int
@@ -80,9 +82,11 @@ class PackDescription:
     resize: str = "float"
     short_side: int | None = None
     stream: str | None = None
+    next_shard: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         check_count("image_size", self.image_size)
+        check_count("next_shard", self.next_shard, least=0)
         if self.frame not in FRAMES:
             raise LipsimError(f"expected a frame among {', '.join(FRAMES)}, got {self.frame!r}")
         if self.frame != "crop" and self.short_side is not None:

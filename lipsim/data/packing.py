@@ -133,6 +133,8 @@ def pack_images(
     listed = list_images(root)
     states = file_states(root, listed.names)
     claim = claim_folder(output, "--output")  # an error that leaves this call gives it back as well
+    known = PackDescription.read(output).next_shard if (output / DESCRIPTION).is_file() else 0
+    description = replace(description, next_shard=known)
     description.write(output)
     remove_leftovers(output)
     there, counts = _rows_of(output, image_size)
@@ -145,7 +147,7 @@ def pack_images(
     full = {number: count for number, count in counts.items() if used[number] == count}
     copied = [(name, row) for name, row in valid.items() if row.shard not in full]
     todo = [position for position, name in enumerate(listed.names.tolist()) if name not in valid]
-    writer = _Writer(output, image_size, shard_size, first=max(counts, default=-1) + 1)
+    writer = _Writer(output, image_size, shard_size, first=max(known, max(counts, default=-1) + 1))
     for name, row in sorted(copied, key=lambda item: item[1][:2]):
         writer.copy(name, row)
     refused = []
@@ -167,6 +169,8 @@ def pack_images(
         )
     final = full | writer.counts
     write_shards(output, final, image_size)
+    description = replace(description, next_shard=writer.next)
+    description.write(output)  # before a file that has a number goes
     for number in counts.keys() - full.keys():
         index_file(output, number).unlink()
         shard_file(output, number).unlink(missing_ok=True)

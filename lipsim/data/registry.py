@@ -79,9 +79,13 @@ def _photos(
     num_workers: int = 0,
     progress: Progress | None = None,
     seed: int = 0,
+    image_seed: int | None = None,
     **options: Any,
 ) -> Sets:
-    """Triplets of the images under ``root/PART``, with a teacher's votes where a cache of its embeddings is given."""
+    """Triplets of the images under ``root/PART``, with a teacher's votes where a cache of its embeddings is given.
+
+    ``image_seed`` is of the draw of ``num_images``; None: ``seed``, that of the triplets.
+    """
     sets: Sets = {}
     embedded = None if cache is None else EmbeddingCache(cache)
     for part in parts:
@@ -89,7 +93,7 @@ def _photos(
             user_path(root) / part,
             preprocess,
             num_images=num_images,
-            seed=seed,
+            seed=seed if image_seed is None else image_seed,
             num_workers=num_workers,
             progress=progress,
         )

@@ -15,7 +15,7 @@ from lipsim.data.order import TrainingLoader
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photo_batches import HumanVotes, PhotoBatches, SharedImages
 from lipsim.data.sets.photos import PhotoTriplets
-from lipsim.datamodules.base import TripletData, as_fetched
+from lipsim.datamodules.base import TripletData, as_fetched, check_names
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -48,7 +48,7 @@ class PhotoData(TripletData):
         shared: have training batches share their images, see :class:`lipsim.data.sets.photo_batches.PhotoBatches`;
             ``batch_size`` and ``num_train`` are of no use then. None: triplets of images of their own.
         seed: of the draws of training.
-        eval_seed: of the triplets of validation and test, which another training is to be compared on.
+        eval_seed: of the images and triplets of validation and test, which another training is to be compared on.
         resize: "float" or "pil", as in :class:`TripletData`.
         num_workers: loading processes of each loader, which distort pictures while the student trains.
 
@@ -156,6 +156,8 @@ class PhotoData(TripletData):
                 "temperature": self.temperature,
                 "num_images": self.num_images,
                 "seed": seed,
+                # A test has other triplets than validation, of the same images.
+                "image_seed": self.seed if part == "train" else self.eval_seed,
                 "num_workers": min(8, os.cpu_count() or 1) if alone else 0,
                 "progress": progress,
             }
@@ -168,9 +170,5 @@ def _beside(own: Mapping[str, TripletSet], human: Mapping[str, TripletSet]) -> d
     Raises:
         ValueError: a name stands for one of each.
     """
-    if shared := own.keys() & human.keys():
-        raise LipsimError(
-            f"{', '.join(sorted(shared))} is the name of triplets of photographs and of a set in data.human; give that "
-            "another name"
-        )
+    check_names(own, human, "triplets of photographs", "data.human")
     return {**own, **human}

@@ -210,6 +210,34 @@ def test_an_update_reads_what_has_changed_and_no_more(photos: Path, tmp_path: Pa
         found.load(gone)
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_no_number_is_given_twice(old: bool, tmp_path: Path) -> None:
+    """Not even that of the last shard, whose images are gone; packs of earlier versions go on from what is there."""
+
+    def add(name: str, grey: int) -> Path:
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (grey, grey, grey)).save(tmp_path / "images" / name)
+        return tmp_path / "images" / name
+
+    def pack() -> list[int]:
+        pack_all(tmp_path / "images", tmp_path / "pack", 16, num_workers=0, max_shard_bytes=shard_bytes(1, 16))
+        return numbers(tmp_path / "pack")
+
+    add("a.png", 1)
+    last = add("b.png", 2)
+    assert pack() == [0, 1]
+    last.unlink()
+    assert pack() == [0]
+    if old:
+        file = tmp_path / "pack" / "pack.json"
+        content = json.loads(file.read_text())
+        assert content.pop("next_shard") == 2
+        file.write_text(json.dumps(content))
+    add("c.png", 3)
+    assert pack() == ([0, 1] if old else [0, 2])
+    assert ImagePack(tmp_path / "pack").load("c.png").mul(255).unique().tolist() == [3]
+
+
 def test_a_killed_pack_is_not_finished_and_continues(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lipsim.data import Preprocess, TripletDataModule
+from lipsim.data.sets.image_store import load_image_store
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photos import PhotoTriplets
 from lipsim.datamodules import BuiltinData, MaterialData, PhotoData, TableData
@@ -39,6 +40,23 @@ def test_every_kind_is_scored_apart_whatever_is_trained_on(photos: Path, photo_c
     batch = next(iter(data.train_dataloader()))
     assert batch.reference.shape == (8, 3, 16, 16) and set(batch.right_vote.tolist()) <= {0.0, 1.0}
     assert set(data.test_groups["distortion"]) <= set("blur noise jpeg shift rotation zoom colour occlusion".split())
+
+
+def test_a_test_has_other_triplets_of_the_images_of_validation(photos: Path) -> None:
+    data = _data(photos, num_images=4, seed=5, eval_seed=1)
+    data.setup("fit")
+    data.setup("test")
+    val, test = data.val_sets["distortion"], data.test_sets["distortion"]
+    assert (
+        isinstance(val, PhotoTriplets) and isinstance(test, PhotoTriplets) and isinstance(data.train_set, PhotoTriplets)
+    )
+    drawn = [
+        load_image_store(photos / part, Preprocess(16), num_images=4, seed=seed).names.tolist()
+        for part, seed in (("train", 5), ("val", 1), ("val", 2))
+    ]
+    assert drawn[1] != drawn[2]  # the seed of the triplets of a test
+    assert [data.train_set.store.names.tolist(), val.store.names.tolist()] == drawn[:2]
+    assert test.store.names.tolist() == drawn[1] and val.manifest() != test.manifest()[: len(val)]
 
 
 def test_human_votes_are_mixed_in_and_scored_besides(photos: Path, material: Path) -> None:

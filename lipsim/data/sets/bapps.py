@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +17,7 @@ from lipsim.data.pack import ImagePack
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import read_array
+from lipsim.utils.files import read_array, sha256
 from lipsim.utils.paths import user_path
 
 SUBSETS = {
@@ -25,6 +26,7 @@ SUBSETS = {
 }
 _PARTS = ("ref", "p0", "p1", "judge")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm")
+_READ_THREADS = 16  # which wait for a network disk, not for a processor
 
 
 class BappsTriplets(Dataset[Triplet]):
@@ -89,8 +91,14 @@ class BappsTriplets(Dataset[Triplet]):
         return len(self.files)
 
     def manifest(self) -> list[str]:
-        """What the set consists of, a line a triplet; see :func:`lipsim.data.loading.data_fingerprint`."""
-        return [" ".join(files) for files in self.files]
+        """What the set consists of, a line a triplet; see :func:`lipsim.data.loading.data_fingerprint`.
+
+        The files of the judgements, which are of some hundred bytes, are read for it.
+        """
+        with ThreadPoolExecutor(_READ_THREADS) as threads:
+            judges = [self.root / judge for *_, judge in self.files]
+            votes = list(threads.map(lambda path: sha256(path.read_bytes()), judges))
+        return [" ".join((*files, vote)) for files, vote in zip(self.files, votes, strict=True)]
 
     def __getitem__(self, index: int) -> Triplet:
         """One triplet: images ``(3, S, S)``, scalar vote and index."""

@@ -98,6 +98,9 @@ def path_fault(text: str) -> str | None:
 def choose_columns(given: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
     """What the columns are called in a file: each by our name for it, unless told otherwise.
 
+    A column that is to stand for another of ours is not there under its own name: ``{"left": "right"}`` alone leaves
+    out "right", of which nobody has said where it is.
+
     Args:
         given: our name → name in the file.
         known: our names.
@@ -112,7 +115,8 @@ def choose_columns(given: Mapping[str, str] | None, known: Sequence[str]) -> dic
     twice = [name for name, count in Counter(given.values()).items() if count > 1]
     if twice:
         raise LipsimError(f"expected another column of the file for each of ours, got {', '.join(twice)} twice")
-    return {name: given.get(name, name) for name in known}
+    taken = set(given.values())
+    return {name: given.get(name, name) for name in known if name in given or name not in taken}
 
 
 def read_rows(file: str | Path, columns: Mapping[str, str], chosen: Mapping[str, str] | None = None) -> list[Row]:
@@ -182,10 +186,17 @@ def require_columns(file: str | Path, rows: Sequence[Row], columns: Mapping[str,
     """
     missing = [name for name in names if name not in rows[0].cells]
     if missing:
-        called = [name if columns[name] == name else f"{name} (as {columns[name]})" for name in missing]
+        called = [_called(name, columns) for name in missing]
         raise LipsimError(
             f"{file} has no column {', '.join(called)}; name the one that stands for it, as {missing[0]}=COLUMN"
         )
+
+
+def _called(name: str, columns: Mapping[str, str]) -> str:
+    """A column that is missing, by our name, and why it is where that is not plain."""
+    if name not in columns:
+        return f"{name} (the one of that name stands for another)"
+    return name if columns[name] == name else f"{name} (as {columns[name]})"
 
 
 def refuse_problems(file: str | Path, rows: Sequence[Row], images: ImageSource | None = None) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lipsim.callbacks import CertifyRadii
 from lipsim.data import collate_triplets
+from lipsim.data.loading import FINGERPRINT_SAMPLES, data_fingerprint
 from lipsim.data.sets.bapps import SUBSETS, BappsTriplets, read_judge
 from lipsim.data.transforms import Preprocess
 from lipsim.datamodules import BappsData
@@ -53,6 +54,28 @@ def test_subsets_by_name_and_selection(bapps: Path) -> None:
         "cnn": [True, False, False],
     }
     assert list(triplets.select(torch.tensor([1])).groups) == ["color"]
+
+
+def test_every_vote_is_of_the_fingerprint(tmp_path: Path) -> None:
+    folder = tmp_path / "2afc/val/cnn"
+    for number in range(40):
+        for kind in ("ref", "p0", "p1"):
+            path = folder / kind / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 9, 9)).save(path)
+        (folder / "judge").mkdir(exist_ok=True)
+        np.save(folder / "judge" / f"{number:02d}.npy", np.float32([0.2]))
+
+    def fingerprint() -> str:
+        triplets = BappsTriplets(tmp_path, "val", Preprocess(8), ["cnn"])
+        return data_fingerprint(DataLoader(triplets, 4, collate_fn=collate_triplets))
+
+    looked_at = set(torch.linspace(0, 39, FINGERPRINT_SAMPLES).long().tolist())
+    other = next(number for number in range(40) if number not in looked_at)
+    before = fingerprint()
+    assert fingerprint() == before
+    np.save(folder / "judge" / f"{other:02d}.npy", np.float32([0.9]))
+    assert fingerprint() != before
 
 
 def test_workers_read_the_same(bapps: Path) -> None:

@@ -148,9 +148,12 @@ def test_bad_requests_are_refused(folder: Path) -> None:
         ({"pivot": "a"}, "expected columns among reference, left, right, right_vote.*, got pivot"),
         ({"reference": "pivot"}, "no column pivot; it has reference, left, right, right_vote"),
         ({"left": "x", "right": "x"}, "got x twice"),
+        ({"left": "right"}, r"no column right \(the one of that name stands for another\); name .* as right=COLUMN"),
     ):
         with pytest.raises(ValueError, match=message):
             table_of(folder, good, columns=columns)
+    swapped = table_of(folder, good, columns={"left": "right", "right": "left"})
+    assert swapped.rows[0].paths == ("a.png", "c.png", "b.png")
     with pytest.raises(ValueError, match="part among all, train, val, test, got 'tset'"):
         table_of(folder, good, "tset")
     with pytest.raises(ValueError, match=r"nothing of .* is for 'train': its 1 references are divided by val"):
