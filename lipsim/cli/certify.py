@@ -28,6 +28,8 @@ EXAMPLES = (
     "lipsim certify reference.png left.png right.png --metric teacher.safetensors --smooth 0.25",
 )
 IMAGES = ("reference", "left", "right")
+# Of --smooth, where they are not given; None until then, so that an option without it is no silent one.
+SMOOTHING: dict[str, Any] = {"samples": 1000, "selection": 100, "alpha": 0.001, "seed": 0, "moving": "reference"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,21 +57,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     smoothing.add_argument(
         "--smooth", type=float, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"
     )
-    smoothing.add_argument("--samples", type=positive_int, default=1000, help="draws that certify (%(default)s)")
-    smoothing.add_argument("--selection", type=positive_int, default=100, help="draws that choose (%(default)s)")
-    smoothing.add_argument("--alpha", type=float, default=0.001, help="probability of an error (%(default)s)")
-    smoothing.add_argument("--seed", type=natural_int, default=0, help="of the noise (%(default)s)")
+    default = SMOOTHING
+    smoothing.add_argument("--samples", type=positive_int, help=f"draws that certify ({default['samples']})")
+    smoothing.add_argument("--selection", type=positive_int, help=f"draws that choose ({default['selection']})")
+    smoothing.add_argument("--alpha", type=float, help=f"probability of an error ({default['alpha']})")
+    smoothing.add_argument("--seed", type=natural_int, help=f"of the noise ({default['seed']})")
     smoothing.add_argument(
         "--moving",
-        default="reference",
         choices=("reference", "left", "right", "all"),
-        help="the image that may change (%(default)s)",
+        help=f"the image that may change ({default['moving']})",
     )
     add_output(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    given = [name for name in SMOOTHING if getattr(options, name) is not None]
+    if given and options.smooth is None:
+        raise LipsimError(f"--{given[0]} is of randomized smoothing; give the noise with --smooth SIGMA")
+    for name in SMOOTHING.keys() - set(given):
+        setattr(options, name, SMOOTHING[name])
     if len(options.images) == 1:
         return _run_table(options)
     if len(options.images) != 3:

@@ -29,7 +29,7 @@ _LARGEST_EPS = 5.0
 THRESHOLD = 0.1  # of metrics without one
 OFFLINE = {
     "GRADIO_ANALYTICS_ENABLED": "False",
-    "HF_HUBOFFLINE": "1",
+    "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 _INTRODUCTION = """# lipsim: an answer, its certificate, and an attack

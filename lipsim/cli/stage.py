@@ -99,7 +99,7 @@ class StageParser(LightningArgumentParser):
         return [*added, *_LIMITS, "logger"]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and exit with status 2."""
+        """Print what is wrong and exit with status 1, as every command does that answers no question."""
         if os.environ.get("LIPSIM_TRACEBACK") and ex is not None:
             raise ex
         if denied := denied_by_parser(message):
@@ -108,7 +108,7 @@ class StageParser(LightningArgumentParser):
         else:
             text = one_line(message) if isinstance(ex, NamedClassError) else f"{one_line(message)} (see --help)"
         print(f"error: {text}", file=sys.stderr)
-        raise SystemExit(2) from ex
+        raise SystemExit(1) from ex
 
 
 class StageCLI(LightningCLI):

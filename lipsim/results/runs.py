@@ -128,7 +128,9 @@ def find_results(path: str) -> list[tuple[str, Path]]:
         FileNotFoundError: the pattern means no folder.
     """
     name, equals, place = path.partition("=")
-    if not equals or user_path(path).exists():
+    folder = user_path(path).parent
+    # A path whose folder has the sign in its name, as those of sweeps do, is one before its file is there.
+    if not equals or user_path(path).exists() or ("=" in str(folder) and folder.is_dir()):
         name, place = "", path
     file = user_path(place) if place.endswith(".json") else user_path(place) / "results.json"
     if "*" not in place or file.exists():

@@ -62,6 +62,13 @@ def test_an_error_calls_a_file_by_its_name(tmp_path: Path) -> None:
     assert said.startswith("cannot read the image no &lt;i&gt;image.png (") and str(tmp_path) not in said
 
 
+def test_what_keeps_the_hub_away_is_what_it_reads() -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    names = [name for name in demo.OFFLINE if name.startswith("HF_")]
+    assert len(names) == 2 and all(hasattr(constants, name) for name in names)
+    assert demo.OFFLINE["HF_HUB_OFFLINE"] == "1"
+
+
 def test_a_metric_without_a_bound_has_no_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

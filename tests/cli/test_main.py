@@ -250,6 +250,18 @@ def test_smoothing_certifies_files_of_any_metric(pictures: list[Path], capsys: p
     assert "all three, each: R =" in output and "holds with probability 0.99;" in output
     assert _run("certify", "--metric", file, *pictures, "--smooth", "0") == 1
     assert "expected a finite sigma > 0" in capsys.readouterr().err
+    assert _run("certify", "--metric", file, *pictures, "--smooth", "0.2", "--samples", "20", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["n"], facts["n0"], facts["alpha"]) == (20, 100, 0.001)  # what is not given has its default
+
+
+def test_options_of_smoothing_are_not_ignored_without_it(
+    checkpoint: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"moving": "all", "alpha": "0.01", "samples": "1000", "selection": "10", "seed": "0"}
+    for name, value in options.items():
+        assert _run("certify", "--metric", checkpoint, *pictures, f"--{name}", value) == 1
+        assert f"--{name} is of randomized smoothing; give the noise with --smooth SIGMA" in capsys.readouterr().err
 
 
 def test_radii_hold_in_the_pixels_of_the_file(checkpoint: Path, pictures: list[Path]) -> None:
