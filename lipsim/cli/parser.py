@@ -27,7 +27,7 @@ def budget(text: str) -> float:
     """A number or a fraction such as 8/255."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):  # the last of 1e400
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 
@@ -173,7 +174,7 @@ def sample_triplets(
         data: one of :data:`DATA`: the first built-in test triplets, or some of the held-out triplets of Material, of
             the test split of NIGHTS, of the validation part of BAPPS or of a folder of photographs, or of the test part
             of a table.
-        count: how many.
+        count: how many; where a set on disk has fewer, all of them, and a warning says so.
         image_size: side of the images.
         resize: as in :func:`open_sets`.
         framing: as in :func:`open_sets`.
@@ -192,6 +193,13 @@ def sample_triplets(
     images: dict[str, Any] = {"image_size": image_size, "resize": resize, "framing": framing}
     found = open_sets(data, [source.held_out], root=root, **images, **options)
     triplets = found[source.held_out]
+    if data == "photos" and count > len(triplets):  # made as they are asked for; a longer set begins as a shorter one
+        triplets = open_sets(data, [source.held_out], root=root, **images, num_triplets=count)[source.held_out]
+    if count > len(triplets):
+        warn(
+            f"{data} has {len(triplets)} of the {count} samples that were asked for; all of them are taken",
+            stacklevel=2,
+        )
     rows = list(range(count))
     if source.on_disk:
         rows = torch.randperm(len(triplets), generator=torch.Generator().manual_seed(seed))[:count].tolist()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lipsim.data.sets.material import ANSWERS
+from lipsim.certificates.numbers import check_count
+from lipsim.data.sets.material import ANSWERS, NUM_IMAGES
 from lipsim.datamodules.base import TripletData, as_fetched
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 
 
@@ -25,6 +27,9 @@ class MaterialData(TripletData):
             pass them over.
         seed: of the split and of the sides.
         resize: "float" or "pil", as in :class:`TripletData`.
+
+    Raises:
+        ValueError: impossible counts.
     """
 
     def __init__(
@@ -39,6 +44,9 @@ class MaterialData(TripletData):
         resize: str | None = None,
     ) -> None:
         super().__init__(batch_size, image_size=image_size, resize=resize)
+        check_count("val_triplets", val_triplets)
+        if check_count("held_out_materials", held_out_materials, least=0) > NUM_IMAGES:
+            raise LipsimError(f"expected at most {NUM_IMAGES} held_out_materials, got {held_out_materials}")
         self.root, self.seed = user_path(root), seed
         self.val_triplets, self.held_out_materials, self.ties = val_triplets, held_out_materials, ties
         self.collate = as_fetched

@@ -37,9 +37,10 @@ def retrieval_tables(runs: Sequence[Run]) -> dict[str, list[ScoreTable]]:
                 eps_label(e) for e in sorted({e for run, _ in sets if run.retrieval for e in run.retrieval["eps"]})
             )
         )
-        first = sets[0][1]
-        title = f"{name}: %, {first['num_queries']} queries, gallery of {first['num_gallery']} images in "
-        title += f"{first['num_classes']} classes"
+        queries = _span(found["num_queries"] for _, found in sets)
+        gallery = _span(found["num_gallery"] for _, found in sets)
+        title = f"{name}: %, {queries} queries, gallery of {gallery} images in "
+        title += f"{_span(found['num_classes'] for _, found in sets)} classes"
         note = seeds_note(groups)
         certified: list[Row] = [_row(key, found, [s["certified"] for s in found], eps) for key, found in groups.items()]
         tables[name] = [ScoreTable(f"{title}, certified at ℓ2 budgets ε{note}", "Certified score", eps, certified)]
@@ -71,6 +72,12 @@ def _row(
         "natural": percent_cell(score["natural"] for score in found),
         **percent_cells([dict(score) for score in scores], eps),
     }
+
+
+def _span(counts: Iterable[int]) -> str:
+    """A count that all runs have, or the least and the most."""
+    found = sorted(set(counts))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _scores(found: RetrievalSet) -> Iterable[tuple[str, RetrievalScores]]:

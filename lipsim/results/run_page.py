@@ -284,4 +284,5 @@ def _warnings(folder: Path, status: Status | None, rows: Sequence[LogRow]) -> li
 
 def _num_skipped(file: Path) -> int:
     with open(file, encoding="utf-8", errors="replace", newline="") as lines:
-        return sum(1 for _ in csv.reader(readable(lines))) - 1  # its header
+        # Without its header, of which a process that was killed may have written nothing.
+        return max(0, sum(1 for _ in csv.reader(readable(lines))) - 1)

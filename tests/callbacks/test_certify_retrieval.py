@@ -23,7 +23,7 @@ from lipsim.callbacks import CertifyRadii, CertifyRetrieval
 from lipsim.data.loading import data_fingerprint
 from lipsim.datamodules import BuiltinData, LabelledFolderData
 from lipsim.metric import PerceptualMetric, save
-from lipsim.results import read_results
+from lipsim.results import read_results, update_results
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs
 from lipsim.students import OrthogonalProjection
@@ -177,6 +177,11 @@ def test_reports_show_searches(metric: PerceptualMetric, folder: Path, tmp_path:
     assert "gallery of 36 images in 3 classes" in (tmp_path / "report" / "report.md").read_text()
     assert "recall@3, certified" in (tmp_path / "report" / "report.csv").read_text()
     assert "recall@1" in (tmp_path / "report" / "report.html").read_text()
+    section = read_results(tmp_path / "two" / "results.json")["retrieval"]
+    section["sets"]["search"] |= {"num_queries": 9, "num_gallery": 40}
+    update_results(tmp_path / "two" / "results.json", {"retrieval": section})
+    (table,) = write_report(load_runs([str(tmp_path / "one"), str(tmp_path / "two")]), tmp_path / "others")
+    assert table.title.startswith("search: %, 9 to 12 queries, gallery of 36 to 40 images in 3 classes, certified")
 
 
 def test_objectives_are_positive_where_a_query_is_broken(metric: PerceptualMetric) -> None:

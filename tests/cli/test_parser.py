@@ -35,6 +35,7 @@ def test_files_with_and_without_names(tmp_path: Path) -> None:
         (positive_int, "1.5", "an integer of at least 1, got '1.5'"),
         (natural_int, "-1", "an integer of at least 0, got '-1'"),
         (budget, "1/0", "a number or a fraction such as 8/255"),
+        (budget, "1e400", "a number or a fraction such as 8/255, got '1e400'"),
         (metric_file, "a.pth", "ending in .safetensors, got 'a.pth'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_samples_depend_on_seed_and_resize(data: str, request: pytest.FixtureReq
     assert torch.equal(pil.index, first.index) and (first.reference - pil.reference).abs().max() > 1e-4
     with pytest.raises(ValueError, match="pass it as --root"):
         sample_triplets(data, 3, 16, resize="float")
+
+
+def test_fewer_samples_than_asked_are_said(bapps: Path, photos: Path) -> None:
+    with pytest.warns(UserWarning, match="bapps has 36 of the 50 samples that were asked for"):
+        found = sample_triplets("bapps", 50, 16, resize="float", root=bapps)
+    assert sorted(found.index.tolist()) == list(range(36))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = sample_triplets("photos", 2001, 4, resize="float", root=photos)
+    assert sorted(made.index.tolist()) == list(range(2001))
 
 
 def test_samples_of_the_builtin_set_are_its_beginning() -> None:

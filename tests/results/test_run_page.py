@@ -15,6 +15,7 @@ from lipsim.cli.main import main
 from lipsim.results import update_results
 from lipsim.results.charts import chart, thinned, ticks
 from lipsim.results.run_page import Status, is_training, read_status, write_run_page, write_status, write_training_pages
+from lipsim.results.runs import find_results
 from lipsim.utils.errors import LipsimError
 
 RUNNING: Status = {
@@ -183,6 +184,29 @@ def test_report_shows_it_on_demand(
     (page,), compared = write_training_pages([str(run), "nowhere"], Path("both"))
     assert compared == [str(run), "nowhere"] and not Path("both/training-nowhere.html").exists()
     assert "natural and certified at ℓ2 budgets ε" in page.read_text()
+
+
+def test_an_empty_list_of_what_was_skipped_has_no_samples(run: Path) -> None:
+    (run / "skipped.csv").touch()
+    assert "samples could not be read" not in _page(run).text
+    (run / "skipped-1.csv").write_text("epoch,step,sample,reason\n1,2,3,bad\n")
+    assert "1 samples could not be read" in _page(run).text
+
+
+def test_an_unfinished_folder_may_have_an_equals_sign_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/lr=0.1").mkdir(parents=True)
+    update_results(Path("runs/lr=0.2/results.json"), {"certified": certified_section({"a": [0.5]}, [1.0])})
+    assert find_results("runs/lr=0.1/results.json") == [("lr=0.1", Path("runs/lr=0.1/results.json"))]
+    assert find_results("m=runs/lr=0.1/results.json") == [("m", Path("runs/lr=0.1/results.json"))]
+    for pattern, name in (("runs/*", "lr=0.2"), ("m=runs/*", "m")):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", pattern])
+        said = capsys.readouterr()
+        assert stop.value.code == 0 and "without a results.json so far" in said.err and "lr=0.1" in said.err
+        assert f"| {name} | 90.0 | 50.0 |" in Path("report/report.md").read_text()
 
 
 def test_ticks_are_round_and_span_the_values() -> None:

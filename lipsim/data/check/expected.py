@@ -38,7 +38,7 @@ class Problem:
 
     Attributes:
         path: of the file, relative to the folder; of a table, with the line.
-        kind: "missing", "empty", "truncated", "unreadable", "table" or "count".
+        kind: "missing", "empty", "truncated", "unreadable", "twice", "table" or "count".
         reason: in words.
     """
 
@@ -146,9 +146,10 @@ def _bapps(root: Path) -> Expected:
     counts, problems, files = [], [], []
     for part, subsets in PUBLISHED_BAPPS.items():
         for subset, published in subsets.items():
-            whole, missing = bapps.scan_subset(root, part, subset)
+            whole, missing, twice = bapps.scan_subset(root, part, subset)
             files += [file for triplet in whole for file in triplet]
             problems += [Problem(path, "missing", "no such file or folder") for path in missing]
+            problems += [Problem(path, "twice", "two files of one name") for path in twice]
             counts.append(Count(f"{part}/{subset}", len(whole), published, rounded_to=100))
     return Expected(root, _sorted(files), tuple(counts), tuple(problems))
 

@@ -117,7 +117,7 @@ def check_data(
                 if reason is None:
                     kept.add(name, tuple(states[i].tolist()))
                 else:
-                    problems.append(Problem(name, _kind_of(reason, states[i, 0]), reason))
+                    problems.append(Problem(name, _kind_of(reason.replace(name, ""), states[i, 0]), reason))
             kept.flush()
             if advance is not None:
                 advance(len(batch))
@@ -264,6 +264,7 @@ def _read(folder: Path, names: np.ndarray, todo: list[int], num_workers: int) ->
 
 
 def _kind_of(reason: str, size: int) -> str:
+    """Of a problem, by what a decoder says without the name of the file, which may be any word."""
     if size == 0:
         return "empty"
     return "truncated" if "truncated" in reason else "unreadable"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,7 +51,7 @@ class BappsTriplets(Dataset[Triplet]):
 
     Raises:
         FileNotFoundError: a subset or one of its files is missing; the message says where to get them.
-        ValueError: an unknown part, or no subset.
+        ValueError: an unknown part, no subset, or an image of two files.
     """
 
     def __init__(
@@ -125,16 +126,17 @@ def read_judge(path: str | Path) -> float:
     return vote
 
 
-def scan_subset(root: Path, part: str, subset: str) -> tuple[list[tuple[str, ...]], list[str]]:
-    """What is there of a subset, and what is not.
+def scan_subset(root: Path, part: str, subset: str) -> tuple[list[tuple[str, ...]], list[str], list[str]]:
+    """What is there of a subset, what is not, and what is there twice.
 
     Returns:
-        Files of each whole triplet by sorted name (reference, p0, p1, judgement), and the files and folders that are
-        missing; all relative to ``root``, files without their ending.
+        Files of each whole triplet by sorted name (reference, p0, p1, judgement); the files and folders that are
+        missing, and the files beside which there is another of another ending; all relative to ``root``, the last two
+        without their ending.
     """
     folder = f"2afc/{part}/{subset}"
     stems: dict[str, dict[str, str]] = {}
-    missing = []
+    missing, twice = [], []
     for kind in _PARTS:
         endings = (".npy",) if kind == "judge" else _IMAGES
         path = root / folder / kind
@@ -142,16 +144,20 @@ def scan_subset(root: Path, part: str, subset: str) -> tuple[list[tuple[str, ...
             missing.append(f"{folder}/{kind}/")
             continue
         files = (entry for entry in path.iterdir() if entry.suffix.lower() in endings and entry.name[0] != ".")
-        stems[kind] = {entry.stem: f"{folder}/{kind}/{entry.name}" for entry in files}
+        named = [(entry.stem, f"{folder}/{kind}/{entry.name}") for entry in files]
+        stems[kind] = dict(named)
+        twice += sorted(f"{folder}/{kind}/{stem}" for stem, count in Counter(s for s, _ in named).items() if count > 1)
     names = sorted(set().union(*stems.values()))
     missing += [f"{folder}/{kind}/{name}" for name in names for kind in stems if name not in stems[kind]]
     whole = [name for name in names if all(name in stems.get(kind, {}) for kind in _PARTS)]
-    return [tuple(stems[kind][name] for kind in _PARTS) for name in whole], missing
+    return [tuple(stems[kind][name] for kind in _PARTS) for name in whole], missing, twice
 
 
 def _list_subset(root: Path, part: str, subset: str) -> list[tuple[str, ...]]:
     """Files of each triplet of a subset, by sorted name: reference, p0, p1, judgement."""
-    triplets, missing = scan_subset(root, part, subset)
+    triplets, missing, twice = scan_subset(root, part, subset)
+    if twice:  # which of them was judged is not known
+        raise LipsimError(f"{len(twice)} images of BAPPS have two files, such as {twice[0]}; keep the published ones")
     absent = [path for path in missing if path.endswith("/")]
     if absent:
         raise FileNotFoundError(_missing(root, f"the folder {absent[0].removesuffix('/')} is"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lipsim.certificates.numbers import check_count
 from lipsim.data.transforms import Preprocess, load_images
 from lipsim.data.triplet import SharedTriplet
 from lipsim.utils.errors import LipsimError
@@ -151,8 +152,11 @@ def split_material(
     """Hold out materials first, then triplets among those that are left; the same for a given seed.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        ValueError: impossible counts, or nothing would be left to train on.
     """
+    check_count("num_triplets", num_triplets, least=0)
+    if check_count("num_materials", num_materials, least=0) > NUM_IMAGES:
+        raise LipsimError(f"expected at most {NUM_IMAGES} materials to hold out, got num_materials = {num_materials}")
     rng = np.random.default_rng(seed)
     held_out = sorted(rng.choice(NUM_IMAGES, size=num_materials, replace=False).tolist())
     unseen = torch.isin(answers.ids, torch.tensor(held_out, dtype=torch.int64))

@@ -77,7 +77,8 @@ class TableTriplets(Dataset[Triplet]):
 
     Raises:
         FileNotFoundError: no such file, or images that it names are missing; the message has the lines.
-        ValueError: no such table, rows with anything wrong in them (each is told with its line), or an empty part.
+        ValueError: no such table, rows with anything wrong in them (each is told with its line), shares above 1 together
+            (but for a ``test_fraction`` of 1), or an empty part.
     """
 
     def __init__(
@@ -100,6 +101,11 @@ class TableTriplets(Dataset[Triplet]):
             check_number("val_fraction", val_fraction, most=1),
             check_number("test_fraction", test_fraction, most=1),
         )
+        if sum(self._fractions) > 1 + 1e-9 and test_fraction < 1:  # 1: all of them, whatever was for validation
+            raise LipsimError(
+                f"expected val_fraction and test_fraction of at most 1 together, got {val_fraction:g} and "
+                f"{test_fraction:g}"
+            )
         # Of the whole table, so that a part of a part is no other division.
         self._split_of = {} if self.rows[0].split else self._divided(seed)
         if part != "all":

@@ -50,6 +50,12 @@ def test_everything_that_is_wrong_with_a_folder_at_once_and_again(photos: Path) 
     assert not FolderImages(photos / "train", 8).skipped and ".lipsim" not in check_data(photos).passed_over
 
 
+def test_what_is_truncated_is_not_told_by_the_name(photos: Path) -> None:
+    folder = photos / "val/class2"
+    (folder / "0.png").rename(folder / "truncated.png").write_text("no image")
+    assert found(check_data(photos, num_workers=0)) == {"val/class2/truncated.png": "unreadable"}
+
+
 def test_a_stopped_check_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lipsim.data.check import files
 

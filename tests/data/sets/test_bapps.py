@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lipsim.callbacks import CertifyRadii
 from lipsim.data import collate_triplets
+from lipsim.data.check import check_data
 from lipsim.data.loading import FINGERPRINT_SAMPLES, data_fingerprint
 from lipsim.data.sets.bapps import SUBSETS, BappsTriplets, read_judge
 from lipsim.data.transforms import Preprocess
@@ -54,6 +55,14 @@ def test_subsets_by_name_and_selection(bapps: Path) -> None:
         "cnn": [True, False, False],
     }
     assert list(triplets.select(torch.tensor([1])).groups) == ["color"]
+
+
+def test_an_image_of_two_files_is_refused(bapps: Path) -> None:
+    Image.new("RGB", (8, 8)).save(bapps / "2afc/val/cnn/ref/000003.jpg")
+    with pytest.raises(ValueError, match=r"1 images of BAPPS have two files, such as 2afc/val/cnn/ref/000003; keep"):
+        BappsTriplets(bapps, "val", Preprocess(8))
+    found = [problem for problem in check_data(bapps, num_workers=0).problems if problem.kind == "twice"]
+    assert [problem.path for problem in found] == ["2afc/val/cnn/ref/000003"]
 
 
 def test_every_vote_is_of_the_fingerprint(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from lipsim.data.sets.material import (
     split_material,
 )
 from lipsim.data.transforms import Preprocess
+from lipsim.datamodules import MaterialData
+from lipsim.utils.errors import LipsimError
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "material-appearance-similarity"
 
@@ -84,6 +86,20 @@ def test_validation_sets_are_never_trained_on(folder: Path) -> None:
     assert split_material(load_material_answers(folder), num_triplets=200).held_out == split.held_out
     with pytest.raises(ValueError, match="nothing to train on"):
         split_material(load_material_answers(folder), num_triplets=2700)
+    for counts, message in (
+        ({"num_triplets": -5}, "whole number num_triplets ≥ 0, got -5"),
+        ({"num_materials": -1}, "whole number num_materials ≥ 0, got -1"),
+        ({"num_materials": 120}, "at most 100 materials to hold out, got num_materials = 120"),
+    ):
+        with pytest.raises(LipsimError, match=message):
+            split_material(load_material_answers(folder), **counts)
+    for counts, message in (
+        ({"val_triplets": -5}, "whole number val_triplets ≥ 1, got -5"),
+        ({"held_out_materials": -1}, "whole number held_out_materials ≥ 0, got -1"),
+        ({"held_out_materials": 120}, "at most 100 held_out_materials, got 120"),
+    ):
+        with pytest.raises(LipsimError, match=message):
+            MaterialData(folder, 8, **counts)  # type: ignore[arg-type]
 
 
 def test_a_batch_holds_each_image_once() -> None:

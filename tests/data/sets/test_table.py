@@ -163,6 +163,9 @@ def test_bad_requests_are_refused(folder: Path) -> None:
         table_of(folder, HEADER.replace("\n", ",split\n") + rows, "val")
     with pytest.raises(ValueError, match=r"test_fraction ≥ 0 and at most 1, got 1\.5"):
         table_of(folder, good, test_fraction=1.5)
+    with pytest.raises(ValueError, match=r"of at most 1 together, got 0\.6 and 0\.5"):
+        table_of(folder, good, val_fraction=0.6, test_fraction=0.5)
+    assert len(table_of(folder, good, "test", test_fraction=1)) == 1  # with the default val_fraction
 
 
 def test_no_reference_is_in_two_parts(folder: Path) -> None:
