@@ -77,8 +77,8 @@ class TableTriplets(Dataset[Triplet]):
 
     Raises:
         FileNotFoundError: no such file, or images that it names are missing; the message has the lines.
-        ValueError: no such table, rows with anything wrong in them (each is told with its line), shares above 1 together
-            (but for a ``test_fraction`` of 1), or an empty part.
+        ValueError: no such table, rows with anything wrong in them (each is told with its line), shares above 1
+            together (but for a ``test_fraction`` of 1), or an empty part.
     """
 
     def __init__(
