@@ -104,7 +104,7 @@ def load_model(
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
         if slash and library == "torchvision":
-            model = _torchvision(name, rest, image_size, num_classes)
+            model = _torchvision(name, rest, image_size, num_classes, trained=weights is not None)
         elif slash and library == "timm":
             model = _timm(name, rest, image_size, num_classes)
         elif name.startswith("efficientnet-"):
@@ -129,7 +129,7 @@ def load_model(
     return model
 
 
-def _torchvision(name: str, network: str, image_size: int | None, num_classes: int | None) -> Model:
+def _torchvision(name: str, network: str, image_size: int | None, num_classes: int | None, *, trained: bool) -> Model:
     from torchvision import models  # seconds to import
 
     if network not in models.list_models():
@@ -143,6 +143,7 @@ def _torchvision(name: str, network: str, image_size: int | None, num_classes: i
         options["weights_backbone"] = None
     if network in ("inception_v3", "googlenet"):
         options["init_weights"] = False  # a truncated normal by scipy, minutes
+        options["transform_input"] = trained  # as torchvision has it wherever there are weights, which are of it
     if network.startswith("vit_") and image_size is not None:
         options["image_size"] = image_size
     built = models.get_model(network, **options)

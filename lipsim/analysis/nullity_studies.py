@@ -202,7 +202,7 @@ def rank_correlation(
         raise LipsimError(f"expected at least {_FEWEST} networks to rank, got {len(values)} and {len(ease)} values")
     ranks = [stats.rankdata(side) - (len(ease) + 1) / 2 for side in (values, ease)]
     scale = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
-    if scale == 0:
+    if not scale > 0:  # all alike, or one is NaN
         return Correlation(measure, len(ease), math.nan, math.nan)
 
     def rho(order: Any, axis: int) -> Any:

@@ -328,7 +328,7 @@ def traverse(
         tell("the second target")
         third, corners = walk(second, seed + 1)[0][-1], ("source", "outcome", "second outcome")
     tell("the straight line and the triangle")
-    places = torch.linspace(0, 1, _LINE, dtype=source.dtype).view(-1, 1, 1, 1)
+    places = torch.linspace(0, 1, _LINE, dtype=source.dtype, device=source.device).view(-1, 1, 1, 1)
     line = level.values(torch.lerp(source, outcome, places))
     triangle = torch.stack([source, outcome, third])
     weights = barycentric_grid(10)[0].to(source) / 10

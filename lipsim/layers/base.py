@@ -92,6 +92,8 @@ class FoldedLayer(LipschitzLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         folded = self._folded if self._fold_is_valid() else ()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._pinned is not None:
+            self._pinned = tuple(fn(weight) for weight in self._pinned)
         if folded and not _HALVES & {weight.dtype for weight in folded}:
             rounded = tuple(fn(weight) for weight in folded)
             if _HALVES & {weight.dtype for weight in rounded}:

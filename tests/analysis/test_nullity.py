@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +77,16 @@ def test_a_network_without_operators_is_refused() -> None:
         layer.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         nullity(layer)
+
+
+def test_trained_networks_of_torchvision_normalise_as_they_were_trained(tmp_path: Path) -> None:
+    """Its GoogLeNet and Inception take [−1, 1], and turn ImageNet's statistics into it wherever there are weights."""
+    untrained = load_model("torchvision/googlenet")
+    torch.save(untrained.network.state_dict(), tmp_path / "googlenet.pt")
+    trained = load_model("torchvision/googlenet", weights=tmp_path / "googlenet.pt")
+    seen: list[torch.Tensor] = []
+    hook = trained.network.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    trained.module(x)
+    hook.remove()
+    torch.testing.assert_close(seen[0], 2 * x - 1, rtol=1e-5, atol=1e-5)

@@ -87,3 +87,5 @@ def test_constant_measures_have_no_correlation_and_ties_share_a_rank() -> None:
     assert all(math.isnan(each.rho) for each in attack_correlation([(network(str(k), 3), k) for k in range(5)]))
     # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5/√(4.5 · 5).
     assert rank_correlation("ties", [1, 5, 5, 7], [1, 2, 3, 4]).rho == pytest.approx(4.5 / 22.5**0.5)
+    unknown = rank_correlation("unknown", [1, 2, math.nan, 4, 5], [1, 2, 3, 4, 5])
+    assert math.isnan(unknown.rho) and math.isnan(unknown.p)

@@ -66,6 +66,12 @@ def test_an_exact_copy_keeps_the_weights_that_float32_derives() -> None:
     assert next(layer.parameters()).dtype == torch.float32 and not any(p.requires_grad for p in copy.parameters())
 
 
+def test_an_exact_copy_changes_its_precision_as_a_whole() -> None:
+    torch.manual_seed(0)
+    layer, x = OrthogonalLinear(6, 4).eval(), torch.rand(3, 6)
+    torch.testing.assert_close(exact_copy(layer).float()(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
 def test_an_exact_copy_can_be_copied() -> None:
     """Layers of other packages, whose copies have no source to derive weights from."""
     layer = nn.Sequential(SpectralConv2d(3, 4), nn.Flatten(), SpectralLinear(16, 5)).eval()
