@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from lipsim.attacks.adversary import Adversary, as_attacked
 from lipsim.attacks.apgd import apgd
 from lipsim.attacks.objectives import ClassificationObjective, logits_of
 from lipsim.attacks.projections import Norm
+from lipsim.layers.base import evaluation_mode
 from lipsim.utils.errors import LipsimError
 
 
@@ -71,12 +71,19 @@ def train_classifier(
     optimizer = torch.optim.SGD(
         weights, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
-    steps = recipe.epochs * math.ceil(len(images) / recipe.batch_size)
+    _check_labels(network, images, labels)
+    sizes = [recipe.batch_size] * (len(images) // recipe.batch_size)
+    if rest := len(images) % recipe.batch_size:
+        if rest == 1 and sizes:  # of which batch norm makes nothing
+            sizes[-1] += rest
+        else:
+            sizes.append(rest)
+    steps = recipe.epochs * len(sizes)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _triangle(step, steps))
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(images), generator=generator)
-        for number, rows in enumerate(order.split(recipe.batch_size)):
+        for number, rows in enumerate(order.split(sizes)):
             x = _moved(images[rows].float() / 255, recipe.shift, generator).to(device)
             y = labels[rows].to(device)
             if recipe.adversary is not None:
@@ -94,6 +101,19 @@ def train_classifier(
                 f"loss {float(loss.detach()):.2f}"
             )
     return network.requires_grad_(False).eval()
+
+
+def _check_labels(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Refuse labels that are no classes of a network.
+
+    Raises:
+        ValueError: one is negative, or not below the number of its logits.
+    """
+    with torch.no_grad(), evaluation_mode(network):
+        classes = logits_of(network, (images[:1].float() / 255).to(next(network.parameters()).device)).shape[1]
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise LipsimError(f"expected labels from 0 to {classes - 1}, the classes of the network, got {low} to {high}")
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:

@@ -7,7 +7,8 @@ and that nothing exceeds its bound.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def jacobian_norm(
     Returns:
         ``(N,)`` norms and ``(N, …)`` directions of length 1.
     """
+    function = _on_copies(function)
     _, pull_back = torch.func.vjp(function, x)  # type: ignore[misc]
     direction = _unit(sample_normal(x, seed=seed, index=index))
     for _ in range(iterations):
@@ -51,18 +53,18 @@ def layer_norms(encoder: nn.Module, images: Tensor, names: list[str], iterations
         names: paths of modules, as in a :class:`lipsim.audit.LipschitzReport`.
         iterations: of the power iteration.
     """
-    exact = exact_copy(encoder)
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, arguments: inputs.__setitem__(name, arguments[0].detach())
+        return lambda _, arguments: inputs.__setitem__(name, arguments[0].detach().clone())
 
-    hooks = [exact.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    with torch.no_grad(), full_precision():
-        exact(images.double())
-    for hook in hooks:
-        hook.remove()
-    with full_precision():
+    with _differentiating():
+        exact = exact_copy(encoder)
+        hooks = [exact.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+        with torch.no_grad():
+            exact(images.double().clone())
+        for hook in hooks:
+            hook.remove()
         return {
             name: float(jacobian_norm(exact.get_submodule(name), x, iterations)[0].max()) for name, x in inputs.items()
         }
@@ -79,9 +81,9 @@ def attack_lipschitz(encoder: nn.Module, images: Tensor, steps: int = 50, step_s
         steps: of the ascent.
         step_size: length of a step of each point, relative to the distance of the pair at the start, 1.
     """
-    exact = exact_copy(encoder)
-    with full_precision():
-        x = images.double()
+    with _differentiating():
+        exact = _on_copies(exact_copy(encoder))
+        x = images.double().clone()
         norms, direction = jacobian_norm(exact, x)
         best = norms.max()
         y = x + direction
@@ -93,6 +95,18 @@ def attack_lipschitz(encoder: nn.Module, images: Tensor, steps: int = 50, step_s
             gradients = torch.autograd.grad(growth.sum(), (x, y))
             x, y = (point + step_size * _unit(gradient) for point, gradient in zip((x, y), gradients, strict=True))
         return float(best)
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    """Full precision, and gradients whatever the caller does without."""
+    with torch.inference_mode(False), torch.enable_grad(), full_precision():
+        yield
+
+
+def _on_copies(function: Function) -> Function:
+    """A function that leaves its argument as it was: layers may work in place."""
+    return lambda x: function(x.clone())
 
 
 def _push_forward(function: Function, x: Tensor, direction: Tensor) -> Tensor:

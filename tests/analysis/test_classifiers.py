@@ -54,3 +54,14 @@ def test_bad_input_is_named(two_greys: tuple[Tensor, Tensor]) -> None:
         train_classifier(linear(), images.float(), labels)
     with pytest.raises(ValueError, match="take a lower rate"):
         train_classifier(linear(), images, labels, Recipe(lr=1e30))
+    for bad in (7, -1, -100):
+        with pytest.raises(ValueError, match="expected labels from 0 to 1, the classes of the network"):
+            train_classifier(linear(), images, labels.where(labels != 1, bad))
+
+
+def test_a_last_batch_of_one_image_joins_the_one_before(two_greys: tuple[Tensor, Tensor]) -> None:
+    images, labels = (part[:9] for part in two_greys)
+    said: list[str] = []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 2), nn.BatchNorm1d(2))
+    train_classifier(network, images, labels, Recipe(epochs=1, batch_size=4), say=said.append)
+    assert len(said) == 2

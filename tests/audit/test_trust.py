@@ -475,9 +475,12 @@ def _parametrized(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_the_audit_runs_under_any_mode_and_leaves_no_trace(grad: Any) -> None:
     network = nn.Sequential(nn.Flatten(), OrthogonalLinear(48, 8), nn.ReLU(inplace=True), SLLLinear(8, 5), Times(1.0))
+    images = torch.rand(2, 3, 4, 4)
     state, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
     with grad():
         total = audit.lipschitz_bound(network, 4).total
+        verdict = audit.check(network, images, steps=5)
+    assert not verdict.failures and 0 < verdict.lower_bound <= total
     assert total == audit.lipschitz_bound(network, 4).total
     assert torch.equal(torch.get_rng_state(), generator) and network.training
     assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
