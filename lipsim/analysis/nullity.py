@@ -6,6 +6,7 @@ lose is the kernel of the operator (:mod:`lipsim.analysis.operator_kernels`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -128,6 +129,10 @@ def rank(matrix: Tensor) -> int:
     matrix = matrix.detach().double()
     if not torch.isfinite(matrix).all():
         raise LipsimError("a weight is NaN or infinite, and has no rank")
+    largest = float(matrix.abs().amax()) if matrix.numel() else 0.0
+    if not largest:
+        return 0
+    matrix = torch.ldexp(matrix, torch.tensor(-math.frexp(largest)[1]))  # squares may neither overflow nor vanish
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     eigenvalues = torch.linalg.eigvalsh(gram)
     threshold = (max(matrix.shape) * _EPS) ** 2 * float(eigenvalues[-1])

@@ -41,13 +41,16 @@ class _ExplicitWeight(FoldedLayer):
     def _derive_for_good(self) -> tuple[Tensor, ...]:
         # In training mode: sources that iterate there alone would serve the weight of the step before the last. What
         # they iterate on is put back, so that folding again gives the same.
-        state = {name: tensor.clone() for name, tensor in self._tensors()}
-        self.source.train()
-        weights = tuple(weight.clone() for weight in self.derive())
-        self.source.eval()
-        for name, tensor in self._tensors():
-            tensor.data.copy_(state[name])  # the same values as before, so no version to count
-        return weights
+        # What was made in inference mode can be written to in there alone; the fold is of ordinary tensors.
+        written_in = any(tensor.is_inference() for _, tensor in self._tensors())
+        with torch.inference_mode(written_in):
+            state = {name: tensor.clone() for name, tensor in self._tensors()}
+            self.source.train()
+            weights = tuple(weight.clone() for weight in self.derive())
+            self.source.eval()
+            for name, tensor in self._tensors():
+                tensor.data.copy_(state[name])  # the same values as before, so no version to count
+        return tuple(weight.clone() for weight in weights) if written_in else weights
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.source.named_parameters()

@@ -32,6 +32,8 @@ def test_rank_has_the_published_tolerance() -> None:
     values = torch.logspace(0, -9, 20, dtype=torch.float64)
     threshold = 30 * torch.finfo(torch.float32).eps
     assert rank(u * values @ v) == rank((u * values @ v).T) == int((values > threshold).sum())
+    for scale in (1e200, 1e-200, 1e300):
+        assert rank(scale * (u * values @ v)) == int((values > threshold).sum())
     assert rank(torch.zeros(3, 4)) == 0
 
 

@@ -106,6 +106,18 @@ def test_students_survive_a_file(name: str, tmp_path: Path) -> None:
     assert loaded.lipschitz == pytest.approx(metric.lipschitz, abs=1e-6)
 
 
+def test_a_student_made_in_inference_mode_is_one_elsewhere() -> None:
+    for make in STUDENTS.values():
+        torch.manual_seed(0)
+        expected = make(16, 8).eval()
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            student = freeze(make(16, 8))
+        x = torch.rand(2, 3, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(student(x), expected(x))
+
+
 def test_spectral_layers_survive_steps_that_outrun_their_power_iteration() -> None:
     """A step of Adam moves the head by up to rate · √(rows · columns), and Björck converges for σ < √3 alone.
 
