@@ -6,7 +6,6 @@ lose is the kernel of the operator (:mod:`lipsim.analysis.operator_kernels`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.explicit import FoldedResidualConv2d, FoldedResidualLinear
+from lipsim.layers.norms import scaled
 from lipsim.utils.errors import LipsimError
 
 _EPS = torch.finfo(torch.float32).eps  # of the dtype that the published table was computed in
@@ -129,10 +129,9 @@ def rank(matrix: Tensor) -> int:
     matrix = matrix.detach().double()
     if not torch.isfinite(matrix).all():
         raise LipsimError("a weight is NaN or infinite, and has no rank")
-    largest = float(matrix.abs().amax()) if matrix.numel() else 0.0
-    if not largest:
+    matrix, scale = scaled(matrix)  # squares may neither overflow nor vanish
+    if not scale:
         return 0
-    matrix = torch.ldexp(matrix, torch.tensor(-math.frexp(largest)[1]))  # squares may neither overflow nor vanish
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     eigenvalues = torch.linalg.eigvalsh(gram)
     threshold = (max(matrix.shape) * _EPS) ** 2 * float(eigenvalues[-1])

@@ -193,8 +193,10 @@ def _pads(layer: nn.Conv2d, padded: Tensor, ones: Tensor) -> tuple[tuple[int, ..
     if layer.padding_mode != "zeros":
         pads = tuple(layer._reversed_padding_repeated_twice)
         return (pads, layer.padding_mode) if padded.shape == F.pad(ones, pads).shape else None
+    if padded.ndim != 4 or padded.shape[:2] != ones.shape[:2]:
+        return None
     lines = [(padded != 0).amax((0, 1, 3 - axis)).nonzero().flatten() for axis in (1, 0)]
-    if padded.ndim != 4 or padded.shape[:2] != ones.shape[:2] or any(not len(line) for line in lines):
+    if any(not len(line) for line in lines):
         return None
     pads = tuple(
         int(pad)

@@ -24,7 +24,7 @@ def matrix_norm_bound(weight: Tensor) -> float:
     weight = weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64)
     if not torch.isfinite(weight).all():
         return math.inf
-    weight, scale = _scaled(weight)
+    weight, scale = scaled(weight)
     if not scale:
         return 0.0
     rows, columns = weight.shape[-2:]
@@ -59,7 +59,7 @@ def conv_norm_bound(
     kernel = kernel.detach().double()
     if not torch.isfinite(kernel).all():
         return math.inf
-    kernel, scale = _scaled(kernel)
+    kernel, scale = scaled(kernel)
     if not scale:
         return 0.0
     bound = max(
@@ -191,7 +191,7 @@ def _plane_norm_bound(kernel: Tensor, num_frequencies: int | None) -> float:
     return math.sqrt(max(square, 0.0)) * (1 + 4 * _UNIT)
 
 
-def _scaled(weight: Tensor) -> tuple[Tensor, float]:
+def scaled(weight: Tensor) -> tuple[Tensor, float]:
     """The weight over a power of two that brings its largest entry into [1, 2), and this power; 0 where all vanish."""
     parts = torch.view_as_real(weight) if weight.is_complex() else weight
     largest = float(parts.abs().max()) if weight.numel() else 0.0
