@@ -254,7 +254,7 @@ def transfer_correlation(found: Sequence[Susceptibility]) -> list[RankCorrelatio
     correlations = []
     for name in found[0].learned:
         learned = [point.learned[name] for point in found]
-        if len(set(transfer)) == 1 or len(set(learned)) == 1 or any(map(math.isnan, transfer)):
+        if len(set(transfer)) == 1 or len(set(learned)) == 1 or any(map(math.isnan, transfer + learned)):
             correlations.append(RankCorrelation(name, len(found), math.nan, math.nan))
             continue
         test = stats.permutation_test(

@@ -35,13 +35,11 @@ def jacobian_norm(
     Returns:
         ``(N,)`` norms and ``(N, …)`` directions of length 1.
     """
-    function = _on_copies(function)
-    _, pull_back = torch.func.vjp(function, x)  # type: ignore[misc]
-    direction = _unit(sample_normal(x, seed=seed, index=index))
-    for _ in range(iterations):
-        direction = _unit(pull_back(_push_forward(function, x, direction))[0])
-    image = _push_forward(function, x, direction)
-    return image.flatten(1).norm(dim=1).detach(), direction.detach()
+    function, start = _on_copies(function), _unit(sample_normal(x, seed=seed, index=index))
+    try:
+        return _power_iteration(*_transformed(function, x), start, iterations)
+    except RuntimeError:  # an autograd.Function that transforms of torch.func refuse, of old or without its jvp
+        return _power_iteration(*_recorded(function, x), start, iterations)
 
 
 def layer_norms(encoder: nn.Module, images: Tensor, names: list[str], iterations: int = 30) -> dict[str, float]:
@@ -109,12 +107,40 @@ def _on_copies(function: Function) -> Function:
     return lambda x: function(x.clone())
 
 
-def _push_forward(function: Function, x: Tensor, direction: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        # The first call loads derivatives that torch compiles with what it deprecates itself.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-        derivative: Tensor = torch.func.jvp(function, (x,), (direction,))[1]
-    return derivative
+def _power_iteration(push: Function, pull: Function, direction: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    for _ in range(iterations):
+        direction = _unit(pull(push(direction)))
+    return push(direction).flatten(1).norm(dim=1).detach(), direction.detach()
+
+
+def _transformed(function: Function, x: Tensor) -> tuple[Function, Function]:
+    """Products with ``J`` and with ``Jᵀ`` at ``x``, by the transforms of :mod:`torch.func`."""
+    _, pull_back = torch.func.vjp(function, x)  # type: ignore[misc]
+
+    def push(direction: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # The first call loads derivatives that torch compiles with what it deprecates itself.
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+            derivative: Tensor = torch.func.jvp(function, (x,), (direction,))[1]
+        return derivative
+
+    return push, lambda cotangent: pull_back(cotangent)[0]
+
+
+def _recorded(function: Function, x: Tensor) -> tuple[Function, Function]:
+    """The same by autograd's tape: ``Jᵀu`` is linear in ``u``, and its derivative there is ``J``."""
+    x = x.detach().requires_grad_()
+    outputs = function(x)
+    cotangent = torch.zeros_like(outputs, requires_grad=True)
+    (pulled,) = torch.autograd.grad(outputs, x, cotangent, create_graph=True)
+
+    def push(direction: Tensor) -> Tensor:
+        return torch.autograd.grad(pulled, cotangent, direction, retain_graph=True)[0]
+
+    def pull(u: Tensor) -> Tensor:
+        return torch.autograd.grad(outputs, x, u, retain_graph=True)[0]
+
+    return push, pull
 
 
 def _unit(x: Tensor) -> Tensor:

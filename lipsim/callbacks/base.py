@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -156,10 +157,11 @@ class TripletCallback(RowCallback):
         return trainer.testing or (self.validate and not trainer.sanity_checking)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+        module = self._checked(pl_module)
+        module.before_validation(partial(self._start, trainer, module))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+        self._start(trainer, self._checked(pl_module))
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self._batch(trainer, pl_module, *args)
@@ -173,17 +175,20 @@ class TripletCallback(RowCallback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end(trainer, pl_module)
 
-    def _start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _checked(self, module: L.LightningModule) -> EvaluationModule:
         if not isinstance(module, EvaluationModule):
             raise LipsimError(
                 f"{type(self).__name__} needs a stage of lipsim.training or an evaluation, got {type(module).__name__}"
             )
+        return module
+
+    def _start(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         if self._works(trainer):
             self._check_alone(trainer)
             for name, metric in self.others.items():
                 module.check_resizes(metric, name)
             with outside_inference_mode():
-                # Callbacks start before the module does; what they audit must be what it will evaluate.
+                # Callbacks of a test start before the module does; what they audit must be what it will evaluate.
                 freeze(module.metric)
                 self.tables, self.latest = {}, None
                 self.begin(trainer, module)

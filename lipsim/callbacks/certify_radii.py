@@ -66,6 +66,7 @@ class CertifyRadii(TripletCallback):
         self.error_sample = check_count("error_sample", error_sample, least=0)
         self.error_factor = error_factor
         self.report: LipschitzReport | None = None
+        self._lipschitz = math.inf  # of the weights that are evaluated: a validation may end with others in their place
         # The error that this callback declared last, and what others have declared: the least, and how it was found.
         self._found_error, self._least_error, self._least_kind = -1.0, 0.0, "none"
         self.results: Certification | None = None
@@ -87,6 +88,7 @@ class CertifyRadii(TripletCallback):
             self.report = metric.audit()
         else:  # whoever declared it answers for it
             self.report = LipschitzReport(declared, (LayerBound("declared", type(metric.encoder).__name__, declared),))
+        self._lipschitz = metric.lipschitz
         # On the first images of the whole sets, not of a process's share: the same for any number of processes.
         loaders = evaluation_loaders(trainer) if self.error_sample else []
         samples = [first_images(loader, self.error_sample) for loader in loaders if num_samples(loader)]
@@ -136,7 +138,7 @@ class CertifyRadii(TripletCallback):
         self.remove_others(trainer, self.write_rows(trainer, "radii", with_membership))
         metric, dtype = module.metric, str(module.metric.dtype).removeprefix("torch.")
         content: Certification = {
-            "lipschitz": metric.lipschitz,
+            "lipschitz": self._lipschitz,
             "layers": {layer.name: layer.bound for layer in self.report.layers},
             "anchor": metric.anchor,
             "feature_error": metric.feature_error,

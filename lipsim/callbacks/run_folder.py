@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,7 +19,7 @@ from lipsim.callbacks.checkpoint_files import write_checkpoints_whole
 from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.evaluation.module import weights_are_finite
 from lipsim.utils.claim import FolderClaim, claim_folder
-from lipsim.utils.files import parse_json, remove_leftovers
+from lipsim.utils.files import parse_json, remove_leftovers, state_fingerprint
 from lipsim.utils.slurm import slurm_job, was_requeued
 
 PREVIOUS = "previous"
@@ -164,18 +164,40 @@ class SaveOnException(Callback):
     them may have failed, and saving would wait for the others: there the periodic checkpoints have to do.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._trained: str | None = (
+            None  # fingerprint of the weights, while a validation may have others in their place
+        )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        averages = trainer.state.fn == "fit" and any(isinstance(c, WeightAveraging) for c in _callbacks(trainer))
+        self._trained = state_fingerprint(pl_module.state_dict()) if averages else None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trained = None
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         alone = trainer.world_size == 1 and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if isinstance(exception, SIGTERMException):  # it has been saved
             return
         if alone and trainer.state.fn == "fit" and trainer.global_step > 0 and weights_are_finite(pl_module):
             path = Path(trainer.default_root_dir) / "checkpoints" / "on_exception.ckpt"
+            if self._trained not in (None, state_fingerprint(pl_module.state_dict())):
+                for callback in _callbacks(trainer):  # what the end of the validation would have done
+                    if isinstance(callback, WeightAveraging):
+                        callback.on_validation_epoch_end(trainer, pl_module)
             try:
                 trainer.save_checkpoint(path, weights_only=False)
             except OSError as error:  # of a full disk, say, which may be why training breaks off
                 rank_zero_info(f"nothing more could be saved: {error}")
                 return
             rank_zero_info(f"saved {path}; resume with --ckpt_path {path}")
+
+
+def _callbacks(trainer: L.Trainer) -> list[Callback]:
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
 
 
 class RunCheckpoint(ModelCheckpoint):

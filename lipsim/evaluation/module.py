@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before Lightning, which imports matplotlib
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,6 +163,7 @@ class EvaluationModule(L.LightningModule):
         # By loader: positions seen in this evaluation, and the loader with what it serves.
         self._seen: dict[int, list[int]] = {}
         self._batches: dict[int, tuple[Any, list[list[int]] | None]] = {}
+        self._begins: list[Callable[[], None]] = []
 
     def setup(self, stage: str) -> None:
         """In training, expect images as the data module resizes them: what a metric is trained on is what it is for.
@@ -202,8 +203,23 @@ class EvaluationModule(L.LightningModule):
     def on_validation_start(self) -> None:
         self._start_evaluation()
 
+    def on_validation_epoch_start(self) -> None:
+        freeze(self.metric)
+        begins, self._begins = self._begins, []
+        for begin in begins:
+            begin()
+
     def on_test_start(self) -> None:
         self._start_evaluation()
+        freeze(self.metric)
+
+    def before_validation(self, begin: Callable[[], None]) -> None:
+        """Have something done before the first batch of the validation that starts, with the weights that it is of.
+
+        Callbacks, in any order, may put others in their place at the start of its epoch, as Lightning's WeightAveraging
+        does, and put them back at its end.
+        """
+        self._begins.append(begin)
 
     def embed_checked(self, x: Tensor) -> Tensor:
         """Features ``(N, D)`` of images that were checked with their batch."""
@@ -317,7 +333,6 @@ class EvaluationModule(L.LightningModule):
 
     def _start_evaluation(self) -> None:
         self.check_resizes(self.metric)
-        freeze(self.metric)
         self.scores.clear()
         self._seen, self._batches = {}, {}
         self._check_groups()

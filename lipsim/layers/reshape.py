@@ -61,10 +61,16 @@ class ChannelShift(LipschitzLayer):
     Args:
         channels: number of channels ``C``.
         share: of the channels that move, in [0, 1]; the last ones.
+
+    Raises:
+        ValueError: another share.
     """
 
     def __init__(self, channels: int, share: float = 0.5) -> None:
         super().__init__()
+        # Files of earlier versions hold shares a little above 1, of which no group is larger for it.
+        if not (0 <= share and int(channels * share / 4) <= channels // 4):
+            raise LipsimError(f"expected a share in [0, 1], got {share}")
         group = int(channels * share / 4)
         self.groups = [channels - 4 * group, *[group] * 4]
 

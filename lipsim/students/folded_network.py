@@ -42,7 +42,7 @@ def _residual_conv2d(module: layers.FoldedResidualConv2d) -> dict[str, Any]:
 
 def _shift(module: layers.ChannelShift) -> dict[str, Any]:
     channels, group = sum(module.groups), module.groups[1]
-    return {"channels": channels, "share": 4 * (group + 0.5) / channels}  # rounded down to groups of this many
+    return {"channels": channels, "share": min(4 * (group + 0.5) / channels, 1.0)}  # rounded down to groups
 
 
 # Class → the arguments that it is built again with, in the types of JSON.
@@ -104,7 +104,7 @@ class FoldedNetwork(LayerSequence):
         """What a sequence of known layers computes in evaluation mode, with explicit weights.
 
         Raises:
-            ValueError: it is no such sequence, or has a layer that no file can name.
+            ValueError: it is no such sequence, has a layer that no file can name, or weights of several dtypes.
         """
         if not isinstance(encoder, Encoder) or not isinstance(encoder, nn.Sequential):
             raise LipsimError(
@@ -115,11 +115,12 @@ class FoldedNetwork(LayerSequence):
         network = cls([_describe(layer) for layer in explicit.children()], encoder.image_size, encoder.out_features)
         # In their order: children of a sequence may have names of their own.
         state = dict(zip(network.state_dict(), explicit.state_dict().values(), strict=True))
-        dtypes = {tensor.dtype for tensor in state.values()}
-        if len(dtypes) == 1:
-            network.to(dtypes.pop())
-        network.load_state_dict(state)
-        return network.to(next(iter(state.values())).device).requires_grad_(False).eval() if state else network.eval()
+        if not state:
+            return network.eval()
+        if len(dtypes := {tensor.dtype for tensor in state.values()}) > 1:
+            raise LipsimError(f"cannot fold weights of {' and '.join(sorted(map(str, dtypes)))} without rounding some")
+        network.to(next(iter(state.values()))).load_state_dict(state)
+        return network.requires_grad_(False).eval()
 
 
 def _describe(layer: nn.Module) -> Any:

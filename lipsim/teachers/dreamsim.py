@@ -179,5 +179,6 @@ class ResidualHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(…, D)`` to the same."""
-        output: Tensor = x + self.fc2(F.relu(self.fc1(x)))
+        # Weights may be in half precision where features are not.
+        output: Tensor = x + self.fc2(F.relu(self.fc1(x.to(self.fc1.weight.dtype))))
         return output

@@ -104,6 +104,9 @@ def test_rank_correlations_are_exact() -> None:
     assert up.p == pytest.approx(2 / math.factorial(5))  # one order of all is as extreme, on each side
     with pytest.raises(ValueError, match="at least 4 architectures"):
         transfer_correlation(points[:3])
+    points[2].learned["up"] = math.nan
+    up, down, _ = transfer_correlation(points)
+    assert math.isnan(up.rho) and math.isnan(up.p) and down.rho == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,33 @@ class Scaled(nn.Module):
 
     def lipschitz_bound(self) -> float:
         return self.declared
+
+
+class _Doubling(torch.autograd.Function):
+    """Of the old style, without ``setup_context``, which the transforms of torch.func refuse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled: Tensor = _Doubling.apply(x.flatten(1))
+        return doubled
+
+    def lipschitz_bound(self) -> float:
+        return 2.0
+
+
+def test_functions_that_no_transform_takes_are_audited_too() -> None:
+    verdict = audit.check(nn.Sequential(Doubled()), torch.rand(3, 3, 4, 4), steps=2)
+    assert verdict.sound and verdict.reached == {"0": pytest.approx(2, rel=1e-9)}
+    assert verdict.lower_bound == pytest.approx(2, rel=1e-9)
 
 
 def test_an_encoder_whose_constant_is_known() -> None:

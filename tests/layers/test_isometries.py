@@ -27,6 +27,13 @@ def test_pooling_agrees_with_torchlip() -> None:
     torch.testing.assert_close(ScaledAvgPool2d(2)(x), torchlip.ScaledAvgPool2d(2)(x))
 
 
+def test_shares_of_channels_are_shares() -> None:
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"share in \[0, 1\]|NaN"):
+            ChannelShift(8, share)
+    assert [ChannelShift(10, share).groups for share in (0, 1)] == [[10, 0, 0, 0, 0], [2, 2, 2, 2, 2]]
+
+
 def test_isometries() -> None:
     x = torch.randn(4, 3, 8, 8)
     for layer in (SpaceToDepth(4), ChannelPadding(3, 7), ChannelShift(3, share=0.9)):

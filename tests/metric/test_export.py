@@ -26,6 +26,7 @@ from lipsim.layers import (
     AOLLinear,
     Centering,
     ChannelPadding,
+    ChannelShift,
     CPLConv2d,
     CPLLinear,
     ExplicitConv2d,
@@ -55,6 +56,7 @@ from lipsim.students import (
     ScatteringTransform,
     SLLNetwork,
     TorchlipNetwork,
+    folded_network,
 )
 from lipsim.teachers import SmallViT
 
@@ -128,6 +130,21 @@ def test_explicit_weights_compute_the_same_under_the_same_bound(name: str) -> No
     again = FoldedNetwork(**json.loads(json.dumps(network.config)))
     again.double().load_state_dict(network.state_dict())
     assert torch.equal(again.eval()(x.double()), network(x.double()))
+
+
+def test_weights_of_several_dtypes_are_not_rounded_to_one() -> None:
+    encoder = _encoder("shift").eval()
+    head = next(module for module in reversed(list(encoder.modules())) if isinstance(module, OrthogonalLinear))
+    head.double()
+    with pytest.raises(ValueError, match=r"torch.float32 and torch.float64 without rounding"):
+        FoldedNetwork.from_encoder(encoder)
+
+
+@pytest.mark.parametrize("channels", [4, 5, 8, 10])
+def test_shifts_of_every_channel_are_shares_in_a_file(channels: int) -> None:
+    kind = folded_network._shift(ChannelShift(channels, 1.0))
+    assert kind["share"] <= 1 and ChannelShift(**kind).groups == ChannelShift(channels, 1.0).groups
+    assert ChannelShift(4, 1.25).groups == [0, 1, 1, 1, 1]  # as files of version 0.1 had it
 
 
 def test_a_folded_block_is_bounded_by_its_weights_whatever_q_says() -> None:

@@ -172,6 +172,17 @@ def test_the_geometry_stays_in_float32_under_autocast() -> None:
     torch.testing.assert_close(z, teacher(x), rtol=0, atol=0.02)
 
 
+def test_a_teacher_in_half_precision_has_a_head() -> None:
+    teacher = DreamSim("dino_vitb16", "random", 32, options=OPTIONS, head=8).eval()
+    torch.nn.init.normal_(teacher.head.fc2.weight, std=0.1)  # type: ignore[union-attr]
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = teacher(x)
+        z = teacher.bfloat16()(x.bfloat16())
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_has_the_published_size(name: str) -> None:
     with torch.device("meta"):

@@ -50,7 +50,8 @@ class BappsTriplets(Dataset[Triplet]):
         groups: the subsets by name, ``(N,)`` bool masks.
 
     Raises:
-        FileNotFoundError: a subset or one of its files is missing; the message says where to get them.
+        FileNotFoundError: a subset or one of its files is missing, where the message says where to get them; or an
+            image is not in the pack.
         ValueError: an unknown part, no subset, or an image of two files.
     """
 
@@ -73,6 +74,9 @@ class BappsTriplets(Dataset[Triplet]):
         self.images = image_source(self.root, preprocess, pack, eight_bit=eight_bit)
         by_subset = [_list_subset(self.root, part, name) for name in names]
         self.files = [files for listed in by_subset for files in listed]
+        # Folders were listed; a pack may be older.
+        if pack is not None and (missing := self.images.missing(n for *names, _ in self.files for n in names)):
+            raise FileNotFoundError(f"{len(missing)} images ({missing[0]}, …) are not in the pack {pack}")
         self._subset_names = names
         self._subset = torch.arange(len(names)).repeat_interleave(torch.tensor([len(listed) for listed in by_subset]))
 

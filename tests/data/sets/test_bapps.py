@@ -15,6 +15,7 @@ from lipsim.callbacks import CertifyRadii
 from lipsim.data import collate_triplets
 from lipsim.data.check import check_data
 from lipsim.data.loading import FINGERPRINT_SAMPLES, data_fingerprint
+from lipsim.data.packing import pack_images
 from lipsim.data.sets.bapps import SUBSETS, BappsTriplets, read_judge
 from lipsim.data.transforms import Preprocess
 from lipsim.datamodules import BappsData
@@ -55,6 +56,16 @@ def test_subsets_by_name_and_selection(bapps: Path) -> None:
         "cnn": [True, False, False],
     }
     assert list(triplets.select(torch.tensor([1])).groups) == ["color"]
+
+
+def test_a_pack_that_lacks_images_is_refused_at_once(bapps: Path, tmp_path: Path) -> None:
+    late = bapps / "2afc" / "val" / "color" / "p1" / "000000.png"
+    late.rename(bapps / "late.png")
+    pack = pack_images(bapps, tmp_path / "pack", 8, num_workers=0).folder
+    (bapps / "late.png").rename(late)
+    with pytest.raises(FileNotFoundError, match=r"1 images \(2afc/val/color/p1/000000.png, …\) are not in the pack"):
+        BappsTriplets(bapps, "val", Preprocess(8), ["color"], pack)
+    assert len(BappsTriplets(bapps, "val", Preprocess(8), ["cnn"], pack)) == 6
 
 
 def test_an_image_of_two_files_is_refused(bapps: Path) -> None:
