@@ -33,6 +33,7 @@ from lipsim.data import Triplet
 from lipsim.datamodules.base import TripletData
 from lipsim.evaluation.exported import ExportedMetric
 from lipsim.evaluation.module import EvaluatedBatch
+from lipsim.layers import freeze
 from lipsim.metric import load
 from lipsim.utils.precision import full_precision
 
@@ -88,6 +89,7 @@ def main() -> None:
 
     def forward() -> None:
         features.clear()
+        freeze(metric)  # a test has unfolded its weights
         with torch.no_grad(), full_precision():
             features.extend(batch.embed(metric.embed) for batch in data.test_dataloader()[0])
 

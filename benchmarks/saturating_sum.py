@@ -15,6 +15,7 @@ weight and scale: what the suite leaves at each budget, and how many answers it 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -151,8 +152,10 @@ def attacked(metric: SaturatingSum, batches: list[Batch], count: int) -> str:
     result = auto(TwoAFCObjective(metric, *images), part.reference, eps=list(ATTACKED), steps=10, queries=20)
     left = [percent(float((right & ~(result.broken_at <= eps)).double().mean())) for eps in ATTACKED]
     certified = [percent(float((right & (found.radius > eps)).double().mean())) for eps in ATTACKED]
-    inside = int((result.broken_at <= found.radius).sum())
-    nearest = float((result.broken_at / found.radius).min())
+    length = (result.x_adv - part.reference).flatten(1).double().norm(dim=1)
+    turned = right & torch.isfinite(result.broken_at)
+    inside = int((turned & (length < found.radius)).sum())
+    nearest = float((length / found.radius)[turned].min()) if turned.any() else math.inf
     natural = percent(float(right.double().mean()))
     return (
         f"{len(part)} attacked: natural {natural}; left {' / '.join(left)}; certified {' / '.join(certified)} at "

@@ -126,11 +126,15 @@ def first_operator(model: nn.Module, image_size: int) -> FirstOperator | None:
             offset = run_up_to(model, layer, probe)
         if not isinstance(offset, Tensor):
             return None
+        rows = len(offset)  # a layer may take an image in several pieces, such as tiles, one after another
 
         def affine(x: Tensor) -> Tensor:
             image: Tensor = run_up_to(model, layer, x)
-            return image
+            return image if rows == 1 else image.unflatten(0, (-1, rows))
 
+        offset, both = affine(probe), affine(torch.cat([a, b]))
+        if not _alike(both, torch.cat([affine(a), affine(b)]), float(both.abs().max())):
+            return None  # it mixes images, or their pieces are not one after another
         expected, got = affine(a) - 2 * affine(b) + 2 * offset, affine(a - 2 * b)
         if not _alike(got, expected, float((affine(a) - offset).abs().max())):
             return None

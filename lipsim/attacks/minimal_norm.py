@@ -73,6 +73,8 @@ def minimal_norm(
         raise LipsimError(f"expected starts of shape (S, {', '.join(map(str, x.shape))}), got {tuple(starts.shape)}")
     Ball(2, 0, box, parts).check(x)
     clean = x.detach()
+    if not len(clean):
+        return clean.clone()
     count = 1 if starts is None else len(starts)
     rows = torch.arange(len(x), device=x.device).repeat(count)
     noise = sample_normal(x, seed=seed, index=index)

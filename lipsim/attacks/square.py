@@ -15,7 +15,7 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import sample_uniform
 
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of the squares' area, at these shares of a run
-_DRAWS = 4 + 8  # random numbers a step: two corners, then signs of channels and how a bump lies
+_CORNERS = 4  # random numbers of a step for its two corners; then how a bump lies and signs of channels, 8 at least
 
 
 def square(
@@ -90,7 +90,8 @@ def square(
 @torch.no_grad()
 def _run(batch: Survivors, ball: Ball, steps: int, seed: int, area: float) -> None:
     height, width = batch.clean.shape[-2:]
-    draws = sample_uniform(batch.clean.new_empty(len(batch), steps, _DRAWS), seed=seed, index=batch.index)
+    count = _CORNERS + max(8, 1 + batch.clean.shape[1] // ball.parts)
+    draws = sample_uniform(batch.clean.new_empty(len(batch), steps, count), seed=seed, index=batch.index)
     stripes = sample_uniform(batch.clean, seed=-1 - seed, index=batch.index)
     begin = _stripes if ball.norm == "inf" else _tiles
     current = batch.clean + begin(ball.split(stripes), ball.eps).view_as(batch.clean)

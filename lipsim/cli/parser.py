@@ -232,8 +232,17 @@ def one_line_errors(status: int = 1) -> Iterator[None]:
         print(f"error: {text}" + ("" if clear else " (LIPSIM_TRACEBACK=1 shows where)"), file=sys.stderr)
         raise SystemExit(status) from error
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _leave_interrupted()
+    except SystemExit as leaving:
+        # Lightning's trainer takes the interruption, ends what it began, and leaves with 1.
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            _leave_interrupted()
+        raise
+
+
+def _leave_interrupted() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -52,7 +52,10 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image | 
     if content is None and user_path(path).is_dir():
         raise LipsimError(f"expected an image file, got the folder {path}")
     try:
-        return decode(user_path(path).read_bytes() if content is None else content)
+        content = user_path(path).read_bytes() if content is None else content
+        if not content:
+            raise EOFError("the file is empty")
+        return decode(content)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}") from None
     except (UnsupportedImageError, ImageTooLargeError) as error:

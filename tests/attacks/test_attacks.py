@@ -25,6 +25,7 @@ from lipsim.attacks import (
 )
 from lipsim.attacks.projections import sample_norm
 from lipsim.data import BuiltinTriplets, Triplet
+from lipsim.metric import TiledMetric
 from lipsim.metric.distances import pixel_l2
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
@@ -85,6 +86,15 @@ def test_budgets_hold_where_the_rounding_of_every_pixel_is_the_same(attack: Any,
     share = (hidden.double() - x.double()).flatten(1).norm(dim=1) / eps
     assert (share <= 1 + 1e-6).all() and (share > 1 - 1e-3).all()
     torch.testing.assert_close(sample_norm(w), torch.ones(3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", [2, "inf"])
+def test_square_takes_images_of_many_channels(norm: Any) -> None:
+    x, w = torch.full((2, 9, 8, 8), 0.5, dtype=torch.float64), torch.randn(2, 9, 1, 1).double().expand(2, 9, 8, 8)
+    objective = LinearObjective(w, (x * w).flatten(1).sum(1) + 1e6)
+    start, found = (square(objective, x, norm=norm, eps=0.2, steps=steps) for steps in (1, 300))
+    assert (sample_norm(found - x, norm) <= 0.2 + 1e-9).all()
+    assert (objective(found) > objective(start)).all() and ((found - start).abs().amax((2, 3)) > 0).all()
 
 
 def test_zero_budget_is_the_identity() -> None:
@@ -284,6 +294,33 @@ def test_first_operator_of_students() -> None:
     assert first_operator(sll, 16) is None
     default = first_operator(OrthogonalShiftNetwork(16, 8), 16)
     assert default is not None and default.kind == "OrthogonalPatches"
+
+
+def test_images_that_a_layer_takes_in_pieces_collide_exactly() -> None:
+    tiled = TiledMetric(PerceptualMetric(OrthogonalProjection(16, 8), 16), 2).double().eval().requires_grad_(False)
+    operator = first_operator(tiled.encoder, 32)
+    assert operator is not None and operator.kind == "OrthogonalLinear"
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    assert operator(x).shape[:2] == (3, 4)  # four tiles each
+    hidden = null_space(operator.forward, x, torch.randn_like(x), eps=0.5)
+    torch.testing.assert_close(sample_norm(hidden - x), torch.full((3,), 0.5, dtype=torch.float64))
+    assert float(tiled(hidden, x).max()) < 1e-12 < float(tiled(x.roll(1, 0), x).min())
+
+
+class Mixed(nn.Module):
+    """Of which pieces of several images stand one after another, the first of all images first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.linear(x.flatten(1).view(len(x), 2, -1).transpose(0, 1).flatten(0, 1))
+        return features
+
+
+def test_pieces_that_are_not_together_are_no_operator() -> None:
+    assert first_operator(Mixed(), 4) is None
 
 
 def test_trivial_kernel_gives_no_perturbation() -> None:

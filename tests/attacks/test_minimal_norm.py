@@ -137,6 +137,12 @@ def test_samples_do_not_depend_on_their_batch() -> None:
     torch.testing.assert_close(whole[2:], part, rtol=0, atol=1e-9)
 
 
+def test_no_images_are_no_fault() -> None:
+    x = torch.rand(0, 3, 8, 8)
+    objective = TwoAFCObjective(PerceptualMetric(OrthogonalProjection(8, 4), 8), x, x, x)
+    assert minimal_norm(objective, x).shape == x.shape
+
+
 def test_bad_arguments() -> None:
     x = torch.rand(2, 3, 4, 4)
     objective = RowObjective(lambda x: x.flatten(1).sum(1))

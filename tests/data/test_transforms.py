@@ -156,6 +156,9 @@ def test_what_is_no_image_is_told_what_is(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no image file"):
         read_image(tmp_path / "missing.png")
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match=r"cannot read the image .*empty.jpg \(EOFError: the file is empty\); replace"):
+        read_image(tmp_path / "empty.jpg")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     for content in (data[: len(data) // 2], b"not an image"):

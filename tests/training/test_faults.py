@@ -125,6 +125,28 @@ def test_a_full_disk_is_said_with_its_place_by_any_writer() -> None:
         _train(1, NoRoom())
 
 
+class Interrupting(Callback):
+    """Ctrl-C in the third step."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_has_the_exit_status_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            _train(2, Interrupting())
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+    assert stop.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert _step(RUN / "checkpoints" / "on_exception.ckpt") == 3
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise SystemExit(3)
+    assert stop.value.code == 3
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
     RUN.touch()  # not even root can write into that
     with pytest.raises(SystemExit) as stop, one_line_errors():
