@@ -132,9 +132,10 @@ def first_operator(model: nn.Module, image_size: int) -> FirstOperator | None:
             image: Tensor = run_up_to(model, layer, x)
             return image if rows == 1 else image.unflatten(0, (-1, rows))
 
-        offset, both = affine(probe), affine(torch.cat([a, b]))
-        if not _alike(both, torch.cat([affine(a), affine(b)]), float(both.abs().max())):
-            return None  # it mixes images, or their pieces are not one after another
+        offset = affine(probe)
+        apart = torch.cat([affine(a), affine(b)])
+        if rows != 1 and not _alike(affine(torch.cat([a, b])), apart, float(apart.abs().max())):
+            return None  # pieces of an image are not one after another
         expected, got = affine(a) - 2 * affine(b) + 2 * offset, affine(a - 2 * b)
         if not _alike(got, expected, float((affine(a) - offset).abs().max())):
             return None

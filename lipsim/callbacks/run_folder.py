@@ -166,9 +166,8 @@ class SaveOnException(Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._trained: str | None = (
-            None  # fingerprint of the weights, while a validation may have others in their place
-        )
+        # Fingerprint of the weights that are trained, while a validation may have others in their place.
+        self._trained: str | None = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         averages = trainer.state.fn == "fit" and any(isinstance(c, WeightAveraging) for c in _callbacks(trainer))
