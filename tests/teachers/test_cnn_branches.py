@@ -26,7 +26,8 @@ from lipsim.teachers.branch import Branch
 from lipsim.teachers.build import build_branch
 from lipsim.teachers.packages import packaged_weights
 
-RESNET = {"layers": (1, 1, 1, 1), "channels": (4, 6, 8, 10)}
+# oneDNN 3.12 on AVX2 damages memory in the gradient of a strided 1 × 1 kernel of fewer than 8 channels.
+RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 20)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}
 TINY_VIT = {"depth": 3, "embed_dim": 12}
 
@@ -65,7 +66,7 @@ def test_layers_are_those_that_the_network_has(model: str, options: dict[str, An
         maps = [seen[stages[layer]["module"]] for layer in chosen]
         pooled = [z[:, 1:].mean(1) if z.ndim == 3 else z.mean((2, 3)) for z in maps]
         expected = torch.cat([*pooled, last] if feature else pooled, -1)
-        torch.testing.assert_close(branch(x)[:, 0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(branch(x)[:, 0], expected, rtol=1e-4, atol=1e-5)
         assert branch.out_features == expected.shape[1] and (expected != 0).double().mean() > 0.8
         if not feature:  # what follows is neither kept nor trained
             assert len(list(branch.parameters())) < len(list(whole.parameters())) - 2

@@ -219,7 +219,7 @@ def test_targets_that_are_not_there_are_refused() -> None:
 
 def _network(head: int = 0) -> Ensemble:
     """A network with batch normalisation and statistics of its own, enlarging its images; and a transformer."""
-    options = {"layers": (1, 1, 1, 1), "channels": (4, 6, 8, 10), "zero_init_last": False}
+    options = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 20), "zero_init_last": False}
     branches = [
         BranchConfig("timm/resnet18", "random", "last_layer", options, layers=(2,), input_size=48),
         BranchConfig("timm/vit_tiny_patch16_224", "random", options={"depth": 1, "embed_dim": 12}),
