@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lipsim.analysis.collisions import Collision, output_differences
 from lipsim.analysis.models import Model, named_outputs
 from lipsim.metric import PerceptualMetric
-from lipsim.utils.files import write_file, write_safetensors
+from lipsim.utils.files import remove_files, tensor_names, write_file, write_safetensors
 from lipsim.utils.precision import full_precision
 
 _SHOWN = 3  # classes
@@ -88,8 +88,9 @@ def describe(facts: dict[str, Any]) -> str:
 def save_collision(folder: Path, collision: Collision, facts: dict[str, Any], target: Tensor | None = None) -> None:
     """Write the first image of a collision as pictures, and all as exact tensors, which 8 bits are not.
 
-    ``image.png``, ``collision.png``, ``pattern.png`` (the change around gray), ``difference.png`` (the same, amplified
-    to the full range), ``picture.png`` with all of these, and ``images.safetensors``.
+    ``image.png``, ``target.png`` where there is one, ``collision.png``, ``pattern.png`` (the change around gray),
+    ``difference.png`` (the same, amplified to the full range), ``picture.png`` with all of these, and
+    ``images.safetensors``.
     """
     from torchvision.utils import save_image  # seconds to import
 
@@ -112,7 +113,9 @@ def save_collision(folder: Path, collision: Collision, facts: dict[str, Any], ta
     }
     for name, picture in pictures.items():
         write_file(folder / f"{name}.png", partial(save_image, picture))
-    tensors = {"x": collision.x, "x_adv": collision.x_adv}
+    tensors = {"x": collision.x, "x_adv": collision.x_adv, **({} if target is None else {"target": target})}
+    if target is None and "target" in tensor_names(folder / "images.safetensors"):  # of an earlier collision
+        remove_files(folder, ["target.png"])
     write_safetensors(folder / "images.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
     columns = [picture[None] for picture in pictures.values()]
     title = f"{facts['model']}: relative residual {facts['residual']:.1e}"

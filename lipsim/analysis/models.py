@@ -183,8 +183,15 @@ def _function(name: str, image_size: int | None) -> Model:
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise FileNotFoundError(f"cannot find {function} in the Python module {module} ({error})") from error
-    built = build if isinstance(build, nn.Module) else build()
+        raise FileNotFoundError(
+            f"cannot find {function} in the Python module {module} ({error}); PYTHONPATH=. finds modules of this folder"
+        ) from error
+    try:
+        built = build if isinstance(build, nn.Module) else build()
+    except Exception as error:  # of whatever kind: it is the user's own code
+        raise LipsimError(
+            f"expected {name}() to return a torch module, but it failed: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(built, nn.Module):
         raise LipsimError(f"expected {name} to return a torch module, got {type(built).__name__}")
     size = image_size or getattr(built, "image_size", None)

@@ -19,7 +19,7 @@ from lipsim.attacks.watch import WatchedObjective
 from lipsim.metric import Distance
 from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import write_file, write_safetensors
+from lipsim.utils.files import remove_files, tensor_names, write_file, write_safetensors
 from lipsim.utils.precision import full_precision
 from lipsim.utils.terminal import text_table
 
@@ -73,6 +73,8 @@ class AttackedImages:
 
         from lipsim.results.plots import plot_grid  # matplotlib, which the command line loads only where it draws
 
+        # Of an earlier attack of other images, known by its tensors.
+        remove_files(folder, [f"{name}.png" for name in tensor_names(folder / "images.safetensors")])
         tensors = {**self.clean, **{f"{name}-attacked": self.attacked[name] for name in self._moved}}
         for name, image in tensors.items():
             write_file(folder / f"{name}.png", partial(save_image, image))

@@ -219,7 +219,7 @@ class ClassificationObjective:
 
     def select(self, rows: Tensor) -> ClassificationObjective:
         """The objective of some of the images."""
-        return ClassificationObjective(self.classifier, self.labels[rows], self.targeted)
+        return ClassificationObjective(self.classifier, self.labels[rows.to(self.labels.device)], self.targeted)
 
 
 class ConfidenceObjective:

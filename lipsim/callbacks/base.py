@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -248,8 +249,10 @@ def check_budgets(eps: Sequence[float]) -> list[float]:
     """Budgets that a table can have as its columns.
 
     Raises:
-        ValueError: none, negative or infinite ones, or not in ascending order.
+        ValueError: no list, an empty one, negative or infinite budgets, or not in ascending order.
     """
+    if isinstance(eps, str | Real):
+        raise LipsimError(f"expected budgets eps as a list of numbers, such as [36 / 255, 1.0], got {eps!r}")
     if not eps:
         raise LipsimError("expected at least one budget eps, got none")
     eps = [check_number("budget eps", e) for e in eps]

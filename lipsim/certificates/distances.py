@@ -42,6 +42,8 @@ def distance_interval(
     theta = unit_angle(e.unit, other.unit)
     turn = torch.full_like(theta, rounding)
     for features, budget in ((e, eps), (other, eps_other)):
+        if isinstance(budget, str):
+            raise LipsimError(f"expected budgets eps ≥ 0, as numbers, got {budget!r}")
         budget = torch.as_tensor(budget, dtype=theta.dtype, device=theta.device)
         if (budget < 0).any():
             raise LipsimError(f"expected budgets eps ≥ 0, got {float(budget.min())}")

@@ -235,7 +235,7 @@ def _lower_bound(successes: int, trials: int, alpha: float) -> float:
     ways = size - torch.lgamma(k + 1) - torch.lgamma(count - k + 1)
     # More than float64 loses in logarithms of that size.
     goal = math.log(alpha) - 32 * EPS * (1 + float(size) + abs(math.log(alpha)))
-    low, high = 0.0, successes / trials
+    low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if middle in (low, high):

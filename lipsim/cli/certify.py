@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lipsim.cli.parser import add_metric_argument, add_output, load_metric, natural_int, positive_int
+from lipsim.cli.parser import add_metric_argument, add_output, budget, load_metric, natural_int, positive_int
 from lipsim.data.sets.matching import read_paths
 from lipsim.metric.comparisons import certify_many
 from lipsim.metric.files import load
@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     near.add_argument("--scale", type=float, help="its distance where it has added 63 %% of that (0.03)")
     smoothing = parser.add_argument_group("randomized smoothing")
     smoothing.add_argument(
-        "--smooth", type=float, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"
+        "--smooth", type=budget, metavar="SIGMA", help="standard deviation of the noise, for example 0.25"
     )
     default = SMOOTHING
     smoothing.add_argument("--samples", type=positive_int, help=f"draws that certify ({default['samples']})")
     smoothing.add_argument("--selection", type=positive_int, help=f"draws that choose ({default['selection']})")
-    smoothing.add_argument("--alpha", type=float, help=f"probability of an error ({default['alpha']})")
+    smoothing.add_argument("--alpha", type=budget, help=f"probability of an error ({default['alpha']})")
     smoothing.add_argument("--seed", type=natural_int, help=f"of the noise ({default['seed']})")
     smoothing.add_argument(
         "--moving",

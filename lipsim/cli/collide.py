@@ -28,7 +28,7 @@ from lipsim.utils.progress import Progress
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EXAMPLES = (
     "lipsim collide x.png --target y.png",
-    "lipsim collide x.png --model resnet50 --eps 1 --json",
+    "lipsim collide x.png --model timm/deit_tiny_patch16_224 --eps 1 --json",
 )
 
 

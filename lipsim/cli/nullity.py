@@ -21,7 +21,7 @@ from lipsim.utils.progress import Progress
 
 EXAMPLES = (
     "lipsim nullity quickstart",
-    "lipsim nullity resnet50 vgg16 --output nullity",
+    "lipsim nullity torchvision/resnet50 torchvision/squeezenet1_1 --output nullity",
 )
 
 

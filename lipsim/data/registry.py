@@ -155,6 +155,8 @@ def open_sets(
         raise LipsimError(f"expected parts of {data} among {', '.join(source.parts)}, got {', '.join(unknown)}")
     if source.on_disk and root is None:
         raise LipsimError(f"the data of {data} lie in a folder: pass it as --root")
+    if not source.on_disk and root is not None:
+        raise LipsimError(f"the built-in data lie in no folder; say what is in {root} by --data")
     return source.open(parts, Preprocess(image_size, resize, framing), root, **options)
 
 

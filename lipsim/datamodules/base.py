@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -17,10 +18,12 @@ from lipsim.data.check import images_of
 from lipsim.data.contracts import Parts, groups_of
 from lipsim.data.device import BatchTransforms, batch_as_float
 from lipsim.data.order import TrainingLoader, training_loader
+from lipsim.data.ordinal import Implying
 from lipsim.data.registry import open_sets
 from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
 from lipsim.datamodules.skipped import SkippedSamples
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.progress import Progress
 
 OnError = Literal["fail", "skip"]
 
@@ -78,6 +81,7 @@ class TripletData(L.LightningDataModule):
                 image_size, "float" if resize is None else resize, "stretch" if framing is None else framing
             )
         self._told = resize, framing
+        self._implied = False
         self.eight_bit = eight_bit
         self.device_transforms = BatchTransforms(device_transforms) if device_transforms else None
 
@@ -135,6 +139,16 @@ class TripletData(L.LightningDataModule):
             root=root,
             **options,
         )
+
+    def _imply_votes(self, count: int, seed: int) -> None:
+        """Have the training set's votes imply those of some more triplets of its images, once."""
+        if not count or self._implied:
+            return
+        assert isinstance(self.train_set, Implying)
+        trainer = self.trainer
+        with Progress("implied votes", sys.stdout, trainer is None or trainer.is_global_zero) as progress:
+            self.train_set = self.train_set.with_implied(count, seed=seed, progress=progress)
+        self._implied = True
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The batch as floats in [0, 1]; in training, transformed."""

@@ -25,7 +25,9 @@ class MaterialData(TripletData):
         held_out_materials: materials behind the second one.
         ties: whether to keep triplets with a tied vote: the vote score counts them, the majority score and the losses
             pass them over.
-        seed: of the split and of the sides.
+        implied: training triplets besides, of the training's images, with the votes that an ordinal embedding of its
+            votes implies, see :func:`lipsim.data.ordinal.implied_votes`; weigh them by agreement.
+        seed: of the split, of the sides and of the implied triplets.
         resize: "float" or "pil", as in :class:`TripletData`.
 
     Raises:
@@ -40,11 +42,13 @@ class MaterialData(TripletData):
         val_triplets: int = 2000,
         held_out_materials: int = 20,
         ties: bool = False,
+        implied: int = 0,
         seed: int = 0,
         resize: str | None = None,
     ) -> None:
         super().__init__(batch_size, image_size=image_size, resize=resize)
         check_count("val_triplets", val_triplets)
+        self.implied = check_count("implied", implied, least=0)
         if check_count("held_out_materials", held_out_materials, least=0) > NUM_IMAGES:
             raise LipsimError(f"expected at most {NUM_IMAGES} held_out_materials, got {held_out_materials}")
         self.root, self.seed = user_path(root), seed
@@ -53,8 +57,12 @@ class MaterialData(TripletData):
 
     def setup(self, stage: str) -> None:
         """Read the images and the answers."""
-        if self.train_set is not None:
-            return
+        if self.train_set is None:
+            self._read()
+        if stage == "fit":
+            self._imply_votes(self.implied, self.seed)
+
+    def _read(self) -> None:
         official = ["official"] if (self.root / ANSWERS.format(part="test")).is_file() else []
         self.test_sets = self._open(
             "material",

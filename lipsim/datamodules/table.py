@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lipsim.certificates.numbers import check_count
 from lipsim.data.contracts import TripletSet
 from lipsim.datamodules.base import OnError, TripletData
 from lipsim.utils.paths import user_path
@@ -27,7 +28,10 @@ class TableData(TripletData):
         columns: what columns are called in the file, where not by our names, such as ``{"reference": "img_pivot"}``.
         val_fraction: share of the references that are for validation, where there is no column ``split``.
         test_fraction: share of those that are for testing; 1 tests on the whole table.
-        seed: of that draw.
+        implied: training triplets besides, of the training's images, with the votes that an ordinal embedding of its
+            votes implies, see :func:`lipsim.data.ordinal.implied_votes`; for few images in many triplets. Weigh them by
+            agreement.
+        seed: of that draw and of the implied triplets.
         name: of the set in results, for reports of several studies.
         pack: a pack of the table's folder (``lipsim data pack``), whose images are read instead of the files.
         eight_bit: as in :class:`TripletData`.
@@ -46,6 +50,7 @@ class TableData(TripletData):
         columns: dict[str, str] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
+        implied: int = 0,
         seed: int = 0,
         name: str = "table",
         pack: Path | None = None,
@@ -63,6 +68,7 @@ class TableData(TripletData):
             device_transforms=device_transforms,
             on_error=on_error,
         )
+        self.implied = check_count("implied", implied, least=0)
         self.file, self.set_name = user_path(file), name
         self.columns, self.seed, self.pack = columns, seed, pack
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
@@ -72,6 +78,7 @@ class TableData(TripletData):
         if stage == "fit" and self.train_set is None:
             parts = self._parts(["train", "val"])
             self.train_set, self.val_sets = parts["train"], {self.set_name: parts["val"]}
+            self._imply_votes(self.implied, self.seed)
         if stage == "validate" and not self.val_sets:
             self.val_sets = {self.set_name: self._parts(["val"])["val"]}
         if stage == "test" and not self.test_sets:

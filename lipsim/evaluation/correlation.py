@@ -161,8 +161,10 @@ def fit_logistic(distances: np.ndarray, scores: np.ndarray) -> np.ndarray | None
         fitted: np.ndarray = b[1] + (b[0] - b[1]) * special.expit((d - b[2]) / max(abs(b[3]), 1e-9))
         return fitted
 
-    start = np.array([y.max(), y.min(), 0.0, 1.0])
-    solved = optimize.least_squares(lambda b: curve(b) - y, start, max_nfev=2000)
+    # Rising and falling: from the wrong one of these, the search may end in a constant.
+    starts = (np.array([*ends, 0.0, 1.0]) for ends in ((y.max(), y.min()), (y.min(), y.max())))
+    tried = [optimize.least_squares(lambda b: curve(b) - y, start, max_nfev=2000) for start in starts]
+    solved = min(tried, key=lambda found: (not found.success, found.cost))
     fitted = curve(solved.x)
     return fitted if solved.success and np.ptp(fitted) > 1e-9 else None
 

@@ -19,15 +19,22 @@ class ProcessFailed(LipsimError):
 
 
 def processes(accelerator: str, devices: int = 1, num_nodes: int = 1) -> Fabric:
-    """One process, or several that this command or a launcher starts; the slowest may take a week longer."""
+    """One process, or several that this command or a launcher starts; the slowest may take a week longer.
+
+    Raises:
+        ValueError: no such accelerator, or not so many of its devices.
+    """
     check_slurm()
     alone = devices * num_nodes == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
-    return Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy="auto" if alone else DDPStrategy(timeout=timedelta(days=7)),
-    )
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy="auto" if alone else DDPStrategy(timeout=timedelta(days=7)),
+        )
+    except (RuntimeError, ValueError) as error:  # a device that is not there has the former, an unknown name the latter
+        raise LipsimError(f"no {devices} device(s) of the accelerator {accelerator!r} here: {error}") from error
 
 
 def total(fabric: Fabric, done: int, failure: Exception | None = None) -> int:

@@ -221,7 +221,7 @@ def _compared(
     def attack(norm: Norm, eps: Sequence[float], attacks: Sequence[str] | None) -> tuple[list[float], int]:
         """Scores that remain at each budget, and the number of triplets without a gradient."""
         broken_at, no_gradient = [], 0
-        for rows in attackable.split(settings.batch_size):
+        for rows in attackable.split(settings.batch_size) if len(attackable) else ():  # of none, one empty part
             part = triplets.select(rows)
             objective = TwoAFCObjective(metric, part.reference, part.left, part.right)
             result = auto(

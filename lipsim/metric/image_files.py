@@ -93,7 +93,9 @@ def certify_files(metric: Certified, reference: str | Path, left: str | Path, ri
         ValueError: a file cannot be read in full, or the metric has no bound or weights in half precision.
     """
     if not metric.has_bound:
-        raise LipsimError("the metric has no Lipschitz bound, nothing about it can be certified")
+        raise LipsimError(
+            "the metric has no Lipschitz bound, nothing about it can be certified but by smoothing (--smooth)"
+        )
     pictures, images = _read(metric, reference, left, right)
     # Of one tile, where there are tiles: what the radii divide by and cover.
     part = metric.tile if isinstance(metric, TiledMetric) else metric

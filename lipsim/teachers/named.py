@@ -44,6 +44,9 @@ def named_teacher(
     known = BACKBONES.get(name)
     if weights is None:
         if known is None or not known.package:
-            raise LipsimError(f"expected the weights of {name}, a file or a folder")
+            raise LipsimError(
+                f"expected --weights, a file or a folder, for {name}: a package brings those of "
+                f"{', '.join(each for each, backbone in BACKBONES.items() if backbone.package)} alone"
+            )
         weights = PACKAGE
     return Ensemble([BranchConfig(name, weights, layers=tuple(layers), input_size=input_size)], image_size)

@@ -24,6 +24,8 @@ class TimmBranch(Branch):
         known = BACKBONES.get(config.model)
         name = config.model.removeprefix("timm/") if known is None else known.timm
         defaults = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if defaults is None and config.model.startswith("timm/"):
+            raise LipsimError(f"timm has no model {name}; timm.list_models() names them")
         if defaults is None:
             raise LipsimError(
                 f"expected a backbone ({', '.join(BACKBONES)}), timm/NAME or open_clip/NAME, got {config.model}"

@@ -70,6 +70,20 @@ def test_a_tie_and_a_broken_certificate(metric: PerceptualMetric, images: Tensor
     assert float(change.min()) >= 0 and float(change.max()) <= 1
 
 
+def test_the_rounding_of_a_distance_breaks_no_certificate() -> None:
+    """Intervals are of exact arithmetic where a metric has no feature error, and distances of float32."""
+    torch.manual_seed(0)
+    metric = freeze(PerceptualMetric(OrthogonalProjection(8, 12), 8).requires_grad_(False))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(40):
+        x, y = torch.rand(2, 3, 8, 8, generator=generator)
+        answer = attacked_pair(metric, x, y, threshold=0.1, eps=1e-7, steps=1)  # type: ignore[arg-type]
+        low, high = answer.interval or (2.0, 0.0)
+        assert answer.is_sound and high - low < 1e-6
+        far = dataclasses.replace(answer, distances={"d": (low, high + 2e-6)})
+        assert not far.is_sound
+
+
 def test_what_has_no_bound(metric: PerceptualMetric, images: Tensor) -> None:
     unbounded = PerceptualMetric(metric.encoder, 8, lipschitz=torch.inf)
     with pytest.raises(ValueError, match="no Lipschitz bound"):

@@ -48,6 +48,15 @@ def test_robust_accuracy_is_that_of_the_closed_form(two_greys: tuple[Tensor, Ten
         assert robust_accuracy(network, images, labels, eps=eps, steps=10, batch_size=24) == expected
 
 
+def test_a_tie_of_logits_is_as_right_as_without_an_attack(two_greys: tuple[Tensor, Tensor]) -> None:
+    images, labels = two_greys
+    collapsed = linear()
+    for parameter in collapsed.parameters():
+        nn.init.zeros_(parameter)
+    assert accuracy(collapsed, images, labels) == float((labels == 0).double().mean())
+    assert robust_accuracy(collapsed, images, labels, eps=0.1, steps=2) == accuracy(collapsed, images, labels)
+
+
 def test_bad_input_is_named(two_greys: tuple[Tensor, Tensor]) -> None:
     images, labels = two_greys
     with pytest.raises(ValueError, match=r"got 64 torch\.float32, 64"):

@@ -137,3 +137,19 @@ def test_any_distance_in_python() -> None:
     assert pair.after["image, other"] == pytest.approx(pair.before["image, other"] - 0.5, rel=1e-2)
     with pytest.raises(ValueError, match="goal 'different' or 'alike'"):
         attack_pair(pixel_l2, x, y, goal="odd")  # type: ignore[arg-type]
+
+
+def test_pictures_of_an_earlier_attack_do_not_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/mine.png").write_bytes(b"of somebody else")
+    written = []
+    for images in (("a.png", "b.png", "c.png"), ("a.png", "b.png"), ("c.png", "a.png")):
+        assert _attack(*images, "--eps", "8", "--output", "out") == 0
+        written.append({path.name for path in Path("out").glob("*.png")} - {"mine.png", "picture.png"})
+        assert written[-1] == {f"{name}.png" for name in load_file("out/images.safetensors")}
+    assert "reference.png" in written[0] and written[1] == written[2] == {
+        "image.png",
+        "image-attacked.png",
+        "other.png",
+    }
+    assert Path("out/mine.png").is_file()

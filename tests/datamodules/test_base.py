@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,41 @@ def test_images_and_triplets_are_apart(tmp_path: Path, nights: Path) -> None:
     data.setup("fit")
     assert data.val_names == ["images", "nights"] and list(data.val_sets) == ["nights"]
     assert data.val_images is not None and data.val_images[0].shape == (3, 8, 8)
+
+
+def test_implied_votes_are_trained_on_alone(material: Path) -> None:
+    for file in (material / "data").glob("*.json"):  # of votes that say something: for the nearer number
+        content = json.loads(file.read_text())
+        for name in ("answers", "answers_diff"):
+            content[name] = [[r, *sorted(pair, key=lambda x: abs(x - r))] for r, *pair in content[name]]
+        file.write_text(json.dumps(content))
+    data, plain = (MaterialData(material, image_size=16, val_triplets=200, implied=count) for count in (40, 0))
+    plain.setup("fit")
+    data.setup("test")
+    assert len(data.train_set) == len(plain.train_set)  # not before they are needed
+    data.setup("fit")
+    before, after = plain.train_set.answers, data.train_set.answers
+    assert len(after.ids) == len(before.ids) + 40 and torch.equal(after.ids[:-40], before.ids)
+    assert torch.isin(after.ids[-40:], before.ids).all()  # no image of a held-out material
+    for name, triplets in plain.val_sets.items():
+        assert torch.equal(data.val_sets[name].answers.right_vote, triplets.answers.right_vote)
+    data.setup("fit")
+    assert len(data.train_set) == len(after.ids)
+
+
+def test_votes_of_a_table_imply_others(tmp_path: Path) -> None:
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    triplets = [(r, x, y) for r in range(8) for x in range(8) for y in range(8) if len({r, x, y}) == 3]
+    rows = [f"{r}.png,{x}.png,{y}.png,{float(abs(r - y) < abs(r - x))}" for r, x, y in triplets if x + y != 2 * r]
+    (tmp_path / "t.csv").write_text("\n".join(["reference,left,right,right_vote", *rows]))
+    data = TableData(tmp_path / "t.csv", image_size=8, implied=30)
+    data.setup("fit")
+    implied = data.train_set.rows[-30:]
+    assert [row.line for row in implied] == [0] * 30 and data.train_set.rows[-31].line > 0
+    places = [[int(Path(path).stem) for path in row.paths] for row in implied]
+    right = [abs(r - x) - abs(r - y) for r, x, y in places]
+    agree = [(row.right_vote > 0.5) == (nearer > 0) for row, nearer in zip(implied, right, strict=True) if nearer]
+    assert sum(agree) >= 0.85 * len(agree)
+    with pytest.raises(ValueError, match="whole number implied ≥ 0, got -1"):
+        TableData(tmp_path / "t.csv", implied=-1)

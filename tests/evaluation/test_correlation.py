@@ -119,6 +119,14 @@ def test_the_fit_is_monotonic_and_finds_a_logistic_curve() -> None:
     expected = (scores - scores.mean()) / scores.std()
     np.testing.assert_allclose(fitted, expected, atol=1e-6)
     assert correlations(d, scores).plcc_logistic == pytest.approx(1)
+    rng = np.random.default_rng(5)
+    for number in range(40):  # a fit of scores that fall is that of their mirror image
+        noisy = rng.normal(size=(2, 30))
+        noisy[1] -= 0.4 * number / 40 * noisy[0]
+        rising, falling = fit_logistic(*noisy), fit_logistic(noisy[0], -noisy[1])
+        assert (rising is None) == (falling is None)
+        if rising is not None and falling is not None:
+            np.testing.assert_allclose(rising, -falling, atol=1e-3)
     bent = fit_logistic(d, (d - 0.5) ** 2 + 0.1 * d)
     assert bent is None or (np.diff(bent) >= 0).all() or (np.diff(bent) <= 0).all()
     assert fit_logistic(d[:4], scores[:4]) is None

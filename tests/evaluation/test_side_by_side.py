@@ -74,6 +74,13 @@ def test_distances_and_transfer(metric: PerceptualMetric, triplets: Triplet) -> 
     assert last[0]["made on"] == "one" and last[0]["same"] == percent(transfer["one"]["same"])
 
 
+def test_a_metric_that_is_never_right_has_scores_of_zero(metric: PerceptualMetric, triplets: Triplet) -> None:
+    wrong = (metric.margin(*triplets.embed(metric.embed)) > 0).float()  # against its own answer, each time
+    against = Triplet(*triplets.images(), right_vote=wrong, index=triplets.index)
+    found = measure({"ours": metric, "pixels": pixel_l2}, against, SETTINGS)["metrics"]["ours"]
+    assert found["natural"] == 0.0 and found["linf"] == 0.0 and set(found["l2"].values()) == {0.0}
+
+
 def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: PerceptualMetric) -> None:
     """Pixels resized in another way are other pixels, at the same size too."""
     metrics = {
@@ -213,6 +220,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["m.safetensors", "--lpips", "nothing.pth"], "nothing is downloaded"),
         (["m.safetensors", "--samples", "0"], "--samples: expected an integer of at least 1"),
         (["m.safetensors", "--data", "material"], "--root"),
+        (["m.safetensors", "--root", "photos"], "built-in data lie in no folder; say what is in photos by --data"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["attack-tables", *args])

@@ -250,7 +250,10 @@ def test_repositories_go_into_the_layout_of_the_cache(server: Server, tmp_path: 
         (["fetch-teacher", "efficientnet_lite0"], r"pip install 'lipsim\[photos\]'"),
         (["export-teacher", "ensemble", "out.pth"], "ending in .safetensors"),
         (["export-teacher", "ensemble", "out.safetensors", "--layers", "2"], "no layers of the DreamSim model"),
-        (["export-teacher", "timm/resnet18", "out.safetensors"], "expected the weights of timm/resnet18"),
+        (
+            ["export-teacher", "timm/resnet18", "out.safetensors"],
+            "expected --weights, a file or a folder, for timm/resnet18: a package brings those of efficientnet_lite0",
+        ),
         (["export-teacher", "ensemble", "out.safetensors", "--weights", "nowhere"], "no folder with the weights"),
     ],
 )

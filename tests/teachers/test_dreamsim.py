@@ -215,6 +215,7 @@ def test_the_head_starts_as_the_identity() -> None:
         (lambda: DreamSim("nope", "random"), "expected a variant out of ensemble, dino_vitb16"),
         (lambda: Ensemble([]), "at least one branch"),
         (lambda: Ensemble([BranchConfig("vit", "random")]), "timm/NAME or open_clip/NAME, got vit"),
+        (lambda: Ensemble([BranchConfig("timm/vit", "random")]), "timm has no model vit; timm.list_models"),
         (lambda: Ensemble([BranchConfig("open_clip/vit", "random")]), "open_clip has no model vit"),
         (lambda: Ensemble([BranchConfig("open_clip/ViT-B-32", "random", "cls")]), "expected the feature 'embedding'"),
         (lambda: Ensemble([BranchConfig("open_clip/ViT-B-32", "random", layers=(1,))]), "expected no layers of open_c"),

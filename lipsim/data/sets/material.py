@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipsim.certificates.numbers import check_count
+from lipsim.data.ordinal import implied_votes
 from lipsim.data.transforms import Preprocess, load_images
 from lipsim.data.triplet import SharedTriplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import parse_json
 from lipsim.utils.paths import user_path
+from lipsim.utils.progress import Progress
 
 IMAGES = "data/havran1_ennis_298x298_LDR"
 ANSWERS = "data/answers_processed_{part}.json"
@@ -55,6 +57,18 @@ class MaterialTriplets(Dataset[Any]):
     def __init__(self, images: Tensor, answers: MaterialAnswers, preprocess: Preprocess) -> None:
         self.images, self.answers, self.preprocess = images, answers, preprocess
         self.groups: dict[str, Tensor] = {}
+
+    def with_implied(self, count: int, *, seed: int = 0, progress: Progress | None = None) -> MaterialTriplets:
+        """These and ``count`` more triplets of the same images, see :func:`lipsim.data.ordinal.implied_votes`.
+
+        Raises:
+            ValueError: as there.
+        """
+        ids, votes = implied_votes(self.answers.ids, self.answers.right_vote, count, seed=seed, progress=progress)
+        both = MaterialAnswers(
+            torch.cat([self.answers.ids, ids]), torch.cat([self.answers.right_vote, votes.to(self.answers.right_vote)])
+        )
+        return MaterialTriplets(self.images, both, self.preprocess)
 
     def __len__(self) -> int:
         return len(self.answers.ids)

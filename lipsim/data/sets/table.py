@@ -15,12 +15,14 @@ from torch.utils.data import Dataset
 
 from lipsim.certificates.numbers import check_number
 from lipsim.data.images import ImageSource, image_source
+from lipsim.data.ordinal import implied_votes
 from lipsim.data.pack import ImagePack
 from lipsim.data.sets.columns import Row, choose_columns, read_rows, refuse_problems, require_columns
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Split, Triplet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
+from lipsim.utils.progress import Progress
 
 COLUMNS = ("reference", "left", "right", "right_vote", "left_votes", "right_votes", "split", "group")
 IMAGES = ("reference", "left", "right")
@@ -149,6 +151,29 @@ class TableTriplets(Dataset[Triplet]):
         chosen = copy.copy(self)
         chosen.rows = [self.rows[int(row)] for row in rows]
         return chosen
+
+    def with_implied(self, count: int, *, seed: int = 0, progress: Progress | None = None) -> Self:
+        """These and ``count`` more triplets of the same images, see :func:`lipsim.data.ordinal.implied_votes`.
+
+        Those have the line 0, and no group.
+
+        Raises:
+            ValueError: as there.
+        """
+        names = sorted({path for row in self.rows for path in row.paths})
+        number = {name: position for position, name in enumerate(names)}
+        ids = torch.tensor([[number[path] for path in row.paths] for row in self.rows])
+        votes = torch.tensor([row.right_vote for row in self.rows])
+        triplets, implied = implied_votes(ids, votes, count, seed=seed, progress=progress)
+        both = copy.copy(self)
+        both.rows = [
+            *self.rows,
+            *(
+                TableRow(0, (names[reference], names[left], names[right]), vote)
+                for (reference, left, right), vote in zip(triplets.tolist(), implied.tolist(), strict=True)
+            ),
+        ]
+        return both
 
     def _divided(self, seed: int) -> dict[str, str]:
         """Reference → split, drawn; each split that has a share has a reference at least."""
