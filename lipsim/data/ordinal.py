@@ -123,6 +123,8 @@ def implied_votes(
 ) -> tuple[Tensor, Tensor]:
     """Triplets of the images that votes are about, drawn at random, and the votes on them that these imply.
 
+    References are those of the votes: where data are divided by reference, the others belong to another part.
+
     Args:
         ids: ``(N, 3)`` int64, the triplets with votes, as in :func:`embed_votes`.
         right_vote: ``(N,)``, their votes.
@@ -147,7 +149,8 @@ def implied_votes(
             f"the {len(ids)} votes on {len(images)} images imply none on other triplets (log-loss of votes left out: "
             f"{embedding.held_out_loss:.3f}, of a coin: {math.log(2):.3f}): images have to be judged in many triplets"
         )
-    drawn = images[_distinct(len(images), count, torch.Generator().manual_seed(seed))]
+    references = torch.searchsorted(images, torch.unique(ids[:, 0]))
+    drawn = images[_distinct(references, len(images), count, torch.Generator().manual_seed(seed))]
     return drawn, embedding.right_share(drawn)
 
 
@@ -229,9 +232,9 @@ def _check_votes(ids: Tensor, right_vote: Tensor, num_images: int | None) -> int
     return num_images
 
 
-def _distinct(num_images: int, count: int, generator: torch.Generator) -> Tensor:
-    """Triplets ``(count, 3)`` of different positions, each as likely as any other."""
-    reference = torch.randint(num_images, (count,), generator=generator)
+def _distinct(references: Tensor, num_images: int, count: int, generator: torch.Generator) -> Tensor:
+    """Triplets ``(count, 3)`` of different positions, the first of ``references``, each as likely as any other."""
+    reference = references[torch.randint(len(references), (count,), generator=generator)]
     left = torch.randint(num_images - 1, (count,), generator=generator)
     left += left >= reference
     right = torch.randint(num_images - 2, (count,), generator=generator)

@@ -123,6 +123,8 @@ def test_votes_of_a_table_imply_others(tmp_path: Path) -> None:
     data.setup("fit")
     implied = data.train_set.rows[-30:]
     assert [row.line for row in implied] == [0] * 30 and data.train_set.rows[-31].line > 0
+    references = {row.paths[0] for row in data.train_set.rows[:-30]}
+    assert len(references) == 6 and {row.paths[0] for row in implied} <= references  # the others are held out
     places = [[int(Path(path).stem) for path in row.paths] for row in implied]
     right = [abs(r - x) - abs(r - y) for r, x, y in places]
     agree = [(row.right_vote > 0.5) == (nearer > 0) for row, nearer in zip(implied, right, strict=True) if nearer]
