@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lipsim.analysis.collisions import Collision, output_differences
 from lipsim.analysis.models import Model, named_outputs
 from lipsim.metric import PerceptualMetric
-from lipsim.utils.files import remove_files, tensor_names, write_file, write_safetensors
+from lipsim.utils.files import remove_files, write_file, write_safetensors
 from lipsim.utils.precision import full_precision
+from lipsim.utils.weights import tensor_names
 
 _SHOWN = 3  # classes
 

@@ -19,9 +19,10 @@ from lipsim.attacks.watch import WatchedObjective
 from lipsim.metric import Distance
 from lipsim.results import eps_label
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import remove_files, tensor_names, write_file, write_safetensors
+from lipsim.utils.files import remove_files, write_file, write_safetensors
 from lipsim.utils.precision import full_precision
 from lipsim.utils.terminal import text_table
+from lipsim.utils.weights import tensor_names
 
 Goal = Literal["different", "alike"]
 GOALS: tuple[Goal, ...] = ("different", "alike")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -139,15 +139,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     """Write tensors of any device, also those that share memory, as :func:`write_file` does."""
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     write_file(path, lambda temporary: save_file(state, temporary, metadata=metadata))
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; none where there is no such file."""
-    try:
-        with safe_open(path, framework="pt") as archive:
-            return list(archive.keys())
-    except (OSError, SafetensorError):
-        return []
 
 
 def remove_files(directory: Path, patterns: Iterable[str], keep: Collection[Path] = ()) -> None:

@@ -159,6 +159,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file; none where there is no such file."""
+    try:
+        with safe_open(path, framework="pt") as archive:
+            return list(archive.keys())
+    except (OSError, SafetensorError):
+        return []
+
+
 def check_is_binary(path: Path) -> None:
     """Refuse what a download that failed leaves in the place of a file of weights.
 
