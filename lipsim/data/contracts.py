@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from lipsim.data.transforms import Preprocess
 from lipsim.data.triplet import Triplet
+from lipsim.utils.progress import Progress
 
 Parts = Mapping[str, Tensor]
 
@@ -51,6 +52,14 @@ class TripletSet(Listed, Resized, Grouped, Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Triplet: ...
+
+
+@runtime_checkable
+class Implying(Protocol):
+    """A set of triplets of which few images are in many, so that their votes imply others."""
+
+    def with_implied(self, count: int, *, seed: int = 0, progress: Progress | None = None) -> TripletSet:
+        """These and more triplets of the same images, see :func:`lipsim.data.ordinal.implied_votes`."""
 
 
 @runtime_checkable

@@ -4,14 +4,13 @@ Where the same few images are judged in many triplets, the votes know more than 
 embedding* gives each image a point such that distances of points explain the votes; it has no input but the votes, so
 that nothing bounds how it depends on pixels, and it says nothing about other images. It is good for two things: the
 votes that it implies on all other triplets of these images are more to train on, with less noise in each; and the share
-of held-out majorities that it has right is about what any metric could learn from those votes.
+of held-out majorities that it has right is an estimate of what any metric could learn from those votes.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipsim.certificates.numbers import check_count, check_number
-from lipsim.data.contracts import TripletSet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
@@ -36,7 +34,7 @@ class OrdinalEmbedding:
     """Points of M images in F independent fits, and how well they say what people will vote.
 
     Attributes:
-        points: ``(F, M, dim)`` float64; an image that no vote is about is at 0.
+        points: ``(F, M, dim)`` float64; an image that no vote is about is near 0 where there is a decay.
         decay: weight of ``‖point‖²/2`` beside the log-loss of a vote.
         held_out_loss: mean log-loss, in nats, of votes that a fit with this decay had not seen; ``log 2`` is a coin's.
             NaN where the decay was given.
@@ -207,14 +205,6 @@ def _fit(
 
     found = optimize.minimize(surprise, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=_OPTIONS)
     return torch.from_numpy(found.x).view(num_images, dim)
-
-
-@runtime_checkable
-class Implying(Protocol):
-    """A set of triplets of which few images are in many."""
-
-    def with_implied(self, count: int, *, seed: int = 0, progress: Progress | None = None) -> TripletSet:
-        """These and more triplets of the same images, with the votes of :func:`implied_votes`."""
 
 
 def _check_votes(ids: Tensor, right_vote: Tensor, num_images: int | None) -> int:

@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lipsim.data import Preprocess, Triplet, TripletSet, collate_triplets
 from lipsim.data.check import images_of
-from lipsim.data.contracts import Parts, groups_of
+from lipsim.data.contracts import Implying, Parts, groups_of
 from lipsim.data.device import BatchTransforms, batch_as_float
 from lipsim.data.order import TrainingLoader, training_loader
-from lipsim.data.ordinal import Implying
 from lipsim.data.registry import open_sets
 from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples
 from lipsim.datamodules.skipped import SkippedSamples

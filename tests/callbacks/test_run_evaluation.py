@@ -142,6 +142,8 @@ class _Forgetful(TripletCallback):
     [
         ({"eps": [0.1], "callbacks": [CertifyRadii()]}, "either as eps or in a CertifyRadii"),
         ({"eps": [0.5, 0.1]}, "eps in ascending order"),
+        ({"eps": 0.5}, "budgets eps as a list of numbers, such as [36 / 255, 1.0], got 0.5"),
+        ({"eps": "36/255"}, "such as [36 / 255, 1.0], got '36/255'"),
         ({"max_triplets": 0}, "max_triplets"),
         ({"max_epochs": 3}, "there is no option max_epochs; those of the trainer are accelerator, "),
         ({"precison": 3}, "there is no option precison; did you mean precision?"),

@@ -205,6 +205,8 @@ def test_bad_arguments() -> None:
     z = torch.randn(2, 3)
     with pytest.raises(ValueError, match="eps ≥ 0"):
         C.distance_interval(z, z, -0.1)
+    with pytest.raises(ValueError, match="as numbers, got '36/255'"):
+        C.distance_interval(z, z, "36/255")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\[0, 2\]"):
         C.threshold_radius(z, z, 2.5)
 
