@@ -12,7 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
 from lipsim.callbacks.attack_robustness import AttackRobustness
-from lipsim.callbacks.base import TripletCallback
+from lipsim.callbacks.base import TripletCallback, check_budgets
 from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
@@ -100,7 +100,7 @@ def evaluate(
     if eps is not None or not callbacks:
         if any(isinstance(callback, CertifyRadii) for callback in callbacks):
             raise LipsimError("expected budgets either as eps or in a CertifyRadii among the callbacks, got both")
-        callbacks.insert(0, CertifyRadii() if eps is None else CertifyRadii(list(eps)))
+        callbacks.insert(0, CertifyRadii() if eps is None else CertifyRadii(check_budgets(eps)))
     if isinstance(metric, PerceptualMetric):
         module = EvaluatedMetric(copy.deepcopy(metric).requires_grad_(False))
     else:
