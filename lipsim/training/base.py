@@ -81,6 +81,7 @@ class Stage(EvaluationModule):
         self._saved_place: dict[str, int] | None = None  # of the checkpoint that training resumes from
         self._resumed = False  # until its first batch
         self.steps_ahead = 0  # of global_step, see place.steps_ahead
+        self._share: float | None = None  # of max_time, at the start of this batch
         self._own_loss: Tensor | None = None  # of this process, where the loss is that of all
 
     def embed(self, x: Tensor) -> Tensor:
@@ -92,13 +93,12 @@ class Stage(EvaluationModule):
     def progress(self) -> float:
         """Share of the training that is done, in [0, 1]: of its steps, or of its time where these have no end.
 
-        1 where neither ends.
+        1 where neither ends. It may be read on one process alone.
         """
         total = self._total_steps()
         if total is not None:
             return min(1.0, (self.trainer.global_step + self.steps_ahead) / total)
-        share = self._share_of_time()
-        return 1.0 if share is None else share
+        return 1.0 if self._share is None else self._share
 
     def _total_steps(self) -> int | None:
         """Steps of the whole training; None without an end (``max_epochs`` −1, data of unknown length)."""
@@ -106,7 +106,10 @@ class Stage(EvaluationModule):
         return None if total < 0 or math.isinf(total) else max(1, int(total))
 
     def _share_of_time(self) -> float | None:
-        """Share of ``max_time`` that has passed, in [0, 1], the same on every process; None without such a limit."""
+        """Share of ``max_time`` that has passed, in [0, 1], the same on every process; None without such a limit.
+
+        Every process has to ask for it.
+        """
         for timer in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
                 elapsed = timer.time_elapsed()
@@ -132,13 +135,17 @@ class Stage(EvaluationModule):
         super().setup(stage)
         self._saved_place, self.steps_ahead = None, 0  # those of an earlier training
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """A new optimizer of what is trained."""
+        return self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps: of their number, or of the pace so far where time is the limit.
 
         Raises:
             ValueError: a schedule that needs an end, and training without one.
         """
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.make_optimizer()
         self._configured_rates = [float(group["lr"]) for group in optimizer.param_groups]
         if self.rate_scaling is not None:
             self.trainer.fit_loop.setup_data()  # as estimated_stepping_batches does
@@ -229,6 +236,8 @@ class Stage(EvaluationModule):
         if not isinstance(batch, NothingRead):
             check_images(batch)
         self._batch = batch
+        # Here, where all processes are: in its step one that could read nothing has no loss to ask for it.
+        self._share = self._share_of_time() if self._total_steps() is None else None
         self._draws.seed_noise(self.trainer)
         if self._resumed:
             # Lightning 2.6 counts the steps of its log from one too few, or too many, after some checkpoints.

@@ -112,18 +112,22 @@ def _steps(paths: Iterable[Path]) -> tuple[dict[Path, int], dict[Path, Exception
     return steps, damaged
 
 
-def check_moments(path: Path, module: torch.nn.Module) -> None:
+def check_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a checkpoint whose optimizer has moments of other parameters than those in training.
+
+    Args:
+        path: the checkpoint.
+        optimizer: of those in training, which numbers them by its groups.
 
     Raises:
         ValueError: their shapes differ.
     """
-    shapes = [parameter.shape for parameter in module.parameters() if parameter.requires_grad]
-    for optimizer in read_checkpoint(path).get("optimizer_states", []):
-        for number, state in optimizer.get("state", {}).items():
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    for saved in read_checkpoint(path).get("optimizer_states", []):
+        for number, state in saved.get("state", {}).items():
             for name in _MOMENTS & state.keys():
                 if not isinstance(number, int) or number >= len(shapes) or state[name].shape != shapes[number]:
                     raise LipsimError(
                         f"{path} cannot be continued: {name} of parameter {number} has shape "
-                        f"{tuple(state[name].shape)}, as of another module or other trainable parameters"
+                        f"{tuple(state[name].shape)}, as of another module, optimizer or other trainable parameters"
                     )

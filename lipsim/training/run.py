@@ -130,7 +130,7 @@ def fit(
             read_stage(Path(checkpoint), resume=True)
         if checkpoint is not None and str(checkpoint) not in CHECKPOINT_NAMES:
             check_checkpoint(Path(checkpoint), stage)
-            check_moments(Path(checkpoint), stage)
+            check_moments(Path(checkpoint), stage.make_optimizer())
         # Lightning's default would unpickle whatever a checkpoint holds.
         trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         print_certified(trainer)

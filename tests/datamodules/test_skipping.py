@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 import lipsim
 from lipsim import LipsimError
 from lipsim.cli.parser import one_line_errors
+from lipsim.data.builtin.triplets import BuiltinTriplets
 from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.skipping import NothingRead, PartlyRead, ReadableBatch, ReadableSamples, Unread
 from lipsim.data.triplet import Triplet, collate_triplets
@@ -28,7 +29,7 @@ from lipsim.datamodules.skipped import SkippedSamples
 from lipsim.metric import save
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
-from lipsim.training import Distillation, FineTuning, TeacherTuning
+from lipsim.training import Distillation, FineTuning, RadiusHinge, TeacherTuning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
@@ -209,6 +210,56 @@ def _batch(stage: Any) -> Triplet | EmbeddedImages:
     if getattr(stage, "cache", None) is not None:
         return EmbeddedImages(images[0], torch.randn(4, 4, generator=draw))
     return Triplet(*images, torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.arange(4))
+
+
+class _Timed(TripletData):
+    """Triplets of which one batch in three cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=1, num_workers=0, image_size=16, on_error="skip")
+
+    def setup(self, stage: str) -> None:
+        self.train_set = self.train_set or _Gaps()
+
+
+class _Gaps(BuiltinTriplets):
+    def __init__(self) -> None:
+        super().__init__("val", 40, image_size=16)
+
+    def __getitem__(self, index: int) -> Triplet:
+        if index in (1, 4):
+            raise FileNotFoundError(f"no image file {index}.png")
+        return super().__getitem__(index)
+
+
+class _Asked(Callback):
+    """How often the share of the time was asked for in each batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[bool, int]] = []
+        self.count = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append((isinstance(batch, NothingRead), self.count))
+        self.count = 0
+        trainer.should_stop = len(self.batches) == 40
+
+
+def test_every_process_asks_for_the_time_as_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is exchanged, and others would wait for ever for one that has read nothing and does not ask."""
+    asked, share = _Asked(), FineTuning._share_of_time
+
+    def count(stage: FineTuning) -> float | None:
+        asked.count += 1
+        return share(stage)
+
+    monkeypatch.setattr(FineTuning, "_share_of_time", count)
+    stage = FineTuning(OrthogonalProjection(16, 4), loss=RadiusHinge(target=1.0))
+    quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    options: dict[str, Any] = {"max_time": "00:01:00:00", "limit_val_batches": 0, "callbacks": [asked], **quiet}
+    lipsim.train(stage, _Timed(), directory=tmp_path, **options)
+    numbers = {count for _, count in asked.batches[1:]}
+    assert {nothing for nothing, _ in asked.batches} == {False, True} and len(numbers) == 1 and numbers != {0}
 
 
 def _one_of_two_has_nothing(folder: Path, half: bool) -> None:

@@ -6,15 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lipsim.data import BuiltinTriplets, collate_triplets
+import lipsim
+from lipsim.datamodules import BuiltinData
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.training import Constant, FineTuning, MuonWithAuxAdam
+from lipsim.training.checkpoints import check_moments
 from lipsim.training.muon import nearly_orthogonal
 
 
@@ -166,34 +166,32 @@ def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
         MuonWithAuxAdam([{"params": []}])  # type: ignore[list-item]
 
 
-def _fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> FineTuning:
+def _train(folder: Path, epochs: int, **options: Any) -> lipsim.PerceptualMetric:
     torch.manual_seed(0)
-    data = BuiltinTriplets("val", 12, image_size=16)
-    loader = DataLoader(data, batch_size=4, collate_fn=collate_triplets)
     student = OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8)
     stage = FineTuning(student, optimizer=MuonWithAuxAdam, schedule=Constant())
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(stage, loader, loader, ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(folder / "end.ckpt")
-    return stage
+    data = BuiltinData(num_train=12, num_val=4, num_test=4, image_size=16, batch_size=4)
+    quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return lipsim.train(stage, data, max_epochs=epochs, directory=folder, **quiet, **options)
 
 
 def test_a_training_resumes_with_its_moments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Matrices and vectors alternate in the network, and are a group each in the optimizer, which numbers them so."""
     torch.set_num_threads(1)
     with caplog.at_level("INFO"):
-        whole = _fit(tmp_path / "whole", 2)
+        whole = _train(tmp_path / "whole", 2)
     assert "learning rate of 7 parameters: 0.03" in caplog.text and "parameters: 0.002" in caplog.text
-    _fit(tmp_path / "half", 1)
-    resumed = _fit(tmp_path / "resumed", 2, tmp_path / "half" / "end.ckpt")
+    _train(tmp_path / "half", 1)
+    resumed = _train(tmp_path / "half", 2, checkpoint="last")
+    before = torch.load(tmp_path / "half" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert before["global_step"] == 6
     for expected, found in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+def test_moments_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+    _train(tmp_path, 1)
+    stage = FineTuning(OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8))
+    (file,) = tmp_path.rglob("last.ckpt")
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter \d+ has shape .* another module, optimizer or"):
+        check_moments(file, stage.make_optimizer())
