@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from lipsim.attacks.images import GOALS, attack_pair, attack_triplet
 from lipsim.attacks.objectives import TARGETS
 from lipsim.attacks.projections import NORMS, Norm
 from lipsim.attacks.registry import ATTACKS
-from lipsim.cli.parser import add_metric_argument, budget, load_metric, positive_int
+from lipsim.cli.parser import add_metric_argument, budget, load_metric, output_folder, positive_int, refuse_wide_linf
 from lipsim.data.transforms import load_image
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=100, help="gradient steps of a run (%(default)s)")
     parser.add_argument("--restarts", type=positive_int, default=1, help="of each attack (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--output", type=user_path, default=Path("attacked"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=output_folder, default="attacked", help="folder to write (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
@@ -56,6 +55,8 @@ def _run(options: argparse.Namespace) -> int:
     eps, is_pair = options.eps, len(options.images) == 2
     if is_pair and (options.attacks or (eps and len(eps) > 1)):
         raise LipsimError("a pair is attacked by APGD within one budget; --attacks and more budgets need a triplet")
+    if options.norm == "inf":
+        refuse_wide_linf(eps or [])
     norm: Norm = {str(norm): norm for norm in NORMS}[options.norm]
     common: dict[str, Any] = {"norm": norm, "steps": options.steps, "restarts": options.restarts, "seed": options.seed}
     with Progress("attacking") as progress:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
-from lipsim.cli.parser import budget, named_file, positive_int
+from lipsim.cli.parser import budget, named_file, output_folder, positive_int, refuse_wide_linf
 from lipsim.data import registry
 from lipsim.evaluation.side_by_side import Settings, attack_tables, load_metrics
 from lipsim.results.tables import print_table
@@ -50,11 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lpips", type=user_path, metavar="FILE", help="torchvision's AlexNet weights; adds LPIPS")
     parser.add_argument("--dists", type=user_path, metavar="FILE", help="torchvision's VGG-16 weights; adds DISTS")
     parser.add_argument("--seed", type=int, default=1, help="of triplets and attacks (%(default)s)")
-    parser.add_argument("--output", type=user_path, default=Path("attack-tables"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=output_folder, default="attack-tables", help="folder to write (%(default)s)")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    refuse_wide_linf([options.linf])
     files = dict(options.metrics)
     if len(files) < len(options.metrics):
         raise LipsimError(f"expected metrics of different names, got {', '.join(name for name, _ in options.metrics)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lipsim.cli.parser import natural_int, positive_int
+from lipsim.cli.parser import natural_int, output_folder, positive_int
 from lipsim.data.embeddings.cache import DTYPES, PRECISIONS
 from lipsim.data.sets.folder import VIEWS
 from lipsim.evaluation.processes import ProcessFailed
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=user_path, required=True, help="folder of images, the data.root of distillation"
     )
-    parser.add_argument("--output", type=user_path, required=True, help="folder of the cache")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder of the cache")
     parser.add_argument("--views", nargs="+", default=["plain", "flip"], help=f"of {', '.join(VIEWS)} (plain flip)")
     parser.add_argument(
         "--short-side", type=positive_int, help="resize the short side to this first, as data.short_side does"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from lipsim.analysis.collision_files import collision_facts, describe, save_coll
 from lipsim.analysis.collisions import OUTPUT, directions, find_collision, in_precision, layer_table
 from lipsim.analysis.models import NAMES, load_model
 from lipsim.attacks.projections import Norm
-from lipsim.cli.parser import UsageError, budget, output_folder, positive_int
+from lipsim.cli.parser import UsageError, budget, output_folder, positive_int, refuse_wide_linf
 from lipsim.data.transforms import Preprocess, load_image
 from lipsim.metric import load
 from lipsim.metric.files import DEFAULT
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the differences of all layers, for collisions in float32 and in float64: twice the time again",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights and noise (%(default)s)")
-    parser.add_argument("--output", type=output_folder, default=Path("collision"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=output_folder, default="collision", help="folder to write (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
@@ -81,6 +80,8 @@ def _run(options: argparse.Namespace) -> int:
             "--attack has a budget of its own and moves in the first operator: leave out --layer, "
             "--layer-table and --eps"
         )
+    if options.attack is not None and options.norm == "inf":
+        refuse_wide_linf([options.attack])
     with Progress("colliding") as progress:
         progress(f"loading {options.model}")
         model = load_model(options.model, options.weights, options.image_size, options.seed)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lipsim.cli.parser import UsageError, add_metric_argument, add_output, load_metric
+from lipsim.cli.parser import UsageError, add_metric_argument, add_output, file_in_place_of, load_metric
 from lipsim.metric import load, save
 from lipsim.metric.export_check import GraphCheck, check_metric, check_onnx, check_torch
 from lipsim.metric.folded import folded_copy, notes_on_folding
@@ -60,6 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     output: Path = options.output or Path(f"{name}-folded.safetensors" if is_one_file else f"{name}-{options.format}")
     if is_one_file and (output.suffix != ".safetensors" or output.is_dir()):
         raise UsageError(f"expected an output file ending in .safetensors, got {output}")
+    if not is_one_file and (taken := file_in_place_of(output)) is not None:
+        raise UsageError(f"the format {options.format} is written to a folder, got {output}, and {taken} is a file")
     if is_one_file and options.graphs:
         raise UsageError("--graphs are of the formats onnx and torch; safetensors holds the metric itself")
     if options.double and options.format != "torch":

@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="features to match: the name of a module, or output (default: what a metric answers, and what the last "
         "linear layer of a classifier reads)",
     )
-    making.add_argument("--start", choices=("image", "noise"), default="image", help="of matching (%(default)s)")
+    making.add_argument("--start", choices=("image", "noise"), help="of matching features (image)")
     making.add_argument("--steps", type=positive_int, help="gradient steps (1000 for features, 100 towards a class)")
     making.add_argument("--step-size", type=budget, default=0.1, help="ℓ2 length of a step (%(default)s)")
-    making.add_argument("--eps", type=budget, default=0.5, help="ℓ2 budget towards a class (%(default)s)")
+    making.add_argument("--eps", type=budget, help=f"ℓ2 budget towards a class ({FeatureSetRecipe.eps})")
     making.add_argument(
         "--shorten", action="store_true", help="match by steps that do not go too far; closer than published"
     )
@@ -102,22 +102,21 @@ def _run(options: argparse.Namespace) -> int:
 def _make(options: argparse.Namespace) -> int:
     from lipsim.evaluation.processes import ProcessFailed, processes  # Lightning, seconds to import
 
-    if options.layer is not None and not {"robust", "nonrobust"} & set(options.kind):
-        raise UsageError(f"--layer {options.layer} has no part in sets of the kind {' or '.join(options.kind)}")
-    model = load_model(options.model, options.weights, options.image_size, options.seed, options.num_classes)
     recipes = [
         FeatureSetRecipe(
             kind=kind,
-            start=options.start,
+            start=options.start or FeatureSetRecipe.start,
             steps=options.steps,
             step_size=options.step_size,
-            eps=options.eps,
+            eps=FeatureSetRecipe.eps if options.eps is None else options.eps,
             shorten=options.shorten,
             batch_size=options.batch_size,
             seed=options.seed,
         )
         for kind in dict.fromkeys(options.kind)
     ]
+    _refuse_without_part(options, {recipe.matches_features for recipe in recipes})
+    model = load_model(options.model, options.weights, options.image_size, options.seed, options.num_classes)
     fabric = processes(options.accelerator, options.devices, options.num_nodes)
     fabric.launch()
     made: list[FeatureSet] = []
@@ -146,6 +145,21 @@ def _make(options: argparse.Namespace) -> int:
     for part in made:
         print(_sentence(part, model))
     return 0
+
+
+def _refuse_without_part(options: argparse.Namespace, matching: set[bool]) -> None:
+    """Refuse options that none of the sets has a use for, as another set was meant.
+
+    Args:
+        options: what was given.
+        matching: whether sets match features; both where some do.
+    """
+    towards_class = {"eps": options.eps}
+    of_features = {"start": options.start, "layer": options.layer, "shorten": options.shorten or None}
+    useless = towards_class if matching == {True} else of_features if matching == {False} else {}
+    if given := [f"--{name}" for name, value in useless.items() if value is not None]:
+        has = "has" if len(given) == 1 else "have"
+        raise UsageError(f"{', '.join(given)} {has} no part in sets of the kind {' or '.join(options.kind)}")
 
 
 def _sentence(made: FeatureSet, model: Model) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -62,10 +62,15 @@ def metric_file(text: str) -> Path:
 def output_folder(text: str) -> Path:
     """A folder to write to, which need not be there yet."""
     path = user_path(text)
-    taken = next((part for part in (path, *path.parents) if part.exists()), path)
-    if taken.exists() and not taken.is_dir():
+    if (taken := file_in_place_of(path)) is not None:
         raise argparse.ArgumentTypeError(f"expected a folder to write to, got {text!r}, and {taken} is a file")
     return path
+
+
+def file_in_place_of(folder: Path) -> Path | None:
+    """The file that keeps a folder from being made, if there is one."""
+    taken = next((part for part in (folder, *folder.parents) if part.exists()), folder)
+    return taken if taken.exists() and not taken.is_dir() else None
 
 
 def named_file(text: str) -> tuple[str, str]:
@@ -176,6 +181,16 @@ def add_columns(parser: argparse.ArgumentParser, example: str) -> None:
 
 # By their names, so that neither torch nor Lightning is loaded to refuse an argument.
 _CLEAR = {"LipsimError", "MisconfigurationException", "UsageError"}
+
+
+def refuse_wide_linf(budgets: Iterable[float]) -> None:
+    """Refuse ℓ∞ budgets above 1, where every pixel may be anything: 4 is nearly always 4/255.
+
+    Raises:
+        UsageError: one is.
+    """
+    if wide := [f"{number:g}" for number in budgets if number > 1]:
+        raise UsageError(f"expected ℓ∞ budgets of pixels in [0, 1], such as 4/255, got {', '.join(wide)}")
 
 
 class UsageError(ValueError):

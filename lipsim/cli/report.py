@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
+from lipsim.cli.parser import output_folder
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="DIRECTORY or NAME=DIRECTORY of a run; * in it means all"
     )
-    parser.add_argument("--output", type=user_path, default=Path("report"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=output_folder, default="report", help="folder to write (%(default)s)")
     parser.add_argument(
         "--radius",
         nargs="+",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
@@ -56,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--correction", type=budget, default=0.002, help="of the published rule (%(default)s)")
     parser.add_argument("--depth", type=natural_int, default=2, help="cuts of undecided cells (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random start, and of random weights (%(default)s)")
-    parser.add_argument("--output", type=output_folder, default=Path("traversed"), help="folder to write (%(default)s)")
+    parser.add_argument("--output", type=output_folder, default="traversed", help="folder to write (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 

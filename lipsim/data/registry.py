@@ -174,8 +174,8 @@ def sample_triplets(
 
     Args:
         data: one of :data:`DATA`: the first built-in test triplets, or some of the held-out triplets of Material, of
-            the test split of NIGHTS, of the validation part of BAPPS or of a folder of photographs, or of the test part
-            of a table.
+            the test split of NIGHTS, of the validation part of BAPPS or of a folder of photographs, or of what the
+            column ``split`` of a table calls test, the whole of one without that column.
         count: how many; where a set on disk has fewer, all of them, and a warning says so.
         image_size: side of the images.
         resize: as in :func:`open_sets`.
@@ -192,6 +192,8 @@ def sample_triplets(
     source = _source(data)
     # What is made to measure is drawn as it is made.
     options: dict[str, Any] = {} if source.on_disk else {"num_triplets": count, "seed": seed}
+    if data == "table":
+        options = {"test_fraction": 1.0}
     images: dict[str, Any] = {"image_size": image_size, "resize": resize, "framing": framing}
     found = open_sets(data, [source.held_out], root=root, **images, **options)
     triplets = found[source.held_out]

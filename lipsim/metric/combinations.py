@@ -14,6 +14,7 @@ from lipsim.audit import UnboundedModuleError
 from lipsim.certificates.numbers import check_number
 from lipsim.layers import OrthogonalLinear, OrthogonalPatches, ParallelMixing, evaluation_mode, freeze
 from lipsim.layers.encoder import declared_image_size
+from lipsim.metric.distance import require_metric
 from lipsim.metric.encoders import encoder_class, encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.tiles import TiledMetric
@@ -199,6 +200,7 @@ def check_alike(first: PerceptualMetric, second: PerceptualMetric) -> None:
         ValueError: metrics of other images than each other's or of tiles, in other dtypes or in half precision, on
             other devices.
     """
+    require_metric(first, second)
     for metric in (first, second):
         if isinstance(metric, TiledMetric):
             raise LipsimError("expected metrics of whole images; combine those of one tile (TiledMetric.tile)")

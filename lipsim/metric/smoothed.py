@@ -12,6 +12,7 @@ from lipsim.certificates import geometry
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.certificates.smoothing import SmoothedCertificate, certify_counts, smoothed_mean_interval
 from lipsim.layers.base import evaluation_mode
+from lipsim.metric.distance import require_metric
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.checks import check_tensor
 from lipsim.utils.errors import LipsimError
@@ -48,7 +49,7 @@ class SmoothedMetric:
             between batches of different sizes, and the answers of near ties with them.)
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the metric is none.
 
     Example:
         >>> import lipsim
@@ -73,6 +74,7 @@ class SmoothedMetric:
         moving: Moving = "reference",
         batch_size: int = 128,
     ) -> None:
+        require_metric(metric)
         self.metric = metric
         self.sigma = check_number("sigma", sigma, above=True)
         self.samples = check_count("samples", samples)

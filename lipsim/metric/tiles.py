@@ -13,6 +13,7 @@ from lipsim.certificates import TwoAFCCertificate, geometry
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data.transforms import Preprocess
 from lipsim.layers.base import evaluation_mode
+from lipsim.metric.distance import require_metric
 from lipsim.metric.inputs import check_paired
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
@@ -115,6 +116,7 @@ class TiledMetric(PerceptualMetric):
     encoder: TiledEncoder
 
     def __init__(self, tile: PerceptualMetric, grid: int = DEFAULT_GRID) -> None:
+        require_metric(tile)
         if isinstance(tile, TiledMetric):
             raise LipsimError("expected the metric of one tile, got one of tiles; give its tile and a finer grid")
         grid = check_count("grid", grid)

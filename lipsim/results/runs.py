@@ -107,7 +107,13 @@ def load_runs(paths: Sequence[str], *, seeds: bool = False) -> list[Run]:
         for name, file in find_results(path):
             run = Run(name, file.parent, read_results(file))
             if not _sets(run) and not run.searched_sets and not run.benchmark:
-                raise LipsimError(f"{file} has neither certified nor attacked scores; run scripts/evaluate.py")
+                where = (
+                    f"those of lipsim attack-tables are in {file.with_name('tables.md')}, and one with another in "
+                    "lipsim attack-tables A B"
+                    if "attack_tables" in run.results
+                    else "run scripts/evaluate.py"
+                )
+                raise LipsimError(f"{file} has neither certified nor attacked scores; {where}")
             runs.append(run)
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})

@@ -118,6 +118,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["a.png", "missing.png"], "no image file missing.png"),
         (["a.png", "b.png", "--eps", "1/0"], "a number or a fraction such as 8/255"),
         (["a.png", "b.png", "--eps", "-1"], "finite budget"),
+        (["a.png", "b.png", "--norm", "inf", "--eps", "4"], "ℓ∞ budgets of pixels in [0, 1], such as 4/255, got 4"),
+        (["a.png", "b.png", "--output", "a.png"], "expected a folder to write to, got 'a.png', and a.png is a file"),
         (["a.png", "b.png", "--eps", "1", "2"], "within one budget"),
         (["a.png", "b.png", "c.png", "--attacks", "magic"], "expected different attacks among"),
     ):

@@ -93,6 +93,7 @@ def test_a_flipped_answer_survives_the_collision(
         (["--model", "quickstart"], "quickstart is a metric"),
         (["--model", f"{__name__}:_untouched", "--image-size", "16"], "has a trivial kernel"),
         (["--model", f"{__name__}:_tiny", "--layer", "output"], "leave out --layer"),
+        (["--attack", "8", "--norm", "inf"], "expected ℓ∞ budgets of pixels in [0, 1], such as 4/255, got 8"),
     ],
 )
 def test_what_no_attack_can_use_is_one_line(

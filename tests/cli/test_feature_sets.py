@@ -68,7 +68,12 @@ def test_bad_input_is_one_line(metric: Path, capsys: pytest.CaptureFixture[str])
         ((images, *output, "--kind", "random", "--model", metric), "has 24 logits"),
         ((images, *output, "--kind", "robust", "random", "--steps", "1", "--model", metric), "has 24 logits"),
         ((images, "--output", metric, "--kind", "robust", "--model", metric), "expected a folder to write to"),
-        ((images, *output, "--kind", "random", "--model", metric, "--layer", "1"), "--layer 1 has no part"),
+        ((images, *output, "--kind", "random", "--model", metric, "--layer", "1"), "--layer has no part"),
+        ((images, *output, "--kind", "robust", "--model", metric, "--eps", "1"), "--eps has no part in sets of the"),
+        (
+            (images, *output, "--kind", "random", "--model", metric, "--start", "noise", "--shorten"),
+            "--start, --shorten have no part in sets of the kind random",
+        ),
         ((metric.parent / "no", *output, "--kind", "robust", "--model", metric), "there is no such folder"),
     ):
         assert run(*args) == 1

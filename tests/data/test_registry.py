@@ -76,6 +76,16 @@ def test_samples_depend_on_seed_and_resize(data: str, request: pytest.FixtureReq
         sample_triplets(data, 3, 16, resize="float")
 
 
+def test_samples_of_a_table_without_splits_are_of_the_whole(table: Path) -> None:
+    """As an evaluation takes it: nothing says that any of them was trained on."""
+    assert len(sample_triplets("table", 12, 16, resize="float", root=table).index) == 12
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    table.write_text("\n".join(",".join([*row[:6], *row[7:]]) for row in rows))
+    assert rows[0][6] == "split"
+    found = sample_triplets("table", 36, 16, resize="float", root=table)
+    assert sorted(found.index.tolist()) == list(range(36))
+
+
 def test_fewer_samples_than_asked_are_said(bapps: Path, photos: Path) -> None:
     with pytest.warns(UserWarning, match="bapps has 36 of the 50 samples that were asked for"):
         found = sample_triplets("bapps", 50, 16, resize="float", root=bapps)

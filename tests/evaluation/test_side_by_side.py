@@ -156,7 +156,9 @@ def test_headings_fit_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str
     assert max(map(len, output.splitlines())) <= 80
 
 
-def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     save(PerceptualMetric(OrthogonalProjection(16, 8), 16), "m.safetensors")
     save(PerceptualMetric(OrthogonalProjection(24, 8), 24), "large.safetensors")
@@ -170,6 +172,10 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     lines = Path("out/tables.md").read_text().splitlines()
     assert sum(line.startswith("| student |") for line in lines) == 4
     assert r"\toprule" in Path("out/tables.tex").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["report", "out"])
+    assert "those of lipsim attack-tables are in out/tables.md" in capsys.readouterr().err
 
 
 def test_metrics_are_attacked_on_images_as_they_expect(
@@ -220,6 +226,8 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["m.safetensors", "--lpips", "nothing.pth"], "nothing is downloaded"),
         (["m.safetensors", "--samples", "0"], "--samples: expected an integer of at least 1"),
         (["m.safetensors", "--data", "material"], "--root"),
+        (["m.safetensors", "--linf", "4"], "expected ℓ∞ budgets of pixels in [0, 1], such as 4/255, got 4"),
+        (["m.safetensors", "--output", "m.safetensors"], "expected a folder to write to, got 'm.safetensors'"),
         (["m.safetensors", "--root", "photos"], "built-in data lie in no folder; say what is in photos by --data"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -469,6 +469,9 @@ def test_the_command_writes_a_folded_file(tmp_path: Path, capsys: pytest.Capture
             main(["export", str(file), *arguments])
         assert stop.value.code == 1
     assert "expected an output file ending in .safetensors" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "nothing.safetensors", "--format", "torch", "--output", str(file / "graphs")])
+    assert f"and {file} is a file" in capsys.readouterr().err  # before anything is loaded
 
 
 def test_onnx_without_its_packages_says_what_to_install(

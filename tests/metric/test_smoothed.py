@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lipsim import PerceptualMetric
 from lipsim.attacks import TwoAFCObjective, pgd
-from lipsim.metric import SmoothedMetric
+from lipsim.metric import SaturatingSum, SmoothedMetric, TiledMetric
 
 SIZE, SIGMA = 4, 0.5
 
@@ -112,6 +112,16 @@ def test_which_images_have_noise_and_what_it_costs(
     assert found.counts.tolist() == [[50, 0, 0]]
     largest = 0.05 * float(torch.special.ndtri(torch.tensor(0.001 ** (1 / 50), dtype=torch.float64)))
     assert float(found.radius) == pytest.approx(largest / (3**0.5 if moving == "all" else 1), rel=1e-6)
+
+
+def test_names_are_no_metrics() -> None:
+    for make in (
+        lambda: SmoothedMetric("photos", 0.25),  # type: ignore[arg-type]
+        lambda: SaturatingSum("photos", "scattering"),  # type: ignore[arg-type]
+        lambda: TiledMetric("photos"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"a PerceptualMetric, got str; lipsim\.load\('photos'\) gives that"):
+            make()
 
 
 def test_ties_and_answers_that_are_none_count_against_either(metric: PerceptualMetric) -> None:

@@ -18,6 +18,8 @@ from lipsim.utils.paths import user_path
 
 ANNOTATIONS = "val_annotations.txt"  # of tiny-imagenet: lines of an image of images/, its class, and a box
 
+PARTS = {"train", "val", "valid", "validation", "test"}
+
 
 class LabelledFolder:
     """The images of a folder ``{folder}/{class}/…/{image}``, numbered in the order of their names.
@@ -33,7 +35,7 @@ class LabelledFolder:
     Raises:
         FileNotFoundError: no such folder, or no images in it.
         ValueError: images outside a folder of a class, of a class that is none of ``classes``, or that the annotations
-            do not name.
+            do not name; a folder of train/, val/ and the like, which have the classes.
     """
 
     def __init__(
@@ -46,6 +48,11 @@ class LabelledFolder:
         if "" in own:
             raise LipsimError(
                 f"expected images in folders of their classes, CLASS/IMAGE, got {names[own.index('')]} in {folder}"
+            )
+        if set(own) <= PARTS and all(name.count("/") > 1 for name in names):
+            raise LipsimError(
+                f"{folder} has the parts {', '.join(sorted(set(own)))} of a data set where folders of classes were "
+                f"expected; name one of them, such as {self.folder / own[0]}"
             )
         self.classes = sorted(set(own)) if classes is None else list(classes)
         number = {name: i for i, name in enumerate(self.classes)}

@@ -115,6 +115,15 @@ def test_classes_come_from_annotations_where_there_are_some(photos: Path, annota
     assert again.labels.bincount().tolist() == [4, 4, 4] and again.labels.tolist() != expected
 
 
+def test_parts_of_a_data_set_are_no_classes(photos: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"has the parts train, val of a data set .* name one of them, such as .*train"
+    ):
+        LabelledFolder(photos, Preprocess(16))
+    shutil.move(photos / "train" / "class0", photos / "class0")
+    assert LabelledFolder(photos, Preprocess(16)).classes == ["class0", "train", "val"]
+
+
 def test_annotations_are_of_images_alone(photos: Path, annotated: Path) -> None:
     shutil.copytree(photos / "train" / "class1", annotated / "class1")
     file = annotated / "val_annotations.txt"
