@@ -77,8 +77,13 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
 
 def settings(options: argparse.Namespace) -> dict[str, str | int | float]:
     """What numbers rest on besides the row: a part that was measured with others is measured again."""
+    length = (
+        {"steps of each training": options.steps}
+        if options.steps
+        else {"time budget of each training in s": 60 * options.minutes}
+    )
     return {
-        "time budget of each training in s": 60 * options.minutes,
+        **length,
         "gradient steps of each attack": options.attack_steps,
         "queries of each attack without gradients": options.queries,
         "draws that certify a smoothed answer": options.samples,
@@ -252,6 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}; all")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--minutes", type=float, default=1.0, help="of each training (%(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        help="of each training, in the place of a time: for a seed beside rows of another machine",
+    )
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="has the clone of Material")
     parser.add_argument("--photos", type=Path, default=Path("data/tiny-imagenet-64"), help="image folder")
     parser.add_argument("--images", type=positive_int, help="photographs to use of each part; all")

@@ -90,11 +90,13 @@ class Context:
     def fit(
         self, stage: Stage, make: Callable[[], EmbeddedImages | Triplet], seconds: float, clip: float | None = None
     ) -> Trained:
-        """Train a stage until the time is over; its schedule follows the clock."""
+        """Train a stage until the time is over, or its share of ``--steps`` is done; its schedule follows that."""
+        steps: int | None = self.options.steps
         trainer = L.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,
-            max_time=timedelta(seconds=seconds),
+            max_time=None if steps else timedelta(seconds=seconds),
+            max_steps=math.ceil(steps * seconds / self.seconds) if steps else -1,
             max_epochs=-1,
             limit_val_batches=0,
             gradient_clip_val=clip,
