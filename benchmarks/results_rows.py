@@ -41,7 +41,7 @@ from lipsim.training import (
     Triangular,
     WarmupCosine,
 )
-from lipsim.training.base import Stage, encoder_from
+from lipsim.training.base import Stage, start_from
 
 BUDGETS = (0.0, 0.14, 0.28, 0.42)  # of the loss on photographs
 UNTRAINED_ROWS = ("pixel", "ssim", "scattering")  # the same for each seed
@@ -202,7 +202,7 @@ def teacher(context: Context, tune: bool = False, adversarial: bool = False, sig
             "schedule": WarmupCosine(50),
         }
     else:
-        encoder, _ = encoder_from(None, task.teacher, "teacher")
+        encoder = start_from(None, task.teacher, "teacher").encoder
         recipe = {
             "augment": False,
             "optimizer": lambda p: torch.optim.Adam(p, lr=1e-4),

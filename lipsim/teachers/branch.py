@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,20 @@ class Branch(nn.Module, ABC):
             # Not clamped as image files are: attacks need the gradient everywhere, and a network takes what overshoots.
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bicubic", antialias=True)
         return self.tokens(channels_innermost((x - self.mean) / self.std))
+
+    def normalise_by(self, description: Mapping[str, Any]) -> None:
+        """Take mean and std from a description, as far as it has them.
+
+        Raises:
+            ValueError: they are no three numbers each.
+        """
+        for name in ("mean", "std"):
+            if (given := description.get(name)) is not None:
+                try:
+                    values = torch.tensor(given, dtype=torch.float32).view(1, 3, 1, 1)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise LipsimError(f"expected {name} of three channels, got {given!r}") from error
+                getattr(self, name).copy_(values)
 
     @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:

@@ -68,18 +68,31 @@ def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = No
         target = folder / source.file
         if target.suffix != ".zip":
             files.append(download(source.url, target, checksum))
-        elif not _is_unpacked(name, folder):
+        elif there := _unpacked(name, folder, checksum):
+            files += there
+        else:
             files += _unpack_once(download(source.url, target, checksum), folder, source.file)
             target.unlink()
-    return files
+    return list(dict.fromkeys(files))
 
 
-def _is_unpacked(name: str, folder: Path) -> bool:
-    """Whether the archive of a variant was unpacked whole, and nothing of it is gone since."""
+def _unpacked(name: str, folder: Path, sha256: str) -> list[Path]:
+    """What a variant is read from, where its archive was unpacked whole and nothing of it is gone; else nothing.
+
+    Raises:
+        ValueError: that archive had another checksum.
+    """
     variant = VARIANTS[name]
     groups = [(f"{variant.adapter}/{CONFIG}",), *(BACKBONES[branch].files for branch in variant.branches)]
-    there = all(any((folder / file).is_file() for file in group) for group in groups)
-    return there and _receipt(folder, variant.archive.file).is_file()
+    there = [next((folder / file for file in group if (folder / file).is_file()), None) for group in groups]
+    found = [path for path in there if path is not None]
+    receipt = _receipt(folder, variant.archive.file)
+    if len(found) < len(groups) or not receipt.is_file():
+        return []
+    checksum = receipt.read_text(encoding="utf-8").split()[0]
+    if not checksum.startswith(sha256.lower()):
+        raise LipsimError(f"{folder} has the files of an archive with the SHA-256 {checksum}, expected {sha256}")
+    return [found[0].parent, *found[1:]]
 
 
 def _receipt(folder: Path, name: str) -> Path:

@@ -53,18 +53,33 @@ def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
     layers = {name: child for name, child in module.named_modules() if name}
     found = {name: child for name, child in layers.items() if any(f".{name}".endswith(f".{t}") for t in targets)}
     if not found:
-        possible = {name.split(".")[-1] for name, child in layers.items() if _takes_factors(child)}
+        within = _within_attention(module)
+        possible = {
+            name.split(".")[-1] for name, child in layers.items() if _takes_factors(child) and child not in within
+        }
         raise LipsimError(
             f"no layer of this {type(module).__name__} is called {' or '.join(targets)}; expected targets out of "
             f"{', '.join(sorted(possible)) or 'none'}"
         )
+    within = _within_attention(module)
     for name, child in found.items():
+        if child in within:
+            raise LipsimError(
+                f"{name} is within torch's attention, which reads its weights and never runs it, so that nothing would "
+                f"train its factors; take {name.split('.')[-2]} as a target, which has factors for it as well"
+            )
         if _takes_factors(child):
             continue
         kind = type(child).__name__
         if isinstance(child, nn.Conv2d):
             kind = f"convolution of {child.groups} groups and dilation {child.dilation[0]}"
         raise LipsimError(f"{name} is a {kind}, which no product of factors fits; leave it out of the targets")
+
+
+def _within_attention(module: nn.Module) -> set[nn.Module]:
+    """Layers that an ``nn.MultiheadAttention`` has for their weights alone."""
+    attentions = [child for child in module.modules() if isinstance(child, nn.MultiheadAttention)]
+    return {layer for attention in attentions for layer in attention.modules() if layer is not attention}
 
 
 def _takes_factors(module: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
@@ -78,7 +77,7 @@ class OpenClipBranch(Branch):
             cached = bool(tag.get("hf_hub")) and f"models--{_repository(tag).replace('/', '--')}" in file.parts
             if named or cached:
                 self._check_activation(bool(tag.get("quick_gelu")), file)
-                self._normalise_by(tag)
+                self.normalise_by(tag)
                 break
         path = file.parent / "open_clip_config.json"
         if not path.is_file():
@@ -86,7 +85,7 @@ class OpenClipBranch(Branch):
         try:
             described = parse_json(path.read_text(encoding="utf-8"))
             quick = bool(described["model_cfg"].get("quick_gelu", False))
-            self._normalise_by(described.get("preprocess_cfg", {}))
+            self.normalise_by(described.get("preprocess_cfg", {}))
         except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise LipsimError(f"cannot read {path} ({error}); get it again, or remove it") from error
         self._check_activation(quick, path)
@@ -96,11 +95,6 @@ class OpenClipBranch(Branch):
         if quick != self.quick:
             kind, other = ("QuickGELU", "with") if quick else ("GELU", "without")
             raise LipsimError(f"{source} asks for {kind}; take the name {other} -quickgelu in place of {self.model}")
-
-    def _normalise_by(self, description: Mapping[str, Any]) -> None:
-        for name in ("mean", "std"):
-            if description.get(name) is not None:
-                getattr(self, name).copy_(torch.tensor(description[name]).view(1, 3, 1, 1))
 
 
 def _repository(tag: Mapping[str, Any]) -> str:

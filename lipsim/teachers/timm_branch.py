@@ -15,6 +15,7 @@ from lipsim.teachers.catalogue import BACKBONES
 from lipsim.teachers.layouts import fit, vit_state
 from lipsim.teachers.packages import is_packaged, timm_names
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.files import parse_json
 
 
 class TimmBranch(Branch):
@@ -60,7 +61,7 @@ class TimmBranch(Branch):
             known.std if known else defaults.std,
             config.input_size,
         )
-        self.name = name
+        self.name, self.known = name, known is not None
         if known:
             self.files, self.repositories = known.files, known.repositories
         else:
@@ -91,7 +92,25 @@ class TimmBranch(Branch):
         return torch.cat([*(features.mean((2, 3)) for features in maps), head(last)], dim=-1)
 
     def fitted(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+        if not self.known:  # DreamSim normalises in its own way
+            self._follow(file)
         return {name: tensor for name, tensor in self._whole(state, file).items() if name not in self.unused}
+
+    def _follow(self, file: Path) -> None:
+        """Take the statistics from the description beside a file, in a repository of timm's.
+
+        Those of the name are of one training of many: vit_base_patch16_224 has others than the same network's .dino.
+        """
+        path = file.parent / "config.json"
+        if not path.is_file():
+            return
+        try:
+            described = parse_json(path.read_text(encoding="utf-8"))
+            # Of transformers, or of another network in the same folder.
+            if described.get("architecture") == self.name.partition(".")[0]:
+                self.normalise_by(described.get("pretrained_cfg", described))
+        except (ValueError, AttributeError) as error:
+            raise LipsimError(f"cannot read {path} ({error}); get it again, or remove it") from error
 
     def _whole(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
         """The weights of the whole network, without layers left out."""

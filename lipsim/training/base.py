@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.callbacks import Timer
@@ -26,6 +26,7 @@ from lipsim.metric import PerceptualMetric, TiledMetric, load
 from lipsim.metric.files import FORMAT, describe
 from lipsim.training import global_batch
 from lipsim.training.acceleration import Acceleration
+from lipsim.training.checkpoints import fits_moments
 from lipsim.training.global_batch import RateScaling
 from lipsim.training.losses import TripletLoss
 from lipsim.training.place import (
@@ -45,7 +46,8 @@ DIVERGED = (
     "resume from the last checkpoint with a lower rate (--model.optimizer.lr; Muon has an adam_lr besides) or "
     "--trainer.gradient_clip_val 1"
 )
-_RESIZE, _FRAMING, _PLACE = "lipsim-resize", "lipsim-framing", "lipsim-place"  # keys in a checkpoint
+# Keys in a checkpoint.
+_RESIZE, _FRAMING, _ANCHOR, _PLACE = "lipsim-resize", "lipsim-framing", "lipsim-anchor", "lipsim-place"
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -135,9 +137,12 @@ class Stage(EvaluationModule):
         super().setup(stage)
         self._saved_place, self.steps_ahead = None, 0  # those of an earlier training
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> Optimizer:
         """A new optimizer of what is trained."""
-        return self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        return self.optimizer_factory(self._trained())
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule by steps: of their number, or of the pace so far where time is the limit.
@@ -207,6 +212,7 @@ class Stage(EvaluationModule):
         preprocess = self.metric.preprocess
         # Also of an encoder that cannot be described.
         checkpoint[_RESIZE], checkpoint[_FRAMING] = preprocess.resize, preprocess.framing
+        checkpoint[_ANCHOR] = self.metric.anchor
         if (place := place_of(self.trainer)) is not None:
             checkpoint[_PLACE] = {**place, "ahead": self.steps_ahead}
         try:
@@ -215,12 +221,22 @@ class Stage(EvaluationModule):
             return
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """In an evaluation, expect images as the weights were trained on; in training, as the data module has them."""
+        """In an evaluation, be the metric that was trained; in training, what the configuration says now.
+
+        That is about how images come to it, and its anchor.
+        """
         if self.trainer.training:
             self._saved_place = checkpoint.get(_PLACE)
-        saved = checkpoint.get(_RESIZE)
-        if saved is None and FORMAT in checkpoint:  # of an earlier version
-            saved = json.loads(checkpoint[FORMAT])["resize"]
+            self._drop_moments_of_another(checkpoint)
+        # Checkpoints of earlier versions have both in the description alone, where there is one.
+        described = json.loads(checkpoint[FORMAT]) if FORMAT in checkpoint else {}
+        anchor = checkpoint.get(_ANCHOR, described.get("anchor"))
+        if anchor is not None and anchor != self.metric.anchor:
+            if self.trainer.training:
+                rank_zero_info(f"resuming with the anchor {self.metric.anchor:g}; before it was {anchor:g}")
+            else:
+                self.metric.anchor = anchor
+        saved = checkpoint.get(_RESIZE, described.get("resize"))
         if saved is None:
             return
         now = self.metric.preprocess
@@ -231,6 +247,20 @@ class Stage(EvaluationModule):
             rank_zero_info(f"resuming on images resized by {now.way!r}; before it was {before.way!r}")
         else:
             self.metric.preprocess = before
+
+    def _drop_moments_of_another(self, checkpoint: dict[str, Any]) -> None:
+        """Begin with an optimizer's first step where the moments of a checkpoint are another optimizer's."""
+        states = checkpoint.get("optimizer_states", [])
+        if all(fits_moments(state, self.optimizer_factory, self._trained()) for state in states):
+            return
+        optimizer = self.make_optimizer()
+        rank_zero_info(
+            f"resuming with {type(optimizer).__name__}, which cannot go on from the moments in the checkpoint: it "
+            "begins with none"
+        )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # as a schedule leaves it
+        checkpoint["optimizer_states"] = [optimizer.state_dict()]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if not isinstance(batch, NothingRead):
@@ -251,7 +281,9 @@ class Stage(EvaluationModule):
         """
         if self.trainer.world_size == 1:
             return None
-        return self.loss_of_no_rows(self.embed(self.blank_image())[:0])
+        features = self.embed(self.blank_image())[:0]
+        self._own_loss = features.detach().sum()  # 0: where the loss of all is not finite it is another process's
+        return self.loss_of_no_rows(features)
 
     def loss_of_no_rows(self, features: Tensor) -> Tensor:
         """What a process adds to the loss of a step for which it has no sample: nothing, by the same exchange.
@@ -379,11 +411,22 @@ def save_batch(batch: Any, path: Path) -> Path:
     return path
 
 
-def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -> tuple[nn.Module, Preprocess]:
-    """The encoder that a stage trains: one given by class, or one loaded from an exported metric.
+class Start(NamedTuple):
+    """What a stage begins with.
 
-    Returns:
-        The encoder, and how images come to it, stretched and by a resize in "float" where nobody says.
+    Attributes:
+        encoder: that it trains.
+        images: how images come to it, stretched and by a resize in "float" where nobody says.
+        anchor: of the metric it is from; None of a new encoder.
+    """
+
+    encoder: nn.Module
+    images: Preprocess
+    anchor: float | None
+
+
+def start_from(module: nn.Module | None, path: str | Path | None, role: str) -> Start:
+    """The encoder that a stage trains: one given by class, or one loaded from an exported metric.
 
     Raises:
         ValueError: both are given, or none; or a metric of tiles, which are not trained on.
@@ -394,7 +437,7 @@ def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -
         )
     if module is not None:
         resize = module.resize if isinstance(module, ResizingEncoder) else "float"
-        return module, Preprocess(image_size_of(module), resize)
+        return Start(module, Preprocess(image_size_of(module), resize), None)
     assert path is not None
     metric = load(path)
     if isinstance(metric, TiledMetric):
@@ -402,7 +445,24 @@ def encoder_from(module: nn.Module | None, path: str | Path | None, role: str) -
             f"{path} is a metric of tiles, and stages train on whole images; save the metric of a tile first: "
             "lipsim.metric.save(lipsim.load(path, framing='stretch'), other_path)"
         )
-    return metric.encoder.train().requires_grad_(True), metric.preprocess
+    return Start(metric.encoder.train().requires_grad_(True), metric.preprocess, metric.anchor)
+
+
+def student_metric(student: nn.Module | None, path: str | Path | None, anchor: float | None) -> PerceptualMetric:
+    """The metric that a stage trains, of a student given by class or of an exported metric.
+
+    Args:
+        student: the encoder.
+        path: the file to start from instead.
+        anchor: constant coordinate; None: that of the file, 1 of a student.
+
+    Raises:
+        ValueError: as of :func:`start_from`, or the anchor is none.
+    """
+    encoder, images, own = start_from(student, path, "student")
+    anchor = anchor if anchor is not None else 1.0 if own is None else own
+    size = image_size_of(encoder)
+    return PerceptualMetric(encoder, size, anchor=anchor, resize=images.resize, framing=images.framing)
 
 
 def image_size_of(encoder: nn.Module) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn import Parameter
 
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.weights import load_weights, read_checkpoint
 
+_Factory = Callable[[list[Parameter]], torch.optim.Optimizer]
 # What Lightning restores from a checkpoint besides the weights, and moments that have the shape of their parameter.
 _PARTS: dict[str, type] = {
     **{"state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list},
@@ -120,14 +122,54 @@ def check_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer: of those in training, which numbers them by its groups.
 
     Raises:
-        ValueError: their shapes differ.
+        ValueError: their number or their shapes differ.
     """
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     for saved in read_checkpoint(path).get("optimizer_states", []):
+        sizes = [len(group["params"]) for group in saved.get("param_groups", [])]
+        if sizes and sum(sizes) != len(shapes):
+            raise LipsimError(
+                f"{path} cannot be continued: its optimizer has {sum(sizes)} parameters, and {len(shapes)} are "
+                "trained, as of another module or other trainable parameters"
+            )
+        if sizes and sizes != _group_sizes(optimizer):
+            continue  # of another optimizer, whose moments nobody takes over
         for number, state in saved.get("state", {}).items():
             for name in _MOMENTS & state.keys():
                 if not isinstance(number, int) or number >= len(shapes) or state[name].shape != shapes[number]:
                     raise LipsimError(
                         f"{path} cannot be continued: {name} of parameter {number} has shape "
-                        f"{tuple(state[name].shape)}, as of another module, optimizer or other trainable parameters"
+                        f"{tuple(state[name].shape)}, as of another module or other trainable parameters"
                     )
+
+
+def fits_moments(saved: Mapping[str, Any], make: _Factory, parameters: Sequence[Parameter]) -> bool:
+    """Whether the state of an optimizer is one that another can go on from.
+
+    Args:
+        saved: its ``state_dict``.
+        make: makes the other.
+        parameters: what that trains.
+    """
+    if [len(group["params"]) for group in saved["param_groups"]] != _group_sizes(make(list(parameters))):
+        return False
+    found = {name for moments in saved["state"].values() for name in moments}
+    return not found or _names_of_moments(make, parameters) <= found
+
+
+def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _names_of_moments(make: _Factory, parameters: Sequence[Parameter]) -> set[str]:
+    """What an optimizer keeps of each parameter, as its first step on small ones of these kinds shows."""
+    kinds = {tuple(min(size, 2) for size in parameter.shape) for parameter in parameters}
+    small = [Parameter(torch.zeros(kind)) for kind in sorted(kinds)]
+    for parameter in small:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer = make(small)
+        optimizer.step()
+    except Exception:  # one that steps in another way: torch says what does not fit
+        return set()
+    return {name for moments in optimizer.state.values() for name in moments}

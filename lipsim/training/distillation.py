@@ -24,7 +24,7 @@ from lipsim.data.skipping import NothingRead
 from lipsim.evaluation.module import Evaluation, evaluation_loaders
 from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
+from lipsim.training.base import OptimizerFactory, Stage, student_metric
 from lipsim.training.global_batch import RateScaling, gathered, shared
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
@@ -47,7 +47,7 @@ class Distillation(Stage):
         teacher: exported metric whose encoder is the teacher; with a cache only to check that it is the one.
         student: 1-Lipschitz encoder with as many features as the teacher.
         init_from: exported metric to start from instead.
-        anchor: constant coordinate of the student's metric.
+        anchor: constant coordinate of the student's metric; None: that of ``init_from``, 1 of a student.
         loss: scale-free (default), or the paper's :class:`lipsim.training.RMSE`.
         jitter: whether the student also sees the jittered view.
         optimizer: default Adam with the paper's β and no weight decay.
@@ -70,7 +70,7 @@ class Distillation(Stage):
         teacher: Path | None = None,
         student: nn.Module | None = None,
         init_from: Path | None = None,
-        anchor: float = 1.0,
+        anchor: float | None = None,
         loss: DistillationLoss | None = None,
         jitter: bool = True,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, betas=(0.5, 0.9)),
@@ -80,11 +80,8 @@ class Distillation(Stage):
         cache: Path | None = None,
         principal_axes: int | None = None,
     ) -> None:
-        encoder, images = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(
-                encoder, image_size_of(encoder), anchor=anchor, resize=images.resize, framing=images.framing
-            ),
+            student_metric(student, init_from, anchor),
             optimizer,
             schedule or WarmupCosine(),
             acceleration,

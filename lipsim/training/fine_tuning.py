@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import augmented
 from lipsim.data.skipping import NothingRead
-from lipsim.metric import PerceptualMetric
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
+from lipsim.training.base import OptimizerFactory, Stage, student_metric
 from lipsim.training.global_batch import RateScaling
 from lipsim.training.losses import RadiusHinge, TripletLoss
 from lipsim.training.schedules import Schedule, Triangular
@@ -24,7 +23,7 @@ class FineTuning(Stage):
     Args:
         student: 1-Lipschitz encoder, to train from its initialisation.
         init_from: exported metric to start from instead, such as the one that distillation wrote.
-        anchor: constant coordinate of the metric.
+        anchor: constant coordinate of the metric; None: that of ``init_from``, 1 of a student.
         loss: hinge on the exact radius (default) or on ``d`` (:class:`lipsim.training.MarginHinge`, the paper's).
         augment: flip and turn all three images of a triplet alike; the vote stays.
         optimizer: default Adam with the paper's β.
@@ -37,7 +36,7 @@ class FineTuning(Stage):
         self,
         student: nn.Module | None = None,
         init_from: Path | None = None,
-        anchor: float = 1.0,
+        anchor: float | None = None,
         loss: TripletLoss | None = None,
         augment: bool = False,
         optimizer: OptimizerFactory = lambda parameters: torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.9)),
@@ -45,11 +44,8 @@ class FineTuning(Stage):
         acceleration: Acceleration | None = None,
         rate_scaling: RateScaling | None = None,
     ) -> None:
-        encoder, images = encoder_from(student, init_from, "student")
         super().__init__(
-            PerceptualMetric(
-                encoder, image_size_of(encoder), anchor=anchor, resize=images.resize, framing=images.framing
-            ),
+            student_metric(student, init_from, anchor),
             optimizer,
             schedule or Triangular(),
             acceleration,

@@ -152,7 +152,7 @@ class CertifiedShare(RadiusLoss):
         radius = torch.sign(1 - 2 * right_vote) * radius
         lacks = [torch.sigmoid((budget - radius) / self.temperature) for budget in self.budgets]
         weight = self.weights(right_vote).to(radius)
-        return (weight * torch.stack(lacks).mean(0)).sum() / weight.sum().clamp(min=1e-12)
+        return (weight * torch.stack(lacks).mean(0)).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 class JointRadiusHinge(RadiusHinge):
@@ -296,7 +296,7 @@ def _agreement(right_vote: Tensor) -> Tensor:
 def _hinge(value: Tensor, target: float, right_vote: Tensor, weight: Tensor, softness: float = 0.0) -> Tensor:
     weight, lack = weight.to(value), target - torch.sign(1 - 2 * right_vote) * value
     hinge = softness * F.softplus(lack / softness) if softness else F.relu(lack)
-    return (weight * hinge).sum() / weight.sum().clamp(min=1e-12)
+    return (weight * hinge).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def pairwise_distances(z: Tensor, anchor: float) -> Tensor:

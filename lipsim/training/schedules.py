@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from itertools import pairwise
 
+from lipsim.certificates.numbers import check_count, check_number
 from lipsim.utils.errors import LipsimError
 
 
@@ -31,7 +32,7 @@ class WarmupCosine(Schedule):
     """
 
     def __init__(self, warmup_steps: int = 2000) -> None:
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = check_count("warmup_steps", warmup_steps, least=0)
 
     def __call__(self, step: int, total: int) -> float:
         warmup = min(self.warmup_steps, total // 2)
@@ -55,7 +56,7 @@ class Triangular(Schedule):
     def __init__(self, peak: float = 0.4, knee: float = 0.8, knee_factor: float = 0.05) -> None:
         if not 0 < peak < knee < 1:
             raise LipsimError(f"expected 0 < peak < knee < 1, got peak {peak} and knee {knee}")
-        self.peak, self.knee, self.knee_factor = peak, knee, knee_factor
+        self.peak, self.knee, self.knee_factor = peak, knee, check_number("knee_factor", knee_factor)
 
     def __call__(self, step: int, total: int) -> float:
         at = (step + 1) / (total + 1)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lipsim.attacks.adversary import Adversary, adversarial_triplets
 from lipsim.attacks.objectives import TARGETS, Target
+from lipsim.certificates.numbers import check_number
 from lipsim.data import Triplet
 from lipsim.data.augment import augmented
 from lipsim.data.order import ATTACK
@@ -21,7 +22,7 @@ from lipsim.layers.encoder import head_of
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import OptimizerFactory, Stage, encoder_from, image_size_of
+from lipsim.training.base import OptimizerFactory, Stage, image_size_of, start_from
 from lipsim.training.global_batch import RateScaling, gathered, shared
 from lipsim.training.losses import MarginHinge, TripletLoss
 from lipsim.training.schedules import Schedule, WarmupCosine
@@ -85,7 +86,14 @@ class TeacherTuning(Stage):
             )
         if batch_statistics and tune != "all":
             raise LipsimError(f"batch statistics change with all weights only, not where {tune} is tuned")
-        encoder, images = encoder_from(teacher, init_from, "teacher")
+        if batch_statistics and acceleration is not None and acceleration.checkpoint:
+            raise LipsimError(
+                "activation checkpointing computes blocks twice, and batch statistics would move twice in a step; take "
+                "one of acceleration.checkpoint and batch_statistics"
+            )
+        check_number("contrast", contrast)
+        check_number("temperature", temperature, above=True)
+        encoder, images, _ = start_from(teacher, init_from, "teacher")
         if tune == "lora":
             add_adapter(encoder, lora or Lora())
         elif tune == "head":
@@ -141,19 +149,22 @@ class TeacherTuning(Stage):
         loss = self.mean_over_processes(loss, self.loss, batch.right_vote)
         if self.contrast:
             preferred = torch.where((batch.right_vote > 0.5).unsqueeze(1), z1, z0)
-            every, every_preferred = gathered(z, preferred)
-            loss = loss + self.contrast * shared(info_nce(every, every_preferred, self.temperature))
+            untied = batch.right_vote != 0.5  # nobody has preferred a candidate of the others
+            loss = loss + self._contrastive(z[untied], preferred[untied])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
     def loss_of_no_rows(self, features: Tensor) -> Tensor:
         """As of :class:`Stage`, with the contrastive term over the triplets of the other processes."""
         loss = super().loss_of_no_rows(features)
-        if self.contrast:
-            every, every_preferred = gathered(features, features)
-            if len(every):
-                loss = loss + self.contrast * shared(info_nce(every, every_preferred, self.temperature))
-        return loss
+        return loss + self._contrastive(features, features) if self.contrast else loss
+
+    def _contrastive(self, z: Tensor, preferred: Tensor) -> Tensor:
+        """The weighted term over the rows of all processes, with ``(N, D)`` of this one; 0 where nobody has any."""
+        every, every_preferred = gathered(z, preferred)
+        if not len(every):
+            return z.new_zeros(())
+        return self.contrast * shared(info_nce(every, every_preferred, self.temperature))
 
 
 def info_nce(z: Tensor, positive: Tensor, temperature: float) -> Tensor:

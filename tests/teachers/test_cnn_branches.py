@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from public_layouts import randomise
+from safetensors.torch import save_file
 from test_efficientnet_lite import SAMPLE, published
 from timm.data import ImageNetInfo
 from torch import Tensor
@@ -108,6 +110,27 @@ def test_channels_lie_innermost_and_change_nothing(model: str, options: dict[str
     expected = branch.backbone((images - branch.mean) / branch.std)[:, None]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(f.square().sum(), images)[0] for f in (found, expected)))
+
+
+def test_statistics_are_those_of_the_description_beside_the_file(tmp_path: Path) -> None:
+    """A repository of timm's has them; those of the name are of one training of many."""
+    save_file(_branch("timm/resnet18", options=RESNET).backbone.state_dict(), tmp_path / "model.safetensors")
+    own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.5]}
+    usual = _branch("timm/resnet18", tmp_path, options=RESNET)
+    for described, expected in (
+        ({"architecture": "resnet18", "pretrained_cfg": {"tag": "other", **own}}, own),
+        ({"architecture": "resnet18", **own}, own),
+        ({"architecture": "resnet34", "pretrained_cfg": own}, None),  # of another network in the folder
+        ({"architectures": ["ViTModel"], **own}, None),  # of transformers
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        branch = _branch("timm/resnet18", tmp_path, options=RESNET)
+        for name in ("mean", "std"):
+            values = getattr(usual, name).flatten().tolist() if expected is None else expected[name]
+            assert getattr(branch, name).flatten().tolist() == pytest.approx(values)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "mean": [0.5]}))
+    with pytest.raises(ValueError, match="expected mean of three channels"):
+        _branch("timm/resnet18", tmp_path, options=RESNET)
 
 
 @torch.no_grad()

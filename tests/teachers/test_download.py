@@ -163,11 +163,15 @@ def test_fetched_teachers_load(
         with pytest.raises(SystemExit) as done:
             main(["fetch-teacher", "dino_vitb16", "--to", str(folder)])
         assert done.value.code == 0
+        said = capsys.readouterr().out
+        assert str(folder / "dino_vitb16_single_lora") in said
     assert [path for path, _ in server.asked] == ["/dreamsim.zip", "/dino.pth"]
+    assert set(download.fetch_teacher("dino_vitb16", folder)) >= {folder / "dino_vitb16_single_lora"}
+    with pytest.raises(ValueError, match="has the files of an archive with the SHA-256"):
+        download.fetch_teacher("dino_vitb16", folder, sha256="00")
     assert not list(folder.glob("*.zip"))
     receipt = folder / "dreamsim_dino_vitb16_checkpoint.zip.sha256"
     assert receipt.read_text().split()[0] == hashlib.sha256(published).hexdigest()
-    assert str(folder / "dino_vitb16_single_lora") in capsys.readouterr().out
     # The backbone is the one of torch.hub, not the training checkpoint's.
     teacher = DreamSim("dino_vitb16", folder, 32, adapter=False, options=OPTIONS)
     expected = torch.load(tmp_path / "dino.pth", weights_only=True)["cls_token"]

@@ -41,6 +41,13 @@ def test_rmse_to_a_scaled_target(pair: tuple[torch.Tensor, torch.Tensor]) -> Non
             RMSE(scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loss", [MarginHinge(), RadiusHinge(), JointRadiusHinge(), CertifiedShare((0.0, 0.1), 0.2)])
+def test_a_batch_of_ties_has_no_loss(loss: TripletLoss, dtype: torch.dtype) -> None:
+    z, z0, z1 = torch.randn(3, 4, 5).to(dtype).unbind()
+    assert loss(z, z0, z1, torch.full((4,), 0.5), 1.0) == 0
+
+
 def test_cosine_is_the_direction_alone(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     z, t = (features.numpy() for features in pair)
     cosines = (z * t).sum(1) / np.linalg.norm(z, axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import lipsim
 from lipsim.datamodules import BuiltinData
-from lipsim.students import OrthogonalShiftNetwork
+from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.training import Constant, FineTuning, MuonWithAuxAdam
 from lipsim.training.checkpoints import check_moments
 from lipsim.training.muon import nearly_orthogonal
@@ -166,10 +167,10 @@ def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
         MuonWithAuxAdam([{"params": []}])  # type: ignore[list-item]
 
 
-def _train(folder: Path, epochs: int, **options: Any) -> lipsim.PerceptualMetric:
+def _train(folder: Path, epochs: int, optimizer: Any = MuonWithAuxAdam, **options: Any) -> lipsim.PerceptualMetric:
     torch.manual_seed(0)
     student = OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8)
-    stage = FineTuning(student, optimizer=MuonWithAuxAdam, schedule=Constant())
+    stage = FineTuning(student, optimizer=optimizer, schedule=Constant())
     data = BuiltinData(num_train=12, num_val=4, num_test=4, image_size=16, batch_size=4)
     quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     return lipsim.train(stage, data, max_epochs=epochs, directory=folder, **quiet, **options)
@@ -189,9 +190,39 @@ def test_a_training_resumes_with_its_moments(tmp_path: Path, caplog: pytest.LogC
         assert torch.equal(expected, found)
 
 
-def test_moments_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        (MuonWithAuxAdam, torch.optim.Adam, False),
+        (torch.optim.Adam, MuonWithAuxAdam, False),
+        (torch.optim.Adam, torch.optim.NAdam, False),
+        (torch.optim.Adam, partial(torch.optim.Adam, amsgrad=True), False),
+        (partial(torch.optim.SGD, lr=0.01, momentum=0.9), torch.optim.Adam, False),
+        (torch.optim.Adam, torch.optim.AdamW, True),
+    ],
+)
+def test_an_optimizer_does_not_go_on_from_the_moments_of_another(
+    first: Any, second: Any, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command line wins: training goes on with the one that it names."""
+    torch.set_num_threads(1)
+    _train(tmp_path, 1, first)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        _train(tmp_path, 2, second, checkpoint="last")
+    assert ("cannot go on from the moments in the checkpoint: it begins with none" in caplog.text) is not kept
+    assert "initial_lr" not in caplog.text
+    (state,) = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    steps = {int(moments["step"]) for moments in state["state"].values() if "step" in moments}
+    assert steps == {6 if kept else 3}
+
+
+def test_moments_of_other_parameters_are_refused(tmp_path: Path) -> None:
     _train(tmp_path, 1)
-    stage = FineTuning(OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 16), depths=(1, 1), linear_width=8))
     (file,) = tmp_path.rglob("last.ckpt")
-    with pytest.raises(ValueError, match=r"momentum_buffer of parameter \d+ has shape .* another module, optimizer or"):
-        check_moments(file, stage.make_optimizer())
+    wider = FineTuning(OrthogonalShiftNetwork(16, 8, grid=4, widths=(8, 20), depths=(1, 1), linear_width=8))
+    wider.optimizer_factory = MuonWithAuxAdam
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter \d+ has shape .* as of another"):
+        check_moments(file, wider.make_optimizer())
+    with pytest.raises(ValueError, match=r"its optimizer has \d+ parameters, and 2 are trained"):
+        check_moments(file, FineTuning(OrthogonalProjection(16, 4)).make_optimizer())

@@ -132,6 +132,28 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     _check_test_files(tmp_path, tuning, data)
 
 
+def test_the_anchor_goes_with_the_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From a file, and in an evaluation of a checkpoint; in training the configuration wins, and says so."""
+    file = save(PerceptualMetric(_student(), 16, anchor=4.0), tmp_path / "m.safetensors")
+    teacher = save(PerceptualMetric(_vit(), 16, anchor=0.0, lipschitz=math.inf), tmp_path / "teacher.safetensors")
+    tuning = FineTuning(init_from=file, optimizer=_adam)
+    assert tuning.metric.anchor == Distillation(teacher, init_from=file).metric.anchor == 4.0
+    assert FineTuning(init_from=file, anchor=2.0).metric.anchor == 2.0
+    assert FineTuning(_student()).metric.anchor == Distillation(teacher, _student()).metric.anchor == 1.0
+
+    data = ToyData()
+    trainer = _trainer(tmp_path, max_epochs=1)
+    trainer.fit(tuning, data)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    fresh = FineTuning(_student(), optimizer=_adam)
+    _trainer(tmp_path).test(fresh, data, ckpt_path=tmp_path / "c.ckpt", verbose=False, weights_only=True)
+    assert fresh.metric.anchor == 4.0
+    resumed = FineTuning(_student(), optimizer=_adam)
+    with caplog.at_level("INFO"):
+        _trainer(tmp_path, max_epochs=2).fit(resumed, data, ckpt_path=tmp_path / "c.ckpt", weights_only=True)
+    assert resumed.metric.anchor == 1.0 and "resuming with the anchor 1; before it was 4" in caplog.text
+
+
 def _check_test_files(root: Path, tuning: FineTuning, data: ToyData) -> None:
     results = read_results(root / "results.json")
     certified, attacked = results["certified"], results["attacked"]["sets"]["toy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -185,11 +186,52 @@ def test_towers_of_open_clip_take_lora_elsewhere(targets: tuple[str, ...], tmp_p
     torch.testing.assert_close(loaded.embed(x), module.metric.eval().embed(x), rtol=0, atol=1e-5)
 
 
+def test_layers_that_attention_never_runs_take_no_factors() -> None:
+    """Torch's attention reads the weights of its ``out_proj``, and factors beside them would have no gradient."""
+    _need_peft()
+    options = {"embed_dim": 6, "vision_cfg": {"layers": 2, "width": 64}}
+    for targets, message in (
+        (("out_proj", "c_fc"), r"out_proj is within torch's attention.*take attn as a target"),
+        (("nothing",), r"expected targets out of (?!.*out_proj).*attn.*c_fc"),
+    ):
+        teacher = Ensemble([BranchConfig("open_clip/ViT-B-16", "random", options=options)], 32)
+        with pytest.raises(ValueError, match=message):
+            TeacherTuning(teacher, tune="lora", lora=Lora(4, targets=targets))
+
+
+@pytest.mark.parametrize("votes", [(0.0, 0.5, 1.0, 0.5), (0.5, 0.5, 0.5, 0.5)])
+def test_a_tie_prefers_no_candidate(votes: tuple[float, ...]) -> None:
+    """Sides exchanged, the contrastive term is the same; of ties alone there is none."""
+    stage = TeacherTuning(SmallViT(16, patch_size=8, width=12, depth=1, heads=2), contrast=1.0, augment=False)
+    stage._trainer = SimpleNamespace(
+        world_size=1,
+        global_step=0,
+        global_rank=0,
+        estimated_stepping_batches=10,
+        train_dataloader=None,
+        fit_loop=SimpleNamespace(total_batch_idx=0),
+    )  # type: ignore[assignment]
+    stage.log = lambda *_, **__: None  # type: ignore[assignment]
+    z, z0, z1 = torch.rand(3, 4, 3, 16, 16)
+    vote = torch.tensor(votes)
+    one, other = (
+        stage.training_step(Triplet(z, left, right, v, torch.arange(4)), 0)
+        for left, right, v in ((z0, z1, vote), (z1, z0, 1 - vote))
+    )
+    torch.testing.assert_close(one, other)
+    assert (one == 0) == (0.0 not in votes)
+
+
 def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="this DreamSim has no head to tune; give it one"):
         TeacherTuning(_teacher(), tune="head")
     with pytest.raises(ValueError, match="expected to tune all, lora or head, got 'lorra'"):
         TeacherTuning(_teacher(), tune="lorra")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch statistics would move twice in a step"):
+        TeacherTuning(_teacher(), batch_statistics=True, acceleration=Acceleration(checkpoint=True))
+    for options in ({"contrast": -1.0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match=f"expected a finite {next(iter(options))}"):
+            TeacherTuning(_teacher(), **options)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"needs peft; install it with pip install 'lipsim\[tune\]'"):
         TeacherTuning(_teacher(), tune="lora")
