@@ -198,7 +198,8 @@ class NullSpaceRobustness(TripletCallback):
                 mean_length=float(rows[f"{key}/length"].mean()),
                 median_change=float(rows[f"{key}/change"].double().quantile(0.5)),
                 largest_change=float(rows[f"{key}/change"].max()),
-                exact=float((rows[f"{key}/change"] < EXACT).double().mean()),
+                # One that had no room to move is no collision.
+                exact=float(((rows[f"{key}/change"] < EXACT) & (rows[f"{key}/length"] > 0)).double().mean()),
                 largest_distance=float(rows[f"{key}/distance"].max()),
                 flipped=float(rows[f"{key}/flipped"].mean()),
             )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -177,6 +179,20 @@ def _sentence(made: FeatureSet, model: Model) -> str:
     )
 
 
+def _check_originals(options: argparse.Namespace, manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse held-out images that are trained on, and originals that the sets were not made from."""
+    images, held_out = options.images.resolve(), options.held_out.resolve()
+    if images == held_out or images in held_out.parents or held_out in images.parents:
+        raise UsageError(
+            f"classifiers train on {options.images}, and --held-out {options.held_out} is of the same images"
+        )
+    files = LabelledFolder(options.images, Preprocess(manifests[0]["image_size"])).fingerprint()
+    if others := [manifest["kind"] for manifest in manifests if manifest["files"] != files]:
+        raise LipsimError(
+            f"the sets {', '.join(others)} in {options.output} were made from other images than {options.images}"
+        )
+
+
 def _score(options: argparse.Namespace) -> int:
     folders = [options.output / kind for kind in KINDS if (options.output / kind / MANIFEST).is_file()]
     if not folders:
@@ -187,6 +203,7 @@ def _score(options: argparse.Namespace) -> int:
     if len(shapes) > 1 or any(part["classes"] != classes for part in manifests):
         raise LipsimError(f"expected sets of one size and of the same classes in {options.output}, got {shapes}")
     ((image_size, resize),) = shapes
+    _check_originals(options, manifests)
     with Progress("feature sets") as progress:
         progress("reading images")
 

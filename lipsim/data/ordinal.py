@@ -93,9 +93,13 @@ def embed_votes(
     triplets, vote = _Triplets.of(ids), right_vote.double()
     loss = math.nan
     if decay is None:
-        if len(ids) < _FOLDS:
-            raise LipsimError(f"expected at least {_FOLDS} votes to choose a decay by, got {len(ids)}; pass decay")
-        fold = torch.randperm(len(ids), generator=generator) % _FOLDS
+        question, count = _questions(ids)
+        if count < _FOLDS:
+            raise LipsimError(
+                f"expected votes on at least {_FOLDS} triplets to choose a decay by, got {count}; pass decay"
+            )
+        # Other judges of a triplet would give away what was left out.
+        fold = torch.randperm(count, generator=generator)[question] % _FOLDS
         losses = {each: torch.zeros_like(vote) for each in DECAYS}
         for each in DECAYS:
             for left_out in range(_FOLDS):
@@ -104,7 +108,7 @@ def embed_votes(
                 points = _fit(triplets, vote, fold != left_out, each, num_images, dim, generator)
                 losses[each][fold == left_out] = triplets.surprise(points, vote)[fold == left_out]
         best = min(losses.values(), key=lambda each: each.mean().item())
-        enough = best.mean() + best.std() / math.sqrt(len(ids))
+        enough = best.mean() + _standard_error(best, question, count)
         decay = max(each for each in DECAYS if losses[each].mean() <= enough)
         loss = losses[decay].mean().item()
     check_number("decay", decay)
@@ -150,6 +154,23 @@ def implied_votes(
     references = torch.searchsorted(images, torch.unique(ids[:, 0]))
     drawn = images[_distinct(references, len(images), count, torch.Generator().manual_seed(seed))]
     return drawn, embedding.right_share(drawn)
+
+
+def _questions(ids: Tensor) -> tuple[Tensor, int]:
+    """Which question each triplet ``(N, 3)`` asks, ``(N,)``, whichever side is left, and how many there are.
+
+    Numbered as they first occur.
+    """
+    ordered = torch.cat([ids[:, :1], ids[:, 1:].sort(1).values], 1)
+    distinct, number = torch.unique(ordered, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(ids)).scatter_reduce(0, number, torch.arange(len(ids)), "amin")
+    return first.argsort().argsort()[number], len(distinct)
+
+
+def _standard_error(losses: Tensor, question: Tensor, count: int) -> Tensor:
+    """Of the mean of losses ``(N,)`` that are independent from question to question only."""
+    sums = losses.new_zeros(count).index_add(0, question, losses - losses.mean())
+    return sums.square().sum().mul(count / (count - 1)).sqrt() / len(losses)
 
 
 @dataclass(frozen=True)

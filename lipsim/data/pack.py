@@ -45,6 +45,7 @@ VERSION = 1
 FRAMES = ("whole", "crop", "square")
 COMMAND = "lipsim data pack"  # named by errors, as what mends them
 DESCRIPTION, SHARDS = "pack.json", "index.json"
+KEPT_ANNOTATIONS = "annotations"  # what says the classes of images that lie in no folder of one, by its path
 MAX_SHARD_BYTES = 2**32 - 1  # offsets are of 32 bits
 _OPEN_SHARDS = 256  # a memory map keeps a file open, and a process may open some 1,000
 # litdata's description of items that are bytes.

@@ -20,6 +20,7 @@ from lipsim.data.eight_bit import rounded
 from lipsim.data.pack import (
     COMMAND,
     DESCRIPTION,
+    KEPT_ANNOTATIONS,
     MAX_SHARD_BYTES,
     PackDescription,
     Transform,
@@ -33,10 +34,11 @@ from lipsim.data.pack import (
     write_shards,
 )
 from lipsim.data.sets.folder import list_images
+from lipsim.data.sets.labelled_folder import ANNOTATIONS
 from lipsim.data.transforms import load_image
 from lipsim.utils.claim import CLAIM, claim_folder
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import file_states, remove_leftovers, sha256
+from lipsim.utils.files import file_states, remove_leftovers, sha256, write_bytes
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -167,6 +169,7 @@ def pack_images(
             f"{len(refused)} of {len(wanted)} images cannot be packed: {'; '.join(refused[:_MOST_TOLD])}{more}; mend "
             "or remove them and give the same command again, which continues"
         )
+    _keep_annotations(root, output, listed.names)
     final = full | writer.counts
     write_shards(output, final, image_size)
     description = replace(description, next_shard=writer.next)
@@ -198,6 +201,19 @@ def _check_output(output: Path, description: PackDescription) -> None:
             )
     elif output.exists() and (not output.is_dir() or any(path.name != CLAIM for path in output.iterdir())):
         raise LipsimError(f"expected a pack, or no folder, or an empty one, got {output}; give another")
+
+
+def _keep_annotations(root: Path, output: Path, names: np.ndarray) -> None:
+    """Copy what says the classes of images/ in the folders of these images, and drop what says it no more."""
+    folders = {os.path.dirname(os.path.dirname(os.fsdecode(name))) for name in names.tolist()}
+    there = {str(Path(folder, ANNOTATIONS)) for folder in folders if (root / folder / ANNOTATIONS).is_file()}
+    kept = output / KEPT_ANNOTATIONS
+    for name in there:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(kept / name, (root / name).read_bytes())
+    for file in kept.rglob(ANNOTATIONS):
+        if str(file.relative_to(kept)) not in there:
+            file.unlink()
 
 
 def _rows_of(output: Path, image_size: int) -> tuple[dict[bytes, _Row], dict[int, int]]:

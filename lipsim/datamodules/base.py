@@ -100,7 +100,7 @@ class TripletData(L.LightningDataModule):
         )
         if followed.way != self.preprocess.way:
             self.preprocess = followed
-            self.train_set, self.val_sets, self.test_sets = None, {}, {}
+            self.train_set, self.val_sets, self.test_sets, self._implied = None, {}, {}, False
 
     @property
     def val_names(self) -> list[str]:

@@ -86,6 +86,11 @@ class PhotoData(TripletData):
         self.collate = as_fetched
         if human is not None and human.eight_bit:
             raise LipsimError("human votes are mixed with images in float; leave eight_bit out of data.human")
+        if human is not None and (human.device_transforms is not None or human.on_error != "fail"):
+            raise LipsimError(
+                "triplets of human votes are loaded with those of photographs, by which nothing is transformed or "
+                "skipped; leave device_transforms and on_error out of data.human"
+            )
         if isinstance(human, PhotoData):
             raise LipsimError("expected votes of people as human, got PhotoData, whose sets have the same names")
         size = None if human is None or human.preprocess is None else human.preprocess.image_size

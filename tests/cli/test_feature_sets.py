@@ -53,6 +53,13 @@ def test_sets_are_made_and_trained_on(metric: Path, capsys: pytest.CaptureFixtur
     assert run(*common, *training, "--seeds", "1", "--attack-steps", "1") == 0
     assert "trained on" in capsys.readouterr().out
     assert "| robust | 8 |" in (folder / "sets/scores.md").read_text(encoding="utf-8")
+    for images, held_out, message in (
+        ("images", "images", "--held-out"),
+        ("images", "images/dark", "is of the same images"),
+        ("held-out", "images", "the sets robust in"),
+    ):
+        assert run(folder / images, "--output", folder / "sets", "--held-out", folder / held_out) == 1
+        assert message in capsys.readouterr().err
     next((folder / "sets/robust/dark").iterdir()).unlink()
     assert run(*common, *training) == 1
     assert "has 7 of 8 images; give the command that makes it again" in capsys.readouterr().err

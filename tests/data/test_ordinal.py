@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lipsim.data import MaterialTriplets, Preprocess, TableTriplets
-from lipsim.data.ordinal import DECAYS, OrdinalEmbedding, embed_votes, implied_votes
+from lipsim.data.ordinal import DECAYS, OrdinalEmbedding, _questions, _standard_error, embed_votes, implied_votes
 from lipsim.data.sets.material import MaterialAnswers
 from lipsim.utils.errors import LipsimError
 
@@ -94,6 +94,21 @@ def test_votes_that_say_nothing_of_others_imply_none() -> None:
     votes = (torch.arange(100) % 2).float()
     with pytest.raises(LipsimError, match=r"the 100 votes on 300 images imply none on other triplets"):
         implied_votes(ids, votes, 10)
+    again = torch.cat([ids, ids[:, [0, 2, 1]], ids])  # as three judges say, one of whom has seen the sides exchanged
+    with pytest.raises(LipsimError, match=r"the 300 votes on 300 images imply none on other triplets"):
+        implied_votes(again, torch.cat([votes, 1 - votes, votes]), 10)
+
+
+def test_judges_of_one_triplet_are_one_question() -> None:
+    ids = torch.tensor([[3, 1, 2], [0, 1, 2], [3, 2, 1], [0, 1, 3], [3, 1, 2]])
+    question, count = _questions(ids)
+    assert question.tolist() == [0, 1, 0, 2, 0] and count == 3
+    losses = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3], dtype=torch.float64)
+    sums = [0.1 + 0.2 + 0.3 - 3 * 0.4, 0.5 - 0.4, 0.9 - 0.4]
+    expected = math.sqrt(sum(value**2 for value in sums) * 3 / 2) / 5
+    assert _standard_error(losses, question, count).item() == pytest.approx(expected)
+    alone = _standard_error(losses, torch.arange(5), 5)
+    torch.testing.assert_close(alone, losses.std() / math.sqrt(5))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +119,7 @@ def test_votes_that_say_nothing_of_others_imply_none() -> None:
         (torch.zeros(6, 3, dtype=torch.int64), torch.zeros(5), "a vote for each of 6"),
         (torch.zeros(6, 3, dtype=torch.int64), torch.full((6,), torch.nan), r"votes in \[0, 1\]"),
         (torch.full((6, 3), -1), torch.zeros(6), "expected positions"),
-        (torch.tensor([[0, 1, 2]]), torch.zeros(1), "at least 5 votes to choose a decay by, got 1"),
+        (torch.tensor([[0, 1, 2]]), torch.zeros(1), "on at least 5 triplets to choose a decay by, got 1"),
     ],
 )
 def test_what_are_no_votes_is_refused(ids: Tensor, votes: Tensor, message: str) -> None:

@@ -111,6 +111,10 @@ def test_implied_votes_are_trained_on_alone(material: Path) -> None:
         assert torch.equal(data.val_sets[name].answers.right_vote, triplets.answers.right_vote)
     data.setup("fit")
     assert len(data.train_set) == len(after.ids)
+    for resize in ("pil", "float"):  # as an evaluation of another metric between two trainings has it
+        data.follow(Preprocess(16, resize))
+    data.setup("fit")
+    assert torch.equal(data.train_set.answers.ids, after.ids)
 
 
 def test_votes_of_a_table_imply_others(tmp_path: Path) -> None:

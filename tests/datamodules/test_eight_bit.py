@@ -131,6 +131,9 @@ def test_what_cannot_be_together(photo_cache: Path, photos: Path) -> None:
         data.use_embeddings(EmbeddingCache(photo_cache))
     with pytest.raises(ValueError, match=r"leave eight_bit out of data\.human"):
         PhotoData(photos, image_size=16, human=NightsData(image_size=16, eight_bit=True))
+    for ignored in ({"on_error": "skip"}, {"device_transforms": [v2.RandomHorizontalFlip()]}):
+        with pytest.raises(ValueError, match=r"leave device_transforms and on_error out of data\.human"):
+            PhotoData(photos, image_size=16, human=NightsData(image_size=16, **ignored))
 
 
 def test_a_pack_serves_its_bytes(photos: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lipsim.data.sets import bapps, material, nights
 from lipsim.data.sets.folder import list_images
-from lipsim.data.sets.table import read_triplet_rows
+from lipsim.data.sets.table import read_triplet_rows, too_many_groups
 from lipsim.utils.errors import LipsimError
 
 # Fu et al. 2023, the rows of data.csv; Zhang et al. 2018, whose authors round to hundreds; Lagunas et al. 2019, the
@@ -185,6 +185,8 @@ def _table(file: Path, columns: Mapping[str, str] | None) -> Expected:
         raise LipsimError(f"expected the CSV file of a table, got the folder {file}")
     rows, triplets = read_triplet_rows(file, columns)
     problems = [Problem(f"{file.name}:{row.line}", "table", problem) for row in rows for problem in row.problems]
+    if (problem := too_many_groups(triplets, columns)) is not None:
+        problems.append(Problem(f"{file.name}:1", "table", problem))
     splits = Counter(triplet.split for triplet in triplets if triplet.split)
     counts = [Count("triplets", len(triplets)), *(Count(split, number) for split, number in sorted(splits.items()))]
     return Expected(file.parent, _sorted(path for row in rows for path in row.paths), tuple(counts), tuple(problems))

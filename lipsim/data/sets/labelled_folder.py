@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipsim.data.pack import KEPT_ANNOTATIONS, find_pack
 from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import load_images
 from lipsim.utils.errors import LipsimError
@@ -106,10 +107,12 @@ def _is_annotated(name: str) -> bool:
 
 
 def _annotations(folder: Path) -> dict[str, str] | None:
-    """Classes of images/NAME; None: there is no such file."""
-    file, classes = folder / ANNOTATIONS, dict[str, str]()
+    """Classes of images/NAME, also of a pack's; None: there is no such file."""
+    packed = find_pack(folder)
+    file = (folder if packed is None else packed[0] / KEPT_ANNOTATIONS / packed[1]) / ANNOTATIONS
     if not file.is_file():
         return None
+    classes: dict[str, str] = {}
     # As names of files are read, which need not be in UTF-8.
     for line in file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"):
         if not line.strip():

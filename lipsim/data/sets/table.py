@@ -215,14 +215,21 @@ def read_triplets(
     """
     rows, found = read_triplet_rows(file, columns)
     refuse_problems(file, rows, images)
-    groups = {triplet.group for triplet in found}
-    if len(groups) > MOST_GROUPS:
-        name = choose_columns(columns, COLUMNS)["group"]
-        raise LipsimError(
-            f"the column {name} of {file} has {len(groups)} values, each of which would be scored apart; "
-            f"expected at most {MOST_GROUPS}"
-        )
+    if (problem := too_many_groups(found, columns)) is not None:
+        raise LipsimError(f"{file}: {problem}")
     return found
+
+
+def too_many_groups(found: Sequence[TableRow], columns: Mapping[str, str] | None = None) -> str | None:
+    """What is wrong with the groups of a table, if anything is."""
+    groups = {triplet.group for triplet in found}
+    if len(groups) <= MOST_GROUPS:
+        return None
+    name = choose_columns(columns, COLUMNS)["group"]
+    return (
+        f"the column {name} has {len(groups)} values, each of which would be scored apart; expected at most "
+        f"{MOST_GROUPS}"
+    )
 
 
 def read_triplet_rows(file: str | Path, columns: Mapping[str, str] | None = None) -> tuple[list[Row], list[TableRow]]:

@@ -143,6 +143,16 @@ def test_material_and_its_published_counts(material: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_table_of_too_many_groups_is_not_sound(table: Path) -> None:
+    header, *rows = table.read_text().splitlines()
+    first = header.split(",").index("group")
+    assert first == 0
+    named = [f"g{number},{row.partition(',')[2]}" for number, row in enumerate(rows * 3)]
+    table.write_text("\n".join([header, *named]))
+    (problem,) = check_data(table, num_workers=0).problems
+    assert problem.kind == "table" and "the column group has 108 values" in problem.reason
+
+
 def test_a_table_tells_every_line(table: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for number in range(25):  # more than an error message has
         (table.parent / f"images/{number}-far.png").unlink()

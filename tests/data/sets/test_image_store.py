@@ -13,6 +13,7 @@ from PIL import Image
 
 from lipsim.data import Preprocess
 from lipsim.data.embeddings.cache import CacheDescription, EmbeddingCache, write_shard
+from lipsim.data.packing import pack_images
 from lipsim.data.sets import image_store
 from lipsim.data.sets.image_store import ImageStore, load_image_store
 from lipsim.data.sets.labelled_folder import LabelledFolder
@@ -113,6 +114,16 @@ def test_classes_come_from_annotations_where_there_are_some(photos: Path, annota
     file.write_text(exchanged.replace(second, second.replace("class1", "class0"), 1))
     assert (again := LabelledFolder(annotated, Preprocess(16))).fingerprint() != before
     assert again.labels.bincount().tolist() == [4, 4, 4] and again.labels.tolist() != expected
+
+
+def test_a_pack_keeps_the_classes_of_annotations(annotated: Path, tmp_path: Path) -> None:
+    pack = pack_images(annotated.parent, tmp_path / "pack", 16, frame="square", num_workers=0).folder
+    store = load_image_store(pack / annotated.name, Preprocess(16))
+    assert store.classes().tolist() == load_image_store(annotated, Preprocess(16)).classes().tolist()
+    assert len(store.classes().unique()) == 3
+    (annotated / "val_annotations.txt").unlink()
+    pack_images(annotated.parent, pack, 16, frame="square", num_workers=0)
+    assert not load_image_store(pack / annotated.name, Preprocess(16)).classes().any()  # all in images/
 
 
 def test_parts_of_a_data_set_are_no_classes(photos: Path) -> None:
