@@ -298,6 +298,18 @@ class Stage(EvaluationModule):
         size = self.metric.image_size
         return torch.full((1, 3, size, size), 0.5, device=self.device)
 
+    def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        """As Lightning's, but where an epoch ends before a step has all its batches: that takes the mean of those.
+
+        Lightning divides each loss by the number that a step should have.
+        """
+        accumulated, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if accumulated > 1 and math.isfinite(batches):
+            place = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+            there = min(accumulated, int(batches) - (place - place % accumulated))
+            loss = loss if there == accumulated else loss * (accumulated / there)
+        super().backward(loss, *args, **options)
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at the first loss that is not finite, before it reaches a weight.
 
