@@ -93,6 +93,9 @@ class Distillation(Stage):
             )
         loaded = None if teacher is None else load(teacher)
         self.cache = None if cache is None else EmbeddingCache(cache)
+        self.teacher_anchor = 0.0 if self.cache is None else self.cache.description.anchor
+        if loaded is not None:
+            self.teacher_anchor = loaded.anchor
         if self.cache is not None and loaded is not None and teacher is not None:
             self.cache.check_teacher(loaded.encoder, teacher)
             loaded = None  # the cache has its embeddings
@@ -156,10 +159,15 @@ class Distillation(Stage):
         views = [images] if self.view is None else [images, self.view(images, self._image_keys(batch, len(images)))]
         own = self.embed(torch.cat(views))
         *features, target = gathered(*own.chunk(len(views)), target)
-        loss = shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in features]).mean())
+        loss = shared(torch.stack([self._compared(z, target) for z in features]).mean())
         self._own_loss = own.detach().sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
+
+    def _compared(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss of features ``(N, D)``; one of a user's own is told of an anchor where the teacher has one."""
+        options = {"teacher_anchor": self.teacher_anchor} if self.teacher_anchor else {}
+        return self.loss(features, target, self.metric.anchor, **options)
 
     def _image_keys(self, batch: Any, count: int) -> Tensor:
         """Keys of what is drawn for the images of a batch: an image of a triplet has its own."""
@@ -184,7 +192,7 @@ class Distillation(Stage):
         *every, target = gathered(*[features] * views, target)
         if not len(target):
             return features.sum()
-        return shared(torch.stack([self.loss(z, target, self.metric.anchor) for z in every]).mean())
+        return shared(torch.stack([self._compared(z, target) for z in every]).mean())
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Evaluation | None:
         """Compare student and teacher; score the student where the batch has triplets."""
@@ -194,7 +202,7 @@ class Distillation(Stage):
         name = f"val/{self.set_name(dataloader_idx)}"
         values: dict[str, tuple[Tensor, int]] = {}
         if target is not None and len(images) > 2:  # the last images of a folder may make one pair, or none
-            correlation = distance_correlation(student, target, self.metric.anchor)
+            correlation = distance_correlation(student, target, self.metric.anchor, self.teacher_anchor)
             values["distance_correlation"] = correlation, len(images)
         if target is not None and student.shape == target.shape:
             new = self._unrepeated(batch, len(images), batch_idx, dataloader_idx).to(student)
@@ -237,7 +245,7 @@ def unrepeated(count: int, batch_idx: int, loader: DataLoader[Any], rank: int, w
     return own.float()
 
 
-def distance_correlation(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+def distance_correlation(student: Tensor, teacher: Tensor, anchor: float, teacher_anchor: float = 0.0) -> Tensor:
     """Pearson correlation of both metrics' pairwise distances within a batch; other batches give other values."""
-    pair = torch.stack([pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)])
+    pair = torch.stack([pairwise_distances(student, anchor), pairwise_distances(teacher, teacher_anchor)])
     return torch.corrcoef(pair)[0, 1]

@@ -193,8 +193,8 @@ class DistillationLoss(ABC):
     """
 
     @abstractmethod
-    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
-        """Scalar loss of ``(N, D)`` student and ``(N, D_t)`` teacher features."""
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float, teacher_anchor: float = 0.0) -> Tensor:
+        """Scalar loss of ``(N, D)`` student and ``(N, D_t)`` teacher features, and the anchors of both metrics."""
 
 
 class RMSE(DistillationLoss):
@@ -213,7 +213,7 @@ class RMSE(DistillationLoss):
             raise LipsimError(f"expected a scale > 0, got {scale}")
         self.scale = scale
 
-    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float, teacher_anchor: float = 0.0) -> Tensor:
         _check_dimensions(student, teacher)
         loss: Tensor = _norm(student - self.scale * teacher) / student.numel() ** 0.5
         return loss
@@ -222,23 +222,23 @@ class RMSE(DistillationLoss):
 class Cosine(DistillationLoss):
     """Mean of ``1 − cos(f(x), t(x))``: the teacher's direction, whatever the norm."""
 
-    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float, teacher_anchor: float = 0.0) -> Tensor:
         _check_dimensions(student, teacher)
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
 class Relational(DistillationLoss):
-    """Relative RMSE between both metrics' cosine distances of all pairs of a batch; any teacher's dimension will do.
+    """Relative RMSE between both metrics' cosine distances, anchors included, of all pairs of a batch.
 
-    The student's distances, anchor included, count after their scale is matched to the teacher's (the slope of a
-    least-squares line through 0; Park et al. 2019, RKD, divide by means): a 1-Lipschitz map must be free to shrink all
-    distances alike. A batch of one or two images has one scale at most to compare, and counts 0.
+    Any teacher's dimension will do. The student's distances count after their scale is matched to the teacher's (the
+    slope of a least-squares line through 0; Park et al. 2019, RKD, divide by means): a 1-Lipschitz map must be free to
+    shrink all distances alike. A batch of one or two images has one scale at most to compare, and counts 0.
     """
 
-    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float, teacher_anchor: float = 0.0) -> Tensor:
         if len(student) < 3:
             return 0 * student.sum()
-        ours, theirs = pairwise_distances(student, anchor), pairwise_distances(teacher, 0.0)
+        ours, theirs = pairwise_distances(student, anchor), pairwise_distances(teacher, teacher_anchor)
         slope = (ours * theirs).sum() / ours.square().sum().clamp(min=1e-12)
         # A teacher that tells no two images apart has no relations to learn.
         return _norm(slope * ours - theirs) / _norm(theirs).clamp(min=torch.finfo(theirs.dtype).tiny)
@@ -260,8 +260,10 @@ class ScaleFree(DistillationLoss):
             raise LipsimError(f"expected weights ≥ 0, one of them positive, got {direction} and {relation}")
         self.terms = [(w, loss) for w, loss in ((direction, Cosine()), (relation, Relational())) if w]
 
-    def __call__(self, student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
-        return torch.stack([weight * loss(student, teacher, anchor) for weight, loss in self.terms]).sum()
+    def __call__(self, student: Tensor, teacher: Tensor, anchor: float, teacher_anchor: float = 0.0) -> Tensor:
+        return torch.stack(
+            [weight * loss(student, teacher, anchor, teacher_anchor) for weight, loss in self.terms]
+        ).sum()
 
 
 def _is_known(features: Tensor) -> Tensor:

@@ -191,6 +191,7 @@ def describe(
         dtype=dtype,
         precision=precision,
         rounded=rounded,
+        anchor=metric.anchor,
     )
 
 

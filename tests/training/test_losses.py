@@ -21,6 +21,7 @@ from lipsim.training import (
     Relational,
     ScaleFree,
 )
+from lipsim.training.distillation import distance_correlation
 from lipsim.training.losses import DistillationLoss, TripletLoss
 
 
@@ -46,6 +47,14 @@ def test_rmse_to_a_scaled_target(pair: tuple[torch.Tensor, torch.Tensor]) -> Non
 def test_a_batch_of_ties_has_no_loss(loss: TripletLoss, dtype: torch.dtype) -> None:
     z, z0, z1 = torch.randn(3, 4, 5).to(dtype).unbind()
     assert loss(z, z0, z1, torch.full((4,), 0.5), 1.0) == 0
+
+
+def test_relations_are_those_of_both_metrics() -> None:
+    """A teacher with an anchor, such as an exported student, is at its own distances."""
+    z = torch.randn(6, 5, dtype=torch.float64)
+    for loss in (Relational(), ScaleFree()):
+        assert loss(z, z, 4.0, 4.0) < 1e-9 < 0.01 < loss(z, z, 4.0)
+    assert distance_correlation(z, z, 4.0, 4.0) > 1 - 1e-9 > 0.999 > distance_correlation(z, z, 4.0)
 
 
 def test_cosine_is_the_direction_alone(pair: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -31,6 +31,7 @@ from lipsim.training import (
     JointRadiusHinge,
     MarginHinge,
     RadiusHinge,
+    Relational,
     ScaleFree,
     TeacherTuning,
     Triangular,
@@ -139,6 +140,9 @@ def test_the_anchor_goes_with_the_metric(tmp_path: Path, caplog: pytest.LogCaptu
     tuning = FineTuning(init_from=file, optimizer=_adam)
     assert tuning.metric.anchor == Distillation(teacher, init_from=file).metric.anchor == 4.0
     assert FineTuning(init_from=file, anchor=2.0).metric.anchor == 2.0
+    again = Distillation(file, init_from=file, loss=Relational(), jitter=False)  # its own teacher
+    images = torch.rand(8, 3, 16, 16)
+    assert again._compared(again.embed(images), again.target(images)) < 1e-4
     assert FineTuning(_student()).metric.anchor == Distillation(teacher, _student()).metric.anchor == 1.0
 
     data = ToyData()

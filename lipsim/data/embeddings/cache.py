@@ -58,6 +58,7 @@ class CacheDescription:
         dtype: of the stored embeddings.
         precision: that the teacher ran in, "float32" or "bfloat16" (autocast).
         rounded: whether it saw images that a pack had rounded to eight bits.
+        anchor: of its metric, which the distances between embeddings have to do with.
     """
 
     teacher: str
@@ -69,6 +70,7 @@ class CacheDescription:
     dtype: str
     precision: str
     rounded: bool = False
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
         check_views(self.views)
