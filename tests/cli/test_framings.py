@@ -153,7 +153,8 @@ def test_a_metric_of_tiles_is_folded_as_its_tile_is(run: Run) -> None:
     assert folded.notes["by"] == "us" and folded.notes["folded_from"] == "OrthogonalProjection"
     for name in ("onnx", "torch"):
         status, _, err = run(f"export m.safetensors --framing tiles --format {name}")
-        assert status == 1 and "a TiledMetric has no graphs" in err and err.count("\n") == 1
+        # The last line: on a busy machine it is told before how far it is.
+        assert status == 1 and err.splitlines()[-1].startswith("error: a TiledMetric has no graphs")
 
 
 def test_a_page_begins_with_the_threshold_of_the_file(tmp_path: Path) -> None:
