@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -223,15 +224,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(status: int = 1) -> Iterator[None]:
-    """Turn errors that are the user's to mend into one line on stderr and an exit status.
+    """Turn errors that are the user's to mend into one line on stderr and an exit status, and warnings into one each.
 
-    ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead. Other classes of exceptions pass unchanged. Within, stdout
-    and stderr write whatever they cannot encode in plain signs. Whoever reads stdout may stop to, as ``head`` does.
+    ``LIPSIM_TRACEBACK=1`` shows the whole traceback instead, and where a warning is from. Other classes of exceptions
+    pass unchanged. Within, stdout and stderr write whatever they cannot encode in plain signs. Whoever reads stdout may
+    stop to, as ``head`` does.
 
     Args:
         status: of such errors.
     """
     speak_any_encoding()
+    shown = warnings.formatwarning
+    if not os.environ.get("LIPSIM_TRACEBACK"):
+        warnings.formatwarning = _warning_line
     try:
         yield
     except BrokenPipeError:
@@ -253,6 +258,12 @@ def one_line_errors(status: int = 1) -> Iterator[None]:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             _leave_interrupted()
         raise
+    finally:
+        warnings.formatwarning = shown
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {one_line(str(message))}\n"
 
 
 def _leave_interrupted() -> NoReturn:

@@ -40,7 +40,10 @@ def check_precision(module: nn.Module, *inputs: Tensor) -> None:
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if _is_half(tensor):
-            raise LipsimError(f"{name} is stored in half precision; certify with weights in float32 or float64")
+            raise LipsimError(
+                f"{name} is stored in half precision; certify with weights in float32 or float64 (metric.float(), or a "
+                "trainer's precision 32-true or bf16-mixed)"
+            )
     for tensor in inputs:
         if _is_half(tensor):
             raise LipsimError(

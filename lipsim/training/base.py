@@ -21,6 +21,7 @@ from lipsim.data import Preprocess, Triplet
 from lipsim.data.check import check_images
 from lipsim.data.skipping import NothingRead
 from lipsim.evaluation.module import EvaluationModule, weights_are_finite
+from lipsim.layers.base import evaluation_mode
 from lipsim.layers.encoder import ResizingEncoder, declared_image_size
 from lipsim.metric import PerceptualMetric, TiledMetric, load
 from lipsim.metric.files import FORMAT, describe
@@ -87,9 +88,13 @@ class Stage(EvaluationModule):
         self._own_loss: Tensor | None = None  # of this process, where the loss is that of all
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features ``(N, D)`` of images in a training step, computed as the acceleration says."""
+        """Features ``(N, D)`` of images in a training step, computed as the acceleration says.
+
+        In float32 at least, in which losses take their differences, also where autocast has them in bfloat16.
+        """
         self.metric.check_images(x, check_range=False)  # checked with the batch
-        return self._run_encoder(self.metric.encoder, x)
+        features = self._run_encoder(self.metric.encoder, x)
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
     @property
     def progress(self) -> float:
@@ -281,7 +286,8 @@ class Stage(EvaluationModule):
         """
         if self.trainer.world_size == 1:
             return None
-        features = self.embed(self.blank_image())[:0]
+        with evaluation_mode(self.metric.encoder):  # a blank image is none of those that batch statistics are of
+            features = self.embed(self.blank_image())[:0]
         self._own_loss = features.detach().sum()  # 0: where the loss of all is not finite it is another process's
         return self.loss_of_no_rows(features)
 

@@ -60,7 +60,8 @@ class Distillation(Stage):
 
     Raises:
         FileNotFoundError: no such teacher, metric or cache.
-        ValueError: neither a teacher nor a cache, a cache of another teacher, or principal axes without a cache.
+        ValueError: neither a teacher nor a cache, a cache of another teacher, principal axes without a cache, or a
+            teacher, without one, of images of another size.
     """
 
     axes: Tensor | None
@@ -102,6 +103,12 @@ class Distillation(Stage):
         if principal_axes is not None and self.cache is None:
             raise LipsimError(
                 "principal axes are those of a cache of the teacher's embeddings; name model.cache as well"
+            )
+        if loaded is not None and loaded.image_size != self.metric.image_size:
+            raise LipsimError(
+                f"the teacher takes images of {loaded.image_size} pixels and the student of {self.metric.image_size}; "
+                "give the student the teacher's image_size, or follow a cache of its embeddings (lipsim "
+                "cache-teacher), which may be of images of another size"
             )
         # A buffer: a resumed training follows the same target.
         fitted = None if self.cache is None or principal_axes is None else fit_axes(self.cache, principal_axes)

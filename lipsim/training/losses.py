@@ -14,6 +14,7 @@ from lipsim.certificates.geometry import project
 from lipsim.certificates.numbers import check_constants
 from lipsim.data.triplet import arranged
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.precision import full_precision
 
 # Triplets over M images are few enough for the products of all pairs up to so many pairs a triplet.
 PAIRS_PER_TRIPLET = 32
@@ -171,9 +172,14 @@ class MarginHinge(TripletLoss):
     Args:
         margin: difference of distances beyond which a triplet is left alone.
         weight_by_agreement: as in :class:`RadiusHinge`.
+
+    Raises:
+        ValueError: a margin below 0, which a wrong answer could have.
     """
 
     def __init__(self, margin: float = 0.05, weight_by_agreement: bool = False) -> None:
+        if not margin >= 0:
+            raise LipsimError(f"expected a margin ≥ 0, got {margin}")
         self.margin, self.weight_by_agreement = margin, weight_by_agreement
 
     def __call__(
@@ -303,9 +309,30 @@ def _hinge(value: Tensor, target: float, right_vote: Tensor, weight: Tensor, sof
 
 def pairwise_distances(z: Tensor, anchor: float) -> Tensor:
     """Cosine distances of all pairs out of ``(N, D)``, ``(N(N − 1)/2,)``."""
-    p, s = project(z, anchor)
+    p, s = project(_at_least_float32(z), anchor)
     rows, columns = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
-    return 1 - (p @ p.mT + s.unsqueeze(1) * s)[rows, columns]
+    return 1 - (_all_products(p, p) + s.unsqueeze(1) * s)[rows, columns]
+
+
+def info_nce(z: Tensor, positive: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of ``(N, D)`` embeddings: row ``i`` of one must find row ``i`` of the other."""
+    unit, other = (F.normalize(_at_least_float32(features), dim=-1) for features in (z, positive))
+    logits = _all_products(unit, other) / temperature
+    target = torch.arange(len(z), device=z.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+
+
+def _all_products(p: Tensor, q: Tensor) -> Tensor:
+    """Inner products of all pairs of rows, whatever autocast and TF32 say: those of unit vectors are near 1.
+
+    In bfloat16 there is nothing between 0.996 and 1, and all near-duplicates would have one distance.
+    """
+    with full_precision():
+        return p @ q.mT
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _norm(tensor: Tensor) -> Tensor:

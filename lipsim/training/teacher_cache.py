@@ -403,8 +403,9 @@ def check_cache(
 
     Raises:
         FileNotFoundError: no cache, teacher or images.
-        ValueError: the cache is of another teacher, or cannot be understood.
+        ValueError: the cache is of another teacher, or cannot be understood; or a sample below 0.
     """
+    check_count("sample", sample, least=0)
     images, output = user_path(images), user_path(output)
     with Progress("checking the cache") as progress:
         cache = EmbeddingCache(output)

@@ -8,7 +8,6 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from lipsim.attacks.adversary import Adversary, adversarial_triplets
@@ -24,7 +23,7 @@ from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
 from lipsim.training.base import OptimizerFactory, Stage, image_size_of, start_from
 from lipsim.training.global_batch import RateScaling, gathered, shared
-from lipsim.training.losses import MarginHinge, TripletLoss
+from lipsim.training.losses import MarginHinge, TripletLoss, info_nce
 from lipsim.training.schedules import Schedule, WarmupCosine
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import subkeys
@@ -165,10 +164,3 @@ class TeacherTuning(Stage):
         if not len(every):
             return z.new_zeros(())
         return self.contrast * shared(info_nce(every, every_preferred, self.temperature))
-
-
-def info_nce(z: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE of ``(N, D)`` embeddings: row ``i`` of one must find row ``i`` of the other."""
-    logits = F.normalize(z, dim=-1) @ F.normalize(positive, dim=-1).mT / temperature
-    target = torch.arange(len(z), device=z.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2

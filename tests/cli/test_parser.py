@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lipsim.cli.main import ANSWERING, COMMANDS, build_parser, main
-from lipsim.cli.parser import budget, metric_file, named_file, natural_int, positive_int
+from lipsim.cli.parser import budget, metric_file, named_file, natural_int, one_line_errors, positive_int
 
 
 def test_numbers_and_files() -> None:
@@ -42,6 +43,16 @@ def test_files_with_and_without_names(tmp_path: Path) -> None:
 def test_refusals_say_what_was_expected(read: Callable[[str], object], text: str, message: str) -> None:
     with pytest.raises(ArgumentTypeError, match=message):
         read(text)
+
+
+def test_warnings_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, warning = warnings.formatwarning, UserWarning("the disk of runs\nhas no locks")
+    with one_line_errors():
+        assert warnings.formatwarning(warning, UserWarning, "claim.py", 3) == "warning: the disk of runs has no locks\n"
+    assert warnings.formatwarning is before
+    monkeypatch.setenv("LIPSIM_TRACEBACK", "1")
+    with one_line_errors():
+        assert "claim.py:3" in warnings.formatwarning(warning, UserWarning, "claim.py", 3)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -14,7 +14,7 @@ import torch
 from evaluations import forked
 from lightning.pytorch import Callback
 from PIL import Image
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 import lipsim
 from lipsim import LipsimError
@@ -177,8 +177,8 @@ def test_a_disk_that_is_gone_is_no_matter_of_a_few_files(tmp_path: Path) -> None
         counts.add(Trainer(), 2, [Unread(0, "no image file 0")])  # type: ignore[arg-type]
 
 
-def _step_of(stage: Any, batch: Any, count: int) -> list[Tensor]:
-    """Gradients of a step, the mean over processes."""
+def _step_of(stage: Any, batch: Any, count: int, *, together: bool = True) -> list[Tensor]:
+    """Gradients of a step, the mean over processes, or this one's part of it."""
     stage._trainer = SimpleNamespace(
         **{"world_size": count, "global_rank": 0, "global_step": 5, "estimated_stepping_batches": 10},
         train_dataloader=None,
@@ -188,7 +188,7 @@ def _step_of(stage: Any, batch: Any, count: int) -> list[Tensor]:
     loss = stage.training_step(batch, 0)
     parameters = [p for p in stage.parameters() if p.requires_grad]
     gradients = [g / count for g in torch.autograd.grad(loss, parameters)]
-    if count > 1:
+    if count > 1 and together:
         for gradient in gradients:
             distributed.all_reduce(gradient)
     return gradients
@@ -202,6 +202,19 @@ def _stages(folder: Path) -> list[Any]:
     cached = Distillation(teacher, OrthogonalProjection(16, 4), jitter=False)
     cached.cache = SimpleNamespace(description=SimpleNamespace(features=4))  # type: ignore[assignment]
     return [FineTuning(OrthogonalProjection(16, 4)), distillation, cached, tuning]
+
+
+def test_a_blank_image_is_no_part_of_batch_statistics() -> None:
+    """Of one image of one colour they would be nonsense, and of one value a channel torch refuses to take them."""
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten())
+    encoder.image_size = 16  # type: ignore[assignment]
+    stage = TeacherTuning(encoder, batch_statistics=True)
+    stage.train()
+    before = {name: buffer.clone() for name, buffer in stage.named_buffers()}
+    gradients = _step_of(stage, NothingRead(), 2, together=False)
+    assert len(gradients) == 4 and not any(gradient.any() for gradient in gradients)
+    assert stage.metric.encoder.training and stage.metric.encoder[1].training  # type: ignore[index]
+    torch.testing.assert_close(dict(stage.named_buffers()), before)
 
 
 def _batch(stage: Any) -> Triplet | EmbeddedImages:

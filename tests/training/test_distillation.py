@@ -243,6 +243,13 @@ def test_a_cache_needs_files_to_look_up() -> None:
     assert len(EmbeddingCache("cache")) == 24
 
 
+def test_a_teacher_of_another_size_needs_a_cache() -> None:
+    student = OrthogonalShiftNetwork(8, 12, grid=4, widths=(32,), depths=(1,), linear_depth=1, linear_width=12)
+    with pytest.raises(ValueError, match=r"teacher takes images of 16 pixels and the student of 8; .*lipsim cache-tea"):
+        Distillation(Path("teacher.safetensors"), student)
+    assert Distillation(Path("teacher.safetensors"), student, cache=Path("cache")).teacher is None
+
+
 def test_the_command_line_takes_a_cache_in_place_of_a_teacher() -> None:
     config = Path(__file__).parents[2] / "configs/imagenet/distill.yaml"
     student = ["--model.student=lipsim.students.OrthogonalProjection", "--model.student.image_size=16"]

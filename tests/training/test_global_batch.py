@@ -21,8 +21,7 @@ from lipsim.training import (
     ScaleFree,
 )
 from lipsim.training.global_batch import gathered, shared, weighted_mean
-from lipsim.training.losses import DistillationLoss, TripletLoss
-from lipsim.training.teacher_tuning import info_nce
+from lipsim.training.losses import DistillationLoss, TripletLoss, info_nce
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
 SIZES = {1: (11,), 2: (7, 4), 3: (4, 0, 7)}  # rows of each process

@@ -22,7 +22,7 @@ from lipsim.training import (
     ScaleFree,
 )
 from lipsim.training.distillation import distance_correlation
-from lipsim.training.losses import DistillationLoss, TripletLoss
+from lipsim.training.losses import DistillationLoss, TripletLoss, info_nce
 
 
 @pytest.fixture
@@ -55,6 +55,32 @@ def test_relations_are_those_of_both_metrics() -> None:
     for loss in (Relational(), ScaleFree()):
         assert loss(z, z, 4.0, 4.0) < 1e-9 < 0.01 < loss(z, z, 4.0)
     assert distance_correlation(z, z, 4.0, 4.0) > 1 - 1e-9 > 0.999 > distance_correlation(z, z, 4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_near_duplicates_keep_their_distances_under_autocast(dtype: torch.dtype) -> None:
+    """In a product in bfloat16 all of them have one distance, 0 or 0.004."""
+    z, t = (F.normalize(torch.randn(1, 64) + 0.01 * torch.randn(8, 64), dim=1) for _ in range(2))
+    expected = [float(loss(z, t)) for loss in (_relational, _contrastive)]
+    with torch.autocast("cpu", dtype=dtype):
+        found = [float(loss(z, t)) for loss in (_relational, _contrastive)]
+        assert (z @ z.mT).dtype == dtype  # so that this test can fail
+    assert found == pytest.approx(expected, rel=1e-6) and 0.01 < expected[0] < 1
+    assert float(Relational()(z.to(dtype), z, 0.0)) < 0.3
+
+
+def _relational(z: Tensor, t: Tensor) -> Tensor:
+    return Relational()(z, t, 0.0)
+
+
+def _contrastive(z: Tensor, t: Tensor) -> Tensor:
+    return info_nce(z, z + 0.2 * (t - t.mean(0)), 0.01)
+
+
+def test_a_margin_below_zero_is_refused() -> None:
+    for value in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="expected a margin ≥ 0"):
+            MarginHinge(value)
 
 
 def test_cosine_is_the_direction_alone(pair: tuple[torch.Tensor, torch.Tensor]) -> None:

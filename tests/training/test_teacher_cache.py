@@ -266,6 +266,8 @@ def test_in_python_as_by_the_command(capsys: pytest.CaptureFixture[str]) -> None
     assert 0 < verdict.largest_error < 1e-3  # rounded to float16
     Image.new("RGB", (9, 9)).save("images/new.png")
     verdict = check_cache("teacher.safetensors", "images", "cache", **options)
+    with pytest.raises(ValueError, match="sample"):
+        check_cache("teacher.safetensors", "images", "cache", sample=-5, **options)
     assert not verdict.sound and verdict.failures == ("1 images are not in the cache (first: new.png)",)
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="batch_size ≥ 1, got 0"):
