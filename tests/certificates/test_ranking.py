@@ -11,7 +11,7 @@ from torch import Tensor
 from lipsim.certificates import reference_radius, retrieval_radius
 from lipsim.certificates.gallery import Gallery
 from lipsim.certificates.geometry import project
-from lipsim.certificates.ranking import Ranking, rank
+from lipsim.certificates.ranking import Ranking, _Setting, farther_radius, nearest, rank, signed_lower_radius
 
 
 def all_pairs(z: Tensor, gallery: Tensor, k: int, anchor: float, **options: float) -> Ranking:
@@ -60,6 +60,49 @@ def test_ranks_and_radii_are_those_of_all_pairs(
             torch.testing.assert_close(found.set_radius, expected.set_radius, rtol=1e-9, atol=0)
     some = rank(z, gallery, k=3, lipschitz=1.3).set_radius > 0
     assert some.any() or kind == "duplicates"
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-4, 1e-3])
+def test_bounds_that_leave_pairs_out_are_theirs_where_three_lie_in_a_line(error: float) -> None:
+    """Elsewhere they are far below, and nothing would show that one of them were above."""
+    draw = torch.Generator().manual_seed(2)
+    nearer, farther = (0.1 * torch.rand(400, generator=draw, dtype=torch.float64) for _ in range(2))
+    norm = 1 + torch.rand(400, generator=draw, dtype=torch.float64)
+    z = torch.stack([norm, torch.zeros_like(norm)], 1)
+    own, other = (torch.stack([torch.cos(t), torch.sin(t)], 1) for t in (-nearer, farther))
+    gallery, options = Gallery(torch.cat([own, other]), anchor=0.0), {"lipschitz": 1.3, "feature_error": error}
+    exact = reference_radius(z, own, other, anchor=0.0, **options)
+    exact = torch.where(farther > nearer, exact, 0.0)
+    assert (exact > 0.01).sum() > 30
+    chord, apart = (torch.linalg.vector_norm(z / norm[:, None] - y, dim=1) for y in (own, other))
+    by_chords = farther_radius(chord, apart, norm, gallery=gallery, **options)
+    unit, rows = torch.cat([z / norm[:, None], torch.zeros(400, 1)], 1), torch.arange(400)
+    by_products = torch.stack(
+        [
+            signed_lower_radius(
+                unit[i], norm[i], gallery.unit(rows[i : i + 1]), gallery.unit(400 + rows[i : i + 1]),
+                least_norm=gallery.least_norm, **options,
+            ).squeeze()
+            for i in rows
+        ]
+    )  # fmt: skip
+    for bound in (by_chords, by_products):
+        assert (bound <= exact).all() and (bound <= 0)[farther <= nearer].all()
+        torch.testing.assert_close(bound[exact > 0.01], exact[exact > 0.01], rtol=5e-3, atol=0)
+    some = exact > 0.01
+    least = _Setting(gallery, 1, **options).nearest_possible(norm, chord, exact)[some]
+    cosine = torch.cos(farther[some])
+    assert (least <= cosine).all() and (cosine - least < 5e-3 * (1 - cosine)).all()
+
+
+def test_items_at_one_distance_are_ordered_without_a_certificate_too() -> None:
+    """More of them than there are candidates: float32 tells them apart by chance alone."""
+    twins = torch.tensor([1.0, 2, 3], dtype=torch.float64) + 1e-9 * torch.randn(300, 3, dtype=torch.float64)
+    stored = torch.cat([-twins.sum(0, keepdim=True).expand(300, -1) / 300, twins])  # so that they are not all one cone
+    z = 2 * twins[:2] + 0.1 * torch.randn(2, 3, dtype=torch.float64)
+    p, s = project(stored)
+    expected = (z @ p.mT + s).argsort(dim=-1, descending=True)[:, :4]
+    assert torch.equal(nearest(z, Gallery(stored), 4), expected)
 
 
 def test_most_of_a_gallery_is_never_looked_at_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
