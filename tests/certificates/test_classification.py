@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +74,29 @@ def test_products_without_all_their_digits_certify_no_more(size: float) -> None:
     answer, radius = class_radius(torch.tensor([[size]], dtype=torch.float64), weight)
     assert answer.item() == 0 and radius.item() <= size  # the boundary is at 0
     assert radius.item() == pytest.approx(size, rel=1e-5) or size < 1e-175
+
+
+def test_rounding_where_logits_cancel_certifies_no_more() -> None:
+    """Against fractions: leads of 1e-13 to 1e-8 of what is summed are known to a few digits, up or down."""
+    generator = torch.Generator().manual_seed(4)
+    larger = certified = 0
+    for draw in range(60):
+        z, *weight = (torch.randn(60, generator=generator, dtype=torch.float64) * 1e3 for _ in range(3))
+        near = [float(z @ row) for row in weight]
+        bias = torch.tensor([-near[0] + 10.0 ** (draw % 6 - 6), -near[1]], dtype=torch.float64)
+        answer, radius = class_radius(z[None], torch.stack(weight), bias)
+        exact = [
+            sum(map(operator.mul, map(Fraction, row.tolist()), map(Fraction, z.tolist())), Fraction(b))
+            for row, b in zip(weight, bias.tolist(), strict=True)
+        ]
+        lead = exact[answer] - exact[1 - answer]
+        square = sum(((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(*(w.tolist() for w in weight), strict=True)))
+        assert radius.item() == 0 or (lead > 0 and Fraction(radius.item()) ** 2 * square <= lead**2)
+        certified += radius.item() > 0
+        apart = weight[int(answer)] - weight[1 - int(answer)]
+        plain = (apart @ z + bias[answer] - bias[1 - answer]) / apart.norm()  # without a word of rounding
+        larger += Fraction(plain.item()) ** 2 * square > lead**2
+    assert larger > 10 and certified > 10  # so that this test can fail
 
 
 @pytest.mark.parametrize(
