@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -286,7 +288,10 @@ class Stage(EvaluationModule):
         """
         if self.trainer.world_size == 1:
             return None
-        with evaluation_mode(self.metric.encoder):  # a blank image is none of those that batch statistics are of
+        with ExitStack() as stack:
+            for module in self.metric.encoder.modules():
+                if isinstance(module, _NormBase):  # a blank image is none of those that batch statistics are of
+                    stack.enter_context(evaluation_mode(module))
             features = self.embed(self.blank_image())[:0]
         self._own_loss = features.detach().sum()  # 0: where the loss of all is not finite it is another process's
         return self.loss_of_no_rows(features)

@@ -27,7 +27,7 @@ from lipsim.datamodules import ImageFolderData, NightsData
 from lipsim.datamodules.base import TripletData
 from lipsim.datamodules.skipped import SkippedSamples
 from lipsim.metric import save
-from lipsim.students import OrthogonalProjection
+from lipsim.students import OrthogonalProjection, TorchlipNetwork
 from lipsim.teachers import SmallViT
 from lipsim.training import Distillation, FineTuning, RadiusHinge, TeacherTuning
 
@@ -215,6 +215,15 @@ def test_a_blank_image_is_no_part_of_batch_statistics() -> None:
     assert len(gradients) == 4 and not any(gradient.any() for gradient in gradients)
     assert stage.metric.encoder.training and stage.metric.encoder[1].training  # type: ignore[index]
     torch.testing.assert_close(dict(stage.named_buffers()), before)
+
+
+def test_a_blank_image_reaches_every_parameter() -> None:
+    """In evaluation mode torchlip's layers fold their weights, through which no gradient goes."""
+    stage = FineTuning(TorchlipNetwork(16, 4, blocks=(8,), depths=(1,), widths=(8,)))
+    stage.train()
+    parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    gradients = _step_of(stage, NothingRead(), 2, together=False)  # raises where a parameter has none
+    assert len(gradients) == len(parameters) > 2 and not any(gradient.any() for gradient in gradients)
 
 
 def _batch(stage: Any) -> Triplet | EmbeddedImages:
