@@ -157,6 +157,41 @@ def test_feature_error_covers_perturbed_features(features: Features, anchor: flo
         assert (C.joint_radius(*off, **options) <= C.joint_radius(*true, anchor=anchor) + 1e-12).all()
 
 
+@pytest.mark.parametrize("error", [0.02, 0.1, 0.3])
+def test_feature_error_covers_the_worst_features(error: float) -> None:
+    """The candidates turned as far as η turns them, against the answer, and the reference moved the shortest way.
+
+    Norms differ by up to forty: what one candidate's part of the bound lacks, that of the other does not make up for.
+    """
+    draw = torch.Generator().manual_seed(5)
+    off = [
+        norm * F.normalize(torch.randn(20_000, 3, generator=draw, dtype=torch.float64), dim=1)
+        for norm in 0.5 * 40 ** torch.rand(3, 20_000, 1, generator=draw, dtype=torch.float64)
+    ]
+    margin, _ = C.linear_margin(*off, anchor=0.0)
+    off[1], off[2] = (torch.where((margin > 0).unsqueeze(1), *pair) for pair in ((off[1], off[2]), (off[2], off[1])))
+    toward = F.normalize(off[0], dim=1)
+    moved = []
+    for candidate, sign in ((off[1], -1), (off[2], 1)):
+        norm = candidate.norm(dim=1, keepdim=True)
+        unit = candidate / norm
+        across = F.normalize(toward - (toward * unit).sum(1, keepdim=True) * unit, dim=1)
+        angle = torch.asin((error / norm).clamp(max=1))
+        # Of the vectors at this angle the one that is nearest to the candidate is as long as its cosine.
+        moved.append(norm * torch.cos(angle) * (torch.cos(angle) * unit + sign * torch.sin(angle) * across))
+        assert ((moved[-1] - candidate).norm(dim=1) <= error * (1 + 1e-9)).all()
+    unit0, unit1 = (F.normalize(e, dim=1) for e in moved)
+    true = (off[0] - error * F.normalize(unit0 - unit1, dim=1), *moved)
+    keeps = C.linear_margin(*true, anchor=0.0)[0] > 0
+    options = {"anchor": 0.0, "feature_error": error}
+    pairs = [(C.reference_radius(*off, **options), C.reference_radius(*true, anchor=0.0))]
+    pairs += zip(C.candidate_radii(*off, **options), C.candidate_radii(*true, anchor=0.0), strict=True)
+    pairs += [(C.joint_radius(*off, **options), C.joint_radius(*true, anchor=0.0))]
+    for claimed, there in pairs:
+        assert (claimed <= torch.where(keeps, there, 0.0) + 1e-12).all()
+        assert (claimed > 0).sum() > 3000
+
+
 def test_float32_radii_agree_with_float64(features: Features) -> None:
     single = C.reference_radius(*(z.float() for z in features))
     torch.testing.assert_close(single.double(), C.reference_radius(*features), rtol=1e-4, atol=1e-6)
@@ -190,6 +225,8 @@ def test_certified_pixels_against_the_worst_recolouring() -> None:
             assert cost[i][order[: k + 1]].sum().sqrt() >= radius[i]
     assert certified[-1] == 16
     assert (C.certified_pixels(torch.rand(50, 3, 4, 4), torch.full((50,), math.sqrt(3) + 1e-9)) >= 1).all()
+    # 47 pixels of three quarters are less than 36, and none costs less.
+    assert C.certified_pixels(torch.full((2, 3, 8, 8), 0.5), torch.tensor([1.0, 6.0])).tolist() == [1, 47]
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(37, 52, 16), (16, 16, 16), (20, 20, 33)])

@@ -109,6 +109,34 @@ def test_area_of_a_triangle_in_a_half_space(offset: float, area: float) -> None:
     torch.testing.assert_close(found.radii[0], found.weights[:, 1] - offset, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("divisions", [1, 2, 5])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_shares_of_cells_hold_what_a_line_cuts_off(divisions: int, depth: int) -> None:
+    """Triangles of any shape under lines of any direction, cell by cell.
+
+    Where the corners of a cell lie on both sides, the one that is alone on its side has h₀²/((h₀ − h₁)(h₀ − h₂)) of it.
+    """
+    draw = torch.Generator().manual_seed(3)
+    corners = torch.randn(300, 3, 1, 1, 2, generator=draw, dtype=torch.float64)
+    normal = torch.nn.functional.normalize(torch.randn(300, 2, generator=draw, dtype=torch.float64), dim=1)
+
+    def height(points: Tensor, rows: Tensor) -> Tensor:
+        return (points.double().flatten(1) * normal[rows]).sum(1)
+
+    found = C.certify_triangles(height, corners, divisions=divisions, depth=depth)
+    at_corners = (corners.flatten(2) * normal.unsqueeze(1)).sum(2)
+    heights = (at_corners @ found.weights.T)[:, found.cells]  # (N, C, 3)
+    positive = (heights > 0).sum(2)
+    alone = torch.where(positive == 1, heights.argmax(2), heights.argmin(2)).unsqueeze(2)
+    own = heights.gather(2, alone)
+    cut = torch.where(torch.arange(3) == alone, 1.0, own / (own - heights)).prod(2)
+    share = torch.stack([torch.zeros_like(cut), cut, 1 - cut, torch.ones_like(cut)], 2).gather(2, positive[..., None])
+    share = share.squeeze(2)
+    assert (found.inside <= share + 1e-9).all() and (share <= 1 - found.outside + 1e-9).all()
+    undecided = (1 - found.inside - found.outside).mean()
+    assert undecided < 1.7 / (divisions * 2**depth)
+
+
 def test_cells_are_the_triangle() -> None:
     nodes, cells = barycentric_grid(7)
     points = nodes.double() / 7
