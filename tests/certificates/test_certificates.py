@@ -157,29 +157,32 @@ def test_feature_error_covers_perturbed_features(features: Features, anchor: flo
         assert (C.joint_radius(*off, **options) <= C.joint_radius(*true, anchor=anchor) + 1e-12).all()
 
 
+def _of_many_norms(count: int) -> list[torch.Tensor]:
+    """Features of triplets, of norms up to forty times each other's: no term of a bound makes up for another."""
+    draw = torch.Generator().manual_seed(5)
+    norms = 0.5 * 40 ** torch.rand(3, count, 1, generator=draw, dtype=torch.float64)
+    return [n * F.normalize(torch.randn(count, 3, generator=draw, dtype=torch.float64), dim=1) for n in norms]
+
+
+def _turned(features: torch.Tensor, toward: torch.Tensor, error: float) -> torch.Tensor:
+    """Features no farther than ``error`` that are turned towards others, or away, as far as they can be."""
+    norm, toward = features.norm(dim=1, keepdim=True), F.normalize(toward, dim=1)
+    unit = features / norm
+    across = F.normalize(toward - (toward * unit).sum(1, keepdim=True) * unit, dim=1)
+    angle = torch.asin((abs(error) / norm).clamp(max=1))
+    # Of all at this angle the nearest one, which is shorter by its cosine.
+    turned = norm * torch.cos(angle) * (torch.cos(angle) * unit + math.copysign(1, error) * torch.sin(angle) * across)
+    assert ((turned - features).norm(dim=1) <= abs(error) * (1 + 1e-9)).all()
+    return turned
+
+
 @pytest.mark.parametrize("error", [0.02, 0.1, 0.3])
 def test_feature_error_covers_the_worst_features(error: float) -> None:
-    """The candidates turned as far as η turns them, against the answer, and the reference moved the shortest way.
-
-    Norms differ by up to forty: what one candidate's part of the bound lacks, that of the other does not make up for.
-    """
-    draw = torch.Generator().manual_seed(5)
-    off = [
-        norm * F.normalize(torch.randn(20_000, 3, generator=draw, dtype=torch.float64), dim=1)
-        for norm in 0.5 * 40 ** torch.rand(3, 20_000, 1, generator=draw, dtype=torch.float64)
-    ]
-    margin, _ = C.linear_margin(*off, anchor=0.0)
-    off[1], off[2] = (torch.where((margin > 0).unsqueeze(1), *pair) for pair in ((off[1], off[2]), (off[2], off[1])))
-    toward = F.normalize(off[0], dim=1)
-    moved = []
-    for candidate, sign in ((off[1], -1), (off[2], 1)):
-        norm = candidate.norm(dim=1, keepdim=True)
-        unit = candidate / norm
-        across = F.normalize(toward - (toward * unit).sum(1, keepdim=True) * unit, dim=1)
-        angle = torch.asin((error / norm).clamp(max=1))
-        # Of the vectors at this angle the one that is nearest to the candidate is as long as its cosine.
-        moved.append(norm * torch.cos(angle) * (torch.cos(angle) * unit + sign * torch.sin(angle) * across))
-        assert ((moved[-1] - candidate).norm(dim=1) <= error * (1 + 1e-9)).all()
+    """The candidates turned as far as η turns them, against the answer, and the reference moved the shortest way."""
+    off = _of_many_norms(20_000)
+    left = C.linear_margin(*off, anchor=0.0)[0].unsqueeze(1) > 0
+    off[1], off[2] = torch.where(left, off[1], off[2]), torch.where(left, off[2], off[1])
+    moved = [_turned(off[1], off[0], -error), _turned(off[2], off[0], error)]
     unit0, unit1 = (F.normalize(e, dim=1) for e in moved)
     true = (off[0] - error * F.normalize(unit0 - unit1, dim=1), *moved)
     keeps = C.linear_margin(*true, anchor=0.0)[0] > 0
@@ -190,6 +193,23 @@ def test_feature_error_covers_the_worst_features(error: float) -> None:
     for claimed, there in pairs:
         assert (claimed <= torch.where(keeps, there, 0.0) + 1e-12).all()
         assert (claimed > 0).sum() > 3000
+
+
+@pytest.mark.parametrize("error", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_feature_error_covers_the_worst_distances(error: float, sign: int) -> None:
+    z, y, _ = _of_many_norms(20_000)
+    options = {"anchor": 0.0, "feature_error": error}
+    true = _turned(z, y, sign * error), _turned(y, z, sign * error)
+    before, distance = (1 - F.cosine_similarity(*pair, dim=1) for pair in ((z, y), true))
+    lower, upper = C.distance_interval(z, y, 0.0, **options)
+    assert (lower <= distance + 1e-12).all() and (distance <= upper + 1e-12).all()
+    inside = (lower > 0.01) & (upper < 1.99)
+    end = lower if sign > 0 else upper
+    torch.testing.assert_close(end[inside], distance[inside], rtol=0, atol=1e-9)  # no wider than it has to be
+    claimed, there = C.threshold_radius(z, y, 0.7, **options), C.threshold_radius(*true, 0.7, anchor=0.0)
+    keeps = (distance <= 0.7) == (before <= 0.7)
+    assert (claimed <= torch.where(keeps, there, 0.0) + 1e-12).all() and (claimed > 0).sum() > 10_000
 
 
 def test_float32_radii_agree_with_float64(features: Features) -> None:
