@@ -17,12 +17,15 @@ from torch import Tensor
 from lipsim.data import Triplet
 from lipsim.data.embeddings.cache import CacheDescription, write_shard
 from lipsim.data.sets.bapps import SUBSETS
+from lipsim.utils import progress
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each, and for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 # Lightning 2.6 makes calls that jsonargparse 4 deprecates; see the bound in pyproject.toml.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+# A busy machine takes two seconds for anything, and an error is to be one line: tests of progress set their own time.
+progress._FIRST = 3600.0
 # No deadlines: the first call of a torch function on a busy machine takes as long as it takes.
 hypothesis.settings.register_profile("lipsim", deadline=None)
 hypothesis.settings.load_profile("lipsim")
