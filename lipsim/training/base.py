@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -367,8 +367,14 @@ class Stage(EvaluationModule):
         return self._draws.batch(self._trainer)
 
     def _samples_in_a_step(self) -> int | None:
+        """Of all processes, as many as an epoch has at most; None where nobody knows."""
         size, trainer = batch_size_of(self.trainer), self.trainer
-        return None if size is None else size * trainer.world_size * trainer.accumulate_grad_batches
+        if size is None:
+            return None
+        batches = int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
+        samples = size * trainer.world_size * batches
+        there = getattr(trainer.train_dataloader, "dataset", None)
+        return min(samples, len(there)) if isinstance(there, Sized) else samples
 
     def _rates_and_batches(self) -> Iterator[str]:
         """What a step is of, in words: processes, batch, accumulation; and its learning rate."""
@@ -377,8 +383,9 @@ class Stage(EvaluationModule):
         served = "1 batch" if each is None else f"{each} samples"
         processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
         text = f"a step: {processes} × {served} × {trainer.accumulate_grad_batches} accumulated"
-        if total is not None:
-            text += f" = {total}"
+        if each is not None and total is not None:
+            full = each * trainer.world_size * trainer.accumulate_grad_batches
+            text += f" = {total}" if total == full else f", of which an epoch has {total}"
         if math.isfinite(batches):
             text += f"; {math.ceil(batches / trainer.accumulate_grad_batches)} steps in an epoch"
         if found is not None:

@@ -34,7 +34,7 @@ from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
 from lipsim.training import Distillation, FineTuning, RateScaling, TeacherTuning
 from lipsim.training.base import Stage
-from lipsim.training.schedules import Schedule
+from lipsim.training.schedules import Constant, Schedule
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 2
@@ -313,6 +313,32 @@ def test_batch_and_rate_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None
     assert RateScaling(64).factor(256) == 4
     with pytest.raises(ValueError, match="expected the rule linear or sqrt and a reference batch of at least 1"):
         RateScaling(0)
+
+
+class FewData(TripletData):
+    """Three triplets, fewer than a batch."""
+
+    def setup(self, stage: str) -> None:
+        self.train_set, self.val_sets = Noise(3, 0), {"noise": Noise(4, 1)}
+
+
+@pytest.mark.parametrize(
+    ("data", "accumulated", "told", "rate"),
+    [
+        (FewData(4), 1, "4 samples × 1 accumulated, of which an epoch has 3", 0.03),
+        (FewData(4), 2, "4 samples × 2 accumulated, of which an epoch has 3", 0.03),
+        (NoiseData(4), 8, "4 samples × 8 accumulated, of which an epoch has 24", 0.24),
+    ],
+)
+def test_a_step_has_no_more_samples_than_an_epoch(
+    data: TripletData, accumulated: int, told: str, rate: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rate of 0.01 for one sample is scaled by those that there are, not by those that would fill a step."""
+    stage = _stage(rate_scaling=RateScaling(1), schedule=Constant())
+    with caplog.at_level("INFO"):
+        _fit(Curve(), stage=stage, data=data, accumulate_grad_batches=accumulated, max_epochs=1)
+    assert f"a step: 1 process × {told}" in caplog.text
+    assert f"scaled to {rate:g} (linear, for 1 samples)" in caplog.text
 
 
 class InBatches(Noise):
