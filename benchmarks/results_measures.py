@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -129,27 +129,40 @@ def _attacked(
     if not count:
         return {}, 0, 0
     answer = metric.frozen_copy() if has_features(metric) else metric
-    broken = torch.zeros(count, dtype=torch.float64)  # wrong answers are broken as they are
+    broken = torch.where(agree[:count], math.inf, 0.0).double()  # wrong answers are broken as they are
     violations = 0
-    for rows in agree[:count].nonzero().flatten().split(options.attack_batch):
-        reference, left, right = (triplets.floats(column, device) for column in triplets.ids[rows].unbind(1))
-        with full_precision():
-            objective = TwoAFCObjective(answer, reference, left, right)
-            found = auto(
-                objective,
-                reference,
-                eps=ATTACKED,
-                steps=options.attack_steps,
-                queries=options.queries,
-                seed=seed,
-                index=rows,
-            )
-        broken[rows] = found.broken_at.cpu()
-        if certificate is not None:
-            length = (found.x_adv - reference).flatten(1).double().norm(dim=1).cpu()
-            flipped = torch.isfinite(found.broken_at.cpu()) & (found.broken_at.cpu() > 0)
-            violations += int((flipped & (length < certificate.radius[rows])).sum())
+    radius = certificate.radius if certificate is not None and options.attack_beyond_radius else None
+    for eps, tried in _tried(agree[:count], radius):
+        for rows in tried.split(options.attack_batch):
+            reference, left, right = (triplets.floats(column, device) for column in triplets.ids[rows].unbind(1))
+            with full_precision():
+                objective = TwoAFCObjective(answer, reference, left, right)
+                found = auto(
+                    objective,
+                    reference,
+                    eps=eps,
+                    steps=options.attack_steps,
+                    queries=options.queries,
+                    seed=seed,
+                    index=rows,
+                )
+            broken[rows] = found.broken_at.cpu()
+            if certificate is not None:
+                length = (found.x_adv - reference).flatten(1).double().norm(dim=1).cpu()
+                flipped = torch.isfinite(found.broken_at.cpu()) & (found.broken_at.cpu() > 0)
+                violations += int((flipped & (length < certificate.radius[rows])).sum())
     return {eps_label(e): _share(broken > e) for e in ATTACKED}, violations, count
+
+
+def _tried(agree: Tensor, radius: Tensor | None) -> Iterator[tuple[tuple[float, ...], Tensor]]:
+    """Budgets, and the rows of right answers that are attacked with them: all, or those beyond each one's radius."""
+    held = torch.zeros(len(agree), dtype=torch.long)
+    if radius is not None:
+        held = (radius[: len(agree), None] > torch.tensor(ATTACKED, dtype=torch.float64)).sum(1)
+    for first in range(len(ATTACKED)):
+        rows = (agree & (held == first)).nonzero().flatten()
+        if len(rows):
+            yield ATTACKED[first:], rows
 
 
 def _smoothed(

@@ -61,6 +61,36 @@ def test_the_benchmark_of_all_rows_ends_in_a_page(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_attacks_beyond_the_radius_leave_what_all_attacks_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On less: an answer is attacked with the budgets that its radius does not cover, a wrong one with none."""
+    import results_measures as measures  # type: ignore[import-not-found]
+    from results_data import Triplets
+
+    agree = torch.tensor([True, True, False, True, True])
+    radius = torch.tensor([0.1, 5.0, 0.1, 1.0, 2.0])
+    tried = [(len(eps), rows.tolist()) for eps, rows in measures._tried(agree, radius)]
+    assert tried == [(3, [0]), (2, [3]), (1, [4])]  # 1 is no change less than 1
+    assert [(len(eps), rows.tolist()) for eps, rows in measures._tried(agree, None)] == [(3, [0, 1, 3, 4])]
+
+    torch.manual_seed(0)
+    metric = PerceptualMetric(OrthogonalProjection(8, 16), 8)
+    images = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
+    triplets = Triplets(images, torch.arange(60).view(20, 3), torch.zeros(20))
+    device = torch.device("cpu")
+    margin, certificate, _ = measures._certified(metric, triplets, device)
+    monkeypatch.setattr(measures, "ATTACKED", (0.1, 0.3, 1.0))  # radii are between 0.03 and 0.65
+    assert [len(rows) for _, rows in measures._tried(margin > 0, certificate.radius)] == [1, 5, 3]
+    found = []
+    for beyond in (False, True):
+        options = argparse.Namespace(attacked_triplets=20, attack_beyond_radius=beyond)
+        options.attack_batch, options.attack_steps, options.queries = 7, 10, 20
+        found.append(measures._attacked(metric, triplets, margin > 0, certificate, 0, device, options))
+    assert found[0] == found[1] and found[0][1] == 0
+    # Of 20: what is certified is left, and the suite breaks what is not.
+    assert 8 / 20 <= found[0][0]["0.1"] <= 9 / 20 and 3 / 20 <= found[0][0]["0.3"] < 8 / 20
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_triplets_over_shared_photographs() -> None:
     from results_data import PER_CLASS, Task, Triplets, shared_triplets  # type: ignore[import-not-found]
 
