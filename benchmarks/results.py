@@ -82,10 +82,17 @@ def settings(options: argparse.Namespace) -> dict[str, str | int | float]:
         if options.steps
         else {"time budget of each training in s": 60 * options.minutes}
     )
-    beyond = {"budgets attacked": "beyond the certified radius"} if options.attack_beyond_radius else {}
+    attacks: dict[str, str | int | float] = {}
+    if options.smoothed_attacked:
+        attacks = {
+            "smoothed triplets attacked": options.smoothed_attacked,
+            "noisy copies that an attack moves": options.attack_draws,
+        }
+    if options.attack_beyond_radius:
+        attacks["budgets attacked"] = "beyond the certified radius"
     return {
         **length,
-        **beyond,
+        **attacks,
         "gradient steps of each attack": options.attack_steps,
         "queries of each attack without gradients": options.queries,
         "draws that certify a smoothed answer": options.samples,
@@ -288,6 +295,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fraction of the time; but its certificates are not tried then",
     )
     parser.add_argument("--smoothed-triplets", type=positive_int, default=50)
+    parser.add_argument(
+        "--smoothed-attacked",
+        type=int,
+        default=0,
+        help="smoothed triplets to attack, each with thousands of passes (%(default)s)",
+    )
+    parser.add_argument("--attack-draws", type=positive_int, default=16, help="noisy copies that such an attack moves")
     parser.add_argument("--samples", type=positive_int, default=1000)
     parser.add_argument("--selection", type=positive_int, default=100)
     parser.add_argument("--alpha", type=float, default=0.001)

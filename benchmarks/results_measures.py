@@ -16,7 +16,8 @@ from results_data import Task, Triplets
 from results_rows import Trained
 
 from lipsim import certificates
-from lipsim.attacks import TwoAFCObjective, auto
+from lipsim.attacks import SmoothedObjective, TwoAFCObjective, auto
+from lipsim.attacks.objectives import UnendingObjective
 from lipsim.certificates import TwoAFCCertificate
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric
@@ -175,24 +176,76 @@ def _smoothed(
 ) -> BenchmarkedSet:
     triplets = triplets.select(slice(options.smoothed_triplets))
     smoothed = _smooth(metric, sigma, seed, options)
-    images = (triplets.floats(column, device) for column in triplets.ids.unbind(1))
+    images = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
     found = smoothed.certify(*images, index=torch.arange(len(triplets.ids)))
     left, abstained, radius = (t.cpu() for t in (found.prefers_left, found.abstained, found.radius))
     agree = ~abstained & (left == (triplets.right_vote < 0.5))
+    attacked, violations, count = _smoothed_attacked(smoothed, images, agree, left, radius, options)
     return {
         "num_triplets": len(triplets.ids),
-        "num_attacked": 0,
+        "num_attacked": count,
         "natural": _share(agree),
         "certified": _held(agree, radius, CERTIFIED),
         "published": {},
         "joint": {},
-        "attacked": {},
+        "attacked": attacked,
         "abstained": _share(abstained),
         "pixels": float(
             certificates.certified_pixels(triplets.floats(triplets.ids[:, 0], device).cpu(), radius).double().median()
         ),
-        "violations": 0,
+        "violations": violations,
     }
+
+
+def _smoothed_attacked(
+    smoothed: SmoothedMetric,
+    images: Sequence[Tensor],
+    agree: Tensor,
+    left: Tensor,
+    radius: Tensor,
+    options: argparse.Namespace,
+) -> tuple[Scores, int, int]:
+    """:func:`_attacked` for smoothed answers: APGD and Square on soft votes, and certification where they end.
+
+    An answer that abstains there is lost. One that is the other one, surely, within the radius is a violation.
+    """
+    count = min(options.smoothed_attacked, len(agree))
+    if not count:
+        return {}, 0, 0
+    held, violations = torch.where(agree[:count], math.inf, 0.0).double(), 0
+    answer = smoothed.metric.frozen_copy()
+    beyond = radius if options.attack_beyond_radius else None
+    for eps, tried in _tried(agree[:count], beyond):
+        for rows in tried.split(max(1, options.attack_batch // options.attack_draws)):
+            x, *candidates = (part[rows] for part in images)
+            with full_precision():
+                plain = TwoAFCObjective(answer, x, *candidates, chosen_left=left[rows].to(x.device))
+                soft = SmoothedObjective(plain, x, smoothed.sigma, options.attack_draws, seed=smoothed.seed, index=rows)
+                for budget in eps:
+                    going = torch.isinf(held[rows]).nonzero().flatten()
+                    if not len(going):
+                        break
+                    there = going.to(x.device)
+                    # To the end of the steps: where these few draws are only just broken, others are not.
+                    moved = auto(
+                        UnendingObjective(soft.select(there)),
+                        x[there],
+                        eps=budget,
+                        attacks=("apgd", "square"),
+                        steps=options.attack_steps,
+                        queries=options.queries,
+                        seed=smoothed.seed,
+                        index=rows[going],
+                    ).x_adv
+                    # Other draws than those of the clean certificate.
+                    found = smoothed.certify(
+                        moved, *(part[there] for part in candidates), index=len(agree) + rows[going]
+                    ).to("cpu")
+                    turned = found.prefers_left != left[rows[going]]
+                    held[rows[going[found.abstained | turned]]] = budget
+                    length = (moved - x[there]).flatten(1).double().norm(dim=1).cpu()
+                    violations += int((turned & ~found.abstained & (length < radius[rows[going]])).sum())
+    return {eps_label(e): _share(held > e) for e in ATTACKED}, violations, count
 
 
 def _smooth(metric: PerceptualMetric, sigma: float, seed: int, options: argparse.Namespace) -> SmoothedMetric:

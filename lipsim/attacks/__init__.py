@@ -15,6 +15,7 @@ from lipsim.attacks.objectives import (
     ConfidenceObjective,
     DistanceObjective,
     Objective,
+    SmoothedObjective,
     TwoAFCObjective,
 )
 from lipsim.attacks.one_pixel import one_pixel
@@ -35,6 +36,7 @@ __all__ = [
     "Objective",
     "Passes",
     "Region",
+    "SmoothedObjective",
     "SuiteResult",
     "Traversal",
     "TwoAFCObjective",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lipsim import PerceptualMetric
-from lipsim.attacks import TwoAFCObjective, pgd
+from lipsim.attacks import SmoothedObjective, TwoAFCObjective, apgd, pgd
+from lipsim.attacks.objectives import value_and_gradient
 from lipsim.metric import SaturatingSum, SmoothedMetric, TiledMetric
 
 SIZE, SIGMA = 4, 0.5
@@ -76,6 +77,61 @@ def test_radii_are_those_of_the_half_space_and_no_attack_breaks_one(
         for eps, breaks in ((float(found.radius[row]), False), (1.05 * float(distance[row].abs()), True)):
             moved = pgd(objective, x, norm=2, eps=eps, steps=60, box=None)
             assert bool(objective(moved) > 0) == breaks
+
+
+class _HalfSpace:
+    """``h(x) = ⟨w, x⟩ − b``, with a ``b`` for each sample."""
+
+    def __init__(self, weight: Tensor, offset: Tensor) -> None:
+        self.weight, self.offset = weight, offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight - self.offset
+
+    def select(self, rows: Tensor) -> _HalfSpace:
+        return _HalfSpace(self.weight, self.offset[rows])
+
+
+def test_the_objective_of_a_smoothed_half_space_is_the_half_space() -> None:
+    """Draws in pairs of opposite signs: the sum of both soft votes is 1 on the boundary alone."""
+    torch.manual_seed(0)
+    weight = torch.nn.functional.normalize(torch.randn(48, dtype=torch.float64), dim=0)
+    x = torch.rand(5, 3, 4, 4, dtype=torch.float64)
+    plane = _HalfSpace(weight, x.flatten(1) @ weight + torch.tensor([0.1, 0.2, 0.4, 0.8, 1.6], dtype=torch.float64))
+    smoothed = SmoothedObjective(plane, x, SIGMA, draws=6, seed=3, index=[4, 9, 2, 0, 1])
+    assert bool((smoothed(x) < 0).all())
+    for factor, broken in ((0.999, False), (1.001, True)):
+        length = torch.tensor([0.1, 0.2, 0.4, 0.8, 1.6], dtype=torch.float64) * factor
+        moved = x + length.view(-1, 1, 1, 1) * weight.view(3, 4, 4)
+        assert bool(((smoothed(moved) > 0) == broken).all())
+    # A sample has its noise in whatever company, and a part of the objective is that of its samples.
+    rows = torch.tensor([3, 1, 1])
+    assert torch.equal(smoothed.select(rows)(x[rows]), smoothed(x)[rows])
+    alone = SmoothedObjective(plane.select(rows[:1]), x[rows[:1]], SIGMA, draws=6, seed=3, index=[0])
+    assert torch.allclose(alone(x[3:4]), smoothed(x)[3:4])
+    gradient = value_and_gradient(smoothed, x)[1].flatten(1)
+    assert torch.allclose(torch.nn.functional.normalize(gradient, dim=1), weight.expand(5, -1))
+    for draws, message in ((5, "an even number of draws, got 5"), (0, "draws ≥ 1, got 0")):
+        with pytest.raises(ValueError, match=message):
+            SmoothedObjective(plane, x, SIGMA, draws=draws)
+    with pytest.raises(ValueError, match="sigma"):
+        SmoothedObjective(plane, x, 0.0)
+
+
+def test_an_attack_on_smoothed_answers_ends_where_their_half_space_does(
+    metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    distance = _distances()
+    smoothed = SmoothedMetric(metric, SIGMA, samples=4000)
+    clean = smoothed.certify(*images, check_range=False)
+    answer = TwoAFCObjective(metric, *images, chosen_left=clean.prefers_left, check_range=False)
+    objective = SmoothedObjective(answer, images[0], SIGMA, draws=64)
+    for row in range(3):
+        start, one = images[0][row : row + 1], torch.tensor([row])
+        for eps, flips in ((float(clean.radius[row]), False), (1.3 * float(distance[row].abs()), True)):
+            moved = apgd(objective.select(one), start, eps=eps, steps=20, box=None)
+            found = smoothed.certify(moved, images[1][one], images[2][one], index=[7], check_range=False)
+            assert bool(found.prefers_left != clean.prefers_left[row]) == flips
 
 
 def test_draws_depend_on_seed_and_index_alone(metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]) -> None:
