@@ -214,38 +214,48 @@ def _smoothed_attacked(
         return {}, 0, 0
     held, violations = torch.where(agree[:count], math.inf, 0.0).double(), 0
     answer = smoothed.metric.frozen_copy()
-    beyond = radius if options.attack_beyond_radius else None
-    for eps, tried in _tried(agree[:count], beyond):
+    for eps, tried in _tried(agree[:count], radius if options.attack_beyond_radius else None):
         for rows in tried.split(max(1, options.attack_batch // options.attack_draws)):
             x, *candidates = (part[rows] for part in images)
             with full_precision():
                 plain = TwoAFCObjective(answer, x, *candidates, chosen_left=left[rows].to(x.device))
-                soft = SmoothedObjective(plain, x, smoothed.sigma, options.attack_draws, seed=smoothed.seed, index=rows)
-                for budget in eps:
-                    going = torch.isinf(held[rows]).nonzero().flatten()
-                    if not len(going):
-                        break
-                    there = going.to(x.device)
-                    # To the end of the steps: where these few draws are only just broken, others are not.
-                    moved = auto(
-                        UnendingObjective(soft.select(there)),
-                        x[there],
-                        eps=budget,
-                        attacks=("apgd", "square"),
-                        steps=options.attack_steps,
-                        queries=options.queries,
-                        seed=smoothed.seed,
-                        index=rows[going],
-                    ).x_adv
-                    # Other draws than those of the clean certificate.
-                    found = smoothed.certify(
-                        moved, *(part[there] for part in candidates), index=len(agree) + rows[going]
-                    ).to("cpu")
-                    turned = found.prefers_left != left[rows[going]]
-                    held[rows[going[found.abstained | turned]]] = budget
-                    length = (moved - x[there]).flatten(1).double().norm(dim=1).cpu()
-                    violations += int((turned & ~found.abstained & (length < radius[rows[going]])).sum())
+                votes = SmoothedObjective(
+                    plain, x, smoothed.sigma, options.attack_draws, seed=smoothed.seed, index=rows
+                )
+            going = torch.arange(len(rows))
+            for budget in eps:
+                if not len(going):
+                    break
+                there = going.to(x.device)
+                moved = _moved(votes.select(there), x[there], budget, rows[going], smoothed.seed, options)
+                # Other draws than those of the clean certificate.
+                others = [part[there] for part in candidates]
+                found = smoothed.certify(moved, *others, index=len(agree) + rows[going]).to("cpu")
+                turned = ~found.abstained & (found.prefers_left != left[rows[going]])
+                length = (moved - x[there]).flatten(1).double().norm(dim=1).cpu()
+                violations += int((turned & (length < radius[rows[going]])).sum())
+                lost = found.abstained | turned
+                held[rows[going[lost]]] = budget
+                going = going[~lost]
     return {eps_label(e): _share(held > e) for e in ATTACKED}, violations, count
+
+
+def _moved(
+    votes: SmoothedObjective, x: Tensor, eps: float, index: Tensor, seed: int, options: argparse.Namespace
+) -> Tensor:
+    """Where APGD and Square end with all of their steps: what a few draws only just break, others do not."""
+    with full_precision():
+        found = auto(
+            UnendingObjective(votes),
+            x,
+            eps=eps,
+            attacks=("apgd", "square"),
+            steps=options.attack_steps,
+            queries=options.queries,
+            seed=seed,
+            index=index,
+        )
+    return found.x_adv
 
 
 def _smooth(metric: PerceptualMetric, sigma: float, seed: int, options: argparse.Namespace) -> SmoothedMetric:
