@@ -301,7 +301,7 @@ class SmoothedObjective:
     """How far most noisy copies of a sample are broken: what attacks an answer under randomized smoothing.
 
     The mean over draws of ``sigmoid(h/s)``, less ½, of an objective ``h``: votes that are soft, so that attacks have a
-    gradient (SmoothAdv, Salman et al. 2019, Sec. 2.2), with ``s`` the mean of ``|h|`` over the draws at the clean
+    gradient (after SmoothAdv, Salman et al. 2019), with ``s`` the mean of ``|h|`` over the draws at the clean
     sample. The draws stay, in pairs of noise and its opposite: where ``h`` is linear it changes its sign where this
     does. What it breaks is broken for these few draws; ask :class:`lipsim.metric.SmoothedMetric` for the answer there.
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -38,6 +38,7 @@ from lipsim.training.place import (
     continue_at,
     in_mid_epoch,
     place_of,
+    samples_in_a_step,
     steps_ahead,
     training_loader_of,
 )
@@ -161,7 +162,7 @@ class Stage(EvaluationModule):
         self._configured_rates = [float(group["lr"]) for group in optimizer.param_groups]
         if self.rate_scaling is not None:
             self.trainer.fit_loop.setup_data()  # as estimated_stepping_batches does
-            samples = self._samples_in_a_step()
+            samples = samples_in_a_step(self.trainer)
             if samples is None:
                 raise LipsimError("nobody knows how many samples are in a batch of the loader; leave rate_scaling out")
             for group in optimizer.param_groups:
@@ -366,20 +367,10 @@ class Stage(EvaluationModule):
         """Key of what is drawn once for the batch in training on all processes, in the range of an int64."""
         return self._draws.batch(self._trainer)
 
-    def _samples_in_a_step(self) -> int | None:
-        """Of all processes, as many as an epoch has at most; None where nobody knows."""
-        size, trainer = batch_size_of(self.trainer), self.trainer
-        if size is None:
-            return None
-        batches = int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
-        samples = size * trainer.world_size * batches
-        there = getattr(trainer.train_dataloader, "dataset", None)
-        return min(samples, len(there)) if isinstance(there, Sized) else samples
-
     def _rates_and_batches(self) -> Iterator[str]:
         """What a step is of, in words: processes, batch, accumulation; and its learning rate."""
         trainer, found = self.trainer, training_loader_of(self.trainer)
-        each, total, batches = batch_size_of(trainer), self._samples_in_a_step(), trainer.num_training_batches
+        each, total, batches = batch_size_of(trainer), samples_in_a_step(trainer), trainer.num_training_batches
         served = "1 batch" if each is None else f"{each} samples"
         processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
         text = f"a step: {processes} × {served} × {trainer.accumulate_grad_batches} accumulated"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import Any
 
 import lightning as L
@@ -28,6 +29,17 @@ def batch_size_of(trainer: L.Trainer) -> int | None:
     """Samples in a batch of one process; None where nobody knows, as of data sets whose items are batches."""
     size = getattr(trainer.train_dataloader, "batch_size", None)
     return size if isinstance(size, int) else None
+
+
+def samples_in_a_step(trainer: L.Trainer) -> int | None:
+    """Samples that a step of the optimizer is of, on all processes: no more than an epoch has; None as above."""
+    size = batch_size_of(trainer)
+    if size is None:
+        return None
+    batches = int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
+    samples = size * trainer.world_size * batches
+    there = getattr(trainer.train_dataloader, "dataset", None)
+    return min(samples, len(there)) if isinstance(there, Sized) else samples
 
 
 def place_of(trainer: L.Trainer) -> dict[str, int] | None:
