@@ -329,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_lists(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Take lists apart, and refuse names that nothing has and numbers that are none."""
+    if options.attack_draws % 2:
+        parser.error(f"expected an even number of --attack-draws, got {options.attack_draws}")
     for name in ("data", "image_size", "rows", "seeds"):
         if (given := getattr(options, name)) is not None:
             setattr(options, name, [part for item in given for part in item.split(",") if part])

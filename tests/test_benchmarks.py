@@ -57,7 +57,12 @@ def test_the_benchmark_of_all_rows_ends_in_a_page(tmp_path: Path, capsys: pytest
     assert [row["parameters"] for row in costs] == ["0", "197 k", "495 k"] and float(costs[0]["images/s"]) > 0
     assert [row["passes an answer"] for row in costs] == ["", "3 ± 0", "132 ± 0"]
     assert not sum(run.benchmark["sets"]["test"]["violations"] for run in runs if run.benchmark)
-    for option, message in ((["--rows", "ours,others"], "got others"), (["--seeds", "-1"], "at least 0")):
+    refused = {
+        ("--rows", "ours,others"): "got others",
+        ("--seeds", "-1"): "at least 0",
+        ("--attack-draws", "3"): "even",
+    }
+    for option, message in refused.items():
         with pytest.raises(SystemExit):
             results.main([*command, *option])
         assert message in capsys.readouterr().err
