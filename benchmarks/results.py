@@ -87,6 +87,7 @@ def settings(options: argparse.Namespace) -> dict[str, str | int | float]:
         attacks = {
             "smoothed triplets attacked": options.smoothed_attacked,
             "noisy copies that an attack moves": options.attack_draws,
+            "draws that certify an attacked answer": options.attack_samples,
         }
     if options.attack_beyond_radius:
         attacks["budgets attacked"] = "beyond the certified radius"
@@ -302,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="smoothed triplets to attack, each with thousands of passes (%(default)s)",
     )
     parser.add_argument("--attack-draws", type=positive_int, default=16, help="noisy copies that such an attack moves")
+    parser.add_argument("--attack-samples", type=positive_int, default=100, help="draws of an attacked smoothed answer")
     parser.add_argument("--samples", type=positive_int, default=1000)
     parser.add_argument("--selection", type=positive_int, default=100)
     parser.add_argument("--alpha", type=float, default=0.001)

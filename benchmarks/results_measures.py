@@ -18,7 +18,7 @@ from results_rows import Trained
 from lipsim import certificates
 from lipsim.attacks import SmoothedObjective, TwoAFCObjective, auto
 from lipsim.attacks.objectives import UnendingObjective
-from lipsim.certificates import TwoAFCCertificate
+from lipsim.certificates import SmoothedCertificate, TwoAFCCertificate
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.distance import Distance, has_features
@@ -31,6 +31,7 @@ from lipsim.utils.precision import full_precision
 CERTIFIED = (36 / 255, 72 / 255, 108 / 255, 1.0, 2.0, 3.0)  # 255, 510 and 765 over 255
 JOINT = (36 / 255, 1.0)
 ATTACKED = (36 / 255, 1.0, 3.0)
+_OTHER_DRAWS = 1 << 32  # the numbers of samples end before
 
 
 def declare(metric: PerceptualMetric, task: Task, device: torch.device) -> None:
@@ -175,91 +176,111 @@ def _smoothed(
     options: argparse.Namespace,
 ) -> BenchmarkedSet:
     triplets = triplets.select(slice(options.smoothed_triplets))
-    smoothed = _smooth(metric, sigma, seed, options)
+    smoothed = SmoothedMetric(metric, sigma, options.samples, options.selection, options.alpha, seed)
     images = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
-    found = smoothed.certify(*images, index=torch.arange(len(triplets.ids)))
-    left, abstained, radius = (t.cpu() for t in (found.prefers_left, found.abstained, found.radius))
-    agree = ~abstained & (left == (triplets.right_vote < 0.5))
-    attacked, violations, count = _smoothed_attacked(smoothed, images, agree, left, radius, options)
+    found = smoothed.certify(*images, index=torch.arange(len(triplets.ids))).to("cpu")
+    agree = _chosen(found, triplets)
+    attacked, violations, count = _smoothed_attacked(metric, sigma, triplets, seed, device, options)
     return {
         "num_triplets": len(triplets.ids),
         "num_attacked": count,
         "natural": _share(agree),
-        "certified": _held(agree, radius, CERTIFIED),
+        "certified": _held(agree, found.radius, CERTIFIED),
         "published": {},
         "joint": {},
         "attacked": attacked,
-        "abstained": _share(abstained),
+        "abstained": _share(found.abstained),
         "pixels": float(
-            certificates.certified_pixels(triplets.floats(triplets.ids[:, 0], device).cpu(), radius).double().median()
+            certificates.certified_pixels(triplets.floats(triplets.ids[:, 0], device).cpu(), found.radius)
+            .double()
+            .median()
         ),
         "violations": violations,
     }
 
 
+def _chosen(found: SmoothedCertificate, triplets: Triplets) -> Tensor:
+    """Where a smoothed answer is that of the votes."""
+    return ~found.abstained & (found.prefers_left == (triplets.right_vote < 0.5))
+
+
 def _smoothed_attacked(
-    smoothed: SmoothedMetric,
-    images: Sequence[Tensor],
-    agree: Tensor,
-    left: Tensor,
-    radius: Tensor,
+    metric: PerceptualMetric,
+    sigma: float,
+    triplets: Triplets,
+    seed: int,
+    device: torch.device,
     options: argparse.Namespace,
 ) -> tuple[Scores, int, int]:
-    """:func:`_attacked` for smoothed answers: APGD and Square on soft votes, and certification where they end.
+    """:func:`_attacked` for smoothed answers, of fewer draws than those that are certified, before and after.
 
-    An answer that abstains there is lost. One that is the other one, surely, within the radius is a violation.
+    The largest budget comes first: what stands there is not attacked with less. An answer that abstains after an attack
+    is lost; one that is the other one, surely, within the radius is a violation.
     """
-    count = min(options.smoothed_attacked, len(agree))
+    count = min(options.smoothed_attacked, len(triplets.ids))
     if not count:
         return {}, 0, 0
-    held, violations = torch.where(agree[:count], math.inf, 0.0).double(), 0
-    answer = smoothed.metric.frozen_copy()
-    for eps, tried in _tried(agree[:count], radius if options.attack_beyond_radius else None):
-        for rows in tried.split(max(1, options.attack_batch // options.attack_draws)):
-            x, *candidates = (part[rows] for part in images)
-            with full_precision():
-                plain = TwoAFCObjective(answer, x, *candidates, chosen_left=left[rows].to(x.device))
-                votes = SmoothedObjective(
-                    plain, x, smoothed.sigma, options.attack_draws, seed=smoothed.seed, index=rows
-                )
-            going = torch.arange(len(rows))
-            for budget in eps:
-                if not len(going):
-                    break
-                there = going.to(x.device)
-                moved = _moved(votes.select(there), x[there], budget, rows[going], smoothed.seed, options)
-                # Other draws than those of the clean certificate.
-                others = [part[there] for part in candidates]
-                found = smoothed.certify(moved, *others, index=len(agree) + rows[going]).to("cpu")
-                turned = ~found.abstained & (found.prefers_left != left[rows[going]])
-                length = (moved - x[there]).flatten(1).double().norm(dim=1).cpu()
-                violations += int((turned & (length < radius[rows[going]])).sum())
-                lost = found.abstained | turned
-                held[rows[going[lost]]] = budget
-                going = going[~lost]
-    return {eps_label(e): _share(held > e) for e in ATTACKED}, violations, count
+    triplets = triplets.select(slice(count))
+    smoothed = SmoothedMetric(metric, sigma, options.attack_samples, options.selection, options.alpha, seed)
+    images = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
+    clean = smoothed.certify(*images, index=torch.arange(count)).to("cpu")
+    agree, violations = _chosen(clean, triplets), 0
+    broken = torch.where(agree, math.inf, 0.0).double()
+    for rows in agree.nonzero().flatten().split(max(1, options.attack_batch // options.attack_draws)):
+        attack = SmoothedAttack(smoothed, [part[rows] for part in images], clean.prefers_left[rows], rows, options)
+        going = torch.arange(len(rows))
+        for budget in reversed(ATTACKED):
+            if options.attack_beyond_radius:
+                going = going[clean.radius[rows[going]] < budget]
+            if not len(going):
+                break
+            lost, turned, length = attack(budget, going)
+            violations += int((turned & (length < clean.radius[rows[going]])).sum())
+            going = going[lost]
+            broken[rows[going]] = budget
+    return {eps_label(e): _share(broken > e) for e in ATTACKED}, violations, count
 
 
-def _moved(
-    votes: SmoothedObjective, x: Tensor, eps: float, index: Tensor, seed: int, options: argparse.Namespace
-) -> Tensor:
-    """Where APGD and Square end with all of their steps: what a few draws only just break, others do not."""
-    with full_precision():
-        found = auto(
-            UnendingObjective(votes),
-            x,
-            eps=eps,
-            attacks=("apgd", "square"),
-            steps=options.attack_steps,
-            queries=options.queries,
-            seed=seed,
-            index=index,
-        )
-    return found.x_adv
+class SmoothedAttack:
+    """APGD and Square on the soft votes of noisy copies, with all of their steps, and the answer where they end.
 
+    What a few draws only just break, others do not: so no attack stops early, and the answer has draws of its own.
 
-def _smooth(metric: PerceptualMetric, sigma: float, seed: int, options: argparse.Namespace) -> SmoothedMetric:
-    return SmoothedMetric(metric, sigma, options.samples, options.selection, options.alpha, seed)
+    Args:
+        smoothed: the metric under noise.
+        images: of N triplets.
+        left: ``(N,)`` bool, their smoothed answers.
+        index: ``(N,)``, their numbers.
+        options: of the attacks.
+    """
+
+    def __init__(
+        self, smoothed: SmoothedMetric, images: list[Tensor], left: Tensor, index: Tensor, options: argparse.Namespace
+    ) -> None:
+        self.smoothed, self.images, self.left, self.index, self.options = smoothed, images, left, index, options
+        with full_precision():
+            plain = TwoAFCObjective(smoothed.metric.frozen_copy(), *images, chosen_left=left.to(images[0].device))
+            draws, seed = options.attack_draws, smoothed.seed
+            self.votes = SmoothedObjective(plain, images[0], smoothed.sigma, draws, seed=seed, index=index)
+
+    def __call__(self, eps: float, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether answers are lost, whether they are the other one, ``(rows,)`` bool, and how far images moved."""
+        there = rows.to(self.images[0].device)
+        x, *candidates = (part[there] for part in self.images)
+        with full_precision():
+            moved = auto(
+                UnendingObjective(self.votes.select(there)),
+                x,
+                eps=eps,
+                attacks=("apgd", "square"),
+                steps=self.options.attack_steps,
+                queries=self.options.queries,
+                seed=self.smoothed.seed,
+                index=self.index[rows],
+            ).x_adv
+        found = self.smoothed.certify(moved, *candidates, index=_OTHER_DRAWS + self.index[rows]).to("cpu")
+        turned = ~found.abstained & (found.prefers_left != self.left[rows])
+        return found.abstained | turned, turned, (moved - x).flatten(1).double().norm(dim=1).cpu()
 
 
 def passes(trained: Trained, options: argparse.Namespace) -> float | None:

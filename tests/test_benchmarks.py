@@ -39,7 +39,7 @@ def test_the_benchmark_of_all_rows_ends_in_a_page(tmp_path: Path, capsys: pytest
 
     sizes = ["--train-triplets", "40", "--test-triplets", "12", "--attacked-triplets", "4", "--timed-batch", "4"]
     sizes += ["--attack-steps", "2", "--queries", "2", "--smoothed-triplets", "2", "--smoothed-attacked", "2"]
-    sizes += ["--samples", "30", "--alpha", "0.1"]
+    sizes += ["--samples", "30", "--attack-samples", "30", "--alpha", "0.1"]
     rows = ["--data", "builtin", "--image-size", "16", "--rows", "pixel,linear", "teacher-smoothed-1"]
     rows += ["--minutes", "0.003"]
     command = [*rows, *sizes, "--device", "cpu", "--threads", "1", "--workers", "0", "--output", str(tmp_path)]

@@ -15,6 +15,7 @@ from lipsim.data.transforms import Preprocess
 from lipsim.teachers.branch import RANDOM, Branch, BranchConfig
 from lipsim.teachers.build import build_branch
 from lipsim.teachers.catalogue import VARIANTS, where_to_get
+from lipsim.teachers.embedding import centred
 from lipsim.teachers.lora import merge_adapter
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
@@ -34,9 +35,9 @@ def _without_files(branches: Sequence[BranchConfig | Mapping[str, Any]]) -> list
 class Ensemble(nn.Module):
     """Backbones side by side, with DreamSim's embedding.
 
-    Features are concatenated, their mean is subtracted, and the rest divided by its norm (package version 0.2). With
-    the feature "cls_patch" every token is treated so; the embedding is then the class token and the mean of the
-    patches, concatenated and of unit norm, whose cosine distance is that of DreamSim's patch models.
+    Features are concatenated, centred and of unit norm (package version 0.2). With the feature "cls_patch" every token
+    is treated so; the embedding is then the class token and the mean of the patches, concatenated and of unit norm,
+    whose cosine distance is that of DreamSim's patch models.
 
     It has no Lipschitz bound: as a metric it answers, and certifies nothing.
 
@@ -89,7 +90,7 @@ class Ensemble(nn.Module):
             tokens = tokens.float()  # under autocast: the backbones in half precision, the geometry not
         if self.head is not None:
             tokens = self.head(tokens)
-        tokens = F.normalize(tokens - tokens.mean(-1, keepdim=True), dim=-1)
+        tokens = centred(tokens)
         if tokens.shape[1] == 1:
             return tokens[:, 0]
         return F.normalize(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1), dim=-1)

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import timm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lipsim.teachers.catalogue import BACKBONES
+from lipsim.teachers.embedding import centred
 from lipsim.teachers.packages import packaged_weights, timm_names
 from lipsim.utils.arguments import records_arguments
 from lipsim.utils.errors import LipsimError
@@ -68,8 +68,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in [0, 1] to unit-norm embeddings ``(N, 1280)``."""
-        features: Tensor = self.backbone.forward_head(self._features(x), pre_logits=True)
-        return F.normalize(features - features.mean(-1, keepdim=True), dim=-1)
+        return centred(self.backbone.forward_head(self._features(x), pre_logits=True))
 
     def logits(self, x: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in [0, 1] to the logits of ImageNet's 1,000 classes, ``(N, 1000)``."""

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lipsim.teachers.embedding import centred
 from lipsim.utils.arguments import records_arguments
 
 
@@ -15,8 +15,7 @@ from lipsim.utils.arguments import records_arguments
 class SmallViT(nn.Module):
     """A plain ViT on images in [0, 1] with a centred unit-norm embedding, as DreamSim has it.
 
-    The pooled tokens after the last norm, minus their mean over features, divided by the norm (Fu et al. 2023, package
-    version 0.2). It has no Lipschitz bound: as a metric it answers, and certifies nothing.
+    Of the pooled tokens after the last norm. It has no Lipschitz bound: as a metric it answers, and certifies nothing.
 
     Args:
         image_size: side of the input.
@@ -54,8 +53,7 @@ class SmallViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in [0, 1] to unit-norm embeddings ``(N, width)``."""
-        embedding = self.vit((x - 0.5) / 0.25)
-        return F.normalize(embedding - embedding.mean(-1, keepdim=True), dim=-1)
+        return centred(self.vit((x - 0.5) / 0.25))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the input of each block alone in training, and compute the rest again in the backward pass."""
