@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
-from lipsim.attacks.objectives import Objective
+from lipsim.attacks.objectives import UnendingObjective
 from lipsim.attacks.projections import Norm
 from lipsim.attacks.registry import ATTACKS, attacks_in
 from lipsim.data import Preprocess, Triplet, registry
@@ -284,24 +283,11 @@ def _distances(metric: Distance, triplets: Triplet, settings: Settings) -> Reach
     }
 
 
-class _Beyond:
-    """An objective without an end: attacks go on past the boundary, so that the change carries over to others."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(self.objective(x))  # increasing, and never positive
-
-    def select(self, rows: Tensor) -> _Beyond:
-        return _Beyond(self.objective.select(rows))
-
-
 def _pushed(metric: Distance, triplets: Triplet, settings: Settings) -> Triplet:
     """The triplets with references that APGD moves as far over to the other candidate as the budget allows."""
     moved = []
     for part in _batches(triplets, settings.batch_size):
-        objective = _Beyond(TwoAFCObjective(metric, part.reference, part.left, part.right))
+        objective = UnendingObjective(TwoAFCObjective(metric, part.reference, part.left, part.right))
         options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "index": part.index}
         moved.append(apgd(objective, part.reference, eps=settings.alone_eps, **options))
     return Triplet(torch.cat(moved), triplets.left, triplets.right, triplets.right_vote, triplets.index)
