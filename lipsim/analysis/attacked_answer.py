@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lipsim import certificates
 from lipsim.attacks.images import AttackedImages, attack_pair, attack_triplet
+from lipsim.certificates.numbers import check_number
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.pairs import pair_geometry
 from lipsim.utils.errors import LipsimError
@@ -101,6 +102,7 @@ def attacked_triplet(
         ValueError: no such images, a negative budget, or a metric without a bound.
     """
     _check_bound(metric)
+    check_number("eps", eps)
     images = (reference, left, right)
     certificate = metric.certify(*(image[None] for image in images))
     margin = float(certificate.margin)
@@ -147,6 +149,7 @@ def attacked_pair(
         ValueError: no such images, a negative budget, a threshold outside [0, 2], or a metric without a bound.
     """
     _check_bound(metric)
+    check_number("eps", eps)
     lower, upper = metric.distance_bounds(image[None], other[None], eps)
     compare = pair_geometry(metric)
     _, radius, _ = compare.decide(compare.embed(image[None]), compare.embed(other[None]), threshold)

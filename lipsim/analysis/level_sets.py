@@ -22,7 +22,7 @@ from lipsim.certificates.triangles import barycentric_grid
 from lipsim.metric.distance import Distance
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import Digest, write_safetensors
-from lipsim.utils.sampling import sample_normal
+from lipsim.utils.sampling import sample_normal, subkey
 from lipsim.utils.weights import read_safetensors
 
 _SWAPS = 1_000  # rounds of swaps that a derangement is looked for in
@@ -256,7 +256,8 @@ class _Run:
     def walk(self, goal: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The outcome ``(M, …)`` and the widths ``(M, K, W)`` on the way there."""
         p = self.protocol
-        state = Traversal.start(self.objective, self.source, noise=p.noise, seed=p.seed, index=self.rows)
+        key = subkey(p.seed, number)  # every walk starts elsewhere, and looks in other directions
+        state = Traversal.start(self.objective, self.source, noise=p.noise, seed=subkey(key, 0), index=self.rows)
         places = sorted(set(p.width_steps))
         widths: list[dict[str, Tensor]] = []
         done = 0
@@ -276,12 +277,12 @@ class _Run:
                 way = goal - state.x
                 gradient = state.gradient / expand(sample_norm(state.gradient).clamp(min=1e-30), way)
                 way = way - gradient * expand((way * gradient).flatten(1).sum(1), way)
-                widths.append(self.width(state.x, way))
+                widths.append(self.width(state.x, way, subkey(key, 1 + len(widths))))
         names = ("width_low", "width_high", "width_accepted")
         empty = torch.empty(len(self.rows), 0, len(p.widths), dtype=torch.float64)
         return state.x, {name: torch.stack([w[name] for w in widths], 1) if widths else empty for name in names}
 
-    def width(self, x: Tensor, way: Tensor) -> dict[str, Tensor]:
+    def width(self, x: Tensor, way: Tensor, seed: int) -> dict[str, Tensor]:
         """Losses ``(M, W)`` at distances from points ``(M, …)`` in random directions orthogonal to their ways.
 
         As in the authors' program, points are clipped to [0, 1].
@@ -290,7 +291,7 @@ class _Run:
         low, high, accepted = (torch.empty(len(x), len(p.widths), dtype=torch.float64) for _ in range(3))
         for i in range(len(x)):
             like = x[i].expand(1, p.directions, *x[i].shape)
-            noise = sample_normal(like, seed=p.seed, index=self.rows[i : i + 1])[0].flatten(1)
+            noise = sample_normal(like, seed=seed, index=self.rows[i : i + 1])[0].flatten(1)
             unit = way[i].flatten() / way[i].norm().clamp(min=1e-30)
             noise = noise - torch.outer(noise @ unit, unit)
             noise = (noise / noise.norm(dim=1, keepdim=True)).view(p.directions, *x[i].shape)

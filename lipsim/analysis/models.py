@@ -147,9 +147,11 @@ def _torchvision(name: str, network: str, image_size: int | None, num_classes: i
     if network.startswith("vit_") and image_size is not None:
         options["image_size"] = image_size
     built = models.get_model(network, **options)
-    default = 299 if network == "inception_v3" else 224
-    # Detectors normalise inside; everything else of torchvision has ImageNet's statistics.
-    module = Normalized(built, as_list=True) if as_list else Normalized(built, *IMAGENET)
+    # Detectors normalise inside; nearly everything else of torchvision has ImageNet's statistics.
+    published = None if as_list else models.get_model_weights(network).DEFAULT.transforms()
+    mean, std = (tuple(getattr(published, key, known)) for key, known in zip(("mean", "std"), IMAGENET, strict=True))
+    module = Normalized(built, as_list=True) if as_list else Normalized(built, mean, std)
+    default = {"inception_v3": 299, "efficientnet_v2_l": 480}.get(network, 224)
     return Model(name, built, module, image_size or default)
 
 

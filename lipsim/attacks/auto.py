@@ -12,6 +12,7 @@ from torch import Tensor
 from lipsim.attacks.objectives import Objective
 from lipsim.attacks.projections import Ball, Box, Norm, sample_norm
 from lipsim.attacks.registry import ATTACKS, Task, check_attacks
+from lipsim.attacks.survivors import sample_index
 from lipsim.attacks.watch import Passes, WatchedObjective
 from lipsim.utils.errors import LipsimError
 
@@ -139,7 +140,7 @@ class _Suite:
         self.objective, self.clean = WatchedObjective(objective, x), x.detach()
         self.norm, self.steps, self.queries, self.parts = norm, steps, queries, parts
         self.restarts, self.box, self.seed = restarts, box, seed
-        self.index = torch.arange(len(x)) if index is None else torch.as_tensor(index).cpu()
+        self.index = sample_index(len(x), index)
         self.x_adv = self.clean.clone()
         # What the attack before handed on, better or not: where the minimal-norm attack starts besides the image.
         self.latest = self.clean.clone()

@@ -204,9 +204,11 @@ def deep_collision(
         accuracy = torch.where(back, _LOOSE, accuracy)
         move = u - _least_norm(line, room, due, accuracy, iterations)
         tangent = sample_norm(move) / sample_norm(u).clamp(min=1e-38)
-        if (back & (tangent < _DOUBTFUL)).any() or not number:
+        doubtful = back & (tangent < _DOUBTFUL) if number else torch.ones_like(back)
+        if doubtful.any():
             # Whether there is a kernel at all, or anything left of the way in it, tells an exact solution alone.
-            move = u - _least_norm(line, room, due, accuracy.clamp(max=_TIGHT), 5 * iterations)
+            exact = u - _least_norm(line, room, due, torch.where(doubtful, _TIGHT, 1.0), 5 * iterations)
+            move = torch.where(expand(doubtful, move), exact, move)
             tangent = sample_norm(move) / sample_norm(u).clamp(min=1e-38)
         end = back & (tangent <= _TRIVIAL)
         delta = torch.where(expand(end, at), 0.0, room * move)

@@ -131,7 +131,7 @@ class AttackedImages:
         if self.length == 0:
             return f"nothing better than the images as they are was found {within}"
         sentence = f"{'turned around' if is_triplet else 'changed'} {within}; ‖δ‖₂ = {self.length:.5g}"
-        if is_triplet and _left_is_nearer(self.rounded) == _left_is_nearer(self.before):
+        if is_triplet and _nearer(self.rounded) != -_nearer(self.before):
             sentence += "; rounding to 8 bits undoes it, as images.safetensors does not"
         return sentence
 
@@ -247,8 +247,10 @@ def attack_pair(
     return _outcome(metric, clean, moved, [("image", "other")], largest, norm, watched)
 
 
-def _left_is_nearer(distances: dict[str, float]) -> bool:
-    return distances["reference, left"] < distances["reference, right"]
+def _nearer(distances: dict[str, float]) -> int:
+    """1 for left, −1 for right, 0 for a tie."""
+    left, right = distances["reference, left"], distances["reference, right"]
+    return (left < right) - (left > right)
 
 
 @torch.no_grad()

@@ -115,9 +115,14 @@ def _read_with(linear: LinearMap, mask: Tensor) -> Tensor:
 
 def _window(linear: LinearMap, like: Tensor) -> int:
     """The larger side, in pixels, of what one output in the middle reads."""
-    middle = torch.zeros_like(like)
-    middle[..., like.shape[-2] // 2, like.shape[-1] // 2] = 1
-    one = _read(linear, middle).flatten()
+    height, width = like.shape[-2:]
+    reach, one = 0, torch.zeros(())
+    # With a stride beyond its kernel a convolution skips pixels, the one in the middle perhaps.
+    while not one.any() and reach < max(height, width):
+        middle = torch.zeros_like(like)
+        top, left = max(height // 2 - reach, 0), max(width // 2 - reach, 0)
+        middle[..., top : height // 2 + reach + 1, left : width // 2 + reach + 1] = 1
+        one, reach = _read(linear, middle).flatten(), 2 * reach + 1
     one[int(one.argmax()) + 1 :] = 0
     rows, columns = _readers(linear, one.view_as(linear(like)))[0].amax(0).nonzero().T
     return int(max(rows.max() - rows.min(), columns.max() - columns.min())) + 1

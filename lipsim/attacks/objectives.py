@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -187,7 +188,9 @@ class DistanceObjective:
             distance = self.metric(x, self.other)
         if self.threshold is not None:
             return distance - self.threshold if self.increase else self.threshold - distance
-        # Increasing in the distance, never positive, and with all digits of small distances.
+        # Increasing in the distance, never positive, and with all digits of small distances. Rounding leaves some
+        # metrics, 1 less a cosine say, a little below 0 for equal images.
+        distance = distance.clamp(min=0)
         return -1 / (distance + _TINY) if self.increase else -distance
 
     def select(self, rows: Tensor) -> DistanceObjective:
@@ -290,7 +293,10 @@ class UnendingObjective:
         self.objective = objective
 
     def __call__(self, x: Tensor) -> Tensor:
-        return -torch.nn.functional.softplus(-self.objective(x))
+        value = self.objective(x)
+        # A hyperbola above 0, of the same slope there: softplus has no digits, and no gradient, from 100 on.
+        above = -math.log(2) / (1 + value.clamp(min=0) / (2 * math.log(2)))
+        return torch.where(value > 0, above, -torch.nn.functional.softplus(-value))
 
     def select(self, rows: Tensor) -> UnendingObjective:
         """The objective of some of the samples."""

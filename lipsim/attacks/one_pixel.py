@@ -136,7 +136,7 @@ def _paint(x: Tensor, members: Tensor, box: tuple[float, float], parts: int) -> 
     """Images ``(M, C, H, W)`` with the pixels of members ``(M, k, 2·parts + C)``; a later one covers an earlier."""
     size = torch.tensor(x.shape[-2:], device=x.device)
     place = (members[..., : 2 * parts].unflatten(-1, (parts, 2)) * size).long().minimum(size - 1)
-    colour = (box[0] + (box[1] - box[0]) * members[..., 2 * parts :]).unflatten(-1, (parts, -1))
+    colour = (box[0] + (box[1] - box[0]) * members[..., 2 * parts :]).clamp(*box).unflatten(-1, (parts, -1))
     x = x.clone()
     images, sample = x.unflatten(1, (parts, -1)), torch.arange(len(x), device=x.device)
     for k in range(members.shape[1]):

@@ -153,10 +153,12 @@ class Ball:
         return self.round_inward(moved, x, delta.view_as(x))
 
     def round_inward(self, moved: Tensor, x: Tensor, delta: Tensor) -> Tensor:
-        """Where rounding ``x + delta`` to ``moved`` left an ℓ2 ball: with no entry farther off than ``delta``."""
-        if self.norm != 2:
+        """Where rounding ``x + delta`` to ``moved`` left the ball: with no entry farther off than ``delta``."""
+        if self.norm == 0:
             return moved
         change = moved - x
+        if self.norm == "inf":
+            return torch.where(change.abs() > self.eps * (1 + _TOLERANCE), torch.nextafter(moved, x), moved)
         outside = sample_norm(change, parts=self.parts) > self.eps * (1 + _TOLERANCE)
         if not outside.any():
             return moved

@@ -21,8 +21,8 @@ class RetrievalObjective:
 
     "recall": the ``k``-th most similar item of other labels is before every one of the query's label. "vote": its label
     is not the most frequent one among the ``k`` nearest, of equally frequent ones that of the nearest item; what pushes
-    there is the lead of one rival, the other label with most of the ``k`` nearest of the clean query, in the mean of
-    the nearest ``⌈k/2⌉`` items of each.
+    there is the lead of one rival, the other label with most of the ``k`` nearest of the clean query (of equally many,
+    none say, that of the most similar item), in the mean of the nearest ``⌈k/2⌉`` items of each.
 
     Args:
         metric: frozen, for speed.
@@ -40,8 +40,12 @@ class RetrievalObjective:
         self.metric, self.unit, self.labels = metric, unit.to(images), labels
         self.own, self.k, self.goal = own, k, goal
         with torch.no_grad():
-            votes = self._votes(self._similarity(images))
-            self.rival = votes.scatter(1, own.unsqueeze(1), -1).argmax(1)
+            similarity = self._similarity(images)
+            votes = self._votes(similarity)
+            others = torch.where(labels == own.unsqueeze(1), -torch.inf, similarity)
+            nearest = torch.full_like(votes, -torch.inf, dtype=similarity.dtype)
+            nearest = nearest.scatter_reduce(1, labels.expand_as(others), others, "amax")
+            self.rival = (3 * votes + nearest).argmax(1)  # cosines lie 2 apart at most
 
     def __call__(self, x: Tensor) -> Tensor:
         similarity = self._similarity(x)

@@ -94,15 +94,14 @@ def _run(batch: Survivors, ball: Ball, steps: int, seed: int, area: float) -> No
     draws = sample_uniform(batch.clean.new_empty(len(batch), steps, count), seed=seed, index=batch.index)
     stripes = sample_uniform(batch.clean, seed=-1 - seed, index=batch.index)
     begin = _stripes if ball.norm == "inf" else _tiles
-    current = batch.clean + begin(ball.split(stripes), ball.eps).view_as(batch.clean)
-    current = current if ball.box is None else current.clamp(*ball.box)
+    current = ball.project(batch.clean + begin(ball.split(stripes), ball.eps).view_as(batch.clean), batch.clean)
     value = batch.objective(current)
     current, value, draws = batch.keep(current, value, current, value, draws)
     for step in range(1, steps):
         if not len(batch):
             return
         share = area / 2 ** sum(step > at * steps for at in _HALVINGS)
-        side = min(max(round((share * height * width) ** 0.5), 1), min(height, width) - 1)
+        side = min(max(round((share * height * width) ** 0.5), 1), max(min(height, width) - 1, 1))
         delta = (current - batch.clean).unflatten(1, (ball.parts, -1))
         # One image a step, where several move.
         moved, numbers = delta[:, step % ball.parts], draws[:, step]

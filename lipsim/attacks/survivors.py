@@ -19,6 +19,18 @@ def restart_seed(seed: int, restart: int) -> int:
     return seed * _RESTARTS + restart
 
 
+def sample_index(count: int, index: Tensor | Sequence[int] | None) -> Tensor:
+    """Indices ``(count,)`` of samples; None counts them from 0.
+
+    Raises:
+        ValueError: another number of indices.
+    """
+    found = torch.arange(count) if index is None else torch.as_tensor(index).cpu()
+    if len(found) != count:
+        raise LipsimError(f"expected one index a sample, got {len(found)} for {count} samples")
+    return found
+
+
 class Survivors:
     """The samples of a batch that are not broken yet, as a compact batch, and the best point found of every sample.
 
@@ -43,9 +55,7 @@ class Survivors:
             self.value = objective(self.best).detach().nan_to_num(nan=-torch.inf)
         self.objective = objective
         self.rows = torch.arange(len(x), device=x.device)
-        self.index = torch.arange(len(x)) if index is None else torch.as_tensor(index).cpu()
-        if len(self.index) != len(x):
-            raise LipsimError(f"expected one index a sample, got {len(self.index)} for {len(x)} samples")
+        self.index = sample_index(len(x), index)
         self._drop(self.value > 0)
 
     def __len__(self) -> int:

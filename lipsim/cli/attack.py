@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from lipsim.attacks.images import GOALS, attack_pair, attack_triplet
-from lipsim.attacks.objectives import TARGETS
+from lipsim.attacks.images import GOALS, Goal, attack_pair, attack_triplet
+from lipsim.attacks.objectives import TARGETS, Target
 from lipsim.attacks.projections import NORMS, Norm
 from lipsim.attacks.registry import ATTACKS
 from lipsim.cli.parser import add_metric_argument, budget, load_metric, output_folder, positive_int, refuse_wide_linf
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE", help="two or three image files")
     add_metric_argument(parser, option=True)
-    parser.add_argument("--goal", choices=GOALS, default="different", help="of a pair (%(default)s)")
-    parser.add_argument("--target", choices=TARGETS, default="reference", help="of a triplet (%(default)s)")
+    parser.add_argument("--goal", choices=GOALS, help="of a pair (different)")
+    parser.add_argument("--target", choices=TARGETS, help="of a triplet (reference)")
     parser.add_argument(
         "--norm", choices=[str(norm) for norm in NORMS], default="2", help="of the change (%(default)s)"
     )
@@ -55,6 +55,10 @@ def _run(options: argparse.Namespace) -> int:
     eps, is_pair = options.eps, len(options.images) == 2
     if is_pair and (options.attacks or (eps and len(eps) > 1)):
         raise LipsimError("a pair is attacked by APGD within one budget; --attacks and more budgets need a triplet")
+    if (options.target if is_pair else options.goal) is not None:
+        raise LipsimError("--target is for a triplet, and two images are a pair" if is_pair else "--goal is for a pair")
+    goal: Goal = options.goal or "different"
+    target: Target = options.target or "reference"
     if options.norm == "inf":
         refuse_wide_linf(eps or [])
     norm: Norm = {str(norm): norm for norm in NORMS}[options.norm]
@@ -64,10 +68,10 @@ def _run(options: argparse.Namespace) -> int:
         metric = load_metric(options)
         images = [load_image(path, metric.preprocess).to(metric.dtype) for path in options.images]
         if is_pair:
-            progress(f"apgd, {options.goal}")
-            attacked = attack_pair(metric, *images, goal=options.goal, eps=eps[0] if eps else None, **common)
+            progress(f"apgd, {goal}")
+            attacked = attack_pair(metric, *images, goal=goal, eps=eps[0] if eps else None, **common)
         else:
-            common |= {"target": options.target, "eps": eps, "attacks": options.attacks}
+            common |= {"target": target, "eps": eps, "attacks": options.attacks}
             attacked = attack_triplet(metric, *images, progress=progress, **common)
     attacked.save(options.output)
     if options.json:

@@ -13,7 +13,7 @@ from lipsim.data.sets.pairs import PairTable
 from lipsim.evaluation.correlation import Moves, correlate, correlation_rows
 from lipsim.metric import load
 from lipsim.metric.distance import Distance
-from lipsim.metric.distances import BASELINES
+from lipsim.metric.distances import BASELINES, check_names
 from lipsim.metric.files import DEFAULT
 from lipsim.results.formats import write_table
 from lipsim.results.tables import print_table
@@ -67,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     names = [name for name, _ in options.metric]
-    if len(set(names)) < len(names):
-        raise LipsimError(f"expected metrics of different names, got {', '.join(names)}")
+    check_names(names, BASELINES if options.baselines else ())
     table = PairTable.read(options.table, dict(options.columns))
     with Progress("correlating") as progress:
         progress("loading the metrics")

@@ -95,6 +95,8 @@ def _run(options: argparse.Namespace) -> int:
     if making == (options.held_out is not None):
         raise UsageError("expected either --kind and --model, to make sets, or --held-out, to train on those made")
     if not making:
+        making_alone = ["eps", "steps", "start", "layer", "shorten", "weights"]
+        _refuse(options, making_alone, "training on sets, which has --robust-eps and --attack-steps")
         return _score(options)
     if not (options.kind and options.model):
         raise UsageError("expected both --kind and --model, to make sets")
@@ -156,12 +158,16 @@ def _refuse_without_part(options: argparse.Namespace, matching: set[bool]) -> No
         options: what was given.
         matching: whether sets match features; both where some do.
     """
-    towards_class = {"eps": options.eps}
-    of_features = {"start": options.start, "layer": options.layer, "shorten": options.shorten or None}
-    useless = towards_class if matching == {True} else of_features if matching == {False} else {}
-    if given := [f"--{name}" for name, value in useless.items() if value is not None]:
-        has = "has" if len(given) == 1 else "have"
-        raise UsageError(f"{', '.join(given)} {has} no part in sets of the kind {' or '.join(options.kind)}")
+    towards_class, of_features = ["eps"], ["start", "layer", "shorten"]
+    useless = towards_class if matching == {True} else of_features if matching == {False} else []
+    _refuse(options, useless, f"sets of the kind {' or '.join(options.kind)}")
+
+
+def _refuse(options: argparse.Namespace, useless: Sequence[str], where: str) -> None:
+    """Refuse options that are given and have no part in something, in words."""
+    given = [f"--{name}" for name in useless if getattr(options, name) not in (None, False)]
+    if given:
+        raise UsageError(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no part in {where}")
 
 
 def _sentence(made: FeatureSet, model: Model) -> str:

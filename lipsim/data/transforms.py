@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def missing_files(root: Path, names: Iterable[str]) -> list[str]:
     for name in names:
         path = root / name
         if path.parent not in listed:
-            listed[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+            # No folder, and no link to nothing; of entries that are no links a listing says what they are.
+            entries = list(os.scandir(path.parent)) if path.parent.is_dir() else []
+            listed[path.parent] = {entry.name for entry in entries if entry.is_file()}
         if path.name not in listed[path.parent]:
             missing.append(name)
     return missing

@@ -41,7 +41,8 @@ class Correlations:
         srcc: Spearman's rank correlation; like the others None where all distances are equal.
         krcc: Kendall's τ_b.
         plcc: Pearson's correlation of distances and scores.
-        plcc_logistic: the same after the usual fit, see :func:`fit_logistic`; None where there is none.
+        plcc_logistic: the same after the usual fit, see :func:`fit_logistic`, negative where that falls with the
+            distance; None where there is none.
         certified: budget → "srcc", "krcc" and "plcc" → the interval that holds the coefficient for all changes within
             the budget; empty for distances without a certificate.
     """
@@ -130,12 +131,15 @@ def correlations(
     }
     if (distances == distances[0]).all():
         return Correlations(None, None, None, None, certified)
-    fitted = fit_logistic(distances, difference)
+    fitted, plcc_logistic = fit_logistic(distances, difference), None
+    if fitted is not None:
+        rises = fitted[distances.argmax()] > fitted[distances.argmin()]
+        plcc_logistic = float(stats.pearsonr(fitted, difference).statistic) * (1 if rises else -1)
     return Correlations(
         srcc=float(stats.spearmanr(distances, difference).statistic),
         krcc=float(stats.kendalltau(distances, difference).statistic),
         plcc=float(stats.pearsonr(distances, difference).statistic),
-        plcc_logistic=None if fitted is None else float(stats.pearsonr(fitted, difference).statistic),
+        plcc_logistic=plcc_logistic,
         certified=certified,
     )
 

@@ -24,16 +24,17 @@ from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.deep_distances import DISTS, LPIPS
 from lipsim.metric.distance import Distance, has_features
-from lipsim.metric.distances import BASELINES
+from lipsim.metric.distances import BASELINES, check_names
 from lipsim.results import eps_label, update_results
 from lipsim.results.formats import latex_table, markdown_table
 from lipsim.results.schema import ComparedMetric, Comparison, ReachedDistances, Scores
-from lipsim.results.tables import NO_GRADIENT, Row, number, percent
+from lipsim.results.tables import NO_GRADIENT, Row, number, percent, triplet_counts
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_text
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 
+_LPIPS, _DISTS = "LPIPS (AlexNet)", "DISTS"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -72,14 +73,16 @@ def load_metrics(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file is no metric.
+        ValueError: a file is no metric, or a name that of a distance beside it.
     """
+    deep = [name for name, file in ((_LPIPS, lpips), (_DISTS, dists)) if file]
+    check_names(list(files), [*BASELINES, *deep])
     metrics: dict[str, Distance] = {name: load(file) for name, file in files.items()}
     metrics |= BASELINES
     if lpips:
-        metrics["LPIPS (AlexNet)"] = LPIPS("alex", lpips)
+        metrics[_LPIPS] = LPIPS("alex", lpips)
     if dists:
-        metrics["DISTS"] = DISTS(dists)
+        metrics[_DISTS] = DISTS(dists)
     return metrics
 
 
@@ -195,6 +198,7 @@ def measure(
                 compared[name]["transfer"][other] = share
     return {
         "num_triplets": len(triplets),
+        "num_tied_votes": int((triplets.right_vote == 0.5).sum()),
         "eps": list(settings.eps),
         "alone_eps": settings.alone_eps,
         "linf_eps": settings.linf,
@@ -311,7 +315,8 @@ def _batches(triplets: Triplet, size: int) -> list[Triplet]:
 
 def tables(measured: Comparison, data: str) -> dict[str, list[Row]]:
     """Title → rows, cells in %, from what :func:`measure` returns."""
-    count, eps = measured["num_triplets"], eps_label(measured["alone_eps"])
+    count = triplet_counts([(measured["num_triplets"], measured["num_tied_votes"])])
+    eps = eps_label(measured["alone_eps"])
     suite: list[Row] = []
     alone: list[Row] = []
     distances: list[Row] = []
@@ -328,12 +333,13 @@ def tables(measured: Comparison, data: str) -> dict[str, list[Row]]:
         alone.append({"metric": name, "natural": percent(scores["natural"]), **cells})
         moved = scores["distances"]
         cells = {label: number(value) for label, value in moved["reached"].items()}
-        distances.append({"metric": name, **cells, "of natural": f"{percent(moved['shares']['50 %'])} %"})
-        cells = {other: percent(share) for other, share in scores["transfer"].items()}
+        share = percent(moved["shares"]["50 %"])
+        distances.append({"metric": name, **cells, "of natural": f"{share} %" if share else ""})
+        cells = {other: percent(turned) for other, turned in scores["transfer"].items()}
         transfer.append({"made on": name, **cells})
     note = f"; {NO_GRADIENT}" if flat else ""
     return {
-        f"{data}: 2AFC score in %, natural and under the suite on the reference, {count} triplets, ℓ2 budgets": suite,
+        f"{data}: 2AFC score in %, natural and under the suite on the reference, {count}, ℓ2 budgets": suite,
         f"{data}: 2AFC score in % under each attack alone, ℓ2, ε = {eps}, and with one pixel of any colour"
         f"{note}": alone,
         f"{data}: d(x, x + δ) that APGD reaches in ℓ2, ε = {eps}: quantiles, and the median as a share of the median "

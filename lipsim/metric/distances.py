@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import lipsim.utils.matplotlib_backend  # noqa: F401  isort: skip  before what imports matplotlib
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -13,6 +15,7 @@ from torchmetrics.functional.image import (
 
 from lipsim.certificates import TwoAFCCertificate, certified_pixels
 from lipsim.metric.distance import Distance
+from lipsim.utils.errors import LipsimError
 
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, the finest scale first
 _WINDOW = 11
@@ -108,3 +111,15 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 BASELINES: dict[str, Distance] = {"pixel l2": pixel_l2, "SSIM": ssim, "MS-SSIM": ms_ssim}
+
+
+def check_names(names: Sequence[str], beside: Iterable[str] = ()) -> None:
+    """Metrics of a table have names of their own, and not those of the distances beside them.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if len(set(names)) < len(names):
+        raise LipsimError(f"expected metrics of different names, got {', '.join(names)}")
+    if taken := [name for name in names if name in set(beside)]:
+        raise LipsimError(f"{', '.join(taken)} is the name of a distance that stands beside; give another, NAME=FILE")

@@ -26,7 +26,7 @@ from lipsim.results.schema import (
     SummedSet,
 )
 from lipsim.results.seeds import by_name, mean_and_error, mean_cell, percent_cell, percent_cells, seeds_note
-from lipsim.results.tables import NO_GRADIENT, Row, print_table, summing
+from lipsim.results.tables import NO_GRADIENT, Row, print_table, summing, triplet_counts
 
 Kind = Literal["certified", "published", "joint"]
 AnySet = CertifiedSet | SummedSet | SmoothedSet | AttackedSet
@@ -348,8 +348,4 @@ def _labels(budgets: Iterable[Sequence[float]]) -> list[str]:
 
 def _counts(scores: Iterable[AnySet]) -> str:
     """How many triplets have a majority to agree with, and how many have none."""
-    found = list(scores)
-    tied = sorted({s["num_tied_votes"] for s in found})
-    counts = sorted({s["num_triplets"] - s["num_tied_votes"] for s in found})
-    text = f", {counts[0]} triplets" if len(counts) == 1 else f", {counts[0]} to {counts[-1]} triplets"
-    return text + (f" (and {tied[-1]} with a tied vote, left out)" if tied[-1] else "")
+    return ", " + triplet_counts((s["num_triplets"], s["num_tied_votes"]) for s in scores)

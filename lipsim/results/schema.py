@@ -303,6 +303,7 @@ class Comparison(TypedDict):
     """What :func:`lipsim.evaluation.side_by_side.measure` finds out."""
 
     num_triplets: int
+    num_tied_votes: int
     eps: list[float]
     alone_eps: float
     linf_eps: float

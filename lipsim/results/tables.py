@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +125,21 @@ def percents(scores: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def percent(score: float | None, digits: int = 1) -> str:
-    """A score in %; empty where there is none."""
-    return "" if score is None else f"{100 * score:.{digits}f}"
+    """A score in %; empty where there is none, NaN say, the share of no triplets."""
+    return "" if score is None or math.isnan(score) else f"{100 * score:.{digits}f}"
 
 
 def number(value: float | None, form: str = ".3g") -> str:
     """A number in a format; empty where there is none."""
-    return "" if value is None else format(value, form)
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def triplet_counts(counts: Iterable[tuple[int, int]]) -> str:
+    """Of how many triplets a score is, from how many there are and how many of these have a tied vote, of each set."""
+    found = list(counts)
+    untied, tied = sorted({count - ties for count, ties in found}), max(ties for _, ties in found)
+    text = f"{untied[0]} triplets" if len(untied) == 1 else f"{untied[0]} to {untied[-1]} triplets"
+    return text + (f" (and {tied} with a tied vote, left out)" if tied else "")
 
 
 def _number(cell: str) -> float:

@@ -90,3 +90,11 @@ def test_what_has_no_bound(metric: PerceptualMetric, images: Tensor) -> None:
         attacked_triplet(unbounded, *images, eps=1.0)
     with pytest.raises(ValueError, match="threshold in"):
         attacked_pair(metric, images[0], images[1], threshold=3.0, eps=1.0)
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan")])
+def test_no_budget_is_no_certificate(metric: PerceptualMetric, images: Tensor, eps: float) -> None:
+    with pytest.raises(ValueError, match="eps ≥ 0"):
+        attacked_triplet(metric, *images[:3], eps=eps)
+    with pytest.raises(ValueError, match="eps ≥ 0"):
+        attacked_pair(metric, images[0], images[1], threshold=0.1, eps=eps)

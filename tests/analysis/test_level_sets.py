@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lipsim.analysis.level_set_tables import (
 )
 from lipsim.analysis.level_sets import LevelSetProtocol, derangements, measure_level_sets
 from lipsim.attacks import ConfidenceObjective, Objective, TwoAFCObjective
+from lipsim.attacks.level_set import Traversal
 from lipsim.certificates.triangles import barycentric_grid
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.distances import pixel_l2
@@ -115,6 +117,28 @@ def test_the_width_of_a_half_space_is_a_quantile_of_the_normal_distribution(imag
         assert found.width_low[:, 0, 0, j].tolist() == pytest.approx([-expected] * 2, rel=0.08)
         stay = normal.cdf(0.5 / (scale * distance))
         assert found.width_accepted[:, 0, 0, j].tolist() == pytest.approx([stay] * 2, abs=0.03)
+
+
+def test_every_walk_starts_elsewhere_and_looks_in_other_directions(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, start = [], Traversal.start
+
+    def recorded(*args: Any, **options: Any) -> Traversal:
+        state = start(*args, **options)
+        starts.append(state.x - images)
+        return state
+
+    monkeypatch.setattr(Traversal, "start", recorded)
+    measure_level_sets(brightness_of(images), images, replace(SHORT, noise=2 / 255, steps=1, width_steps=()))
+    unit = torch.stack([nn.functional.normalize(part.flatten(1), dim=1) for part in starts])
+    # Of n independent numbers, a cosine is about N(0, 1/n).
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert bool(((unit[i] * unit[j]).sum(1).abs() < 5 / math.sqrt(3 * SIZE**2)).all())
+    # One direction for each of three targets, up or down, at the source itself.
+    protocol = replace(SHORT, directions=1, width_steps=(0,), steps=1)
+    up = measure_level_sets(brightness_of(images), images, protocol).width_high[:, :, 0, 0] > 0
+    assert 3 < int(up.sum()) < 16 and int((up == up[:, :1]).all(1).sum()) < 5
 
 
 def test_numbers_do_not_depend_on_batches(images: Tensor) -> None:

@@ -54,3 +54,12 @@ def test_functions_of_the_users_own(own_module: str) -> None:
 def test_what_a_function_does_instead_is_told(own_module: str, function: str, kind: type, message: str) -> None:
     with pytest.raises(kind, match=message):
         load_model(f"{own_module}:{function}")
+
+
+def test_models_of_torchvision_have_the_statistics_of_their_weights() -> None:
+    """EfficientNetV2-L alone of its classifiers was trained on other ones, and on larger images."""
+    large = load_model("torchvision/efficientnet_v2_l")
+    assert large.image_size == 480
+    assert [t.flatten().tolist() for t in (large.module.mean, large.module.std)] == [[0.5] * 3] * 2
+    small = load_model("torchvision/resnet18")
+    assert small.image_size == 224 and small.module.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])

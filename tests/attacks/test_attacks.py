@@ -19,6 +19,7 @@ from lipsim.attacks import (
     first_operator,
     mi_fgsm,
     null_space,
+    one_pixel,
     pgd,
     project_to_kernel,
     square,
@@ -95,6 +96,35 @@ def test_square_takes_images_of_many_channels(norm: Any) -> None:
     start, found = (square(objective, x, norm=norm, eps=0.2, steps=steps) for steps in (1, 300))
     assert (sample_norm(found - x, norm) <= 0.2 + 1e-9).all()
     assert (objective(found) > objective(start)).all() and ((found - start).abs().amax((2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
+def test_square_places_squares_on_images_one_pixel_wide(shape: tuple[int, int]) -> None:
+    x, w = torch.full((2, 3, *shape), 0.5), torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    objective = LinearObjective(w, (x * w).flatten(1).sum(1) + 1e6)
+    best = 0.1 * w.abs().flatten(1).sum(1)
+    start, found = (square(objective, x, norm="inf", eps=0.1, steps=steps) for steps in (1, 300))
+    gained = [((moved - x) * w).flatten(1).sum(1) / best for moved in (start, found)]
+    assert bool((gained[0] < 0.6).all()) and bool((gained[1] > 0.8).all())
+
+
+@pytest.mark.parametrize("attack", [apgd, pgd, square])
+def test_the_budget_holds_where_a_pixel_is_far_larger_than_it(attack: Any) -> None:
+    x = 255 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    w = torch.ones_like(x)
+    objective = LinearObjective(w, (x * w).flatten(1).sum(1) + 1e6)
+    moved = attack(objective, x, norm="inf", eps=0.1, steps=5, box=(0.0, 255.0))
+    length = (moved.double() - x.double()).flatten(1).abs().amax(1)
+    assert bool((length <= 0.1 * (1 + 1e-6)).all()) and bool((length > 0.0999).all())
+
+
+def test_one_pixel_stays_in_any_box() -> None:
+    x = 0.1 + 0.6 * torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for low, high in ((0.1, 0.7), (0.1, 0.9)):
+        x = x.clamp(low, high)
+        objective = LinearObjective(torch.ones_like(x), x.flatten(1).sum(1) + 1e6)
+        moved = one_pixel(objective, x, num_pixels=2, generations=5, population=20, box=(low, high))
+        assert float(moved.min()) >= x.new_tensor(low) and float(moved.max()) <= x.new_tensor(high)
 
 
 def test_zero_budget_is_the_identity() -> None:

@@ -121,6 +121,25 @@ def test_samples_do_not_depend_on_their_batch(images: tuple[Tensor, Tensor], net
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-6)
 
 
+def test_a_sample_that_needs_an_exact_solution_leaves_others_alone() -> None:
+    """The second way lies across the kernel but for little; the first is walked as it is without it."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 40), nn.Tanh()]
+    network = nn.Sequential(*layers).double().requires_grad_(False)
+    for layer in (layers[0], layers[3]):
+        layer.weight.mul_(3)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 8, 8, generator=draw, dtype=torch.float64) * 0.4 + 0.3
+    way = torch.randn(2, 3, 8, 8, generator=draw, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda u: network(u)[0], x[1:]).reshape(40, -1)
+    across = nn.functional.normalize(jacobian.T @ torch.randn(40, dtype=torch.float64, generator=draw), dim=0)
+    inside = torch.randn(192, dtype=torch.float64, generator=draw)
+    inside = nn.functional.normalize(inside - torch.linalg.pinv(jacobian) @ (jacobian @ inside), dim=0)
+    way[1] = (3 * across + 0.2 * inside).view(3, 8, 8)
+    both, alone = (deep_collision(network, x[:n], way[:n], steps=30) for n in (2, 1))
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-3)  # rounding grows over the steps
+
+
 def test_bad_input_is_named(images: tuple[Tensor, Tensor], network: nn.Sequential) -> None:
     x, direction = images
     with pytest.raises(ValueError, match=r"there is no layer conv1; among the layers are 0, 1"):

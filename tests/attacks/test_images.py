@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -121,6 +122,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["a.png", "b.png", "--norm", "inf", "--eps", "4"], "ℓ∞ budgets of pixels in [0, 1], such as 4/255, got 4"),
         (["a.png", "b.png", "--output", "a.png"], "expected a folder to write to, got 'a.png', and a.png is a file"),
         (["a.png", "b.png", "--eps", "1", "2"], "within one budget"),
+        (["a.png", "b.png", "--target", "left"], "--target is for a triplet"),
+        (["a.png", "b.png", "c.png", "--goal", "alike"], "--goal is for a pair"),
         (["a.png", "b.png", "c.png", "--attacks", "magic"], "expected different attacks among"),
     ):
         assert _attack(*args) == 1
@@ -155,3 +158,15 @@ def test_pictures_of_an_earlier_attack_do_not_stay(capsys: pytest.CaptureFixture
         "other.png",
     }
     assert Path("out/mine.png").is_file()
+
+
+@pytest.mark.parametrize("nearer", ["left", "right"])
+def test_a_tie_after_rounding_is_no_answer_turned_around(nearer: str) -> None:
+    level = torch.full((3, 2, 2), 0.5)
+    candidates = [level + 0.1, level - 0.11]
+    if nearer == "right":
+        candidates.reverse()
+    found = attack_triplet(pixel_l2, level, *candidates, eps=[0.1], steps=20)
+    assert math.isfinite(found.eps) and "8 bits" not in found.outcome
+    tied = dataclasses.replace(found, rounded=dict.fromkeys(found.rounded, 0.2))
+    assert "rounding to 8 bits undoes it" in tied.outcome

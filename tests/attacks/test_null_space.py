@@ -237,3 +237,16 @@ def test_moves_do_not_depend_on_the_batch(conv: nn.Conv2d) -> None:
     alone = torch.cat([null_space(operator, x[i : i + 1], direction[i : i + 1]) for i in range(3)])
     assert (sample_norm(together - x) > 0.05).all()
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [(1, 2, 0, 10), (2, 3, 1, 8), (3, 4, 0, 15)])
+def test_a_convolution_that_skips_the_middle_pixel(kernel: int, stride: int, padding: int, size: int) -> None:
+    """Where pixels are saturated, a window of what one output reads is asked for, wherever that is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, kernel, stride, padding), nn.ReLU(), nn.Flatten()).double()
+    x = ((torch.rand(2, 3, size, size, dtype=torch.float64) - 0.5) * 4 + 0.5).clamp(0, 1)
+    found = null_space_move(require_operator(model, size), x, 5 * torch.randn_like(x))
+    moved = found.x_adv
+    assert bool(((moved - x).flatten(1).norm(dim=1) > 0.1).all())
+    assert torch.allclose(model[0](moved), model[0](x), rtol=0, atol=1e-9)
+    assert 0 <= float(moved.min()) and float(moved.max()) <= 1

@@ -133,6 +133,14 @@ def test_the_fit_is_monotonic_and_finds_a_logistic_curve() -> None:
     assert correlations(np.ones(5), d[:5]) == Correlations(None, None, None, None)
 
 
+def test_a_distance_that_falls_with_the_difference_has_a_negative_fit() -> None:
+    difference = np.random.default_rng(0).normal(size=200)
+    noise = 0.1 * np.random.default_rng(1).normal(size=200)
+    rising, falling = correlations(difference + noise, difference), correlations(-difference + noise, difference)
+    assert rising.plcc_logistic is not None and falling.plcc_logistic is not None
+    assert 0.99 < rising.plcc_logistic <= 1 and -1 <= falling.plcc_logistic < -0.99
+
+
 def test_bad_requests_are_refused(study: Path, metric: PerceptualMetric) -> None:
     table = PairTable.read(study)
     for arguments, message in (

@@ -81,6 +81,23 @@ def test_a_metric_that_is_never_right_has_scores_of_zero(metric: PerceptualMetri
     assert found["natural"] == 0.0 and found["linf"] == 0.0 and set(found["l2"].values()) == {0.0}
 
 
+def test_ties_are_left_out_and_said(metric: PerceptualMetric, triplets: Triplet) -> None:
+    votes = triplets.right_vote.clone()
+    votes[0], votes[1:] = 0.5, (triplets.right_vote[1:] >= 0.5).to(votes)
+    for some, title in ((votes, f"{len(votes) - 1} triplets (and 1 with"), (0 * votes + 0.5, "0 triplets (and")):
+        found = measure({"ours": metric}, Triplet(*triplets.images(), right_vote=some, index=triplets.index), SETTINGS)
+        assert found["num_tied_votes"] == int((some == 0.5).sum())
+        (suite, rows), *_ = tables(found, "set").items()
+        assert title in suite and "nan" not in str(list(tables(found, "set").values()))
+    assert rows[0]["natural"] == ""
+
+
+@pytest.mark.parametrize("name", ["SSIM", "DISTS"])
+def test_a_metric_does_not_take_the_place_of_a_distance_beside_it(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is the name of a distance that stands beside"):
+        load_metrics({name: "quickstart"}, dists="weights")
+
+
 def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: PerceptualMetric) -> None:
     """Pixels resized in another way are other pixels, at the same size too."""
     metrics = {
@@ -141,6 +158,7 @@ def test_headings_fit_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str
     }
     measured: Comparison = {
         "num_triplets": 200,
+        "num_tied_votes": 0,
         "eps": list(Settings().eps),
         "alone_eps": 1.0,
         "linf_eps": 4 / 255,

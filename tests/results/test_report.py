@@ -164,6 +164,7 @@ def test_cells_are_escaped() -> None:
     run = {"name": "a <b>", "facts": rows, "pictures": []}
     page = html_page(warnings=["<u>"], sets=[], runs=[run])
     assert "<td>a|b &lt;i&gt;</td>" in page and "<h2>a &lt;b&gt;</h2>" in page and "<strong>&lt;u&gt;</strong>" in page
+    assert escape_latex("λ = 8, τ") == r"$\lambda$ = 8, $\tau$"
     assert escape_latex("50 % of $x_1^2\\\n ℓ∞ ε") == (
         r"50 \% of \$x\_1\textasciicircum{}2\textbackslash{} $\ell_\infty$ $\varepsilon$"
     )

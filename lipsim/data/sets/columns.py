@@ -159,13 +159,13 @@ def _read(stream: object, path: Path, columns: Mapping[str, str], chosen: Mappin
     twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
         raise LipsimError(f"{path} has the column {', '.join(twice)} more than once; keep one of them")
+    separator = next((s for s in _OTHER_SEPARATORS if len(names) == 1 and s in names[0]), None)
+    if separator:
+        raise LipsimError(f"{path} is separated by {_OTHER_SEPARATORS[separator]}, expected commas; save it as CSV")
     absent = [name for name in chosen.values() if name not in names]
     if absent:
         raise LipsimError(f"{path} has no column {', '.join(absent)}; it has {', '.join(names)}")
     places = {ours: names.index(theirs) for ours, theirs in columns.items() if theirs in names}
-    separator = next((s for s in _OTHER_SEPARATORS if len(names) == 1 and s in names[0]), None)
-    if separator:
-        raise LipsimError(f"{path} is separated by {_OTHER_SEPARATORS[separator]}, expected commas; save it as CSV")
     rows = []
     for cells in reader:
         if not any(cells):  # a blank line, or the commas that spreadsheets leave below a table

@@ -41,7 +41,8 @@ def pair_files(left: str | Path, right: Sequence[str | Path]) -> FilePairs:
     """The pairs that two arguments of a command mean.
 
     One image on the left is paired with every image on the right. Many on the left (a folder, or a pattern such as
-    ``a/*.png``) are paired with those on the right that have the same name; see :func:`match_names`.
+    ``a/*.png``) are paired with those on the right that have the same name; see :func:`match_names`. A pattern that one
+    file matches is one image, but on the left beside many: a folder that has one file today is matched by name as well.
 
     Args:
         left: an image, a folder or a pattern.
@@ -52,6 +53,9 @@ def pair_files(left: str | Path, right: Sequence[str | Path]) -> FilePairs:
         ValueError: many images on the left and several arguments on the right, or no two names that match.
     """
     ours = find_images(left)
+    one = _only_match(left, ours)
+    if one is not None and (len(right) != 1 or _only_match(right[0], find_images(right[0])) is not None):
+        ours = one
     if isinstance(ours, Path):
         found = [find_images(one) for one in right]
         files = [file for one in found for file in ([one] if isinstance(one, Path) else one.files.values())]
@@ -100,10 +104,15 @@ def find_images(argument: str | Path) -> Path | FoundImages:
     matches = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
     if not matches:
         raise FileNotFoundError(f"no image file matches {argument}")
-    if len(matches) == 1:
-        return Path(matches[0])
     above = os.path.commonpath([os.path.dirname(file) or "." for file in matches])
     return FoundImages({Path(os.path.relpath(file, above)).as_posix(): Path(file) for file in matches})
+
+
+def _only_match(argument: str | Path, found: Path | FoundImages) -> Path | None:
+    """The image that an argument other than a folder stands for, if it is one."""
+    if isinstance(found, Path):
+        return found
+    return next(iter(found.files.values())) if len(found.files) == 1 and not user_path(argument).is_dir() else None
 
 
 def folder_images(folder: str | Path) -> FoundImages:

@@ -71,6 +71,19 @@ def test_patterns(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -
         pair_files("a", ["c"])
 
 
+def test_a_pattern_of_one_file_is_matched_as_a_pattern(folders: tuple[Path, Path]) -> None:
+    """A folder that has one file on some day, and more on another, is not one image on that day."""
+    a, b = folders
+    found = pair_files(str(a / "[1]*.png"), [b])
+    assert found.names == ("1.png",) and len(found.alone) == 4
+    with pytest.raises(ValueError, match="no image on the left has the name"):
+        pair_files(str(a / "[3]*.png"), [str(b / "*.png")])
+    # Beside images it is one.
+    assert pair_files(str(a / "[1]*.png"), [b / "4.png"]).pairs == ((a / "1.png", b / "4.png"),)
+    assert len(pair_files(str(a / "[1]*.png"), [b / "4.png", b / "1.png"])) == 2
+    assert pair_files(a / "1.png", [str(b / "[4]*.png")]).pairs == ((a / "1.png", b / "4.png"),)
+
+
 def test_tables(folders: tuple[Path, Path]) -> None:
     table = folders[0].parent / "pairs.csv"
     table.write_text("left,right\na/1.png,b/4.png\na\\3.png,b/1.png\n")

@@ -125,6 +125,7 @@ def test_everything_wrong_is_told_at_once(folder: Path) -> None:
         (HEADER + 'a.png,"b.png', "is no CSV file"),
         ("reference,left,right,left,right_vote\na,b,c,d,1", "the column left more than once"),
         ("reference;left;right;right_vote\na;b;c;1", "separated by semicolons, expected commas"),
+        ("reference;left;right;choice\na;b;c;1", "separated by semicolons, expected commas"),
         ("reference,left,right\na,b,c", "has no column right_vote; name the one .*, as right_vote=COLUMN"),
         ("reference,left,right,left_votes\na,b,c,1", "has no column right_votes"),
         ("reference,left,right,left_votes,right_votes,right_vote\na,b,c,1,2,1", "both right_vote and counts"),
@@ -206,3 +207,13 @@ def test_links_in_the_folder_are_followed(folder: Path, tmp_path: Path) -> None:
     (folder / "a.png").rename(elsewhere)
     (folder / "a.png").symlink_to(elsewhere)
     assert len(table_of(folder, HEADER + "a.png,b.png,c.png,1")) == 1
+
+
+def test_links_to_nothing_and_folders_are_no_images(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder / "a.png")
+    table_of(folder, HEADER + "link.png,b.png,c.png,1")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "inside.png").mkdir()
+    for name in ("gone.png", "inside.png"):
+        with pytest.raises(FileNotFoundError, match=f"no image {name}"):
+            table_of(folder, HEADER + f"{name},b.png,c.png,1")
