@@ -55,7 +55,7 @@ class AttackRobustness(TripletCallback):
         target: which image moves; "all": the three together, each within the budget.
         seed: of everything random, which depends on the sample's index and not on batches or processes.
         others: name → exported metric, attacked in the same way on the same triplets.
-        num_examples: triplets of each set whose images a test saves and draws.
+        num_examples: triplets of the first batch of each set, at most, whose images a test saves and draws.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`; off by default, attacks cost hundreds of forward passes.
 

@@ -44,7 +44,7 @@ class NullSpaceRobustness(TripletCallback):
         same: largest distance to the clean image that counts as "the same"; None: exact collisions alone.
         max_triplets: of each set, drawn at random; None: all. A triplet costs as much as hundreds of certificates.
         lpips: torchvision's file of AlexNet's weights, or the folder that holds it, to measure changes by LPIPS too.
-        num_examples: triplets of each set whose images a test draws.
+        num_examples: triplets of the first batch of each set that is searched, at most, whose images a test draws.
         directory: as in :class:`TripletCallback`.
         validate: as in :class:`TripletCallback`.
 

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from lipsim.cli.parser import add_metric_argument, add_output
+from lipsim.cli.parser import DEFAULT_METRIC, add_metric_argument, add_output
 from lipsim.metric.files import AUDITED, read_facts
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.framings import DEFAULT_GRID
 from lipsim.utils.terminal import text_table
 
@@ -22,14 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the weights, as every certificate does, whatever the file claims."
     )
     kinds = "a .safetensors file, a .ckpt of training, or the name of a bundled metric"
-    add_metric_argument(parser, framing=False, kinds=kinds)
+    add_metric_argument(parser, framing=False, default=None, kinds=kinds, otherwise=DEFAULT_METRIC)
     parser.add_argument("--metric", dest="named", metavar="FILE", help="the same, as `lipsim distance` takes it")
     add_output(parser, rows=False)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    found = read_facts(options.metric if options.named is None else options.named)
+    if None not in (options.metric, options.named):
+        raise LipsimError(f"expected one metric, got {options.metric} and --metric {options.named}")
+    found = read_facts(options.metric or options.named or DEFAULT_METRIC)
     facts = {"file": str(found.file), "sha256": found.sha256, "values": found.values, **found.header}
     if options.json:
         print(json.dumps(facts, indent=1))

@@ -213,6 +213,9 @@ def test_a_table_of_triplets(folder: Path, run: Run) -> None:
     facts = json.loads(run("certify t.csv --metric m.safetensors --json")[1])
     assert facts["triplets"][1]["radius"] == one["radius"] and list(facts["left_out"]) == ["2"]
     assert "joint radius" in run("certify t.csv --metric m.safetensors")[1]
+    for name in ("quickstart", "photos"):  # the default as well, when it is named
+        status, _, err = run(f"info {name} --metric m.safetensors")
+        assert status == 1 and f"expected one metric, got {name} and --metric m.safetensors" in err
     for line, message in (
         ("m.safetensors a/0.png b/0.png b/1.png", "the metric is --metric FILE"),
         ("t.csv --smooth 0.1", "not a table"),

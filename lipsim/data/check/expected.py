@@ -115,12 +115,14 @@ def expect(root: Path, kind: str, columns: Mapping[str, str] | None = None) -> E
 
     Raises:
         FileNotFoundError: the folder or the table is not there.
-        ValueError: an unknown kind, or a table that cannot be understood at all.
+        ValueError: an unknown kind, columns of what is no table, or a table that cannot be understood at all.
     """
     if kind not in _READERS:
         raise LipsimError(f"expected a kind among {', '.join(KINDS)}, got {kind!r}")
     if kind == "table":
         return _table(root, columns)
+    if columns:
+        raise LipsimError(f"a table alone has columns to name, got {', '.join(columns)} for data of the kind {kind!r}")
     if not root.is_dir():
         raise FileNotFoundError(f"no data at {root.absolute()}: there is no such folder")
     return _READERS[kind](root)

@@ -182,6 +182,10 @@ def test_kinds_are_guessed_where_there_is_no_doubt(nights: Path, bapps: Path, ma
         guess_kind(nights)
     with pytest.raises(FileNotFoundError, match="no data at"):
         check_data(photos / "nowhere")
+    with pytest.raises(
+        LipsimError, match="a table alone has columns to name, got reference for data of the kind 'folder'"
+    ):
+        check_data(photos, columns={"reference": "pivot"}, num_workers=0)
     with pytest.raises(LipsimError, match="expected a kind among"):
         check_data(photos, "imagenet")
 
