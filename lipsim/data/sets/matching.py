@@ -53,9 +53,9 @@ def pair_files(left: str | Path, right: Sequence[str | Path]) -> FilePairs:
         ValueError: many images on the left and several arguments on the right, or no two names that match.
     """
     ours = find_images(left)
-    one = _only_match(left, ours)
-    if one is not None and (len(right) != 1 or _only_match(right[0], find_images(right[0])) is not None):
-        ours = one
+    if isinstance(ours, FoundImages) and (one := _only_match(left, ours)) is not None:
+        if len(right) != 1 or _only_match(right[0], find_images(right[0])) is not None:
+            ours = one
     if isinstance(ours, Path):
         found = [find_images(one) for one in right]
         files = [file for one in found for file in ([one] if isinstance(one, Path) else one.files.values())]
