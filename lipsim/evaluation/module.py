@@ -432,10 +432,31 @@ def check_resize(metric: PerceptualMetric, name: str, given: Set[str], source: s
     expected, resize = metric.preprocess.way, metric.preprocess.resize
     if given - {expected}:
         framed = all(way.startswith(resize) for way in given)
-        remedy = f"load the metric with framing={_framing_of(given)!r}" if framed else f"pass --data.resize={resize}"
+        remedy = f"pass --data.resize={resize}"
+        if framed:
+            own, theirs = _framing_of({expected}), _framing_of(given)
+            remedy = f"pass --data.framing={own}, or load the metric with framing={theirs!r}"
         raise LipsimError(
             f"expected images resized by {expected!r}, which {name} is for, got {source} with images resized by "
             f"{' and '.join(map(repr, sorted(given)))}; {remedy}"
+        )
+
+
+def check_size(metric: PerceptualMetric, size: int) -> None:
+    """Refuse images of another size than a metric takes, where the data say theirs: nothing has been read by then.
+
+    Args:
+        metric: the metric.
+        size: side of the images in pixels.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if size != metric.image_size:
+        expected = f"{metric.image_size} × {metric.image_size}"
+        raise LipsimError(
+            f"expected images of {expected} pixels, which the metric takes, got data of {size} × {size}; pass "
+            f"--data.image_size={metric.image_size}"
         )
 
 

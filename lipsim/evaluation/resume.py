@@ -18,7 +18,7 @@ from lipsim.data.contracts import Parts, facts_of
 from lipsim.data.loading import Finished, data_fingerprint, remaining, served_resizes
 from lipsim.data.plan import Plan, plan
 from lipsim.evaluation.journal import KeepBatches
-from lipsim.evaluation.module import EvaluationModule, check_resize, evaluation_names
+from lipsim.evaluation.module import EvaluationModule, check_resize, check_size, evaluation_names
 from lipsim.metric import PerceptualMetric
 from lipsim.results.file import contents, data_hashes
 from lipsim.results.schema import Results, TripletCount
@@ -72,14 +72,18 @@ class RemainingData(L.LightningDataModule):
         """Have the data module resize as the metric expects, where it was not told how.
 
         Raises:
-            ValueError: it was told to resize in another way.
+            ValueError: it was told to resize in another way, or to another size.
         """
         expected = self._metric().preprocess
         if isinstance(self.data, TripletDataModule):
             self._own = self.preprocess
             self.data.follow(expected)
+        size = getattr(self.data, "image_size", None)  # of images that are drawn
         if self.preprocess is not None:  # now, before anything is read
             check_resize(self._metric(), "the metric", {self.preprocess.way}, "data")
+            size = self.preprocess.image_size
+        if isinstance(size, int):
+            check_size(self._metric(), size)
         if not facts_of(self.data, "test").tells_resize:
             rank_zero_info(
                 f"{type(self.data).__name__} has no attribute preprocess that says how its images are resized; the "

@@ -119,11 +119,13 @@ class DISTS(nn.Module):
         sizes = [z.shape[1] for z in features]
         similarity = x.new_zeros(len(x))
         for z, alpha, beta in zip(features, self.alpha.split(sizes), self.beta.split(sizes), strict=True):
-            a, b = z.chunk(2)
-            mean_a, mean_b = a.mean((2, 3)), b.mean((2, 3))
+            means = z.mean((2, 3), keepdim=True)
+            mean_a, mean_b = means.flatten(1).chunk(2)
             texture = (2 * mean_a * mean_b + _SMALL) / (mean_a.square() + mean_b.square() + _SMALL)
-            variance = a.var((2, 3), correction=0) + b.var((2, 3), correction=0)
-            structure = (2 * ((a * b).mean((2, 3)) - mean_a * mean_b) + _SMALL) / (variance + _SMALL)
+            # The published E[ab] − E[a] E[b] loses its digits where a channel is nearly flat, and then d(x, x) < 0.
+            a, b = (z - means).chunk(2)
+            variance = a.square().mean((2, 3)) + b.square().mean((2, 3))
+            structure = (2 * (a * b).mean((2, 3)) + _SMALL) / (variance + _SMALL)
             similarity = similarity + (alpha * texture + beta * structure).sum(1)
         return 1 - similarity
 

@@ -94,7 +94,7 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ([CERTIFY, "--trainer.callbacks.eps=[0.1,-0.2]"], "expected a finite budget eps ≥ 0, got -0.2"),
         (["--trainer.callbacks=null"], "nothing to evaluate"),
         ([CERTIFY, "--trainer.callbacks.eps=[0.5,0.1]"], "eps in ascending order, each once, got [0.5, 0.1]"),
-        (["--data.image_size=24"], "expected images of shape (N, 3, 16, 16)"),
+        (["--data.image_size=24"], "got data of 24 × 24; pass --data.image_size=16"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(args("run", *more))

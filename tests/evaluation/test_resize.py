@@ -151,11 +151,23 @@ def test_a_table_is_framed_as_the_metric_expects(
     assert results["certified"]["resize"] == ("float, pad" if framing == "pad" else "float, tiles 2 × 2")
     if framing == "pad":
         other = TableData(Path("study.csv"), SIZE, framing="center-crop", num_workers=0, test_fraction=1.0)
-        with pytest.raises(ValueError, match="load the metric with framing='center-crop'"):
+        with pytest.raises(ValueError, match=r"data\.framing=pad, or load the metric with framing='center-crop'"):
             _trainer().test(FineTuning(init_from=Path(file)), other, verbose=False)
     else:
         with pytest.raises(ValueError, match="a metric of tiles, and stages train on whole images"):
             FineTuning(init_from=Path(file))
+
+
+@pytest.mark.parametrize("data", ["builtin", "table"])
+def test_another_size_is_refused_before_anything_is_read(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of files that are resized and of images that are drawn; the table that is named does not exist."""
+    file = str(save(PerceptualMetric(OrthogonalProjection(SIZE, 8), SIZE).eval(), "metric.safetensors"))
+    table = ["--data=lipsim.datamodules.TableData", "--data.file=missing.csv"]
+    given = table if data == "table" else ["--data=lipsim.datamodules.BuiltinData"]
+    options = ["--trainer.accelerator=cpu", "--trainer.callbacks=lipsim.callbacks.CertifyRadii"]
+    with pytest.raises(ValueError, match=f"got data of {SIZE + 8} × {SIZE + 8}; pass --data.image_size={SIZE}$"):
+        evaluate([*given, *options, f"--data.image_size={SIZE + 8}", f"--checkpoint={file}"])
+    assert "rendering" not in "".join(capsys.readouterr())
 
 
 class OwnSet(torch.utils.data.Dataset[Triplet]):

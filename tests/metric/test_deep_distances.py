@@ -71,6 +71,18 @@ def test_dists_is_torchmetrics(tmp_path: Path, images: tuple[Tensor, Tensor], mo
     torch.testing.assert_close(DISTS(tmp_path / FILES["vgg"])(*images), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_dists_of_flat_images_keeps_its_digits(tmp_path: Path) -> None:
+    """In float32 as in float64, where the published order of the covariance has lost all of them."""
+    _weights(tmp_path, "vgg")
+    distance = DISTS(tmp_path)
+    flat = torch.full((2, 3, 64, 64), 0.6)
+    flat[1, 1] = 0.3
+    other = (flat + 1e-3 * torch.randn_like(flat)).clamp(0, 1)
+    for x, y in ((flat, flat), (flat, other), (flat, flat.flip(0))):
+        expected = distance.double()(x.double(), y.double())
+        torch.testing.assert_close(distance.float()(x, y).double(), expected, rtol=1e-3, atol=1e-5)
+
+
 def _numbered(make: Callable[..., torch.nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
     """Weights by a formula, in place of a file: cosines of their position, with the first activations of that scale."""
     with torch.device("meta"):  # as above
