@@ -12,6 +12,7 @@ from lipsim import certificates
 from lipsim.attacks.images import AttackedImages, attack_pair, attack_triplet
 from lipsim.certificates.numbers import check_number
 from lipsim.metric import PerceptualMetric
+from lipsim.metric.image_files import nearer
 from lipsim.metric.pairs import pair_geometry
 from lipsim.utils.errors import LipsimError
 
@@ -118,8 +119,8 @@ def attacked_triplet(
             for name, other in (("d(reference, left)", left), ("d(reference, right)", right))
         }
     return AttackedAnswer(
-        before=_nearer(margin),
-        after=_nearer(after),
+        before=nearer(margin),
+        after=nearer(after),
         distances=distances,
         interval=None,
         radius=float(certificate.radius),
@@ -178,10 +179,6 @@ def attacked_pair(
 
 # Of a distance in [0, 2] in float32, beside an interval in float64: what a metric without a feature error leaves out.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
-
-
-def _nearer(margin: float) -> Answer:
-    return "tie" if margin == 0 else "left" if margin > 0 else "right"
 
 
 def _length(attacked: AttackedImages | None) -> float:

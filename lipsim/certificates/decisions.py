@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipsim.certificates.geometry import (
+    HALF,
     Anchored,
     along,
     anchored_norm,
@@ -35,9 +36,12 @@ def linear_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> 
     """Linear margin ``g = ⟨z, w⟩ + κv`` and its slope ``‖w‖`` in feature space, ``(N,)`` each.
 
     ``g > 0`` where the metric prefers left: normalising the reference does not change the sign of
-    ``d(x, x1) − d(x, x0)``, so the decision is a half-space of ``z``.
+    ``d(x, x1) − d(x, x0)``, so the decision is a half-space of ``z``. Half precision is that of the results alone.
     """
     check_constants(anchor)
+    if (dtype := z.dtype) in HALF:
+        g, slope = linear_margin(z.float(), z0.float(), z1.float(), anchor=anchor)
+        return g.to(dtype), slope.to(dtype)
     left, right = project(z0, anchor), project(z1, anchor)
     return along((z, anchor), left, right), anchored_norm(left[0] - right[0], 0.0)
 
@@ -50,6 +54,8 @@ def margin(z: Features, z0: Features, z1: Features, *, anchor: float = 1.0, leas
     """
     check_constants(anchor)
     if isinstance(z, Tensor) and isinstance(z0, Tensor) and isinstance(z1, Tensor):
+        if (dtype := z.dtype) in HALF:  # of the result alone
+            return margin(z.float(), z0.float(), z1.float(), anchor=anchor, least_norm=least_norm).to(dtype)
         scale = binary_scale(z, anchor)
         features, constant = scaled(z, anchor, scale)
         norm = scaled_norm(features, constant if anchor else None)

@@ -28,7 +28,7 @@ def distance_interval(
     ``[1 − cos(max(0, θ − α)), 1 − cos(min(π, θ + α))]``, ``(N,)`` each; the two angles ``α`` add up when both move.
 
     Raises:
-        ValueError: a budget is negative.
+        ValueError: a budget is negative, or budgets have more dimensions than the distances.
 
     Example:
         >>> z, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -45,6 +45,8 @@ def distance_interval(
         if isinstance(budget, str):
             raise LipsimError(f"expected budgets eps ≥ 0, as numbers, got {budget!r}")
         budget = torch.as_tensor(budget, dtype=theta.dtype, device=theta.device)
+        if budget.ndim > theta.ndim:  # (N, 1) would make (N, N) of N intervals
+            raise LipsimError(f"expected one budget or one a pair {tuple(theta.shape)}, got {tuple(budget.shape)}")
         if (budget < 0).any():
             raise LipsimError(f"expected budgets eps ≥ 0, got {float(budget.min())}")
         moved = lipschitz * budget if math.isfinite(lipschitz) else torch.where(budget > 0, math.inf, 0.0)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+HALF = frozenset({torch.float16, torch.bfloat16})
 # Beside numbers that float32 holds, the square of an anchor in this range is one that float64 has all digits of.
 _PLAIN_ANCHORS = 2.0**-300, 2.0**300
 
@@ -116,12 +117,15 @@ def cosine_distance(z: Tensor, y: Tensor, anchor: float = 1.0) -> Tensor:
     """Cosine distance ``d = 1 − ⟨p(z), p(y)⟩`` in [0, 2], ``(N,)``.
 
     Computed as ``‖p − q‖²/2``, which keeps its digits between near-duplicates and is exactly 0 for equal features.
-    Features without a direction (see :func:`project`) are at distance 1 from everything.
+    Features without a direction (see :func:`project`) are at distance 1 from everything. Half precision is that of the
+    result alone: the sum of as many squares as there are features would leave its range.
 
     Example:
         >>> cosine_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), anchor=0.0)
         tensor([1.])
     """
+    if (dtype := torch.promote_types(z.dtype, y.dtype)) in HALF:
+        return cosine_distance(z.float(), y.float(), anchor).to(dtype)
     (p, p_anchor), (q, q_anchor) = project(z, anchor), project(y, anchor)
     distance = (((p - q).square().sum(-1) + (p_anchor - q_anchor).square()) / 2).clamp(max=2)
     if anchor:

@@ -11,20 +11,20 @@ from torch.nn import functional as F
 
 from lipsim.certificates.errors import LipsimError
 from lipsim.certificates.numbers import check_count
-from lipsim.certificates.rounding import EPS
+from lipsim.certificates.rounding import EPS, round_down
 
 # More than rounding to float32 changes a number in [0, 1], after a resize in float64 as well.
 _FLOAT32_STEP = 2.0**-25 * (1 + 1e-6)
 
 
 def linf_radius(radius: Tensor, num_elements: int) -> Tensor:
-    """ℓ∞ radius ``R/√n`` that an ℓ2 radius implies on inputs of ``num_elements = 3·H·W`` values.
+    """ℓ∞ radius ``R/√n`` that an ℓ2 radius implies on inputs of ``num_elements = 3·H·W`` values, rounded down.
 
     Example:
         >>> linf_radius(torch.tensor([6.0]), num_elements=36)
-        tensor([1.])
+        tensor([1.0000])
     """
-    return radius / math.sqrt(check_count("num_elements", num_elements))
+    return round_down(radius.double() / math.sqrt(check_count("num_elements", num_elements)), radius.dtype)
 
 
 def l1_radius(radius: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipsim.audit import UnboundedModuleError, lipschitz_bound
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.layers import freeze
 from lipsim.layers.base import FoldedLayer
 from lipsim.layers.encoder import dtype_of
+from lipsim.metric.bounds import CLAIM_TOLERANCE
 from lipsim.metric.encoders import encoder_name, registered_names
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.metric.rebuild import build_encoder
@@ -49,7 +51,8 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
             metric is from.
 
     Raises:
-        ValueError: the encoder is of a class that no header can name, or in half precision with a bound.
+        ValueError: the encoder is of a class that no header can name, in half precision with a bound, or with a
+            declared bound that no audit confirms, as loading the file will.
         OSError: the file cannot be written.
 
     Example:
@@ -67,6 +70,7 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     framing, metric = _framing(metric), _of_a_tile(metric)
     encoder = _written(metric.encoder)
     header = {**describe(metric, encoder), **framing, "notes": notes}
+    _check_declared(metric)
     if header["lipschitz"] == AUDITED:
         header["lipschitz"] = metric.lipschitz
     header["feature_error"] = metric.feature_error
@@ -77,6 +81,26 @@ def save(metric: PerceptualMetric, path: str | Path, notes: dict[str, Any] | Non
     metadata = {"format": FORMAT, "version": str(VERSION), "metric": json.dumps(header)}
     write_safetensors(path, encoder.state_dict(), metadata)
     return path
+
+
+def _check_declared(metric: PerceptualMetric) -> None:
+    """Refuse a declared bound that the audit of whoever loads the file would refuse, and then nobody could load it.
+
+    Raises:
+        ValueError: no bound is known for the encoder, or a larger one.
+    """
+    declared = metric.declared_lipschitz
+    if declared is None or declared == math.inf:
+        return
+    why, remedy = "a file's bound is audited when it is loaded", "or set metric.lipschitz = math.inf"
+    try:
+        audited = lipschitz_bound(metric.encoder, metric.image_size).total
+    except UnboundedModuleError as error:
+        raise LipsimError(f"{why}: {error}; {remedy}") from error
+    if audited > declared * (1 + CLAIM_TOLERANCE):
+        raise LipsimError(
+            f"{why}: the encoder has {audited:.9g}, more than the declared {declared:.9g}; declare that, {remedy}"
+        )
 
 
 def _written(encoder: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def certify_files(metric: Certified, reference: str | Path, left: str | Path, ri
         "joint": float(certificate.joint_radius),
     }
     return FileCertificate(
-        answer="tie" if margin == 0 else "left" if margin > 0 else "right",
-        margin=margin,
+        answer=nearer(margin),
+        margin=0.0 if math.isnan(margin) else margin,
         radius=radii,
         original_radius=original_radii(metric, pictures, radii),
         linf_radius=float(certificates.linf_radius(certificate.radius, images["reference"].numel())),
@@ -120,6 +121,11 @@ def certify_files(metric: Certified, reference: str | Path, left: str | Path, ri
         feature_error=options["feature_error"] / 2,  # which counts it twice
         framing=metric.preprocess.framing,
     )
+
+
+def nearer(margin: float) -> Literal["left", "right", "tie"]:
+    """The answer of a margin; NaN, of a reference without a direction, is at distance 1 from both candidates."""
+    return "left" if margin > 0 else "right" if margin < 0 else "tie"
 
 
 @dataclass(frozen=True)

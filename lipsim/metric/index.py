@@ -23,6 +23,7 @@ from lipsim.certificates.ranking import Ranking, rank
 from lipsim.data.sets.folder import list_images
 from lipsim.data.transforms import load_image
 from lipsim.layers.base import evaluation_mode
+from lipsim.layers.fingerprint import Fingerprint, fingerprint
 from lipsim.metric import reading
 from lipsim.metric.files import load
 from lipsim.metric.index_files import Records, embedding_fingerprint, gather, read_records, write_records
@@ -124,6 +125,8 @@ class ImageIndex:
         self.records = Records()
         self.skipped: dict[str, str] = {}
         self.feature_error = 0.0
+        self._of = ""  # what the records were embedded with, by embedding_fingerprint
+        self._seen: Fingerprint | None = None  # the encoder that was known to be that
         self._gallery: Gallery | None = None
         self._approximate: Any = None
 
@@ -157,7 +160,8 @@ class ImageIndex:
 
         A file of the same size and time is taken to be the same; another time, or one so short before the file was read
         that it may hide a change, is settled by the hash of its content. Equal contents are embedded once, also under
-        another name. Of the images no more than a few hundred are in memory at a time.
+        another name. Where the metric has other weights by now, all images are embedded again. Of the images no more
+        than a few hundred are in memory at a time.
 
         Args:
             images: the folder, or the files that the index is to have; None: the folder of the index.
@@ -172,9 +176,9 @@ class ImageIndex:
         """
         batch_size = check_count("batch_size", batch_size)
         names, passed_over = self._listed(images)
-        fingerprint = embedding_fingerprint(self.metric)
-        parts = _read_parts(unfinished, fingerprint)
-        blocks: list[Records] = [self.records, *parts]
+        of = embedding_fingerprint(self.metric)
+        stale = of != self._of
+        blocks: list[Records] = [Records() if stale else self.records, *_read_parts(unfinished, of)]
         by_name = {name: (b, i) for b, block in enumerate(blocks) for i, name in enumerate(block.names)}
         by_hash = {content: (b, i) for b, block in enumerate(blocks) for i, content in enumerate(block.hashes)}
         old = set(self.records.names)
@@ -201,9 +205,11 @@ class ImageIndex:
                     # By number and not by time, which a clock that is set back gives twice.
                     number = 1 + max((int(file.stem) for file in unfinished.glob(_PARTS)), default=0)
                     path = unfinished / f"{number:020d}.safetensors"
-                    write_records(path, block, {"fingerprint": fingerprint, "metric": "", "feature_error": 0.0}, {})
+                    write_records(path, block, {"fingerprint": of, "metric": "", "feature_error": 0.0}, {})
         self.records = gather(blocks, [chosen[name] for name in names if name in chosen])
-        self.skipped = skipped
+        self.skipped, self._of, self._seen = skipped, of, None
+        if stale:
+            self.feature_error = 0.0
         self._cover_errors()
         self._gallery = self._approximate = None
         return Changes(
@@ -229,7 +235,7 @@ class ImageIndex:
         if not len(self):
             raise LipsimError("expected an index with images, got none that could be read")
         header = {
-            "fingerprint": embedding_fingerprint(self.metric),
+            "fingerprint": self._of,
             "metric": metric,
             "root": None if self.root is None else str(self.root.absolute()),
             "feature_error": self.feature_error,
@@ -270,7 +276,7 @@ class ImageIndex:
             )
         index = cls(metric, None if header["root"] is None else Path(header["root"]))
         index.records, index.skipped = records, skipped
-        index.feature_error = header["feature_error"]
+        index.feature_error, index._of = header["feature_error"], own
         return index
 
     @property
@@ -296,7 +302,7 @@ class ImageIndex:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: an image that the metric refuses, no image, or an index without images.
+            ValueError: an image that the metric refuses, no image, or what :meth:`search_features` refuses.
         """
         if isinstance(query, Tensor) and query.ndim == 4 and query.is_floating_point():
             images = query.to(self.metric.device, self.metric.dtype)
@@ -308,11 +314,17 @@ class ImageIndex:
 
     @torch.no_grad()
     def search_features(self, z: Tensor, k: int = 5, *, approximate: bool = False) -> SearchResult:
-        """:meth:`search` from features ``(N, D)`` of the queries, before anchor and projection."""
+        """:meth:`search` from features ``(N, D)`` of the queries, before anchor and projection.
+
+        Raises:
+            ValueError: features in half precision, an index without images, or a metric whose weights have changed
+                since they were embedded.
+        """
         k = check_count("k", k)
         if not len(self):
             raise LipsimError("expected an index with images to search in, got an empty one")
         self.metric.check_precision(z)
+        self._check_weights()
         z, k = z.cpu(), min(k, len(self))
         options = {"lipschitz": math.inf, "feature_error": 0.0}
         if self.metric.has_bound:
@@ -333,6 +345,15 @@ class ImageIndex:
             compared=compared,
             total=len(self),
         )
+
+    def _check_weights(self) -> None:
+        """Refuse to compare with embeddings of weights that the metric has no more: they are at no distance from it."""
+        seen = fingerprint(self.metric.encoder, repr(self.metric.preprocess))
+        if seen != self._seen and embedding_fingerprint(self.metric) != self._of:
+            raise LipsimError(
+                "the metric has changed since its index was made; bring it up to date with index.update()"
+            )
+        self._seen = seen
 
     def _prepared(self) -> Gallery:
         if self._gallery is None or self._gallery.anchor != self.metric.anchor:

@@ -258,8 +258,21 @@ class PerceptualMetric(nn.Module):
         self.check_images(x, check_range=check_range)
         if any(getattr(module, "inplace", False) for module in self.encoder.modules()):
             x = x.clone()  # the first layer, or one behind views of the images, would change the caller's
-        features: Tensor = self.encoder(x)
-        return features
+        return self._features(x)
+
+    def _features(self, *images: Tensor) -> Tensor:
+        """What the encoder makes of images, all in one batch.
+
+        Raises:
+            ValueError: no features ``(N, D)``.
+        """
+        x = torch.cat(images) if len(images) > 1 else images[0]
+        z: Tensor = self.encoder(x)
+        if z.ndim != 2:
+            raise LipsimError(
+                f"expected features (N, D) of the encoder, got {tuple(z.shape)}; end it with nn.Flatten()"
+            )
+        return z
 
     def forward(
         self,
@@ -300,7 +313,7 @@ class PerceptualMetric(nn.Module):
         inputs.check_paired(x, y)
         if normalize:
             x, y = (x + 1) / 2, (y + 1) / 2
-        z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
+        z, z_other = self._features(x, y).split([len(x), len(y)])
         distance = geometry.cosine_distance(z, z_other, self.anchor)
         if check_range and self.declared_lipschitz is None:  # of layers that are known to compute in float64
             distance = self._near_duplicates.refine(distance, self.encoder, x, y, self.anchor)
@@ -346,7 +359,7 @@ class PerceptualMetric(nn.Module):
                 f"expected as many candidates as references, got {len(reference)}, {len(left)}, {len(right)}"
             )
         with full_precision(), evaluation_mode(self.encoder):
-            z, z0, z1 = self.encoder(torch.cat([reference, left, right])).chunk(3)
+            z, z0, z1 = self._features(reference, left, right).chunk(3)
         return self.certify_features(reference, z, z0, z1)
 
     @torch.no_grad()
@@ -360,7 +373,12 @@ class PerceptualMetric(nn.Module):
         return certify_triplets(reference, z, z0, z1, **self.certificate_options)
 
     def reference_radius(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
-        """Certified radius ``(N,)`` of the reference from features ``(N, D)``, in float64; 0 without a bound."""
+        """Certified radius ``(N,)`` of the reference from features ``(N, D)``, in float64; 0 without a bound.
+
+        Raises:
+            ValueError: weights or features in half precision.
+        """
+        self.check_precision(z, z0, z1)
         return certificates.reference_radius(z.double(), z0.double(), z1.double(), **self.certificate_options)
 
     def margin(self, z: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
@@ -383,7 +401,7 @@ class PerceptualMetric(nn.Module):
         self.check_certifiable(x, y, check_range=check_range)
         inputs.check_paired(x, y)
         with full_precision(), evaluation_mode(self.encoder):
-            z, z_other = self.encoder(torch.cat([x, y])).split([len(x), len(y)])
+            z, z_other = self._features(x, y).split([len(x), len(y)])
         return certificates.distance_interval(z.double(), z_other.double(), eps, **self.certificate_options)
 
     def check_precision(self, *tensors: Tensor) -> None:

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lipsim.certificates.numbers import check_number
+from lipsim.certificates.rounding import round_down, round_up
 from lipsim.metric.files import DEFAULT, load
 from lipsim.metric.modules import to_input
 from lipsim.metric.perceptual_metric import PerceptualMetric, Reduction
@@ -152,8 +153,12 @@ class LipSimilarity(Metric):
         if self.reduction != "none":
             rows = rows.sum(0) if self.per_sample else rows
             rows = rows / count if self.reduction == "mean" else rows
-        columns = rows.to(self.metric.dtype).unbind(-1)
-        return columns[0] if self.eps is None else dict(zip(("distance", "lower", "upper"), columns, strict=True))
+        dtype = self.metric.dtype
+        distance, *ends = rows.unbind(-1)
+        if self.eps is None:
+            return distance.to(dtype)
+        lower, upper = ends
+        return {"distance": distance.to(dtype), "lower": round_down(lower, dtype), "upper": round_up(upper, dtype)}
 
     def _rows(self) -> Tensor:
         """``(N, columns)``, each pair once; in the order of the index where there is one."""

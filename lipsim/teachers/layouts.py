@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -174,11 +175,12 @@ def vit_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     return converted
 
 
-def fit(state: dict[str, Tensor], vit: VisionTransformer, source: Path) -> dict[str, Tensor]:
+def fit(state: dict[str, Tensor], vit: VisionTransformer, source: Path, *, as_timm: bool = False) -> dict[str, Tensor]:
     """Adapt a state with the names of timm to a model: what it computes stays the same.
 
     Parts that the model leaves out, its last norm or its head, are dropped. A bias of the patches moves into their
-    positions where the model has none, and positions are resized to the grid of the model.
+    positions where the model has none, and positions are resized to the grid of the model by
+    :func:`resize_positions`.
 
     Raises:
         ValueError: a bias of the projection that is not 0.
@@ -198,19 +200,23 @@ def fit(state: dict[str, Tensor], vit: VisionTransformer, source: Path) -> dict[
         bias = state.pop("patch_embed.proj.bias", None) if vit.patch_embed.proj.bias is None else None
         if bias is not None:
             positions = torch.cat([positions[:, :prefix], positions[:, prefix:] + bias], dim=1)
-        state["pos_embed"] = resize_positions(positions, vit.patch_embed.grid_size, prefix)
+        state["pos_embed"] = resize_positions(positions, vit.patch_embed.grid_size, prefix, as_timm=as_timm)
     return state
 
 
-def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1, *, as_timm: bool = False) -> Tensor:
     """Position embeddings ``(1, prefix + M², D)`` for another grid of patches, as DINO and DINOv2 resize them.
 
     Bicubic, and with their scale factors, which are not quite the ratio of the sizes: 0.1 is added against rounding,
     and the sampling points follow. DreamSim runs DINOv2, stored for 37 × 37 patches, on 16 × 16 in this way.
+    ``as_timm`` resizes as timm does when it loads a file, to the size itself and smoothed where the grid gets coarser.
     """
     side = round((positions.shape[1] - prefix) ** 0.5)
     if grid == (side, side) or side * side != positions.shape[1] - prefix:
         return positions
+    if as_timm:
+        found: Tensor = resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=prefix)
+        return found
     images = positions[:, prefix:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     factors = tuple((size + 0.1) / side for size in grid)
     resized = F.interpolate(images, scale_factor=factors, mode="bicubic", recompute_scale_factor=False)

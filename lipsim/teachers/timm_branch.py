@@ -62,6 +62,11 @@ class TimmBranch(Branch):
             config.input_size,
         )
         self.name, self.known = name, known is not None
+        self.heads: set[str] = set()
+        if not known and self.feature != "embedding":
+            with torch.device("meta"):  # of the network as timm trains and stores it
+                whole = timm.create_model(name, pretrained=False, **options)
+            self.heads = set(whole.state_dict()) - set(names)
         if known:
             self.files, self.repositories = known.files, known.repositories
         else:
@@ -113,9 +118,10 @@ class TimmBranch(Branch):
             raise LipsimError(f"cannot read {path} ({error}); get it again, or remove it") from error
 
     def _whole(self, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-        """The weights of the whole network, without layers left out."""
+        """The weights of the whole network, without its head, but also without layers left out."""
+        state = {key: value for key, value in state.items() if key not in self.heads}
         if isinstance(self.backbone, VisionTransformer):
-            return fit(vit_state(state, file), self.backbone, file)
+            return fit(vit_state(state, file), self.backbone, file, as_timm=not self.known)
         if is_packaged(state):
             if "tf_" not in self.name:
                 raise LipsimError(

@@ -37,10 +37,12 @@ from lipsim.training.place import (
     batch_size_of,
     continue_at,
     in_mid_epoch,
+    is_broken_off,
     place_of,
     samples_in_a_step,
     steps_ahead,
     training_loader_of,
+    uncount_epoch,
 )
 from lipsim.training.schedules import Schedule
 from lipsim.utils.errors import LipsimError
@@ -89,6 +91,7 @@ class Stage(EvaluationModule):
         self.steps_ahead = 0  # of global_step, see place.steps_ahead
         self._share: float | None = None  # of max_time, at the start of this batch
         self._own_loss: Tensor | None = None  # of this process, where the loss is that of all
+        self._accumulated = 0  # batches whose gradients wait for a step
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``(N, D)`` of images in a training step, computed as the acceleration says.
@@ -143,7 +146,7 @@ class Stage(EvaluationModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._saved_place, self.steps_ahead = None, 0  # those of an earlier training
+        self._saved_place, self.steps_ahead, self._accumulated = None, 0, 0  # those of an earlier training
 
     def make_optimizer(self) -> Optimizer:
         """A new optimizer of what is trained."""
@@ -223,6 +226,8 @@ class Stage(EvaluationModule):
         checkpoint[_ANCHOR] = self.metric.anchor
         if (place := place_of(self.trainer)) is not None:
             checkpoint[_PLACE] = {**place, "ahead": self.steps_ahead}
+            if is_broken_off(self.trainer):
+                uncount_epoch(checkpoint)
         try:
             checkpoint[FORMAT] = json.dumps(describe(self.metric, self.metric.encoder))
         except ValueError:  # an encoder of the user's own, or LoRA layers: the checkpoint resumes, and no more
@@ -311,16 +316,28 @@ class Stage(EvaluationModule):
         return torch.full((1, 3, size, size), 0.5, device=self.device)
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
-        """As Lightning's, but where an epoch ends before a step has all its batches: that takes the mean of those.
-
-        Lightning divides each loss by the number that a step should have.
-        """
-        accumulated, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if accumulated > 1 and math.isfinite(batches):
-            place = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
-            there = min(accumulated, int(batches) - (place - place % accumulated))
-            loss = loss if there == accumulated else loss * (accumulated / there)
+        self._accumulated += 1
         super().backward(loss, *args, **options)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """As Lightning's, which divides by the batches that a step should have; but the mean of those that it has.
+
+        It has fewer where an epoch ends or is continued within a step, and where nothing of a batch could be read.
+        """
+
+        def closure() -> Any:
+            result = None if optimizer_closure is None else optimizer_closure()
+            there, self._accumulated = self._accumulated, 0
+            if 0 < there < (expected := self.trainer.accumulate_grad_batches):
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(expected / there)
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at the first loss that is not finite, before it reaches a weight.

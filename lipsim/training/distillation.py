@@ -130,13 +130,14 @@ class Distillation(Stage):
             ValueError: it cannot, or the cache does not match it.
         """
         super().setup(stage)
-        preprocess, teacher = facts_of(self.trainer.datamodule, "val").preprocess, self.teacher  # type: ignore[attr-defined]
+        data, teacher = self.trainer.datamodule, self.teacher  # type: ignore[attr-defined]
+        # Images of a folder are cropped, in the same way for any teacher.
+        preprocess = None if isinstance(data, ServesEmbeddings) else facts_of(data, "val").preprocess
         if preprocess is not None and teacher is not None and teacher.preprocess.way != preprocess.way:
             rank_zero_info(
                 f"the teacher expects images resized by {teacher.preprocess.way!r}, student and teacher see them "
                 f"resized by {preprocess.way!r}; pass --data.resize={teacher.preprocess.resize} to have both so"
             )
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage not in ("fit", "validate"):
             return
         if isinstance(data, ServesEmbeddings):

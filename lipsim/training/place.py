@@ -51,7 +51,7 @@ def place_of(trainer: L.Trainer) -> dict[str, int] | None:
     if found is None:
         return None
     loader, order = found
-    epoch, progress = _epoch(trainer), trainer.fit_loop.epoch_loop.batch_progress
+    epoch, progress = _epoch(trainer) - is_broken_off(trainer), trainer.fit_loop.epoch_loop.batch_progress
     current: Any = progress.current  # mypy takes its class for one with fewer counters
     samples = 0
     if epoch == order.epoch:
@@ -96,6 +96,22 @@ def continue_at(trainer: L.Trainer, place: dict[str, int]) -> None:
         _count_batches(trainer, order.first_batch)
     elif place["epoch"] < _epoch(trainer):  # of which the last batch was trained on
         _count_batches(trainer, int(trainer.num_training_batches))
+
+
+def is_broken_off(trainer: L.Trainer) -> bool:
+    """Whether Lightning has counted an epoch that it broke off: for ``max_time``, ``max_steps`` or ``should_stop``."""
+    found, loop = training_loader_of(trainer), trainer.fit_loop
+    if found is None or found[0].batch is None or loop.epoch_loop.batch_progress.is_last_batch:
+        return False
+    return _epoch(trainer) == found[1].epoch + 1
+
+
+def uncount_epoch(checkpoint: dict[str, Any]) -> None:
+    """Have a checkpoint be one of the middle of its epoch, whose other samples would be left out when it is resumed."""
+    checkpoint["epoch"] -= 1
+    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        progress["processed"] -= 1
+        progress["completed"] = min(progress["completed"], progress["processed"])
 
 
 def steps_ahead(trainer: L.Trainer, place: dict[str, int]) -> int:

@@ -7,6 +7,7 @@ strongest that exists for an unknown L-Lipschitz encoder.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -389,3 +390,31 @@ def test_lengths_without_all_their_digits_certify_nothing() -> None:
     left, right = C.candidate_radii(z, z0, z1, anchor=0.0, lipschitz=1e-200)
     assert left == 0 and right == 0  # it is not known how z0 turns, either
     assert C.joint_radius(z, z0, z1, anchor=0.0, lipschitz=1e-200) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linf_radius_is_never_more_than_its_share(dtype: torch.dtype) -> None:
+    radius = torch.rand(500, dtype=dtype)
+    for count in (3, 192, 12288):
+        found = [Fraction(value) for value in C.linf_radius(radius, count).tolist()]
+        exact = [Fraction(value) for value in radius.tolist()]
+        assert all(a * a * count <= b * b for a, b in zip(found, exact, strict=True))
+        torch.testing.assert_close(C.linf_radius(radius, count), radius / count**0.5)
+
+
+def test_margins_of_wide_features_in_half_precision() -> None:
+    """As of equal features in float64: the sum of 100,000 squares is beyond the range of float16."""
+    z, z0, z1 = (torch.rand(3, 4, 100_000) + 0.5).half()
+    wide = [features.double() for features in (z, z0, z1)]
+    torch.testing.assert_close(C.margin(z, z0, z1).double(), C.margin(*wide), rtol=1e-3, atol=1e-7)
+    for found, expected in zip(C.linear_margin(z, z0, z1), C.linear_margin(*wide), strict=True):
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_budgets_of_a_column_are_refused() -> None:
+    z, y = torch.rand(2, 3, 5)
+    with pytest.raises(ValueError, match=r"one a pair \(3,\), got \(3, 1\)"):
+        C.distance_interval(z, y, torch.full((3, 1), 0.1))
+    one, each = C.distance_interval(z, y, 0.1), C.distance_interval(z, y, torch.full((3,), 0.1))
+    assert torch.equal(one[0], each[0]) and torch.equal(one[1], each[1])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import lipsim
 from lipsim import PerceptualMetric, audit
 from lipsim.audit import UnboundedModuleError
 from lipsim.layers import OrthogonalPatches, SLLConv2d, freeze
-from lipsim.metric import bounds
+from lipsim.metric import bounds, join, register_encoder, save
+from lipsim.students import OrthogonalProjection
 
 
 def _encoder() -> nn.Sequential:
@@ -296,3 +300,33 @@ def test_an_error_is_searched_for_again_in_training_mode() -> None:
         _linear(metric).weight.mul_(2.0)
     assert metric.feature_error > before
     assert metric.certificate_options["feature_error"] == 2 * metric.feature_error
+
+
+@register_encoder
+class Opaque(nn.Module):
+    """An encoder that no audit sees through."""
+
+    def __init__(self, image_size: int, out_features: int = 4) -> None:
+        super().__init__()
+        self.image_size, self.out_features = image_size, out_features
+        self.weight = nn.Parameter(torch.eye(out_features, 3 * image_size**2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+def test_a_declared_bound_that_no_audit_confirms_is_not_saved(tmp_path: Path) -> None:
+    """Nobody could load the file: what it claims is audited then."""
+    file = tmp_path / "metric.safetensors"
+    opaque = PerceptualMetric(Opaque(8), 8, lipschitz=1.0)
+    for metric in (opaque, join(opaque, PerceptualMetric(Opaque(8), 8, lipschitz=1.0))):
+        with pytest.raises(ValueError, match=r"no Lipschitz bound is known for Opaque.*math\.inf"):
+            save(metric, file)
+    less = PerceptualMetric(OrthogonalProjection(8, 4), 8, lipschitz=0.5)
+    with pytest.raises(ValueError, match=r"the encoder has 1\.0000.*, more than the declared 0\.5; declare that"):
+        save(less, file)
+    assert not file.exists()
+    opaque.lipschitz = math.inf
+    assert lipsim.load(save(opaque, file)).lipschitz == math.inf
+    more = PerceptualMetric(OrthogonalProjection(8, 4), 8, lipschitz=2.0)
+    assert lipsim.load(save(more, file)).lipschitz == 2.0

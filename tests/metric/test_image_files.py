@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from lipsim import PerceptualMetric, certificates
 from lipsim.data.transforms import read_image
@@ -92,3 +93,14 @@ def test_refusals(metric: PerceptualMetric, files: dict[str, Path], tmp_path: Pa
         certify_files(metric, tmp_path / "nowhere.png", files["left"], files["right"])
     with pytest.raises(ValueError, match="got the folder"):
         certify_files(metric, tmp_path, files["left"], files["right"])
+
+
+def test_a_reference_without_a_direction_is_a_tie(tmp_path: Path) -> None:
+    """A black image through a map without bias and anchor: it is at distance 1 from both candidates."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 5, bias=False))
+    metric, files = PerceptualMetric(encoder, 8, anchor=0.0).eval(), []
+    for name, colour in (("black", (0, 0, 0)), ("red", (200, 10, 10)), ("green", (10, 200, 10))):
+        files.append(tmp_path / f"{name}.png")
+        Image.new("RGB", (8, 8), colour).save(files[-1])
+    found = certify_files(metric, *files)
+    assert found.answer == "tie" and found.margin == 0.0 and set(found.radius.values()) == {0.0}

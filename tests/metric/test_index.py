@@ -299,3 +299,21 @@ def test_the_commands(
     assert code and "expected an image file" in err
     code, _, err = run("index", str(folder), "--metric", "quickstart", "--output", index)
     assert code and "another metric" in err
+
+
+def test_weights_that_change_make_embeddings_stale(folder: Path, tmp_path: Path) -> None:
+    """Those of the old weights are at no distance from queries of the new ones, in memory and in a file."""
+    own = PerceptualMetric(OrthogonalProjection(image_size=8, out_features=12), image_size=8).eval()
+    index, query = ImageIndex.build(own, folder), torch.rand(2, 3, 8, 8)
+    index.search(query)
+    own.encoder.load_state_dict(OrthogonalProjection(image_size=8, out_features=12).state_dict())
+    with pytest.raises(ValueError, match=r"changed since its index was made.*index\.update"):
+        index.search(query)
+    file = index.save(tmp_path / "index.safetensors")  # of the weights that it was made with
+    with pytest.raises(ValueError, match="another metric"):
+        ImageIndex.load(file, own)
+    changes, fresh = index.update(), ImageIndex.build(own, folder)
+    assert (changes.kept, changes.embedded, changes.removed) == (0, 10, 0)
+    assert torch.equal(index.records.features, fresh.records.features)
+    assert torch.equal(index.search(query).set_radius, fresh.search(query).set_radius)
+    assert len(ImageIndex.load(index.save(file), own)) == 10 and index.update().kept == 10

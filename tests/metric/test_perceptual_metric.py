@@ -490,3 +490,37 @@ def test_the_error_of_features_is_measured_and_enlarged(metric: PerceptualMetric
     assert found == largest_feature_error(metric.encoder, metric.image_size, thorough=False) > 0
     assert metric.measure_feature_error(thorough=False) == ERROR_FACTOR * found
     assert metric.declared_feature_error == declared
+
+
+@pytest.mark.parametrize("encoder", [nn.Conv2d(3, 4, 3), nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Flatten(0))])
+def test_features_of_another_shape_are_refused(encoder: nn.Module) -> None:
+    """They had distances too: one a row of a feature map, or one of a whole batch."""
+    metric, (x, y, z) = PerceptualMetric(encoder, 8, lipschitz=1.0).eval(), torch.rand(3, 2, 3, 8, 8)
+    for call in (
+        lambda: metric(x, y),
+        lambda: metric.embed(x),
+        lambda: metric.certify(x, y, z),
+        lambda: metric.distance_bounds(x, y, 0.1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"expected features \(N, D\) of the encoder, got \(.*end it with nn.Flatten"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distances_of_wide_features_in_half_precision(dtype: torch.dtype) -> None:
+    """150,528 squares left the range of float16: all images were the same. The reference is float64 of equal input."""
+    metric = PerceptualMetric(nn.Flatten(), 224).to(dtype)
+    x = (0.8 + 0.2 * torch.rand(2, 3, 224, 224)).to(dtype)
+    y = (x + 0.05 * torch.randn_like(x)).clamp(0, 1)
+    expected = PerceptualMetric(nn.Flatten(), 224)(x.double(), y.double())
+    distance = metric(x, y)
+    assert distance.dtype == dtype
+    torch.testing.assert_close(distance.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_radii_from_features_in_half_precision_are_refused() -> None:
+    metric = PerceptualMetric(OrthogonalProjection(8, 4), 8, lipschitz=1.0).half()
+    with pytest.raises(ValueError, match="stored in half precision"):
+        metric.reference_radius(*torch.rand(3, 2, 4))

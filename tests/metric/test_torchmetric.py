@@ -237,3 +237,15 @@ def test_plots(metric: PerceptualMetric, pairs: tuple[Tensor, Tensor]) -> None:
     (line,) = axes.get_lines()[:1]
     assert line.get_ydata() == pytest.approx([float(value) for value in values])
     pyplot.close("all")
+
+
+def test_ends_are_rounded_outward() -> None:
+    """To float32: to the nearest, half of them would be inside the certified interval."""
+    metric = lipsim.load("quickstart")
+    each = LipSimilarity(metric, eps=0.05, reduction="none")
+    x, y = torch.rand(2, 16, 3, 64, 64)
+    each.update(x, y)
+    found, (lower, upper) = each.compute(), metric.distance_bounds(x, y, 0.05)
+    assert found["lower"].dtype == torch.float32
+    assert bool((found["lower"].double() <= lower).all()) and bool((found["upper"].double() >= upper).all())
+    torch.testing.assert_close(found["lower"].double(), lower, rtol=1e-6, atol=0)

@@ -250,6 +250,45 @@ def test_other_timm_models_drop_their_classifier(x: Tensor, tmp_path: Path) -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"depth": 1, "embed_dim": 12}),
+        ("levit_128s", {}),
+        ("efficientvit_m0", {}),
+        ("repvit_m0_9", {}),
+    ],
+)
+def test_heads_of_any_name_are_dropped(model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Of distillation, or of a norm before the classifier: what timm's network lacks with ``num_classes=0``."""
+    file = tmp_path / "model.pth"
+    torch.save(randomise(timm.create_model(model, **options)).state_dict(), file)
+    overlay = {"file": str(file)}
+    theirs = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **options)
+    backbone = build_branch(BranchConfig(f"timm/{model}", file, options=options), 224).backbone
+    torch.testing.assert_close(dict(backbone.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
+    torch.save({"other.weight": torch.ones(2), **torch.load(file, weights_only=True)}, file)
+    with pytest.raises(ValueError, match=r"1 unexpected \(first: other\.weight\)"):
+        build_branch(BranchConfig(f"timm/{model}", file, options=options), 224)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [32, 64, 112])
+def test_positions_of_timm_models_are_resized_as_timm_does(size: int, tmp_path: Path) -> None:
+    """To fewer patches smoothed, to more not; DINO's way is another and stays with its own models."""
+    name, options, file = "vit_tiny_patch16_224", {"depth": 1, "embed_dim": 12}, tmp_path / "model.pth"
+    torch.save(randomise(timm.create_model(name, img_size=64, **options)).state_dict(), file)
+    overlay = {"file": str(file)}
+    theirs = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size, **options
+    ).eval()
+    branch = build_branch(BranchConfig(f"timm/{name}", file, options=options), size).eval()
+    assert torch.equal(branch.backbone.pos_embed, theirs.pos_embed)
+    x = torch.rand(2, 3, size, size)
+    torch.testing.assert_close(branch(x)[:, 0], theirs((x - branch.mean) / branch.std))
+
+
+@torch.no_grad()
 def test_transformers_layouts(x: Tensor, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="comes with the extra lipsim[tune]")
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "image_size": 32}

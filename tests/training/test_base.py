@@ -16,7 +16,7 @@ from lipsim.callbacks import CertifyRadii
 from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
 from lipsim.evaluation.scores import agrees
 from lipsim.students import OrthogonalProjection
-from lipsim.training import Constant, FineTuning
+from lipsim.training import FineTuning
 
 
 @pytest.fixture(scope="module")
@@ -125,34 +125,3 @@ def test_weights_in_float64_are_refused_in_one_line(
 ) -> None:
     with pytest.raises(ValueError, match="leave it at 32-true"):
         _validate(tmp_path, _loader(sets[0]), precision="64-true")
-
-
-@pytest.mark.parametrize(("accumulated", "sizes"), [(2, [2, 1]), (4, [3]), (1, [1, 1, 1])])
-def test_a_step_is_the_mean_of_the_batches_that_there_are(accumulated: int, sizes: list[int], tmp_path: Path) -> None:
-    """Also the last one of an epoch, for which some are missing."""
-
-    class Compare(L.Callback):
-        def __init__(self) -> None:
-            self.batches: list[Triplet] = []
-            self.sizes: list[int] = []
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Triplet, batch_idx: int) -> None:
-            self.batches.append(batch)
-
-        def on_before_optimizer_step(self, trainer: Any, pl_module: FineTuning, optimizer: Any) -> None:
-            (parameter,) = (p for p in pl_module.parameters() if p.ndim == 2)
-            losses = [
-                pl_module.loss(*batch.embed(pl_module.embed), batch.right_vote, pl_module.metric.anchor)
-                for batch in self.batches
-            ]
-            (expected,) = torch.autograd.grad(torch.stack(losses).mean(), parameter)
-            torch.testing.assert_close(parameter.grad, expected)
-            self.sizes.append(len(self.batches))
-            self.batches.clear()
-
-    compare = Compare()
-    stage = FineTuning(OrthogonalProjection(16, 8), schedule=Constant())
-    loader = _loader(BuiltinTriplets("val", 12, image_size=16))
-    options = {"max_epochs": 2, "accumulate_grad_batches": accumulated, "limit_val_batches": 0}
-    _trainer(tmp_path, callbacks=[compare], enable_checkpointing=False, **options).fit(stage, loader, loader)
-    assert compare.sizes == sizes * 2

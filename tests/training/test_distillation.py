@@ -23,7 +23,7 @@ from lipsim.data import SharedTriplet
 from lipsim.data.embeddings.axes import principal_axes
 from lipsim.data.embeddings.cache import EmbeddingCache
 from lipsim.data.embeddings.folder import EmbeddedImages
-from lipsim.datamodules import BuiltinData, ImageFolderData
+from lipsim.datamodules import BuiltinData, ImageFolderData, TableData
 from lipsim.metric import load, save
 from lipsim.students import OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
@@ -165,6 +165,21 @@ def test_triplets_are_scored_besides_and_embedded_once(seen: list[int], monkeypa
     trainer.validate(Distillation(Path("teacher.safetensors"), _student()), builtin, verbose=False)
     assert sum(counts) == 2 * 3 * 10 and sum(seen) == 30  # student and teacher
     assert "val/builtin/cosine_similarity" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_another_way_of_resizing_is_told_where_there_is_an_option(folder: bool, caplog: Any) -> None:
+    """Images of a folder are cropped, and no option of their data has them as a teacher expects."""
+    vit = SmallViT(16, patch_size=8, width=12, depth=1, heads=2)
+    save(PerceptualMetric(vit, 16, resize="pil", lipschitz=float("inf")), "eight_bit.safetensors")
+    triplet = ",".join(f"images/val/class{i % 2}/{i}.png" for i in (3, 7, 11))
+    lines = ["reference,left,right,right_vote,split", *(f"{triplet},1,{part}" for part in ("train", "val", "test"))]
+    Path("study.csv").write_text("\n".join(lines))
+    table = TableData(Path("study.csv"), 16, batch_size=4, num_workers=0)
+    module = Distillation(Path("eight_bit.safetensors"), _student())
+    with caplog.at_level("INFO"):
+        _trainer().validate(module, _data(triplets=table) if folder else table, verbose=False)
+    assert ("pass --data.resize=pil" in caplog.text) is not folder
 
 
 @pytest.mark.parametrize(("new", "counted"), [([1, 1, 1], [0, 1, 2, 3, 4, 5]), ([1, 0, 1], [0, 1, 2, 5])])

@@ -201,6 +201,41 @@ def test_after_an_exception_no_gradient_is_lost(accumulated: int) -> None:
     _assert_continues(whole, part, 3 - 3 % accumulated)
 
 
+class Stop(Callback):
+    """Ends training after a batch, as early stopping and ``max_time`` do, and saves when all is over."""
+
+    def __init__(self, after: int | None) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.after:
+            trainer.should_stop = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint("ended.ckpt")
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("batches", [3, 9])
+@pytest.mark.parametrize("ended", ["should_stop", "max_steps"])
+def test_an_epoch_that_was_broken_off_goes_on_with_its_other_samples(
+    ended: str, batches: int, accumulated: int
+) -> None:
+    """Lightning takes it for done: the rest of it would be left out, and the schedule never end."""
+    whole, begun = Curve(), Curve()
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulated}
+    weights = _fit(whole, stage=_stage(schedule=Constant()), **options)
+    steps = batches // accumulated
+    limit = {"max_steps": steps} if ended == "max_steps" else {}
+    stop = Stop(None if limit else batches)
+    save = ModelCheckpoint("stopped", "last", save_on_train_epoch_end=True)
+    _fit(begun, stage=_stage(schedule=Constant()), callbacks=[stop], save=save, **options, **limit)
+    for file in ("stopped/last.ckpt", "ended.ckpt"):
+        part = Curve()
+        assert torch.equal(_fit(part, file, _stage(schedule=Constant()), **options), weights)
+        _assert_continues(whole, part, steps * accumulated)
+
+
 def test_a_checkpoint_of_a_validation_within_the_epoch() -> None:
     save = ModelCheckpoint("validated", "{step}", save_on_train_epoch_end=False, save_top_k=-1)
     whole, part = Curve(), Curve()
