@@ -108,10 +108,11 @@ def is_broken_off(trainer: L.Trainer) -> bool:
 
 def uncount_epoch(checkpoint: dict[str, Any]) -> None:
     """Have a checkpoint be one of the middle of its epoch, whose other samples would be left out when it is resumed."""
-    checkpoint["epoch"] -= 1
-    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+    counters = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for progress in counters.values():
         progress["processed"] -= 1
         progress["completed"] = min(progress["completed"], progress["processed"])
+    checkpoint["epoch"] = counters["current"]["completed"]
 
 
 def steps_ahead(trainer: L.Trainer, place: dict[str, int]) -> int:

@@ -232,6 +232,7 @@ def test_an_epoch_that_was_broken_off_goes_on_with_its_other_samples(
     _fit(begun, stage=_stage(schedule=Constant()), callbacks=[stop], save=save, **options, **limit)
     for file in ("stopped/last.ckpt", "ended.ckpt"):
         part = Curve()
+        assert torch.load(file, weights_only=True)["epoch"] == (batches - 1) // 6
         assert torch.equal(_fit(part, file, _stage(schedule=Constant()), **options), weights)
         _assert_continues(whole, part, steps * accumulated)
 
