@@ -210,9 +210,9 @@ def test_objectives_are_positive_where_a_query_is_broken(metric: PerceptualMetri
 def test_refuses_other_data_and_too_many_neighbours(metric: PerceptualMetric, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every k below 36"):
         lipsim.evaluate(metric, data(folder), callbacks=[CertifyRetrieval([36])], directory=tmp_path / "run", **QUIET)
-    triplets = BuiltinData(num_test=4, image_size=16)
+    triplets, larger = BuiltinData(num_test=4, image_size=16), PerceptualMetric(OrthogonalProjection(16, 4), 16)
     with pytest.raises(ValueError, match="LabelledFolderData to search in, got BuiltinData"):
-        lipsim.evaluate(metric, triplets, callbacks=[CertifyRetrieval([1])], directory=tmp_path / "run", **QUIET)
+        lipsim.evaluate(larger, triplets, callbacks=[CertifyRetrieval([1])], directory=tmp_path / "run", **QUIET)
     with pytest.raises(ValueError, match="another folder than the gallery"):
         data(folder, queries="../images/train")
     with pytest.raises(ValueError, match="ascending order"):

@@ -74,6 +74,10 @@ def test_a_metric_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(hashes) == 2
 
 
+def _fail(*arguments: object, **options: object) -> None:
+    raise ValueError("in the first batch")
+
+
 def test_nothing_of_another_evaluation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     metric, results = load("metric.safetensors"), Path("run/results.json")
     attack, gallery = AttackRobustness(steps=1, queries=1), TripletGallery(num_triplets=1, steps=1)
@@ -89,8 +93,11 @@ def test_nothing_of_another_evaluation_stays(monkeypatch: pytest.MonkeyPatch) ->
     assert "attacked" in evaluate() and all(path.is_file() for path in files)  # the same metric and data
     # What fails costs nothing that is there.
     before = results.read_bytes()
-    with pytest.raises(ValueError, match="expected images of shape"):
+    with pytest.raises(ValueError, match="got data of 24 × 24"):
         lipsim.evaluate(metric, _data(image_size=24, num_test=4), eps=[0.1], directory="run", **QUIET)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="in the first batch"):
+        patch.setattr(lipsim.PerceptualMetric, "embed", _fail)
+        evaluate(seed=5)
     assert results.read_bytes() == before and {path: path.read_bytes() for path in files} == files
     assert "attacked" not in evaluate(seed=5)  # other data
     assert sorted(path.name for path in Path("run").glob("*.csv")) == ["radii.csv"]

@@ -19,7 +19,7 @@ from lipsim.audit import UnboundedModuleError, lipschitz_bound, lower_bounds
 from lipsim.cli.main import main
 from lipsim.data.transforms import read_image, to_tensor
 from lipsim.layers import ExplicitConv2d, OrthogonalLinear
-from lipsim.metric import SmoothedMetric, load, save
+from lipsim.metric import SmoothedMetric, files, load, save
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
 
@@ -97,7 +97,11 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_half_precision_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metric = PerceptualMetric(OrthogonalProjection(16, 8), 16)
     metric.encoder.to(torch.bfloat16)
-    save(metric_with_bound(metric), tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"half precision \(torch.bfloat16\).*metric\.lipschitz = math\.inf"):
+        save(metric_with_bound(metric), tmp_path / "half.safetensors")
+    with pytest.MonkeyPatch.context() as patch:  # a file of an earlier version
+        patch.setattr(files, "_check_declared", lambda metric: None)
+        save(metric_with_bound(metric), tmp_path / "half.safetensors")
     assert _run("audit", tmp_path / "half.safetensors") == 1
     assert "half precision (torch.bfloat16)" in capsys.readouterr().err
 
