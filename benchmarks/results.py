@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_data import DATA, check_data, load_task, prepare, task_names
 from results_measures import declare, measure, passes
 from results_rows import ROWS, TUNED_ROW, UNTRAINED_ROWS, Context, row_folder
+from results_smoothed import measure_smoothed
 
 import lipsim
 from lipsim.cli.parser import OneLineParser, natural_int, one_line_errors, positive_int
@@ -99,7 +100,7 @@ def settings(options: argparse.Namespace) -> dict[str, str | int | float]:
         "draws that certify a smoothed answer": options.samples,
         "draws that select it": options.selection,
         "probability that its certificate is wrong": options.alpha,
-        "smoothed triplets": options.smoothed_triplets,
+        "smoothed triplets, of sets over more than three times as many images": options.smoothed_triplets,
         "attacked triplets": options.attacked_triplets,
         "triplets of a test set at most": options.test_triplets,
         "built-in triplets to train on": options.train_triplets,
@@ -129,13 +130,15 @@ def run_part(part: Part, options: argparse.Namespace) -> str:
         save(metric.to("cpu"), folder / "metric.safetensors")
         metric.to(device)
         declare(metric, task, device)
-    sets = {
-        name: measure(trained, triplets.untied(options.test_triplets), part.seed, device, options)
-        for name, triplets in task.tests.items()
-    }
+    tests = {name: triplets.untied(options.test_triplets) for name, triplets in task.tests.items()}
+    if trained.smoothed:
+        assert has_features(metric)
+        sets = measure_smoothed(metric, trained.smoothed, tests, part.seed, device, options)
+    else:
+        sets = {name: measure(trained, triplets, part.seed, device, options) for name, triplets in tests.items()}
     section: BenchmarkSection = {
         "weights_sha256": "" if encoder is None else state_fingerprint(encoder.state_dict()),
-        "data_sha256": {name: t.untied(options.test_triplets).fingerprint() for name, t in task.tests.items()},
+        "data_sha256": {name: triplets.fingerprint() for name, triplets in tests.items()},
         "task": task.name,
         "row": row.title,
         "place": list(ROWS).index(part.row),
@@ -295,7 +298,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="attack no answer within its certified radius: nothing is to be found there, and a slow network needs a "
         "fraction of the time; but its certificates are not tried then",
     )
-    parser.add_argument("--smoothed-triplets", type=positive_int, default=50)
+    parser.add_argument(
+        "--smoothed-triplets",
+        type=positive_int,
+        default=50,
+        help="to measure under noise, three noisy images each; sets over fewer images than that are measured whole "
+        "(%(default)s)",
+    )
     parser.add_argument(
         "--smoothed-attacked",
         type=int,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lipsim.certificates import geometry
+from lipsim import certificates
+from lipsim.certificates import Anchored, geometry
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.certificates.smoothing import SmoothedCertificate, certify_counts, smoothed_mean_interval
 from lipsim.layers.base import evaluation_mode
@@ -21,6 +23,7 @@ from lipsim.utils.sampling import sample_stream
 
 Moving = Literal["reference", "left", "right", "all"]
 IMAGES = ("reference", "left", "right")
+_SHARED_NUMBERS = 1 << 24  # features of noisy images at once, twice 128 MiB in float64
 
 
 class SmoothedMetric:
@@ -121,12 +124,66 @@ class SmoothedMetric:
             for row, i in enumerate(indices):
                 margins = self._margins([x[row] for x in images], i, advance)
                 for part, found in zip(counts, margins.split([self.selection, self.samples]), strict=True):
-                    said = [(found > 0).sum(), (found < 0).sum()]
-                    # A margin of 0, or none at all, counts against either answer.
-                    part[row] = torch.stack([*said, len(found) - said[0] - said[1]])
-        moving = 3 if self.moving == "all" else 1
-        found = certify_counts(counts[0], counts[1], sigma=self.sigma, alpha=self.alpha, moving=moving)
-        return found.to(self.metric.device)
+                    part[row] = _votes(found)
+        return self._certified(counts[0], counts[1], self.moving)
+
+    @torch.no_grad()
+    def certify_shared(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        *,
+        moving: Sequence[Moving] = (),
+        index: Tensor | Sequence[int] | None = None,
+        check_range: bool = True,
+        advance: Callable[[int], None] | None = None,
+    ) -> tuple[SmoothedCertificate, ...]:
+        """Answer N triplets over M images, each of which has its noise once for all the triplets that it is in.
+
+        Studies ask many questions about few images: so ``M·(n + n0)`` noisy images are embedded for all the triplets
+        and all of ``moving``, in the place of ``n + n0`` or three times as many for each triplet. Each certificate
+        holds as one of :meth:`certify` does, with probability ``1 − α``; but where triplets share images, their
+        certificates are wrong together more often than by chance, and so are their scores.
+
+        Args:
+            images: ``(M, 3, H, W)`` in [0, 1].
+            ids: ``(N, 3)`` int64, the rows of reference, left and right.
+            moving: what may change, with a certificate for each; :attr:`moving` alone, without.
+            index: ``(M,)``, the number of each image, which its noise depends on, all different; None counts from 0.
+            check_range: as in :meth:`certify`.
+            advance: called with how many more noisy images have been embedded.
+
+        Raises:
+            ValueError: as :meth:`certify`; no such rows; or all three images of a triplet move and one is there twice,
+                so that its noise would be the same.
+        """
+        chosen = [check_moving(name) for name in moving] or [self.moving]
+        indices = self._check((images,), index, check_range)
+        _check_shared(ids, indices, apart="all" in chosen)
+        ids = ids.cpu()
+        columns = [[column for column, name in enumerate(IMAGES) if of in (name, "all")] for of in chosen]
+        noisy = ids[:, sorted({column for some in columns for column in some})].unique().tolist()
+        streams = {row: sample_stream(self.seed, indices[row]) for row in noisy}
+        counts = torch.zeros(len(chosen), 2, len(ids), 3, dtype=torch.int64)
+        with full_precision(), evaluation_mode(self.metric.encoder):
+            still = {row: self._anchored(images[row : row + 1].clone()) for row in ids.unique().tolist()}
+            numbers = sum(e.z.numel() for e in still.values())
+            at_once = max(1, min(self.batch_size, _SHARED_NUMBERS // max(1, numbers)))
+            for stage, draws in enumerate((self.selection, self.samples)):
+                for start in range(0, draws, at_once):
+                    size = min(at_once, draws - start)
+                    moved = {}
+                    for row, stream in streams.items():
+                        (x,) = self._noisy([images[row]], stream, size)
+                        moved[row] = self._anchored(x[0])
+                        if advance is not None:
+                            advance(size)
+                    for of, some in enumerate(columns):
+                        for n, triplet in enumerate(ids.tolist()):
+                            parts = [(moved if c in some else still)[row] for c, row in enumerate(triplet)]
+                            margin = certificates.margin(*parts, anchor=self.metric.anchor)
+                            counts[of, stage, n] += _votes(margin)
+        return tuple(self._certified(found[0], found[1], name) for found, name in zip(counts, chosen, strict=True))
 
     @torch.no_grad()
     def distance_bounds(
@@ -162,7 +219,7 @@ class SmoothedMetric:
         with full_precision(), evaluation_mode(self.metric.encoder):
             for row, i in enumerate(indices):
                 z_y = self.metric.encoder(y[row : row + 1].clone()).double()  # which layers may change in place
-                for noisy in self._noisy([x[row]], i, self.samples):
+                for noisy in self._noisy([x[row]], sample_stream(self.seed, i), self.samples):
                     z = self.metric.encoder(noisy[0]).double()
                     distance = geometry.cosine_distance(z, z_y.expand_as(z), self.metric.anchor)
                     if bool(distance.isnan().any()):
@@ -173,6 +230,14 @@ class SmoothedMetric:
         mean = (total / (2 * self.samples)).clamp(0, 1)
         low, high = smoothed_mean_interval(mean, self.samples, eps, sigma=self.sigma, alpha=self.alpha)
         return (2 * low).to(self.metric.device), (2 * high).to(self.metric.device)
+
+    def _certified(self, selection: Tensor, counts: Tensor, moving: Moving) -> SmoothedCertificate:
+        images = len(IMAGES) if moving == "all" else 1
+        found = certify_counts(selection, counts, sigma=self.sigma, alpha=self.alpha, moving=images)
+        return found.to(self.metric.device)
+
+    def _anchored(self, x: Tensor) -> Anchored:
+        return Anchored(self.metric.encoder(x), self.metric.anchor)
 
     def _check(self, images: Sequence[Tensor], index: Tensor | Sequence[int] | None, check_range: bool) -> list[int]:
         for x in images:
@@ -197,7 +262,7 @@ class SmoothedMetric:
             features |= dict(zip(still, embedded.split(1), strict=True))
         moving = [images[IMAGES.index(name)] for name in names]
         margins = []
-        for noisy in self._noisy(moving, index, self.selection + self.samples):
+        for noisy in self._noisy(moving, sample_stream(self.seed, index), self.selection + self.samples):
             z = self.metric.encoder(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2])
             features |= dict(zip(names, z, strict=True))
             of_all = [features[name].expand(noisy.shape[1], -1) for name in IMAGES]
@@ -206,15 +271,36 @@ class SmoothedMetric:
                 advance(noisy.shape[0] * noisy.shape[1])
         return torch.cat(margins)
 
-    def _noisy(self, images: list[Tensor], index: int, draws: int) -> Iterator[Tensor]:
+    def _noisy(self, images: list[Tensor], stream: np.random.Generator, draws: int) -> Iterator[Tensor]:
         """Noisy copies ``(images, draws, 3, H, W)`` of a sample's images, a bounded number at once."""
-        stream = sample_stream(self.seed, index)
         clean = torch.stack(images).to("cpu", torch.float64)
         at_once = max(1, self.batch_size // len(images))
         for start in range(0, draws, at_once):
             noise = torch.from_numpy(stream.standard_normal((min(at_once, draws - start), *clean.shape)))
             noisy = noise.mul_(self.sigma).add_(clean)
             yield noisy.transpose(0, 1).to(self.metric.device, self.metric.dtype)
+
+
+def _votes(margins: Tensor) -> Tensor:
+    """How many margins say left, right, and neither, ``(3,)`` int64: of 0, or none at all, they are for neither."""
+    left, right = (margins > 0).sum(), (margins < 0).sum()
+    return torch.stack([left, right, len(margins) - left - right]).cpu()
+
+
+def _check_shared(ids: Tensor, indices: list[int], apart: bool) -> None:
+    """Refuse triplets that are none of rows of images, and noise that would be the same for two of them."""
+    if ids.ndim != 2 or ids.shape[1] != len(IMAGES) or ids.dtype != torch.int64:
+        raise LipsimError(f"expected rows of images (N, 3) in int64, got {tuple(ids.shape)} in {ids.dtype}")
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < len(indices)):
+        raise LipsimError(f"expected rows of {len(indices)} images, got {int(ids.min())} to {int(ids.max())}")
+    if len(set(indices)) < len(indices):
+        raise LipsimError("expected different numbers for the images, as their noise depends on them")
+    twice = (ids[:, 0] == ids[:, 1]) | (ids[:, 0] == ids[:, 2]) | (ids[:, 1] == ids[:, 2])
+    if apart and bool(twice.any()):
+        triplet = int(twice.nonzero()[0])
+        raise LipsimError(
+            f"expected three different images where all may move, got rows {ids[triplet].tolist()} of triplet {triplet}"
+        )
 
 
 def check_alpha(alpha: object) -> float:

@@ -239,3 +239,78 @@ def test_what_is_refused(metric: PerceptualMetric) -> None:
     for wrong in ({"sigma": 0.0}, {"alpha": 0.5}, {"samples": 0}, {"seed": -1}, {"moving": "both"}):
         with pytest.raises(ValueError, match=f"expected .*{next(iter(wrong))}"):
             SmoothedMetric(metric, **{"sigma": SIGMA, **wrong})  # type: ignore[arg-type]
+
+
+def test_shared_images_have_their_noise_once(metric: PerceptualMetric) -> None:
+    """Of noise on the reference, the counts of one triplet after the other; of noise on all, their statistics."""
+    x = 0.5 + 0.2 * torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[0, 1, 2], [0, 2, 1], [3, 4, 0], [4, 3, 2], [0, 1, 1]])
+    numbers = [7, 2**40, 1, 0, 3]
+    options: dict[str, Any] = {"samples": 600, "selection": 50, "batch_size": 64}
+    smoothed = SmoothedMetric(metric, SIGMA, **options)
+    metric.encoder.embedded.clear()
+    told: list[int] = []
+    (found,) = smoothed.certify_shared(x, ids, index=numbers, check_range=False, advance=told.append)
+    assert sum(told) == 3 * 650 and sum(metric.encoder.embedded) == 3 * 650 + 5  # three references, five images
+    one_by_one = smoothed.certify(
+        *(x[c] for c in ids.unbind(1)), index=[numbers[i] for i in ids[:, 0]], check_range=False
+    )
+    for name, value in vars(found).items():
+        assert torch.equal(value, getattr(one_by_one, name)), name
+    assert found.counts[4].tolist() == [0, 0, 600]  # the candidates are one image
+    # The second triplet is the first one turned around, of the same noise.
+    assert found.counts[1].tolist() == found.counts[0, [1, 0, 2]].tolist()
+
+    metric.encoder.embedded.clear()
+    reference, every = smoothed.certify_shared(
+        x, ids[:4], moving=("reference", "all"), index=numbers, check_range=False
+    )
+    assert sum(metric.encoder.embedded) == 5 * 650 + 5
+    assert torch.equal(reference.counts, found.counts[:4])
+    parts = [x[c] for c in ids[:4].unbind(1)]
+    alone = SmoothedMetric(metric, SIGMA, moving="all", **options).certify(*parts, check_range=False)
+    share, expected = every.counts[:, 0] / 600, alone.counts[:, 0] / 600
+    assert bool(((share - expected).abs() < 4 * (2 * 0.25 / 600) ** 0.5).all())
+    assert bool((every.counts != reference.counts).any())
+    p = every.p_lower
+    assert torch.allclose(every.radius, (SIGMA * torch.special.ndtri(p.clamp(min=0.5)) / 3**0.5), rtol=1e-9)
+
+
+def test_noise_of_shared_images_does_not_depend_on_how_much_is_drawn_at_once(
+    metric: PerceptualMetric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([[0, 1, 2], [2, 3, 0]])
+    smoothed = SmoothedMetric(metric, SIGMA, samples=70, selection=9, moving="all")
+    (whole,) = smoothed.certify_shared(x, ids)
+    monkeypatch.setattr("lipsim.metric.smoothed._SHARED_NUMBERS", 8 * 5)  # five draws of four images of two features
+    metric.encoder.embedded.clear()
+    (small,) = smoothed.certify_shared(x, ids)
+    assert torch.equal(whole.counts, small.counts) and max(metric.encoder.embedded) == 5
+    # A part of the triplets, over more images than they have.
+    (part,) = smoothed.certify_shared(x, ids[1:])
+    assert torch.equal(part.counts, whole.counts[1:])
+
+
+def test_what_shared_images_refuse(metric: PerceptualMetric) -> None:
+    x = torch.rand(3, 3, SIZE, SIZE)
+    smoothed = SmoothedMetric(metric, SIGMA, samples=2, selection=1)
+    ids = torch.tensor([[0, 1, 2]])
+    for rows, message in (
+        (ids.int(), r"rows of images \(N, 3\) in int64, got \(1, 3\) in torch.int32"),
+        (ids[:, :2], r"got \(1, 2\)"),
+        (ids + 1, "rows of 3 images, got 1 to 3"),
+        (ids - 1, "got -1 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            smoothed.certify_shared(x, rows)
+    with pytest.raises(ValueError, match="different numbers for the images"):
+        smoothed.certify_shared(x, ids, index=[1, 2, 1])
+    with pytest.raises(ValueError, match="one index a sample, got 1 for 3"):
+        smoothed.certify_shared(x, ids, index=[1])
+    with pytest.raises(ValueError, match=r"rows \[0, 2, 0\] of triplet 1"):
+        smoothed.certify_shared(x, torch.tensor([[0, 1, 2], [0, 2, 0]]), moving=["all"])
+    with pytest.raises(ValueError, match="moving to be one of"):
+        smoothed.certify_shared(x, ids, moving=["both"])  # type: ignore[list-item]
+    (none,) = smoothed.certify_shared(x, ids[:0])
+    assert none.radius.shape == (0,)
