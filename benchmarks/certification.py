@@ -31,8 +31,8 @@ from lipsim.callbacks import CertifyRadii
 from lipsim.callbacks.run_options import quiet_warnings
 from lipsim.data import Triplet
 from lipsim.datamodules.base import TripletData
+from lipsim.evaluation.batches import EvaluatedBatch
 from lipsim.evaluation.exported import ExportedMetric
-from lipsim.evaluation.module import EvaluatedBatch
 from lipsim.layers import freeze
 from lipsim.metric import load
 from lipsim.utils.precision import full_precision

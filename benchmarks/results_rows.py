@@ -41,7 +41,8 @@ from lipsim.training import (
     Triangular,
     WarmupCosine,
 )
-from lipsim.training.base import Stage, start_from
+from lipsim.training.base import Stage
+from lipsim.training.start import start_from
 
 BUDGETS = (0.0, 0.14, 0.28, 0.42)  # of the loss on photographs
 UNTRAINED_ROWS = ("pixel", "ssim", "scattering")  # the same for each seed

@@ -21,7 +21,8 @@ from lipsim.callbacks.base import TripletCallback, check_budgets, load_others, l
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.callbacks.progress_lines import ProgressLines
 from lipsim.data import Triplet
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
+from lipsim.evaluation.batches import EvaluatedBatch
+from lipsim.evaluation.module import EvaluationModule
 from lipsim.evaluation.scores import agrees
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric

@@ -21,8 +21,9 @@ from lipsim.data import Triplet
 from lipsim.data.check import images_of
 from lipsim.data.labelled import LabelledBatch
 from lipsim.data.loading import check_count, data_fingerprint, num_samples, read_batch
+from lipsim.evaluation.batches import EvaluatedBatch, outside_inference_mode
 from lipsim.evaluation.journal import RowCallback
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders, outside_inference_mode
+from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric, load
 from lipsim.results import update_results

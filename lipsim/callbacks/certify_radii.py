@@ -17,7 +17,8 @@ from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.data.check import check_images
 from lipsim.data.loading import num_samples
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders
+from lipsim.evaluation.batches import EvaluatedBatch
+from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.results.schema import Certification, CertifiedSet
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)

@@ -23,7 +23,8 @@ from lipsim.certificates.ranking import nearest
 from lipsim.data.labelled import LabelledBatch
 from lipsim.data.sets.labelled_folder import LabelledFolder
 from lipsim.datamodules.labelled import LabelledFolderData
-from lipsim.evaluation.module import EvaluatedImages, EvaluationModule, evaluation_loaders
+from lipsim.evaluation.batches import EvaluatedImages
+from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.evaluation.resume import RemainingData
 from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label

@@ -13,7 +13,8 @@ from lipsim.callbacks.base import TripletCallback, check_budgets, drawn_position
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
+from lipsim.evaluation.batches import EvaluatedBatch
+from lipsim.evaluation.module import EvaluationModule
 from lipsim.layers import freeze
 from lipsim.metric import PerceptualMetric
 from lipsim.metric.smoothed import Moving, SmoothedMetric, check_alpha, check_moving

@@ -14,7 +14,8 @@ from lipsim.callbacks.base import TripletCallback, check_budgets, log_score
 from lipsim.callbacks.certify_radii import EPS
 from lipsim.certificates import Term
 from lipsim.data import Triplet
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
+from lipsim.evaluation.batches import EvaluatedBatch
+from lipsim.evaluation.module import EvaluationModule
 from lipsim.layers import freeze
 from lipsim.metric import SaturatingSum, load
 from lipsim.metric.files import resolve

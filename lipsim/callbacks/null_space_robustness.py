@@ -15,7 +15,8 @@ from lipsim.callbacks.base import TripletCallback, drawn_positions, load_others,
 from lipsim.certificates.geometry import cosine_distance
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule
+from lipsim.evaluation.batches import EvaluatedBatch
+from lipsim.evaluation.module import EvaluationModule
 from lipsim.metric import Distance, PerceptualMetric
 from lipsim.results.plots import plot_grid
 from lipsim.results.schema import NullSpaceMetric, NullSpaceMoves, NullSpaceReach, NullSpaceSet

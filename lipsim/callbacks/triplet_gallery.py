@@ -15,7 +15,8 @@ from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.callbacks.base import TripletCallback
 from lipsim.data import Triplet
 from lipsim.data.loading import read_batch
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_loaders, outside_inference_mode
+from lipsim.evaluation.batches import EvaluatedBatch, outside_inference_mode
+from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.metric import PerceptualMetric
 from lipsim.results.plots import plot_gallery
 from lipsim.utils.errors import LipsimError

@@ -8,7 +8,8 @@ from lipsim.data import Triplet
 from lipsim.data.check import check_votes
 from lipsim.data.labelled import LabelledBatch
 from lipsim.data.loading import Finished
-from lipsim.evaluation.module import EvaluatedBatch, Evaluation, EvaluationModule
+from lipsim.evaluation.batches import EvaluatedBatch, Evaluation
+from lipsim.evaluation.module import EvaluationModule
 from lipsim.metric import PerceptualMetric, load
 from lipsim.metric.files import resolve
 from lipsim.utils.errors import LipsimError

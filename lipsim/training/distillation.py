@@ -21,13 +21,15 @@ from lipsim.data.embeddings.folder import EmbeddedImages
 from lipsim.data.loading import num_samples, tells_positions
 from lipsim.data.order import IMAGES
 from lipsim.data.skipping import NothingRead
-from lipsim.evaluation.module import Evaluation, evaluation_loaders
+from lipsim.evaluation.batches import Evaluation
+from lipsim.evaluation.module import evaluation_loaders
 from lipsim.metric import PerceptualMetric, load
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import OptimizerFactory, Stage, student_metric
+from lipsim.training.base import OptimizerFactory, Stage
 from lipsim.training.global_batch import RateScaling, gathered, shared
 from lipsim.training.losses import DistillationLoss, ScaleFree, pairwise_distances
 from lipsim.training.schedules import Schedule, WarmupCosine
+from lipsim.training.start import student_metric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.precision import full_precision
 from lipsim.utils.sampling import subkeys

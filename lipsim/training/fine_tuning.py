@@ -11,10 +11,11 @@ from lipsim.data import SharedTriplet, Triplet
 from lipsim.data.augment import augmented
 from lipsim.data.skipping import NothingRead
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import OptimizerFactory, Stage, student_metric
+from lipsim.training.base import OptimizerFactory, Stage
 from lipsim.training.global_batch import RateScaling
 from lipsim.training.losses import RadiusHinge, TripletLoss
 from lipsim.training.schedules import Schedule, Triangular
+from lipsim.training.start import student_metric
 
 
 class FineTuning(Stage):

@@ -21,10 +21,11 @@ from lipsim.layers.encoder import head_of
 from lipsim.metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import Lora, add_adapter
 from lipsim.training.acceleration import Acceleration
-from lipsim.training.base import OptimizerFactory, Stage, image_size_of, start_from
+from lipsim.training.base import OptimizerFactory, Stage
 from lipsim.training.global_batch import RateScaling, gathered, shared
 from lipsim.training.losses import MarginHinge, TripletLoss, info_nce
 from lipsim.training.schedules import Schedule, WarmupCosine
+from lipsim.training.start import image_size_of, start_from
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.sampling import subkeys
 

@@ -18,7 +18,8 @@ from lipsim.callbacks import AttackRobustness, CertifyRadii, TripletCallback, Tr
 from lipsim.certificates import Anchored
 from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
 from lipsim.data.contracts import DataFacts
-from lipsim.evaluation.module import EvaluatedBatch, EvaluationModule, evaluation_names
+from lipsim.evaluation.batches import EvaluatedBatch
+from lipsim.evaluation.module import EvaluationModule, evaluation_names
 from lipsim.students import OrthogonalProjection
 
 BATCHES = 2
