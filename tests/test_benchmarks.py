@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lipsim.layers import MaxMin, OrthogonalLinear
-from lipsim.metric import PerceptualMetric
+from lipsim.metric import PerceptualMetric, SmoothedMetric
 from lipsim.results.benchmark import benchmark_tables
 from lipsim.results.runs import load_runs
 from lipsim.students import OrthogonalProjection, SLLNetwork
@@ -96,6 +96,37 @@ def test_attacks_beyond_the_radius_leave_what_all_attacks_leave(monkeypatch: pyt
     assert found[0] == found[1] and found[0][1] == 0
     # Of 20: what is certified is left, and the suite breaks what is not.
     assert 8 / 20 <= found[0][0]["0.1"] <= 9 / 20 and 3 / 20 <= found[0][0]["0.3"] < 8 / 20
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_smoothed_scores_of_sets_over_the_same_images() -> None:
+    """Few images: every set whole, by the certificates of each triplet; many: the first triplets."""
+    from results_data import Triplets
+    from results_smoothed import measure_smoothed  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    metric = PerceptualMetric(OrthogonalProjection(8, 16), 8)
+    images = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
+    ids = torch.stack([torch.randperm(9)[:3] for _ in range(30)])
+    votes = torch.randint(2, (30,)).float()
+    sets = {"one": Triplets(images, ids[:18], votes[:18]), "two": Triplets(images, ids[18:], votes[18:])}
+    options = argparse.Namespace(smoothed_triplets=3, smoothed_attacked=0, samples=60, selection=10, alpha=0.1)
+    device, sigma = torch.device("cpu"), 0.5
+    found = measure_smoothed(metric, sigma, sets, 4, device, options)
+    smoothed = SmoothedMetric(metric, sigma, 60, 10, 0.1, seed=4)
+    for name, triplets in sets.items():
+        parts = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
+        alone = smoothed.certify(*parts, index=triplets.ids[:, 0])
+        right = ~alone.abstained & (alone.prefers_left == (triplets.right_vote == 0))
+        scores = found[name]
+        assert scores["num_triplets"] == len(triplets.ids) and 0 < scores["natural"] < 1
+        assert scores["natural"] == right.double().mean() and scores["abstained"] == alone.abstained.double().mean()
+        for eps, label in ((36 / 255, "36/255"), (1.0, "1")):
+            assert scores["certified"][label] == (right & (alone.radius > eps)).double().mean()
+        # Joint ones are of other draws, and move three images; of so few draws no radius reaches 1.
+        assert scores["joint"]["36/255"] <= scores["certified"]["36/255"] and scores["joint"]["1"] == 0
+    options.smoothed_triplets = 2
+    assert [s["num_triplets"] for s in measure_smoothed(metric, sigma, sets, 4, device, options).values()] == [2, 2]
 
 
 @pytest.mark.usefixtures("benchmarks")

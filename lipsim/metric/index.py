@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
-from collections.abc import Container, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +18,20 @@ from lipsim.certificates.geometry import cosine_distance
 from lipsim.certificates.numbers import check_count
 from lipsim.certificates.ranking import Ranking, rank
 from lipsim.data.sets.folder import list_images
-from lipsim.data.transforms import load_image
 from lipsim.layers.base import evaluation_mode
 from lipsim.layers.fingerprint import Fingerprint, fingerprint
 from lipsim.metric import reading
 from lipsim.metric.files import load
-from lipsim.metric.index_files import Records, embedding_fingerprint, gather, read_records, write_records
+from lipsim.metric.index_files import (
+    Records,
+    embedding_fingerprint,
+    gather,
+    read_parts,
+    read_records,
+    write_part,
+    write_records,
+)
+from lipsim.metric.index_reading import embed_files, is_unchanged
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
@@ -35,9 +40,6 @@ from lipsim.utils.progress import Progress
 
 Query = reading.Image
 _CHUNK = 1024  # images between two files of an unfinished index
-_PARTS = "[0-9]*.safetensors"  # of an update that goes on; hidden files are of one that was killed while it wrote
-_SETTLED = 2 * 10**9  # ns: a file that is older when it is read has another time when it is changed
-_THREADS = 4  # that read and decode files
 _CANDIDATES = 20  # of an approximate search, for each neighbour asked for, and 100 more
 
 
@@ -178,7 +180,7 @@ class ImageIndex:
         names, passed_over = self._listed(images)
         of = embedding_fingerprint(self.metric)
         stale = of != self._of
-        blocks: list[Records] = [Records() if stale else self.records, *_read_parts(unfinished, of)]
+        blocks: list[Records] = [Records() if stale else self.records, *read_parts(unfinished, of)]
         by_name = {name: (b, i) for b, block in enumerate(blocks) for i, name in enumerate(block.names)}
         by_hash = {content: (b, i) for b, block in enumerate(blocks) for i, content in enumerate(block.hashes)}
         old = set(self.records.names)
@@ -187,7 +189,7 @@ class ImageIndex:
         unread = []
         for name in names:
             place = by_name.get(name)
-            if place is not None and self._unchanged(name, blocks[place[0]], place[1]):
+            if place is not None and is_unchanged(Path(self.root or "", name), blocks[place[0]], place[1]):
                 chosen[name] = place
             else:
                 unread.append(name)
@@ -195,17 +197,15 @@ class ImageIndex:
         embedded = 0
         with full_precision(), evaluation_mode(self.metric.encoder), torch.no_grad():
             for start in range(0, len(unread), _CHUNK):
-                block, count, failed = self._read(unread[start : start + _CHUNK], by_hash, blocks, batch_size, advance)
+                some = unread[start : start + _CHUNK]
+                block, count, failed = embed_files(self.metric, self.root, some, by_hash, blocks, batch_size, advance)
                 skipped |= failed
                 embedded += count
                 chosen |= {name: (len(blocks), i) for i, name in enumerate(block.names)}
                 by_hash |= {content: (len(blocks), i) for i, content in enumerate(block.hashes)}
                 blocks.append(block)
                 if unfinished is not None and count:
-                    # By number and not by time, which a clock that is set back gives twice.
-                    number = 1 + max((int(file.stem) for file in unfinished.glob(_PARTS)), default=0)
-                    path = unfinished / f"{number:020d}.safetensors"
-                    write_records(path, block, {"fingerprint": of, "metric": "", "feature_error": 0.0}, {})
+                    write_part(unfinished, block, of)
         self.records = gather(blocks, [chosen[name] for name in names if name in chosen])
         self.skipped, self._of, self._seen = skipped, of, None
         if stale:
@@ -405,79 +405,6 @@ class ImageIndex:
         self.root = None
         return sorted({str(user_path(path).absolute()) for path in images}), ""
 
-    def _unchanged(self, name: str, records: Records, row: int) -> bool:
-        """Whether a file is surely the one of a record, by its size and time."""
-        try:
-            status = Path(self.root or "", name).stat()
-        except OSError:  # reading it says what is wrong
-            return False
-        return (status.st_size, status.st_mtime_ns) == (records.sizes[row], records.times[row])
-
-    def _read(
-        self,
-        names: Sequence[str],
-        by_hash: dict[bytes, tuple[int, int]],
-        blocks: Sequence[Records],
-        batch_size: int,
-        advance: Any,
-    ) -> tuple[Records, int, dict[str, str]]:
-        """Read files, and embed those whose content has no embedding yet, each content once.
-
-        Returns:
-            Records of those that can be used, the number embedded, and the reasons of the others.
-        """
-        found = Records(features=torch.empty(0, 0))
-        features: list[Tensor] = []
-        fresh: dict[bytes, Tensor] = {}  # by content: in another batch it would have other last digits
-        skipped: dict[str, str] = {}
-        embedded = 0
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for start in range(0, len(names), batch_size):
-                some = names[start : start + batch_size]
-                files = list(pool.map(lambda name: self._file(name, by_hash, fresh), some))
-                images = {file.sha256: file.image for file in files if file.image is not None}
-                if images:
-                    batch = torch.stack([*images.values()]).to(self.metric.device, self.metric.dtype)
-                    fresh.update(zip(images, self.metric.embed(batch).float().cpu().unbind(0), strict=True))
-                for name, file in zip(some, files, strict=True):
-                    if file.reason:
-                        skipped[name] = file.reason
-                        continue
-                    if file.sha256 in fresh:
-                        feature = fresh[file.sha256]
-                    else:
-                        block, row = by_hash[file.sha256]
-                        feature = blocks[block].features[row]
-                    if not bool(torch.isfinite(feature).all()):
-                        skipped[name] = "its features are not finite"
-                        continue
-                    embedded += images.pop(file.sha256, None) is not None
-                    features.append(feature)
-                    found.names.append(name)
-                    found.hashes.append(file.sha256)
-                    found.sizes.append(file.size)
-                    found.times.append(file.time)
-                if advance is not None:
-                    advance(len(some))
-        stacked = torch.stack(features) if features else torch.empty(0, 0)
-        return Records(found.names, stacked, found.hashes, found.sizes, found.times), embedded, skipped
-
-    def _file(self, name: str, *known: Container[bytes]) -> _File:
-        """Read one file; its image only where no embedding of its content, by its hash, is known."""
-        path = Path(self.root or "", name)
-        try:
-            now = time.time_ns()
-            status = path.stat()
-            content = path.read_bytes()
-            own = sha256(content).digest()
-            image = None
-            if not any(own in contents for contents in known):
-                image = load_image(path, self.metric.preprocess, content)
-        except (LipsimError, OSError) as error:
-            return _File(reason=str(error))
-        settled = status.st_mtime_ns if now - status.st_mtime_ns > _SETTLED else -1
-        return _File(image, own, status.st_size, settled)
-
     def _cover_errors(self) -> None:
         """Keep the error of these embeddings, that of rounding them to float32 included.
 
@@ -493,24 +420,3 @@ class ImageIndex:
             )
             error += 2.0**-23 * longest
         self.feature_error = max(self.feature_error, error)
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file as it was read: an image where it has to be embedded, or the reason for which it cannot be used."""
-
-    image: Tensor | None = None
-    sha256: bytes = b""
-    size: int = 0
-    time: int = 0
-    reason: str = ""
-
-
-def _read_parts(unfinished: Path | None, fingerprint: str) -> list[Records]:
-    """What an update that was cut short has left, of the same metric."""
-    parts = []
-    for path in sorted(unfinished.glob(_PARTS)) if unfinished is not None and unfinished.is_dir() else ():
-        records, header, _ = read_records(path)
-        if header["fingerprint"] == fingerprint:
-            parts.append(records)
-    return parts

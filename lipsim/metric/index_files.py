@@ -24,6 +24,7 @@ from lipsim.utils.weights import read_safetensors
 FORMAT = "lipsim-index"
 VERSION = 1
 _KINDS = (("features", torch.float32), ("hashes", torch.uint8), ("sizes", torch.int64), ("times", torch.int64))
+_PARTS = "[0-9]*.safetensors"  # of an update that goes on; hidden files are of one that was killed while it wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +158,24 @@ def read_records(path: Path) -> tuple[Records, dict[str, Any], dict[str, str]]:
     except (KeyError, ValueError) as error:
         raise LipsimError(f"{path} is damaged ({error}); index the folder again") from error
     return records, header, dict(zip(skipped[::2], skipped[1::2], strict=True))
+
+
+def write_part(unfinished: Path, records: Records, fingerprint: str) -> None:
+    """Keep what an update has embedded, in one more file of its folder."""
+    # By number and not by time, which a clock that is set back gives twice.
+    number = 1 + max((int(file.stem) for file in unfinished.glob(_PARTS)), default=0)
+    header = {"fingerprint": fingerprint, "metric": "", "feature_error": 0.0}
+    write_records(unfinished / f"{number:020d}.safetensors", records, header, {})
+
+
+def read_parts(unfinished: Path | None, fingerprint: str) -> list[Records]:
+    """What an update that was cut short has left, of the same metric."""
+    parts = []
+    for path in sorted(unfinished.glob(_PARTS)) if unfinished is not None and unfinished.is_dir() else ():
+        records, header, _ = read_records(path)
+        if header["fingerprint"] == fingerprint:
+            parts.append(records)
+    return parts
 
 
 def _packed(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
