@@ -47,6 +47,7 @@ from lipsim.layers import OrthogonalLinear, freeze
 from lipsim.results.formats import markdown_table, write_table
 from lipsim.results.tables import Row
 from lipsim.students import OrthogonalShiftNetwork
+from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
 SIDE = 32
@@ -59,8 +60,15 @@ NAMES: dict[Kind, str] = {"robust": "D_R", "nonrobust": "D_NR", "random": "D_ran
 
 
 def unpack(images: Path, folder: Path, train: int, held_out: int) -> None:
-    """The first images of each class into ``train/``, the last into ``held-out/``, by the order of their names."""
+    """The first images of each class into ``train/``, the last into ``held-out/``, by the order of their names.
+
+    Raises:
+        ValueError: a class has fewer, none would be held out, or the folder has other numbers of them.
+    """
+    asked = {"train": train, "held-out": held_out}
     if folder.is_dir():
+        for part, count in asked.items():
+            _check_count(folder / part, count)
         return
     half = folder.with_name(folder.name + ".half")
     shutil.rmtree(half, ignore_errors=True)
@@ -74,13 +82,26 @@ def unpack(images: Path, folder: Path, train: int, held_out: int) -> None:
     classes = sorted({path.parent.name for path in files})
     for label in classes:
         own = [path for path in files if path.parent.name == label]
-        parts = {"train": own[: train // len(classes)], "held-out": own[-(held_out // len(classes)) :]}
+        first, last = (count // len(classes) for count in asked.values())
+        if not (0 < first and 0 < last and first + last <= len(own)):
+            raise LipsimError(
+                f"expected at least one image of each of {len(classes)} classes to train on and one held out, together "
+                f"no more than the {len(own)} of {label}, got {first} and {last}"
+            )
+        parts = {"train": own[:first], "held-out": own[len(own) - last :]}
         for part, paths in parts.items():
             (half / "parts" / part / label).mkdir(parents=True)
             for path in paths:
                 shutil.copy(path, half / "parts" / part / label / path.name)
     (half / "parts").rename(folder)
     shutil.rmtree(half)
+
+
+def _check_count(folder: Path, asked: int) -> None:
+    classes = [path for path in folder.iterdir() if path.is_dir()]
+    found = sum(path.is_file() for path in folder.rglob("*"))
+    if found != asked // len(classes) * len(classes):
+        raise LipsimError(f"{folder} has {found} images of another run, expected {asked}; name another --output")
 
 
 def train_student(images: Tensor, labels: Tensor, classes: int, epochs: int, seed: int) -> nn.Sequential:

@@ -160,10 +160,15 @@ def protocol_of_small_networks(
     return found
 
 
+def list_photographs(folder: Path) -> list[Path]:
+    """JPEG files below a folder."""
+    return sorted(folder.rglob("*.jpg")) + sorted(folder.rglob("*.JPEG"))
+
+
 def protocol_of_a_large_network(photographs: Path, count: int, folder: Path, say: Progress) -> dict[str, LevelSets]:
     """EfficientNet-Lite0 with its weights on photographs, in the class that it answers itself."""
     model = load_model("efficientnet-lite0")
-    files = sorted(photographs.rglob("*.jpg")) + sorted(photographs.rglob("*.JPEG"))
+    files = list_photographs(photographs)
     files = files[:: len(files) // count][:count]
     preprocess = Preprocess(model.image_size)
     x = torch.stack([preprocess(Image.open(file)) for file in files])
@@ -224,6 +229,9 @@ def main() -> None:
     parser.add_argument("--triplets", type=int, default=8, help="for the bundled metric; 0: without (%(default)s)")
     options = parser.parse_args()
     output: Path = options.output
+    photographs = options.shared / "imagenet-sample" / "val"
+    if (found := len(list_photographs(photographs))) < options.photographs:
+        parser.error(f"expected {options.photographs} JPEG files in {photographs}, found {found}")
     with Progress("level sets") as say:
         if options.images:
             images, labels = cifar(options.shared / "cifar10-train.tar.gz", NUM_TRAIN + NUM_TEST)
@@ -236,7 +244,6 @@ def main() -> None:
             protocol_of_a_metric(options.triplets, output / "metric", say)
             grid_of_photographs(output, say)
         if options.photographs:
-            photographs = options.shared / "imagenet-sample" / "val"
             large = protocol_of_a_large_network(photographs, options.photographs, output / "large", say)
             write_tables(output / "large", large, LARGE)
     for file in sorted(output.glob("*/*.md")):

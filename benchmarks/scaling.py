@@ -32,7 +32,7 @@ GIGA = 1e9
 
 def hours(seconds: float) -> str:
     """Hours with three digits that count."""
-    return f"{seconds / 3600:,.3g}" if seconds < 3.6e6 else f"{seconds / 3600:,.0f}"
+    return f"{seconds / 3600:,.3g}" if seconds < 999.5 * 3600 else f"{seconds / 3600:,.0f}"
 
 
 def table(figures: Figures, cluster: Cluster, runs: Sequence[Run]) -> str:
@@ -67,10 +67,14 @@ def notes(figures: Figures, cluster: Cluster, runs: Sequence[Run]) -> str:
     lines = []
     cached = [run for run in runs if run.cached]
     if cached:
-        lines.append(f"cache of embeddings: {cost(figures, cluster, cached[0]).cache / GIGA:.1f} GB; made in")
-        for run in {run.gpus: run for run in cached}.values():
-            lines[-1] += f" {hours(cost(figures, cluster, run).caching)} h on {run.gpus},"
-        lines[-1] = lines[-1].rstrip(",") + " GPUs, which is in the hours in all"
+        made: dict[str, None] = {}  # from files and from a pack, where that makes a difference
+        for packed in sorted({run.packed for run in cached}):
+            some = {run.gpus: cost(figures, cluster, run).caching for run in cached if run.packed == packed}
+            made[", ".join(f"{hours(seconds)} h on {gpus}" for gpus, seconds in some.items())] = None
+        lines.append(
+            f"cache of embeddings: {cost(figures, cluster, cached[0]).cache / GIGA:.1f} GB; made in "
+            f"{' GPUs from files, and from a pack in '.join(made)} GPUs, which is in the hours in all"
+        )
     for packed in sorted({run.packed for run in runs}):
         run = next(run for run in runs if run.packed == packed)
         name = "pack" if packed else "files"

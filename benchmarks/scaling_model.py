@@ -185,11 +185,15 @@ def load_figures(file: Path, case: str | None = None) -> tuple[str, Figures, dic
     content = json.loads(file.read_text(encoding="utf-8"))
     if not (isinstance(content, dict) and content):
         raise ValueError(f'expected {file} to be {{"title": …, "figures": {{…}}}}; --measure FILE writes one')
+    if "figures" in content and case is not None:
+        raise ValueError(f"expected no case, as {file} has one set of figures, got {case}")
     if "figures" not in content:
         names = list(content)
         if (case or names[0]) not in content:
             raise ValueError(f"expected a case out of {', '.join(names)} of {file}, got {case}")
         content = content[case or names[0]]
+    if not isinstance(content, dict):
+        raise ValueError(f'expected {file} to be {{"title": …, "figures": {{…}}}}; --measure FILE writes one')
     found, known = content.get("figures"), [field.name for field in fields(Figures)]
     if not isinstance(found, dict):
         raise ValueError(f"expected figures by name in {file}, got {found!r}; --measure FILE writes all figures")

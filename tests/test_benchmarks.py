@@ -433,3 +433,23 @@ def test_steps_on_shared_batches_are_measured(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):  # it would compare the same loss with itself
         shared_batches.main([*sizes, "--images", "60"])
     assert "without the pairs" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_images_of_feature_sets_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    from feature_sets import unpack  # type: ignore[import-not-found]
+
+    for label in "ab":
+        (tmp_path / "all" / label).mkdir(parents=True)
+        for number in range(6):
+            (tmp_path / "all" / label / f"{number}.png").write_bytes(b"x")
+    folder = tmp_path / "images"
+    unpack(tmp_path / "all", folder, 8, 3)  # by whole classes
+    names = [sorted(path.name for path in (folder / part / "b").iterdir()) for part in ("train", "held-out")]
+    assert names == [["0.png", "1.png", "2.png", "3.png"], ["5.png"]]
+    unpack(tmp_path / "all", folder, 8, 2)  # they are there
+    with pytest.raises(ValueError, match="train has 8 images of another run, expected 4"):
+        unpack(tmp_path / "all", folder, 4, 2)
+    for train, held_out in ((8, 6), (8, 1), (1, 4)):  # the same image in both, and none
+        with pytest.raises(ValueError, match="at least one image of each of 2 classes"):
+            unpack(tmp_path / "all", tmp_path / "others", train, held_out)

@@ -124,7 +124,8 @@ def load_model(
         state = read_checkpoint(file)
         for key in ("state_dict", "model_state_dict", "model"):
             state = state[key] if isinstance(state.get(key), Mapping) else state
-        load_weights(model.network, plain_names(state, file), str(file))
+        own = model.network.state_dict().keys()
+        load_weights(model.network, plain_names(state, file, own), str(file))
     model.module.eval().requires_grad_(False)
     return model
 

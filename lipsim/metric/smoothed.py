@@ -23,7 +23,7 @@ from lipsim.utils.sampling import sample_stream
 
 Moving = Literal["reference", "left", "right", "all"]
 IMAGES = ("reference", "left", "right")
-_SHARED_NUMBERS = 1 << 24  # features of noisy images at once, twice 128 MiB in float64
+_SHARED_IMAGES = 1 << 14  # noisy images at once whose features are kept, twice 160 MiB of 1,280 in float64
 
 
 class SmoothedMetric:
@@ -133,7 +133,7 @@ class SmoothedMetric:
         images: Tensor,
         ids: Tensor,
         *,
-        moving: Sequence[Moving] = (),
+        moving: Moving | Sequence[Moving] = (),
         index: Tensor | Sequence[int] | None = None,
         check_range: bool = True,
         advance: Callable[[int], None] | None = None,
@@ -148,7 +148,7 @@ class SmoothedMetric:
         Args:
             images: ``(M, 3, H, W)`` in [0, 1].
             ids: ``(N, 3)`` int64, the rows of reference, left and right.
-            moving: what may change, with a certificate for each; :attr:`moving` alone, without.
+            moving: what may change, one name or several, with a certificate for each; :attr:`moving` alone, without.
             index: ``(M,)``, the number of each image, which its noise depends on, all different; None counts from 0.
             check_range: as in :meth:`certify`.
             advance: called with how many more noisy images have been embedded.
@@ -157,18 +157,19 @@ class SmoothedMetric:
             ValueError: as :meth:`certify`; no such rows; or all three images of a triplet move and one is there twice,
                 so that its noise would be the same.
         """
-        chosen = [check_moving(name) for name in moving] or [self.moving]
+        names = (moving,) if isinstance(moving, str) else moving
+        chosen = [check_moving(name) for name in names] or [self.moving]
         indices = self._check((images,), index, check_range)
         _check_shared(ids, indices, apart="all" in chosen)
         ids = ids.cpu()
         columns = [[column for column, name in enumerate(IMAGES) if of in (name, "all")] for of in chosen]
         noisy = ids[:, sorted({column for some in columns for column in some})].unique().tolist()
+        clean = ids[:, [column for column in range(len(IMAGES)) if any(column not in some for some in columns)]]
         streams = {row: sample_stream(self.seed, indices[row]) for row in noisy}
         counts = torch.zeros(len(chosen), 2, len(ids), 3, dtype=torch.int64)
         with full_precision(), evaluation_mode(self.metric.encoder):
-            still = {row: self._anchored(images[row : row + 1].clone()) for row in ids.unique().tolist()}
-            numbers = sum(e.z.numel() for e in still.values())
-            at_once = max(1, min(self.batch_size, _SHARED_NUMBERS // max(1, numbers)))
+            still = {row: self._anchored(images[row : row + 1].clone()) for row in clean.unique().tolist()}
+            at_once = max(1, min(self.batch_size, _SHARED_IMAGES // max(1, len(noisy))))
             for stage, draws in enumerate((self.selection, self.samples)):
                 for start in range(0, draws, at_once):
                     size = min(at_once, draws - start)
@@ -289,8 +290,9 @@ def _votes(margins: Tensor) -> Tensor:
 
 def _check_shared(ids: Tensor, indices: list[int], apart: bool) -> None:
     """Refuse triplets that are none of rows of images, and noise that would be the same for two of them."""
-    if ids.ndim != 2 or ids.shape[1] != len(IMAGES) or ids.dtype != torch.int64:
-        raise LipsimError(f"expected rows of images (N, 3) in int64, got {tuple(ids.shape)} in {ids.dtype}")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != len(IMAGES) or ids.dtype != torch.int64:
+        got = f"{tuple(ids.shape)} in {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise LipsimError(f"expected rows of images (N, 3) in int64, got {got}")
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < len(indices)):
         raise LipsimError(f"expected rows of {len(indices)} images, got {int(ids.min())} to {int(ids.max())}")
     if len(set(indices)) < len(indices):

@@ -9,6 +9,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -21,6 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from lipsim.teachers.catalogue import BACKBONES, VARIANTS, where_to_get
 from lipsim.teachers.locate import REPOSITORY_FILES
 from lipsim.teachers.lora import CONFIG
+from lipsim.utils.claim import alone
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import file_sha256, put_in_place, write_text
 from lipsim.utils.progress import Progress, duration
@@ -71,8 +73,10 @@ def fetch_teacher(name: str, folder: str | Path, archive: str | Path | None = No
         elif there := _unpacked(name, folder, checksum):
             files += there
         else:
+            own = target.is_file()
             files += _unpack_once(download(source.url, target, checksum), folder, source.file)
-            target.unlink()
+            if not own:
+                target.unlink(missing_ok=True)
     return list(dict.fromkeys(files))
 
 
@@ -111,6 +115,8 @@ def _unpack_once(archive: Path, folder: Path, name: str, sha256: str = "") -> li
 def download(url: str, target: Path, sha256: str = "") -> Path:
     """Download one file; a broken download is continued where it stopped. A file that is there is checked and kept.
 
+    Of several processes that want the same file one downloads it, and the others wait.
+
     Raises:
         FileNotFoundError: the server does not have it.
         ValueError: its checksum is another.
@@ -120,7 +126,23 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
         check_sha256(target, sha256)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, tag = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.etag")
+    partial = target.with_name(f"{target.name}.part")
+    with ExitStack() as stack:
+        with Progress(f"waiting for another process that downloads {target.name}"):
+            stack.enter_context(alone(partial))
+        try:
+            if target.is_file():  # by now
+                check_sha256(target, sha256)
+            else:
+                _download(url, target, partial, sha256)
+        finally:
+            if partial.is_file() and not partial.stat().st_size:  # made to be locked
+                partial.unlink()
+    return target
+
+
+def _download(url: str, target: Path, partial: Path, sha256: str) -> None:
+    tag = target.with_name(f"{target.name}.etag")
     try:
         _continue(url, partial, tag)
     except HTTPError as error:
@@ -129,14 +151,14 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
         raise OSError(f"cannot download {url}: HTTP {error.code} {error.reason}") from error
     except (OSError, HTTPException) as error:
         raise OSError(f"cannot download {url}: {error}; the same command continues where it was") from error
-    tag.unlink()
     try:
-        check_sha256(partial, sha256)
+        check_sha256(partial, sha256, remedy="it was removed, and the same command gets it again")
     except ValueError:
         partial.unlink()
+        tag.unlink(missing_ok=True)
         raise
     put_in_place(partial, target)
-    return target
+    tag.unlink(missing_ok=True)
 
 
 def _continue(url: str, partial: Path, tag: Path) -> None:
@@ -145,6 +167,8 @@ def _continue(url: str, partial: Path, tag: Path) -> None:
         (partial.stat().st_size, tag.read_text(encoding="utf-8")) if partial.is_file() and tag.is_file() else (0, "")
     )
     response, have = _open(url, have, version) if have and version else (urlopen(url, timeout=_TIMEOUT), 0)
+    if response is None:
+        return
     with response:
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
@@ -159,13 +183,18 @@ def _continue(url: str, partial: Path, tag: Path) -> None:
 
 
 def _open(url: str, have: int, version: str) -> tuple[Any, int]:
-    """The rest of a file after ``have`` bytes, or all of it and 0 where it has changed or ranges are not served."""
+    """The rest of a file after ``have`` bytes, or all of it and 0 where it has changed or ranges are not served.
+
+    None and ``have`` where there is no rest: all of it came, and was not looked at any more.
+    """
     try:
         # If-Range: should the file have changed since, all of it comes.
         response = urlopen(Request(url, headers={"Range": f"bytes={have}-", "If-Range": version}), timeout=_TIMEOUT)
     except HTTPError as error:
         if error.code != 416:  # there is nothing after what we have
             raise
+        if error.headers.get("Content-Range") == f"bytes */{have}" and _version(error) in ("", version):
+            return None, have
         return urlopen(url, timeout=_TIMEOUT), 0
     if response.status != 206:
         return response, 0
@@ -211,7 +240,7 @@ def fetch_repository(repository: str, folder: Path, sha256: str = "", endpoint: 
             raise OSError(f"cannot download {file} of {repository}: {error}") from error
         if file in REPOSITORY_FILES:
             blob = path.resolve().name
-            check_sha256(path, sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else ""))
+            check_sha256(path.resolve(), sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else ""))
             return path
     raise FileNotFoundError(f"{repository} on Hugging Face has none of {', '.join(REPOSITORY_FILES)}")
 
@@ -251,6 +280,8 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                 placed.append(target)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise LipsimError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
+    except (NotImplementedError, RuntimeError) as error:  # packed in a way that zipfile does not know, or encrypted
+        raise LipsimError(f"{archive} cannot be unpacked here ({error}); unpack it by hand into {folder}") from error
     return placed
 
 
@@ -268,8 +299,13 @@ def _check_member(member: zipfile.ZipInfo, archive: Path) -> None:
         raise LipsimError(f"{archive} has a member that is no file, such as a link: {member.filename}")
 
 
-def check_sha256(path: Path, expected: str = "") -> str:
+def check_sha256(path: Path, expected: str = "", remedy: str = "delete it and get it again") -> str:
     """The SHA-256 of a file, compared with what is known of its beginning.
+
+    Args:
+        path: the file.
+        expected: the checksum, or its beginning; nothing is compared where it is empty.
+        remedy: for the message where it is another.
 
     Raises:
         FileNotFoundError: no such file.
@@ -279,5 +315,5 @@ def check_sha256(path: Path, expected: str = "") -> str:
         raise FileNotFoundError(f"no file {path}")
     found = file_sha256(path)
     if not found.startswith(expected.lower()):
-        raise LipsimError(f"expected the SHA-256 of {path} to be {expected.lower()}, got {found}; get it again")
+        raise LipsimError(f"expected the SHA-256 of {path} to be {expected.lower()}, got {found}; {remedy}")
     return found

@@ -8,7 +8,8 @@ import socket
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -47,19 +48,24 @@ class FolderClaim:
             folder.mkdir(parents=True, exist_ok=True)
             self._end: Callable[[], object] = lambda: None
             return
-        self._made = _missing_folders(folder)
+        made: list[Path] = []
+        file = None
         try:
+            made = _missing_folders(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _locked(folder / CLAIM, option)
+            file = _locked(folder / CLAIM, option)
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(_myself()).encode(), 0)
         except OSError as error:
-            _remove_empty(self._made)
+            if file is None:
+                _remove_empty(made)
+            else:
+                _release(file, folder / CLAIM, made, os.getpid())
             raise OSError(
                 f"cannot write in {folder} ({error.strerror or error}), so nothing is begun; choose another folder "
                 f"({option})"
             ) from error
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(_myself()).encode(), 0)
-        self._end = weakref.finalize(self, _release, self._file, folder / CLAIM, self._made, os.getpid())
+        self._end = weakref.finalize(self, _release, file, folder / CLAIM, made, os.getpid())
 
     def release(self) -> None:
         """Let others have the folder, when all who claimed it in this process have released it."""
@@ -88,12 +94,31 @@ def claim_folder(folder: str | Path, option: str = "--trainer.default_root_dir")
         OSError: nothing can be written there.
         ValueError: another process has it; the message says which.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # a home that is a link is one folder by both names
     claim = _held.get(folder)
     if claim is None:
         _held[folder] = claim = FolderClaim(folder, option)
     claim._holders += 1
     return claim
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Have a file for this process, made where it is missing: waits until others, which take it in this way, are done.
+
+    The file may be renamed or removed meanwhile. On a disk without locks, and on Windows, nothing is waited for.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):  # no locks
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_same(file, path):
+                yield
+                return
+        finally:
+            os.close(file)
 
 
 def _locked(path: Path, option: str) -> int:

@@ -24,6 +24,7 @@ from lipsim.utils.errors import LipsimError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: a full disk, a quota, a limit of the size of files
 _STAT_THREADS = 16  # which wait for a network disk, not for a processor
+_STAT_BLOCK = 256  # files that a thread looks at in a row: each task takes memory and time of its own
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -50,6 +51,10 @@ def map_array(path: Path) -> np.ndarray:
         OSError: it cannot be read.
         ValueError: it is no such file, truncated, of Python objects, or says that it has more than it has.
     """
+    with open(path, "rb") as file:
+        beginning = file.read(len(np.lib.format.MAGIC_PREFIX))
+    if beginning != np.lib.format.MAGIC_PREFIX:  # of which numpy says other things, and takes some for zip files
+        raise LipsimError("expected an array in numpy's format" + ("" if beginning else ", got an empty file"))
     mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # compares the header with the size of the file
     if not isinstance(mapped, np.ndarray):
         raise LipsimError(f"expected one array, got {type(mapped).__name__}")
@@ -211,6 +216,9 @@ def file_states(folder: Path, names: np.ndarray) -> np.ndarray:
             return -1, -1
         return found.st_size, found.st_mtime_ns
 
+    def states(some: np.ndarray) -> np.ndarray:
+        return np.array([state(name) for name in some.tolist()], dtype=np.int64).reshape(-1, 2)
+
+    blocks = [names[start : start + _STAT_BLOCK] for start in range(0, len(names), _STAT_BLOCK)]
     with ThreadPoolExecutor(_STAT_THREADS) as threads:
-        states = list(threads.map(state, names.tolist(), chunksize=256))
-    return np.array(states, dtype=np.int64).reshape(-1, 2)
+        return np.concatenate([np.empty((0, 2), dtype=np.int64), *threads.map(states, blocks)])

@@ -16,6 +16,7 @@ from typing import Any
 # closes it at once.
 _IDLE, _INTERVAL, _PROBES = 15, 5, 4
 _LONGEST = 65_536  # bytes of a message
+_MOST_TEXT = 4_000  # letters of a reason, each of up to 12 bytes in a message
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
@@ -80,7 +81,7 @@ class Peers:
 
     def fail(self, message: str) -> None:
         """Tell the others that this process stops, and why."""
-        self._end({"failed": message})
+        self._end({"failed": message[:_MOST_TEXT]})
 
     def leave(self) -> None:
         """Tell the others that this process is done."""
@@ -183,7 +184,7 @@ def _myself(rank: int) -> dict[str, Any]:
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     try:
-        connection.sendall(json.dumps(message).encode()[: _LONGEST - 2] + b"\n")
+        connection.sendall(json.dumps(message).encode() + b"\n")
     except OSError:  # it is gone, too: whoever listens to it notices
         return
 
@@ -191,6 +192,6 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # a stranger's, nested ever more deeply
         return {}
     return message if isinstance(message, dict) else {}

@@ -77,7 +77,11 @@ def sample_stream(seed: int, index: int) -> np.random.Generator:
     Both go into its state whole, of which torch's generators on the CPU take 32 bits, and what it draws does not depend
     on how many numbers are asked for at once.
     """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed % 2**64, index % 2**64))))
+    entropy = [seed % 2**64, index % 2**64]
+    if entropy[0] >= 2**32:
+        # Numbers become one row of words of 32 bits, as many as each has: with five in all it is nobody else's.
+        entropy = [entropy[0] % 2**32, entropy[0] >> 32, entropy[1] % 2**32, entropy[1] >> 32, 1]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
 def unique_first(index: Tensor) -> tuple[Tensor, Tensor]:

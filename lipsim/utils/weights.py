@@ -6,7 +6,7 @@ import argparse
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,28 @@ def _is_plain(value: object) -> bool:
     return value.layout == torch.strided and not value.is_complex()
 
 
-def plain_names(state: Mapping[str, Any], source: Path) -> dict[str, Any]:
+def plain_names(state: Mapping[str, Any], source: Path, expected: Set[str] = frozenset()) -> dict[str, Any]:
     """A state without what wrappers put into its names: ``module._orig_mod.blocks.0`` becomes ``blocks.0``.
+
+    Args:
+        state: tensors by name.
+        source: where it is from, for messages.
+        expected: the names of the network that it is for, where that is known: its only child may be called ``model``.
 
     Raises:
         ValueError: two tensors would get the same name, so that one were lost.
     """
-    names = {key: _TRANSPARENT.sub(r"\1", key) for key in map(str, state)}
+    state = {str(key): value for key, value in state.items()}
+    if expected and state.keys() == expected:
+        return state
+    names = {key: _TRANSPARENT.sub(r"\1", key) for key in state}
     counter = state.get("n_averaged")  # of torch.optim.swa_utils.AveragedModel, beside its module
     if isinstance(counter, Tensor) and counter.ndim == 0:
         names = {key: name for key, name in names.items() if key != "n_averaged"}
-    while holder := next((h for h in _HOLDERS if names and all(n.startswith(h) for n in names.values())), None):
+    while expected != set(names.values()):
+        holder = next((h for h in _HOLDERS if names and all(n.startswith(h) for n in names.values())), None)
+        if holder is None:
+            break
         names = {key: name.removeprefix(holder) for key, name in names.items()}
     return renamed(state, names, source)
 

@@ -283,10 +283,13 @@ def test_noise_of_shared_images_does_not_depend_on_how_much_is_drawn_at_once(
     ids = torch.tensor([[0, 1, 2], [2, 3, 0]])
     smoothed = SmoothedMetric(metric, SIGMA, samples=70, selection=9, moving="all")
     (whole,) = smoothed.certify_shared(x, ids)
-    monkeypatch.setattr("lipsim.metric.smoothed._SHARED_NUMBERS", 8 * 5)  # five draws of four images of two features
+    monkeypatch.setattr("lipsim.metric.smoothed._SHARED_IMAGES", 4 * 5)  # five draws of four images
     metric.encoder.embedded.clear()
     (small,) = smoothed.certify_shared(x, ids)
     assert torch.equal(whole.counts, small.counts) and max(metric.encoder.embedded) == 5
+    assert sum(metric.encoder.embedded) == 4 * 79  # nothing stands still
+    (named,) = smoothed.certify_shared(x, ids, moving="all")
+    assert torch.equal(named.counts, whole.counts)
     # A part of the triplets, over more images than they have.
     (part,) = smoothed.certify_shared(x, ids[1:])
     assert torch.equal(part.counts, whole.counts[1:])
@@ -299,6 +302,7 @@ def test_what_shared_images_refuse(metric: PerceptualMetric) -> None:
     for rows, message in (
         (ids.int(), r"rows of images \(N, 3\) in int64, got \(1, 3\) in torch.int32"),
         (ids[:, :2], r"got \(1, 2\)"),
+        ([[0, 1, 2]], "got list"),
         (ids + 1, "rows of 3 images, got 1 to 3"),
         (ids - 1, "got -1 to 1"),
     ):

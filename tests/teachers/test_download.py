@@ -7,8 +7,10 @@ import io
 import re
 import stat
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +35,8 @@ class Server:
     ranges: bool = True
     if_range: bool = True
     break_after: int | None = None
+    tells_length: bool = False
+    pause: float = 0.0  # seconds before each quarter
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -62,7 +66,11 @@ def server() -> Iterator[Server]:
             if wanted and state.ranges and same:
                 begin = int(wanted.removeprefix("bytes=").split("-")[0])
                 if begin >= len(content):
-                    self.send_error(416)
+                    self.send_response(416)
+                    if state.tells_length:
+                        self.send_header("Content-Range", f"bytes */{len(content)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
                     return
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
@@ -73,7 +81,10 @@ def server() -> Iterator[Server]:
             self.send_header("X-Repo-Commit", 40 * "a")
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(content[begin : state.break_after])
+                left = content[begin : state.break_after]
+                for start in range(0, len(left), len(left) // 4 or 1):
+                    time.sleep(state.pause)
+                    self.wfile.write(left[start : start + (len(left) // 4 or 1)])
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         state.url = f"http://127.0.0.1:{http.server_port}"
@@ -114,13 +125,38 @@ def test_a_part_that_is_whole_already(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT)
     (tmp_path / "file.etag").write_text(f'"{hashlib.sha256(CONTENT).hexdigest()}"')
     assert download.download(f"{server.url}/file", tmp_path / "file").read_bytes() == CONTENT
+    # A server that says how long the file is: all of it came, and nothing more has to.
+    server.asked.clear()
+    (tmp_path / "file").rename(tmp_path / "file.part")
+    (tmp_path / "file.etag").write_text(f'"{hashlib.sha256(CONTENT).hexdigest()}"')
+    server.tells_length = True
+    assert download.download(f"{server.url}/file", tmp_path / "file").read_bytes() == CONTENT
+    assert server.asked == [("/file", f"bytes={len(CONTENT)}-")]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("checksum", ["", hashlib.sha256(CONTENT).hexdigest()])
+@pytest.mark.parametrize("delay", [0.0, 0.15])
+def test_several_that_want_one_file_get_it_once(server: Server, checksum: str, delay: float, tmp_path: Path) -> None:
+    """Also where one begins while another is in the middle of it."""
+    server.files["/file"], server.pause = CONTENT, 0.05
+    target = tmp_path / "file"
+
+    def get(number: int) -> bytes:
+        time.sleep(number * delay)
+        return download.download(f"{server.url}/file", target, checksum).read_bytes()
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(get, range(3)))
+    assert found == [CONTENT] * 3 and server.asked == [("/file", None)]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_wrong_checksum_is_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
     server.files["/file"] = CONTENT
     with pytest.raises(ValueError, match=f"expected the SHA-256 .* got {hashlib.sha256(CONTENT).hexdigest()}"):
         download.download(f"{server.url}/file", tmp_path / "file", "00ff")
-    assert not any(path.suffix != ".etag" for path in tmp_path.iterdir())
+    assert not any(tmp_path.iterdir())
     beginning = hashlib.sha256(CONTENT).hexdigest()[:8].upper()
     download.download(f"{server.url}/file", tmp_path / "file", beginning)
     (tmp_path / "file").write_bytes(b"other")
@@ -133,6 +169,7 @@ def test_what_is_not_there(server: Server, tmp_path: Path) -> None:
         download.download(f"{server.url}/nothing", tmp_path / "file")
     with pytest.raises(OSError, match=r"cannot download http://127.0.0.1:9/"):
         download.download("http://127.0.0.1:9/", tmp_path / "file")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -180,6 +217,11 @@ def test_fetched_teachers_load(
     (folder / "dino_vitb16_single_lora" / "adapter_config.json").unlink()
     download.fetch_teacher("dino_vitb16", folder)
     assert [path for path, _ in server.asked] == ["/dreamsim.zip", "/dino.pth", "/dreamsim.zip"]
+    # An archive that somebody has put there is theirs.
+    (own := tmp_path / "own").mkdir()
+    (own / "dreamsim_dino_vitb16_checkpoint.zip").write_bytes(published)
+    download.fetch_teacher("dino_vitb16", own)
+    assert [path.name for path in own.glob("*.zip")] == ["dreamsim_dino_vitb16_checkpoint.zip"]
     DreamSim("dino_vitb16", folder, 32, options=OPTIONS)
 
 
@@ -216,6 +258,19 @@ def test_an_archive_cannot_write_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a member outside its folder"):
         download.unpack(tmp_path / "copy.zip", tmp_path / "weights")
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "copy.zip", tmp_path / "weights"]
+
+
+@pytest.mark.parametrize(("at", "value", "said"), [((8, 10), 9, "compression method"), ((6, 8), 1, "encrypted")])
+def test_an_archive_that_only_others_can_unpack(at: tuple[int, int], value: int, said: str, tmp_path: Path) -> None:
+    """Deflate64, which Windows uses for large ones, and a password, in the headers of a member."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/a.txt", 1000 * "hello ")
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    for place in (at[0], content.index(b"PK\1\2") + at[1]):
+        content[place : place + 2] = value.to_bytes(2, "little")
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.zip cannot be unpacked here .*{said}.* unpack it by hand into .*out"):
+        download.unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
 def test_an_archive_has_no_links(tmp_path: Path) -> None:

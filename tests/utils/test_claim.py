@@ -10,6 +10,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -162,3 +163,59 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "run" / CLAIM).write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "2026"}))
     with pytest.raises(LipsimError, match="process 1 on elsewhere, since 2026"):
         claim_folder(tmp_path / "run")
+
+
+def test_a_folder_has_one_claim_under_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that is a link, as clusters have it: where a shell is there, and what a variable says."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "home")
+    with claim_folder("runs/x") as first:
+        for name in (tmp_path / "home" / "runs" / "x", "runs/../runs/x"):
+            with claim_folder(name) as again:
+                assert again is first
+    assert not any((tmp_path / "data").iterdir())
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(claim.os, "pwrite", full)
+        with pytest.raises(OSError, match=r"cannot write in .*run \(No space left on device\), so nothing is begun"):
+            claim_folder(tmp_path / "new" / "run")
+    assert not any(tmp_path.iterdir())
+    claim_folder(tmp_path / "new" / "run").release()  # nobody has it
+
+
+def test_a_place_that_cannot_be_looked_into_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, *(path for path in tmp_path.parents if path.name.startswith(("pytest-", "popen-")))):
+        path.chmod(0o755)
+    (tmp_path / "private").mkdir(mode=0o700)
+    process, said = _run(_unprivileged, tmp_path / "private" / "run")
+    process.join()
+    assert os.getuid() != 0 or said.startswith(f"cannot write in {tmp_path / 'private' / 'run'} (Permission denied)")
+
+
+def test_a_file_is_had_by_one_at_a_time(tmp_path: Path) -> None:
+    """Also where the one before renames or removes it."""
+    inside: list[int] = []
+    most = 0
+
+    def work(number: int) -> None:
+        nonlocal most
+        for _ in range(5):
+            with claim.alone(tmp_path / "file"):
+                inside.append(number)
+                most = max(most, len(inside))
+                time.sleep(0.002)
+                if number == 1:
+                    (tmp_path / "file").unlink()
+                if number == 2:
+                    (tmp_path / "file").rename(tmp_path / "renamed")
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert most == 1

@@ -144,3 +144,23 @@ def test_hashes_are_those_of_the_standard_library(tmp_path: Path) -> None:
     content = b"a()torch.int16\x03\x00b(2,)torch.float32" + np.array([1, 2], dtype="<f4").tobytes()
     assert files.state_fingerprint(state) == hashlib.sha256(content).hexdigest()
     assert files.state_fingerprint({name: state[name] for name in ("a", "b")}) == files.state_fingerprint(state)
+
+
+def test_states_of_files_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, the last one shorter; none is there of no file."""
+    monkeypatch.setattr(files, "_STAT_BLOCK", 3)
+    for i in range(7):
+        (tmp_path / f"{i}").write_bytes(i * b"x")
+    names = np.array([*(f"{i}".encode() for i in range(7)), b"none", b"0/none"])
+    found = files.file_states(tmp_path, names)
+    assert found.dtype == np.int64 and found.shape == (9, 2)
+    assert found[:7, 0].tolist() == list(range(7)) and (found[7:] == -1).all()
+    assert found[3, 1] == (tmp_path / "3").stat().st_mtime_ns
+    assert files.file_states(tmp_path, names[:0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + 46 * b"\0", b"hello world, no array"])
+def test_what_is_no_array_is_said_so(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises((ValueError, OSError)):
+        files.map_array(tmp_path / "a.npy")

@@ -108,6 +108,21 @@ def test_a_process_that_fails_says_why(failing: int, three: Three) -> None:
         assert three.heard(rank) == f"{three.name(failing)} stopped: no image file x.png"
 
 
+@pytest.mark.parametrize("reason", [70_000 * "x", 12_000 * "\u9519", 12_000 * "\U0001f600"])
+def test_a_long_reason_is_cut_and_not_lost(reason: str, three: Three) -> None:
+    three.pipes[1].send(reason)
+    for rank in (0, 2):
+        assert three.heard(rank) == f"{three.name(1)} stopped: {reason[:4000]}"
+
+
+def test_a_stranger_that_nests_deeply_ends_nothing(three: Three) -> None:
+    with socket.create_connection(("127.0.0.1", three.first["port"])) as stranger:
+        stranger.sendall(60_000 * b"[" + b"\n")
+        assert stranger.recv(10) == b""
+    three.pipes[1].send("no image file x.png")
+    assert three.heard(0) == f"{three.name(1)} stopped: no image file x.png"
+
+
 def test_processes_that_are_done_alarm_nobody(three: Three) -> None:
     with socket.create_connection(("127.0.0.1", three.first["port"])) as stranger:
         stranger.sendall(b'{"rank": 1, "token": "guessed"}\n{"failed": "x"}\n')

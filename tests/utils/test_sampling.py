@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from lipsim.utils.sampling import key_uniform, subkey, subkeys
+from lipsim.utils.sampling import key_uniform, sample_stream, subkey, subkeys
 
 
 def test_keys_are_the_outputs_of_splitmix64() -> None:
@@ -30,3 +31,20 @@ def test_numbers_are_uniform_and_one_by_one() -> None:
     assert torch.corrcoef(numbers.T).fill_diagonal_(0).abs().max() < 4 / 20_000**0.5
     assert torch.corrcoef(torch.stack([numbers[1:, 0], numbers[:-1, 0]]))[0, 1].abs() < 4 / 20_000**0.5
     assert torch.equal(key_uniform(keys[[7, 5]], 2), numbers[[7, 5], :2])
+
+
+def test_streams_are_of_seed_and_index() -> None:
+    """Also of numbers beyond 32 bits, whose words stand in one row; those below have the draws they always had."""
+    pairs = [
+        (5, 7),
+        (5, 2**32 + 7),
+        (5 + 7 * 2**32, 1),
+        (5 + 7 * 2**32, 0),
+        (7, 5),
+        (5, 7 * 2**32),
+        (5 + 7 * 2**32, 2**32),
+    ]
+    draws = {sample_stream(*pair).standard_normal() for pair in pairs}
+    assert len(draws) == len(pairs)
+    assert sample_stream(5, 7).standard_normal() == np.random.default_rng([5, 7]).standard_normal()
+    assert sample_stream(5, 2**40).standard_normal() == np.random.default_rng([5, 2**40]).standard_normal()

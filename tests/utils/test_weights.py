@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lipsim.utils.weights import check_fit, read_checkpoint, read_safetensors
+from lipsim.utils.weights import check_fit, plain_names, read_checkpoint, read_safetensors
 
 PACKAGE = Path(__file__).parents[2] / "lipsim"
 READERS = {"load_file", "safe_open", "torch.load"}
@@ -53,3 +53,13 @@ def test_a_state_of_other_names_or_shapes_does_not_fit() -> None:
     check_fit(layer, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, "a file")
     with pytest.raises(ValueError, match=r"in a file do not fit Linear: 1 missing .*bias.* \(first: weight \(2, 3\)"):
         check_fit(layer, {"weight": torch.zeros(2, 3)}, "a file")
+
+
+def test_wrappers_leave_the_names_of_a_network_whose_child_is_called_as_theirs(tmp_path: Path) -> None:
+    state = {"model.0.weight": torch.ones(1), "model.0.bias": torch.ones(1)}
+    assert plain_names(state, tmp_path).keys() == {"0.weight", "0.bias"}
+    assert plain_names(state, tmp_path, state.keys()).keys() == state.keys()
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    assert plain_names(wrapped, tmp_path, state.keys()).keys() == state.keys()
+    # A name that is a number, which torch.save keeps as one.
+    assert plain_names({0: torch.ones(1)}, tmp_path).keys() == {"0"}  # type: ignore[dict-item]
