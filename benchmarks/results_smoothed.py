@@ -88,27 +88,36 @@ def _scores(
     device: torch.device,
     options: argparse.Namespace,
 ) -> BenchmarkedSet:
-    agree = _chosen(reference, triplets)
+    agree, everywhere = _chosen(reference, triplets), _chosen(joint, triplets)
     attacked, violations, count = _attacked(smoothed.metric, smoothed.sigma, triplets, smoothed.seed, device, options)
-    images = triplets.floats(triplets.ids[:, 0], torch.device("cpu"))
-    pixels = torch.cat(
-        [
-            certificates.certified_pixels(x, radius)
-            for x, radius in zip(images.split(256), reference.radius.split(256), strict=True)
-        ]
-    )
+    # The stack of the three moves as far as the reference, where nothing else does: √3 times what each of them may.
+    alone = certificates.smoothed_radius(joint.p_lower, smoothed.sigma)
     return {
         "num_triplets": len(triplets.ids),
         "num_attacked": count,
         "natural": share(agree),
         "certified": held(agree, reference.radius, CERTIFIED),
         "published": {},
-        "joint": held(_chosen(joint, triplets), joint.radius, JOINT),
+        "joint": {},  # the candidates have no noise
         "attacked": attacked,
         "abstained": share(reference.abstained),
-        "pixels": float(pixels.double().median()),
+        "pixels": _pixels(triplets, reference.radius),
         "violations": violations,
+        "jointly_smoothed": {
+            "natural": share(everywhere),
+            "certified": held(everywhere, alone, CERTIFIED),
+            "joint": held(everywhere, joint.radius, JOINT),
+            "abstained": share(joint.abstained),
+            "pixels": _pixels(triplets, alone),
+        },
     }
+
+
+def _pixels(triplets: Triplets, radius: Tensor) -> float:
+    """The median certified number of pixels of the reference."""
+    images = triplets.floats(triplets.ids[:, 0], torch.device("cpu"))
+    parts = zip(images.split(256), radius.split(256), strict=True)
+    return float(torch.cat([certificates.certified_pixels(*part) for part in parts]).double().median())
 
 
 def _chosen(found: SmoothedCertificate, triplets: Triplets) -> Tensor:

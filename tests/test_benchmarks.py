@@ -110,10 +110,10 @@ def test_smoothed_scores_of_sets_over_the_same_images() -> None:
     ids = torch.stack([torch.randperm(9)[:3] for _ in range(30)])
     votes = torch.randint(2, (30,)).float()
     sets = {"one": Triplets(images, ids[:18], votes[:18]), "two": Triplets(images, ids[18:], votes[18:])}
-    options = argparse.Namespace(smoothed_triplets=3, smoothed_attacked=0, samples=60, selection=10, alpha=0.1)
-    device, sigma = torch.device("cpu"), 0.5
+    options = argparse.Namespace(smoothed_triplets=3, smoothed_attacked=0, samples=200, selection=10, alpha=0.1)
+    device, sigma = torch.device("cpu"), 0.2
     found = measure_smoothed(metric, sigma, sets, 4, device, options)
-    smoothed = SmoothedMetric(metric, sigma, 60, 10, 0.1, seed=4)
+    smoothed = SmoothedMetric(metric, sigma, 200, 10, 0.1, seed=4)
     for name, triplets in sets.items():
         parts = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
         alone = smoothed.certify(*parts, index=triplets.ids[:, 0])
@@ -123,8 +123,17 @@ def test_smoothed_scores_of_sets_over_the_same_images() -> None:
         assert scores["natural"] == right.double().mean() and scores["abstained"] == alone.abstained.double().mean()
         for eps, label in ((36 / 255, "36/255"), (1.0, "1")):
             assert scores["certified"][label] == (right & (alone.radius > eps)).double().mean()
-        # Joint ones are of other draws, and move three images; of so few draws no radius reaches 1.
-        assert scores["joint"]["36/255"] <= scores["certified"]["36/255"] and scores["joint"]["1"] == 0
+        assert scores["joint"] == {}
+        # With noise on all three: what holds for a change of each holds for one of the reference that is √3 as long.
+        (jointly,) = smoothed.certify_shared(images.float() / 255, triplets.ids, moving="all")
+        right = ~jointly.abstained & (jointly.prefers_left == (triplets.right_vote == 0))
+        found_jointly = scores["jointly_smoothed"]
+        assert found_jointly["natural"] == right.double().mean()
+        for eps, label in ((36 / 255, "36/255"), (1.0, "1")):
+            assert found_jointly["joint"][label] == (right & (jointly.radius > eps)).double().mean()
+            held = right & (jointly.radius * 3**0.5 > eps)
+            assert found_jointly["certified"][label] == held.double().mean()
+        assert found_jointly["joint"]["36/255"] < found_jointly["certified"]["36/255"]
     options.smoothed_triplets = 2
     assert [s["num_triplets"] for s in measure_smoothed(metric, sigma, sets, 4, device, options).values()] == [2, 2]
 

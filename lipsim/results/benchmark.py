@@ -106,7 +106,8 @@ _VERSIONS = ("torch", "lipsim")
 def _score_rows(rows: dict[str, list[BenchmarkedSet]]) -> list[Row]:
     found = [scores for group in rows.values() for scores in group]
     certified = list(dict.fromkeys(label for scores in found for label in scores["certified"]))
-    joint = list(dict.fromkeys(label for scores in found for label in scores["joint"]))
+    jointly = [scores["jointly_smoothed"] for scores in found if "jointly_smoothed" in scores]
+    joint = list(dict.fromkeys(label for scores in (*found, *jointly) for label in scores["joint"]))
     attacked = list(dict.fromkeys(label for scores in found for label in scores["attacked"]))
     abstained = any(scores["abstained"] is not None for scores in found)
     table: list[Row] = []
@@ -124,6 +125,21 @@ def _score_rows(rows: dict[str, list[BenchmarkedSet]]) -> list[Row]:
                 **({"abstains": percent_cell(scores["abstained"] for scores in group)} if abstained else {}),
             }
         )
+        if everywhere := [scores["jointly_smoothed"] for scores in group if "jointly_smoothed" in scores]:
+            table.append(
+                {
+                    **dict.fromkeys(table[-1], ""),
+                    "metric": f"{title}, noise on all images",
+                    "natural": percent_cell(scores["natural"] for scores in everywhere),
+                    **percent_cells([scores["certified"] for scores in everywhere], certified),
+                    **{
+                        f"joint {label}": cell
+                        for label, cell in percent_cells([scores["joint"] for scores in everywhere], joint).items()
+                    },
+                    "pixels": mean_cell((scores["pixels"] for scores in everywhere), ".1f"),
+                    "abstains": percent_cell(scores["abstained"] for scores in everywhere),
+                }
+            )
         if any(scores["published"] for scores in group):
             blank = dict.fromkeys(table[-1], "")
             published = percent_cells([scores["published"] for scores in group], certified)

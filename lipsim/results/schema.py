@@ -365,6 +365,16 @@ class EvaluationSection(TypedDict):
     sample_seed: int
 
 
+class JointlySmoothed(TypedDict):
+    """Scores of smoothed answers with noise on all three images, which certifies joint changes, too."""
+
+    natural: float | None
+    certified: Scores
+    joint: Scores
+    abstained: float | None
+    pixels: float | None
+
+
 class BenchmarkedSet(TypedDict):
     """Scores of a row of the benchmark on a test set; what the row has not is null or has no labels."""
 
@@ -378,6 +388,7 @@ class BenchmarkedSet(TypedDict):
     abstained: float | None
     pixels: float | None
     violations: int
+    jointly_smoothed: NotRequired[JointlySmoothed]
 
 
 class BenchmarkSection(Source):

@@ -14,9 +14,10 @@ from sections import attacked_section, certified_section
 
 from lipsim.cli.main import main
 from lipsim.results import read_results, update_results
+from lipsim.results.benchmark import benchmark_tables
 from lipsim.results.quickstart import seeds_tables
 from lipsim.results.runs import load_runs, warnings
-from lipsim.results.schema import BenchmarkedSet, BenchmarkSection
+from lipsim.results.schema import BenchmarkedSet, BenchmarkSection, JointlySmoothed
 from lipsim.results.seeds import mean_and_error, mean_cell
 from lipsim.utils.errors import LipsimError
 
@@ -188,6 +189,29 @@ def test_the_page_of_the_benchmark(tmp_path: Path) -> None:
     said = (tmp_path / "out" / "report.md").read_text()
     assert "measured in different ways and do not compare: time budget (90 s, 60 s)." in said
     assert "different data under one name: known" in said and "stand twice: SSIM" in said
+
+
+def test_a_smoothed_row_has_another_one_with_noise_on_all_images(tmp_path: Path) -> None:
+    for seed, natural in enumerate((0.7, 0.8)):
+        section = {**_section(), "row": "teacher, smoothed", "seed": seed}
+        jointly: JointlySmoothed = {
+            "natural": natural,
+            "certified": {"36/255": 0.6, "1": 0.4},
+            "joint": {"36/255": 0.5, "1": 0.0},
+            "abstained": 0.02,
+            "pixels": 2.0,
+        }
+        scores: BenchmarkedSet = {**_benchmarked(0.65, {"36/255": 0.6, "1": 0.3}), "abstained": 0.1, "joint": {}}
+        section["sets"] = {"known": {**scores, "published": {}, "jointly_smoothed": jointly}}
+        update_results(tmp_path / f"{seed}" / "results.json", {"benchmark": section})  # type: ignore[typeddict-item]
+    (_, rows), _ = benchmark_tables(load_runs([str(tmp_path / "0"), str(tmp_path / "1")]))
+    row, everywhere = rows
+    assert row["joint 36/255"] == "" and row["natural"] == "65.0 ± 0.0" and row["attacked 1"] == "55.0 ± 0.0"
+    assert list(everywhere.values()) == [
+        "teacher, smoothed, noise on all images", "75.0 ± 5.0", "60.0 ± 0.0", "40.0 ± 0.0", "50.0 ± 0.0", "0.0 ± 0.0",
+        "", "2.0 ± 0.0", "2.0 ± 0.0",
+    ]  # fmt: skip
+    assert everywhere.keys() == row.keys()
 
 
 def test_what_differs_between_tasks_of_the_benchmark_is_said_of_each(tmp_path: Path) -> None:
