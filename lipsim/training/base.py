@@ -91,6 +91,7 @@ class Stage(EvaluationModule):
         self._share: float | None = None  # of max_time, at the start of this batch
         self._own_loss: Tensor | None = None  # of this process, where the loss is that of all
         self._accumulated = 0  # batches whose gradients wait for a step
+        self._nobody_read = False  # whether no process has a sample of this batch
 
     def embed(self, x: Tensor) -> Tensor:
         """Features ``(N, D)`` of images in a training step, computed as the acceleration says.
@@ -166,7 +167,10 @@ class Stage(EvaluationModule):
             self.trainer.fit_loop.setup_data()  # as estimated_stepping_batches does
             samples = samples_in_a_step(self.trainer)
             if samples is None:
-                raise LipsimError("nobody knows how many samples are in a batch of the loader; leave rate_scaling out")
+                raise LipsimError(
+                    "nobody knows how many samples are in a batch of the loader, as where an item of the data set is a batch; "
+                    "leave rate_scaling out"
+                )
             for group in optimizer.param_groups:
                 group["lr"] *= self.rate_scaling.factor(samples)
         scheduler = LambdaLR(optimizer, lambda step: self._schedule_factor(step))
@@ -214,7 +218,8 @@ class Stage(EvaluationModule):
         Raises:
             ValueError: weights are not finite; the files that are there stay.
         """
-        if not self._everywhere(weights_are_finite(self)):
+        (finite,) = self._everywhere(weights_are_finite(self))
+        if not finite:
             raise LipsimError(
                 f"weights are NaN or infinite at step {self.trainer.global_step}, so no checkpoint is written over the "
                 f"last one; {DIVERGED}"
@@ -315,7 +320,7 @@ class Stage(EvaluationModule):
         return torch.full((1, 3, size, size), 0.5, device=self.device)
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
-        self._accumulated += 1
+        self._accumulated += not self._nobody_read
         super().backward(loss, *args, **options)
 
     def optimizer_step(
@@ -329,6 +334,11 @@ class Stage(EvaluationModule):
         def closure() -> Any:
             result = None if optimizer_closure is None else optimizer_closure()
             there, self._accumulated = self._accumulated, 0
+            if result is not None and not there:  # as on one process, whose optimizer finds no gradient
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+                return None
             if 0 < there < (expected := self.trainer.accumulate_grad_batches):
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
@@ -344,9 +354,12 @@ class Stage(EvaluationModule):
         Raises:
             ValueError: on every process, when the loss of one of them is NaN or infinite.
         """
-        trainer, finite = self.trainer, bool(torch.isfinite(loss).all())
+        trainer = self.trainer
         own, self._own_loss = loss if self._own_loss is None else self._own_loss, None
-        if self._everywhere(finite):
+        finite, self._nobody_read = self._everywhere(
+            bool(torch.isfinite(loss).all()), isinstance(self._batch, NothingRead)
+        )
+        if finite:
             return
         if bool(torch.isfinite(own).all()):
             raise LipsimError(f"the loss of another process is not finite at step {trainer.global_step}; {DIVERGED}")
@@ -409,9 +422,13 @@ class Stage(EvaluationModule):
                 text += f", scaled to {group['initial_lr']:g} ({rule}, for {reference} samples)"
             yield f"{text}, {group['lr']:g} at this step of {type(self.schedule).__name__}"
 
-    def _everywhere(self, holds: bool) -> bool:
-        """Whether something holds on every process; each has to ask."""
-        return holds if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(holds)
+    def _everywhere(self, *hold: bool) -> list[bool]:
+        """Which of several things hold on every process; each has to ask."""
+        if self.trainer.world_size == 1:
+            return list(hold)
+        count = torch.tensor(hold, dtype=torch.int32, device=self.device)
+        count = self.trainer.strategy.reduce(count, reduce_op="sum")
+        return [bool(number == self.trainer.world_size) for number in count]
 
 
 class _EncoderRunner:

@@ -156,9 +156,15 @@ class Distillation(Stage):
         Where there are principal axes, its coordinates along them.
         """
         if isinstance(batch, EmbeddedImages):
-            return batch.embedding if self.axes is None else batch.embedding @ self.axes
+            return batch.embedding if self.axes is None else self._along_axes(batch.embedding)
         with torch.no_grad():
             return None if self.teacher is None else self.teacher.embed(images_of(batch))
+
+    def _along_axes(self, embedding: Tensor) -> Tensor:
+        # As data are, also under autocast: in half precision near-duplicates have hardly any distances.
+        assert self.axes is not None
+        with full_precision():
+            return embedding @ self.axes
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Mean loss over the clean and the jittered view."""
@@ -197,7 +203,7 @@ class Distillation(Stage):
         else:
             # In the precision of data, whatever that of the features: the processes exchange both.
             none = self.blank_image().new_zeros(0, self.cache.description.features)
-            target = none if self.axes is None else none @ self.axes
+            target = none if self.axes is None else self._along_axes(none)
         views = 1 if self.view is None else 2
         *every, target = gathered(*[features] * views, target)
         if not len(target):

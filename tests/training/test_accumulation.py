@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from evaluations import forked
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lipsim
 from lipsim.data import Triplet
+from lipsim.data.order import TrainingOrder
 from lipsim.data.skipping import NothingRead
 from lipsim.datamodules.base import TripletData
 from lipsim.students import OrthogonalProjection
@@ -98,3 +101,34 @@ def test_of_the_first_step_after_resuming_with_other_steps(tmp_path: Path) -> No
 def test_of_steps_with_batches_of_which_nothing_could_be_read(tmp_path: Path) -> None:
     sizes = _sizes(NoiseData(12, 1, unreadable=(2, 5, 6, 7)), tmp_path, max_epochs=2, accumulate_grad_batches=2)
     assert sum(sizes) == 16 and {1, 2} <= set(sizes) and len(sizes) == 12
+
+
+def _weights(processes: int, folder: Path) -> None:
+    """After an epoch of 12 batches of four triplets in all, the sixth of which nobody can read."""
+    found = {}
+    for accumulated in (1, 2):
+        torch.manual_seed(0)
+        unreadable = tuple(TrainingOrder(Noise(48), 4, seed=0).positions(5).tolist())
+        data = NoiseData(48, 4 // processes, unreadable)
+        stage = FineTuning(
+            OrthogonalProjection(8, 4), schedule=Constant(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)
+        )
+        given: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "max_epochs": 1}
+        given |= {"limit_val_batches": 0, "enable_checkpointing": False, "devices": processes}
+        spread = {"strategy": "ddp"} if processes > 1 else {}
+        place = folder / f"{processes}-{accumulated}"
+        lipsim.train(stage, data, directory=place, accumulate_grad_batches=accumulated, **given, **spread)
+        found[accumulated] = {name: value.detach().clone() for name, value in stage.named_parameters()}
+    rank = os.environ.get("RANK", "0") if processes > 1 else "0"
+    torch.save(found, folder / f"{processes}-{rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_batch_that_no_process_can_read_makes_no_step(tmp_path: Path) -> None:
+    """An optimizer with momentum would move the weights by a gradient of 0, and the step would count a batch more."""
+    _weights(1, tmp_path)
+    forked(2, _weights, 2, tmp_path)
+    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for found in two:
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-6)

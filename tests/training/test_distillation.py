@@ -117,6 +117,9 @@ def test_principal_axes_are_followed_by_a_student_of_fewer_features_and_another_
     embedding = torch.randn(3, 12)
     target = stage.target(EmbeddedImages(torch.rand(3, 3, 8, 8), embedding))
     assert target is not None and torch.equal(target, embedding @ stage.axes)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = stage.target(EmbeddedImages(torch.rand(3, 3, 8, 8), embedding))
+    assert half is not None and torch.equal(half, target)  # which says the dtype, too
     with pytest.raises(ValueError, match=r"name model\.cache"):
         Distillation(Path("teacher.safetensors"), student, principal_axes=4)
 
