@@ -168,7 +168,7 @@ class Stage(EvaluationModule):
             samples = samples_in_a_step(self.trainer)
             if samples is None:
                 raise LipsimError(
-                    "nobody knows how many samples are in a batch of the loader, as where an item of the data set is a batch; "
+                    "nobody knows how many samples are in a batch of the loader (an item of its data set may be one); "
                     "leave rate_scaling out"
                 )
             for group in optimizer.param_groups:
