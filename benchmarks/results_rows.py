@@ -266,6 +266,10 @@ _OURS = (
     f"(Adam, 0.002), then {_HINGE}"
 )
 _TUNED = "the teacher tuned on the triplets, all weights, a hinge on the difference of distances"
+_SMOOTHED = (
+    f"{_TUNED}, under Gaussian noise on all images; certified by randomized smoothing, with noise on the reference, or "
+    "on all images"
+)
 ROWS = {
     "pixel": Row("pixel ℓ2", "Euclidean distance; its certificate is exact", lambda _: Trained(pixel_l2)),
     "ssim": Row("SSIM", "structural similarity", lambda _: Trained(ssim)),
@@ -298,12 +302,12 @@ ROWS = {
     ),
     "teacher-smoothed-0.25": Row(
         "teacher, smoothed, σ = 0.25",
-        f"{_TUNED}, under Gaussian noise; certified by randomized smoothing",
+        _SMOOTHED,
         lambda c: teacher(c, tune=True, sigma=0.25),
     ),
     "teacher-smoothed-1": Row(
         "teacher, smoothed, σ = 1",
-        f"{_TUNED}, under Gaussian noise; certified by randomized smoothing",
+        _SMOOTHED,
         lambda c: teacher(c, tune=True, sigma=1.0),
     ),
 }
