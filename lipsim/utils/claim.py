@@ -106,14 +106,17 @@ def claim_folder(folder: str | Path, option: str = "--trainer.default_root_dir")
 def alone(path: Path) -> Iterator[None]:
     """Have a file for this process, made where it is missing: waits until others, which take it in this way, are done.
 
-    The file may be renamed or removed meanwhile. On a disk without locks, and on Windows, nothing is waited for.
+    The file may be renamed or removed meanwhile. On a disk without locks nothing is waited for; on Windows nothing is
+    done.
     """
+    if fcntl is None:  # an open file could not be renamed there
+        yield
+        return
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             with suppress(OSError):  # no locks
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
             if _is_same(file, path):
                 yield
                 return
