@@ -280,7 +280,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                 placed.append(target)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise LipsimError(f"{archive} is truncated or damaged ({error}); delete it and get it again") from error
-    except (NotImplementedError, RuntimeError) as error:  # packed in a way that zipfile does not know, or encrypted
+    except RuntimeError as error:  # packed in a way that zipfile does not know, or encrypted
         raise LipsimError(f"{archive} cannot be unpacked here ({error}); unpack it by hand into {folder}") from error
     return placed
 
