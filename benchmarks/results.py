@@ -309,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--smoothed-attacked",
         type=int,
         default=0,
-        help="smoothed triplets to attack, each with thousands of passes (%(default)s)",
+        help="smoothed triplets to attack, with noise on the reference and with noise on all images, each time with "
+        "thousands of passes (%(default)s)",
     )
     parser.add_argument("--attack-draws", type=positive_int, default=16, help="noisy copies that such an attack moves")
     parser.add_argument("--attack-samples", type=positive_int, default=100, help="draws of an attacked smoothed answer")

@@ -20,7 +20,7 @@ from lipsim.attacks import SmoothedObjective, TwoAFCObjective, auto
 from lipsim.attacks.objectives import UnendingObjective
 from lipsim.certificates import SmoothedCertificate
 from lipsim.metric import PerceptualMetric
-from lipsim.metric.smoothed import SmoothedMetric
+from lipsim.metric.smoothed import Moving, SmoothedMetric
 from lipsim.results import eps_label
 from lipsim.results.schema import BenchmarkedSet, Scores
 from lipsim.utils.precision import full_precision
@@ -89,12 +89,12 @@ def _scores(
     options: argparse.Namespace,
 ) -> BenchmarkedSet:
     agree, everywhere = _chosen(reference, triplets), _chosen(joint, triplets)
-    attacked, violations, count = _attacked(smoothed.metric, smoothed.sigma, triplets, smoothed.seed, device, options)
-    # The stack of the three moves as far as the reference, where nothing else does: √3 times what each of them may.
-    alone = certificates.smoothed_radius(joint.p_lower, smoothed.sigma)
+    attacked, violations = _attacked(smoothed, "reference", triplets, device, options)
+    attacked_jointly, violations_jointly = _attacked(smoothed, "all", triplets, device, options)
+    alone = _reference_radius(joint, smoothed.sigma)
     return {
         "num_triplets": len(triplets.ids),
-        "num_attacked": count,
+        "num_attacked": min(options.smoothed_attacked, len(triplets.ids)),
         "natural": share(agree),
         "certified": held(agree, reference.radius, CERTIFIED),
         "published": {},
@@ -102,11 +102,12 @@ def _scores(
         "attacked": attacked,
         "abstained": share(reference.abstained),
         "pixels": _pixels(triplets, reference.radius),
-        "violations": violations,
+        "violations": violations + violations_jointly,
         "jointly_smoothed": {
             "natural": share(everywhere),
             "certified": held(everywhere, alone, CERTIFIED),
             "joint": held(everywhere, joint.radius, JOINT),
+            "attacked": attacked_jointly,
             "abstained": share(joint.abstained),
             "pixels": _pixels(triplets, alone),
         },
@@ -120,52 +121,55 @@ def _pixels(triplets: Triplets, radius: Tensor) -> float:
     return float(torch.cat([certificates.certified_pixels(*part) for part in parts]).double().median())
 
 
+def _reference_radius(found: SmoothedCertificate, sigma: float) -> Tensor:
+    """How far the reference may move by itself: as far as the stack of the three, √3 times what each of them may."""
+    return certificates.smoothed_radius(found.p_lower, sigma)
+
+
 def _chosen(found: SmoothedCertificate, triplets: Triplets) -> Tensor:
     """Where a smoothed answer is that of the votes."""
     return ~found.abstained & (found.prefers_left == (triplets.right_vote < 0.5))
 
 
 def _attacked(
-    metric: PerceptualMetric,
-    sigma: float,
-    triplets: Triplets,
-    seed: int,
-    device: torch.device,
-    options: argparse.Namespace,
-) -> tuple[Scores, int, int]:
-    """What an attack leaves of smoothed answers, of fewer draws than those that are certified, before and after.
+    smoothed: SmoothedMetric, noisy: Moving, triplets: Triplets, device: torch.device, options: argparse.Namespace
+) -> tuple[Scores, int]:
+    """What an attack on the reference leaves of answers with noise on it, or on all images, and violations.
 
-    The largest budget comes first: what stands there is not attacked with less. An answer that abstains after an attack
-    is lost; one that is the other one, surely, within the radius is a violation.
+    The answers have fewer draws than those that are certified, before and after. The largest budget comes first: what
+    stands there is not attacked with less. An answer that abstains after an attack is lost; one that is the other one,
+    surely, within the radius is a violation.
     """
     count = min(options.smoothed_attacked, len(triplets.ids))
     if not count:
-        return {}, 0, 0
+        return {}, 0
     triplets = triplets.select(slice(count))
-    smoothed = SmoothedMetric(metric, sigma, options.attack_samples, options.selection, options.alpha, seed)
+    sampling = {"samples": options.attack_samples, "selection": options.selection, "alpha": options.alpha}
+    smoothed = SmoothedMetric(smoothed.metric, smoothed.sigma, **sampling, seed=smoothed.seed, moving=noisy)
     images = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
     clean = smoothed.certify(*images, index=torch.arange(count)).to("cpu")
-    agree, violations = _chosen(clean, triplets), 0
+    agree, radius, violations = _chosen(clean, triplets), _reference_radius(clean, smoothed.sigma), 0
     broken = torch.where(agree, math.inf, 0.0).double()
     for rows in agree.nonzero().flatten().split(max(1, options.attack_batch // options.attack_draws)):
         attack = SmoothedAttack(smoothed, [part[rows] for part in images], clean.prefers_left[rows], rows, options)
         going = torch.arange(len(rows))
         for budget in reversed(ATTACKED):
             if options.attack_beyond_radius:
-                going = going[clean.radius[rows[going]] < budget]
+                going = going[radius[rows[going]] < budget]
             if not len(going):
                 break
             lost, turned, length = attack(budget, going)
-            violations += int((turned & (length < clean.radius[rows[going]])).sum())
+            violations += int((turned & (length < radius[rows[going]])).sum())
             going = going[lost]
             broken[rows[going]] = budget
-    return {eps_label(e): share(broken > e) for e in ATTACKED}, violations, count
+    return {eps_label(e): share(broken > e) for e in ATTACKED}, violations
 
 
 class SmoothedAttack:
     """APGD and Square on the soft votes of noisy copies, with all of their steps, and the answer where they end.
 
-    What a few draws only just break, others do not: so no attack stops early, and the answer has draws of its own.
+    What a few draws only just break, others do not: so no attack stops early, and the answer has draws of its own. The
+    reference moves, whether it alone has noise or all images do.
 
     Args:
         smoothed: the metric under noise.
@@ -179,10 +183,16 @@ class SmoothedAttack:
         self, smoothed: SmoothedMetric, images: list[Tensor], left: Tensor, index: Tensor, options: argparse.Namespace
     ) -> None:
         self.smoothed, self.images, self.left, self.index, self.options = smoothed, images, left, index, options
+        sigma, draws, seed = smoothed.sigma, options.attack_draws, smoothed.seed
         with full_precision():
-            plain = TwoAFCObjective(smoothed.metric.frozen_copy(), *images, chosen_left=left.to(images[0].device))
-            draws, seed = options.attack_draws, smoothed.seed
-            self.votes = SmoothedObjective(plain, images[0], smoothed.sigma, draws, seed=seed, index=index)
+            metric, answers = smoothed.metric.frozen_copy(), left.to(images[0].device)
+            if smoothed.moving == "all":
+                self.votes = SmoothedObjective.of_triplets(
+                    metric, *images, sigma, draws, chosen_left=answers, seed=seed, index=index
+                )
+            else:
+                plain = TwoAFCObjective(metric, *images, chosen_left=answers)
+                self.votes = SmoothedObjective(plain, images[0], sigma, draws, seed=seed, index=index)
 
     def __call__(self, eps: float, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whether answers are lost, whether they are the other one, ``(rows,)`` bool, and how far images moved."""

@@ -110,7 +110,10 @@ def test_smoothed_scores_of_sets_over_the_same_images() -> None:
     ids = torch.stack([torch.randperm(9)[:3] for _ in range(30)])
     votes = torch.randint(2, (30,)).float()
     sets = {"one": Triplets(images, ids[:18], votes[:18]), "two": Triplets(images, ids[18:], votes[18:])}
-    options = argparse.Namespace(smoothed_triplets=3, smoothed_attacked=0, samples=200, selection=10, alpha=0.1)
+    options = argparse.Namespace(
+        smoothed_triplets=3, smoothed_attacked=8, samples=200, selection=10, alpha=0.1, attack_samples=200,
+        attack_steps=3, queries=4, attack_batch=16, attack_draws=4, attack_beyond_radius=False,
+    )  # fmt: skip
     device, sigma = torch.device("cpu"), 0.2
     found = measure_smoothed(metric, sigma, sets, 4, device, options)
     smoothed = SmoothedMetric(metric, sigma, 200, 10, 0.1, seed=4)
@@ -134,6 +137,17 @@ def test_smoothed_scores_of_sets_over_the_same_images() -> None:
             held = right & (jointly.radius * 3**0.5 > eps)
             assert found_jointly["certified"][label] == held.double().mean()
         assert found_jointly["joint"]["36/255"] < found_jointly["certified"]["36/255"]
+        # Answers with noise on the reference, and on all images, each attacked from its own beginning.
+        assert scores["num_attacked"] == 8 and scores["violations"] == 0
+        for attacked, moving in ((scores, "reference"), (found_jointly, "all")):
+            left = list(attacked["attacked"].values())
+            few = SmoothedMetric(metric, sigma, 200, 10, 0.1, seed=4, moving=moving)
+            clean = few.certify(*(x[:8] for x in parts))
+            own = ~clean.abstained & (clean.prefers_left == (triplets.right_vote[:8] == 0))
+            assert list(attacked["attacked"]) == ["36/255", "1", "3"] and left == sorted(left, reverse=True)
+            assert left[-1] < own.double().mean() and left[0] <= own.double().mean()
+            held = own & (clean.radius * (3**0.5 if moving == "all" else 1) > 36 / 255)
+            assert left[0] >= held.double().mean()
     options.smoothed_triplets = 2
     assert [s["num_triplets"] for s in measure_smoothed(metric, sigma, sets, 4, device, options).values()] == [2, 2]
 

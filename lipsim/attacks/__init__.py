@@ -15,12 +15,12 @@ from lipsim.attacks.objectives import (
     ConfidenceObjective,
     DistanceObjective,
     Objective,
-    SmoothedObjective,
     TwoAFCObjective,
 )
 from lipsim.attacks.one_pixel import one_pixel
 from lipsim.attacks.pgd import pgd
 from lipsim.attacks.registry import ATTACKS, Attack
+from lipsim.attacks.soft_votes import SmoothedObjective
 from lipsim.attacks.square import square
 from lipsim.attacks.watch import Passes, WatchedObjective
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lipsim.certificates.geometry import along, cosine_distance, project
-from lipsim.certificates.numbers import check_count, check_number
 from lipsim.metric.distance import Distance, has_features
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.utils.checks import taking_images
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.sampling import sample_normal
 
 Target = Literal["reference", "left", "right", "all"]
 IMAGES: tuple[Target, ...] = ("reference", "left", "right")
@@ -301,62 +299,6 @@ class UnendingObjective:
     def select(self, rows: Tensor) -> UnendingObjective:
         """The objective of some of the samples."""
         return UnendingObjective(self.objective.select(rows))
-
-
-class SmoothedObjective:
-    """How far most noisy copies of a sample are broken: what attacks an answer under randomized smoothing.
-
-    The mean over draws of ``sigmoid(h/s)``, less ½, of an objective ``h``: votes that are soft, so that attacks have a
-    gradient (after SmoothAdv, Salman et al. 2019), with ``s`` the mean of ``|h|`` over the draws at the clean
-    sample. The draws stay, in pairs of noise and its opposite: where ``h`` is linear it changes its sign where this
-    does. What it breaks is broken for these few draws; ask :class:`lipsim.metric.SmoothedMetric` for the answer there.
-
-    Args:
-        objective: of N samples, :class:`TwoAFCObjective` say, whose ``chosen_left`` should be the smoothed answer.
-        x: the clean samples ``(N, …)``, as attacks get them.
-        sigma: standard deviation of the noise, above 0.
-        draws: of each sample, an even number; each pass takes as many of the objective, all at once.
-        seed: of the noise, which a smoothed metric of the same seed does not use.
-        index: ``(N,)`` sample indices that noise depends on; None counts from 0.
-
-    Raises:
-        ValueError: a number of draws that is odd or none, or sigma out of range.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        x: Tensor,
-        sigma: float,
-        draws: int = 16,
-        *,
-        seed: int = 0,
-        index: Tensor | Sequence[int] | None = None,
-    ) -> None:
-        if check_count("draws", draws) % 2:
-            raise LipsimError(f"expected an even number of draws, got {draws}")
-        half = x.unsqueeze(1).expand(-1, draws // 2, *x.shape[1:])
-        noise = check_number("sigma", sigma, above=True) * sample_normal(half, seed=seed, index=index)
-        self.noise = torch.cat([noise, -noise], 1)  # (N, draws, …)
-        self.objective = objective.select(torch.arange(len(x), device=x.device).repeat_interleave(draws))
-        with torch.no_grad():
-            self.scale = self._values(x).abs().mean(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self._values(x) / self.scale).mean(1) - 0.5
-
-    def select(self, rows: Tensor) -> SmoothedObjective:
-        """The objective of some of the samples, with their noise."""
-        part, draws = copy.copy(self), self.noise.shape[1]
-        part.noise, part.scale = self.noise[rows], self.scale[rows]
-        places = rows.unsqueeze(1) * draws + torch.arange(draws, device=rows.device)
-        part.objective = self.objective.select(places.flatten())
-        return part
-
-    def _values(self, x: Tensor) -> Tensor:
-        """The objective of every noisy copy, ``(N, draws)``."""
-        values = self.objective((x.unsqueeze(1) + self.noise).flatten(0, 1))
-        return values.view(self.noise.shape[:2])
 
 
 def logits_of(classifier: Callable[[Tensor], Any], x: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lipsim.results.runs import Run
-from lipsim.results.schema import BenchmarkedSet, BenchmarkSection
+from lipsim.results.schema import BenchmarkedSet, BenchmarkSection, JointlySmoothed
 from lipsim.results.seeds import by_name, mean_and_error, mean_cell, percent_cell, percent_cells, seeds_note
 from lipsim.results.tables import Row
 
@@ -105,47 +105,40 @@ _VERSIONS = ("torch", "lipsim")
 
 def _score_rows(rows: dict[str, list[BenchmarkedSet]]) -> list[Row]:
     found = [scores for group in rows.values() for scores in group]
-    certified = list(dict.fromkeys(label for scores in found for label in scores["certified"]))
-    jointly = [scores["jointly_smoothed"] for scores in found if "jointly_smoothed" in scores]
-    joint = list(dict.fromkeys(label for scores in (*found, *jointly) for label in scores["joint"]))
-    attacked = list(dict.fromkeys(label for scores in found for label in scores["attacked"]))
-    abstained = any(scores["abstained"] is not None for scores in found)
+    both = [*found, *(scores["jointly_smoothed"] for scores in found if "jointly_smoothed" in scores)]
+    labels = {
+        "certified": list(dict.fromkeys(label for scores in both for label in scores["certified"])),
+        "joint": list(dict.fromkeys(label for scores in both for label in scores["joint"])),
+        "attacked": list(dict.fromkeys(label for scores in both for label in scores.get("attacked", {}))),
+    }
+    abstained = any(scores["abstained"] is not None for scores in both)
     table: list[Row] = []
     for title, group in rows.items():
-        after = percent_cells([scores["attacked"] for scores in group], attacked)
-        both = percent_cells([scores["joint"] for scores in group], joint)
-        table.append(
-            {
-                "metric": title,
-                "natural": percent_cell(scores["natural"] for scores in group),
-                **percent_cells([scores["certified"] for scores in group], certified),
-                **{f"joint {label}": cell for label, cell in both.items()},
-                **{f"attacked {label}": cell for label, cell in after.items()},
-                "pixels": mean_cell((scores["pixels"] for scores in group), ".1f"),
-                **({"abstains": percent_cell(scores["abstained"] for scores in group)} if abstained else {}),
-            }
-        )
+        table.append(_score_row(title, group, labels, abstained))
         if everywhere := [scores["jointly_smoothed"] for scores in group if "jointly_smoothed" in scores]:
-            table.append(
-                {
-                    **dict.fromkeys(table[-1], ""),
-                    "metric": f"{title}, noise on all images",
-                    "natural": percent_cell(scores["natural"] for scores in everywhere),
-                    **percent_cells([scores["certified"] for scores in everywhere], certified),
-                    **{
-                        f"joint {label}": cell
-                        for label, cell in percent_cells([scores["joint"] for scores in everywhere], joint).items()
-                    },
-                    "pixels": mean_cell((scores["pixels"] for scores in everywhere), ".1f"),
-                    "abstains": percent_cell(scores["abstained"] for scores in everywhere),
-                }
-            )
+            table.append(_score_row(f"{title}, noise on all images", everywhere, labels, abstained))
         if any(scores["published"] for scores in group):
             blank = dict.fromkeys(table[-1], "")
-            published = percent_cells([scores["published"] for scores in group], certified)
+            published = percent_cells([scores["published"] for scores in group], labels["certified"])
             natural = {"metric": f"{title}, published radius", "natural": table[-1]["natural"]}
             table.append({**blank, **natural, **published})
     return table
+
+
+def _score_row(
+    title: str, group: Sequence[BenchmarkedSet | JointlySmoothed], labels: Mapping[str, list[str]], abstained: bool
+) -> Row:
+    joint = percent_cells([scores["joint"] for scores in group], labels["joint"])
+    attacked = percent_cells([scores.get("attacked", {}) for scores in group], labels["attacked"])
+    return {
+        "metric": title,
+        "natural": percent_cell(scores["natural"] for scores in group),
+        **percent_cells([scores["certified"] for scores in group], labels["certified"]),
+        **{f"joint {label}": cell for label, cell in joint.items()},
+        **{f"attacked {label}": cell for label, cell in attacked.items()},
+        "pixels": mean_cell((scores["pixels"] for scores in group), ".1f"),
+        **({"abstains": percent_cell(scores["abstained"] for scores in group)} if abstained else {}),
+    }
 
 
 def _cost_row(row: str, sections: Sequence[BenchmarkSection]) -> Row:

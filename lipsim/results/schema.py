@@ -371,6 +371,7 @@ class JointlySmoothed(TypedDict):
     natural: float | None
     certified: Scores
     joint: Scores
+    attacked: NotRequired[Scores]
     abstained: float | None
     pixels: float | None
 

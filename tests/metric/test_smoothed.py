@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lipsim import PerceptualMetric
 from lipsim.attacks import SmoothedObjective, TwoAFCObjective, apgd, pgd
 from lipsim.attacks.objectives import value_and_gradient
+from lipsim.certificates import smoothed_radius
 from lipsim.metric import SaturatingSum, SmoothedMetric, TiledMetric
 
 SIZE, SIGMA = 4, 0.5
@@ -132,6 +133,43 @@ def test_an_attack_on_smoothed_answers_ends_where_their_half_space_does(
             moved = apgd(objective.select(one), start, eps=eps, steps=20, box=None)
             found = smoothed.certify(moved, images[1][one], images[2][one], index=[7], check_range=False)
             assert bool(found.prefers_left != clean.prefers_left[row]) == flips
+
+
+def test_attacks_on_answers_with_noise_on_all_images(
+    metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """An image that moves alone has the votes of three that may move, of which two stay, and falls beyond a radius."""
+    images = tuple(x.double() for x in images)  # type: ignore[assignment]
+    metric.double()
+    smoothed = SmoothedMetric(metric, SIGMA / 4, samples=2000, moving="all")
+    clean = smoothed.certify(*images, check_range=False)
+    options: dict[str, Any] = {"sigma": SIGMA / 4, "draws": 64, "seed": 5, "index": [4, 2, 9], "check_range": False}
+    all_three = SmoothedObjective.of_triplets(metric, *images, target="all", chosen_left=clean.prefers_left, **options)
+    assert all_three.parts == 3 and torch.equal(all_three.images, torch.cat(images, 1))
+    for place, target in enumerate(("reference", "left", "right")):
+        votes = SmoothedObjective.of_triplets(
+            metric,
+            *images,
+            target=target,
+            chosen_left=clean.prefers_left,
+            **options,  # type: ignore[arg-type]
+        )
+        assert votes.parts == 1 and torch.equal(votes.images, images[place])
+        assert bool((votes(images[place]) < 0).all())
+        moved = [x + 0.3 * torch.rand_like(x) if here == place else x for here, x in enumerate(images)]
+        assert torch.allclose(votes(moved[place]), all_three(torch.cat(moved, 1)))
+        rows = torch.tensor([2, 0])
+        assert torch.allclose(votes.select(rows)(moved[place][rows]), votes(moved[place])[rows])
+    own = SmoothedObjective.of_triplets(metric, *images, **options)  # without noise it answers the same here
+    assert torch.allclose(own(images[0]), all_three(torch.cat(images, 1)))
+
+    alone = smoothed_radius(clean.p_lower, SIGMA / 4)
+    for row in range(3):
+        one = torch.tensor([row])
+        for eps, flips in ((float(alone[row]), False), (1.5 * float(_distances()[row].abs()), True)):
+            moved_to = apgd(own.select(one), images[0][one], eps=eps, steps=20, box=None)
+            found = smoothed.certify(moved_to, images[1][one], images[2][one], index=[7], check_range=False)
+            assert bool(found.prefers_left != clean.prefers_left[row]) == flips and not found.abstained.any()
 
 
 def test_draws_depend_on_seed_and_index_alone(metric: PerceptualMetric, images: tuple[Tensor, Tensor, Tensor]) -> None:
