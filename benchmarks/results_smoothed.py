@@ -91,7 +91,6 @@ def _scores(
     agree, everywhere = _chosen(reference, triplets), _chosen(joint, triplets)
     attacked, violations = _attacked(smoothed, "reference", triplets, device, options)
     attacked_jointly, violations_jointly = _attacked(smoothed, "all", triplets, device, options)
-    alone = _reference_radius(joint, smoothed.sigma)
     return {
         "num_triplets": len(triplets.ids),
         "num_attacked": min(options.smoothed_attacked, len(triplets.ids)),
@@ -105,11 +104,11 @@ def _scores(
         "violations": violations + violations_jointly,
         "jointly_smoothed": {
             "natural": share(everywhere),
-            "certified": held(everywhere, alone, CERTIFIED),
+            "certified": held(everywhere, joint.single_radius, CERTIFIED),
             "joint": held(everywhere, joint.radius, JOINT),
             "attacked": attacked_jointly,
             "abstained": share(joint.abstained),
-            "pixels": _pixels(triplets, alone),
+            "pixels": _pixels(triplets, joint.single_radius),
         },
     }
 
@@ -119,11 +118,6 @@ def _pixels(triplets: Triplets, radius: Tensor) -> float:
     images = triplets.floats(triplets.ids[:, 0], torch.device("cpu"))
     parts = zip(images.split(256), radius.split(256), strict=True)
     return float(torch.cat([certificates.certified_pixels(*part) for part in parts]).double().median())
-
-
-def _reference_radius(found: SmoothedCertificate, sigma: float) -> Tensor:
-    """How far the reference may move by itself: as far as the stack of the three, √3 times what each of them may."""
-    return certificates.smoothed_radius(found.p_lower, sigma)
 
 
 def _chosen(found: SmoothedCertificate, triplets: Triplets) -> Tensor:
@@ -148,7 +142,7 @@ def _attacked(
     smoothed = SmoothedMetric(smoothed.metric, smoothed.sigma, **sampling, seed=smoothed.seed, moving=noisy)
     images = [triplets.floats(column, device) for column in triplets.ids.unbind(1)]
     clean = smoothed.certify(*images, index=torch.arange(count)).to("cpu")
-    agree, radius, violations = _chosen(clean, triplets), _reference_radius(clean, smoothed.sigma), 0
+    agree, radius, violations = _chosen(clean, triplets), clean.single_radius, 0
     broken = torch.where(agree, math.inf, 0.0).double()
     for rows in agree.nonzero().flatten().split(max(1, options.attack_batch // options.attack_draws)):
         attack = SmoothedAttack(smoothed, [part[rows] for part in images], clean.prefers_left[rows], rows, options)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lipsim.callbacks.answers import Answers, curve_grid
 from lipsim.callbacks.base import TripletCallback, check_budgets, drawn_positions, load_others, log_score
 from lipsim.callbacks.certify_radii import EPS
+from lipsim.certificates import smoothed_radius
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
 from lipsim.evaluation.batches import EvaluatedBatch
@@ -42,7 +43,8 @@ class CertifySmoothed(TripletCallback):
         n0: draws that choose it.
         alpha: probability, for each answer, that its certificate is wrong.
         eps: ℓ2 budgets of the certified score, in input pixels in [0, 1], ascending.
-        moving: the image that may change: "reference", "left", "right", or "all", each within the budget.
+        moving: the image that may change: "reference", "left", "right", or "all", each within the budget; of "all",
+            which has noise on all images, there are also scores of answers where one of them moves alone.
         others: name → exported metric, smoothed in the same way on the same triplets; a teacher, for example.
         own: whether to smooth the evaluated metric itself.
         max_triplets: of each set, drawn at random; None: all.
@@ -165,13 +167,13 @@ class CertifySmoothed(TripletCallback):
         return {
             "num_triplets": len(first.index),
             "num_tied_votes": first.num_tied_votes,
-            "metrics": {key: self._scores(key, found, rows[f"{key}/radius"]) for key, found in answers.items()},
+            "metrics": {key: self._scores(key, found, rows) for key, found in answers.items()},
         }
 
-    def _scores(self, key: str, answers: Answers, radii: Tensor) -> SmoothedScores:
-        grid = curve_grid(self.eps)
+    def _scores(self, key: str, answers: Answers, rows: dict[str, Tensor]) -> SmoothedScores:
+        grid, radii = curve_grid(self.eps), rows[f"{key}/radius"]
         abstained, passes = float((answers.choice == 0).double().mean()), self.smoothed[key].passes
-        return {
+        scores: SmoothedScores = {
             "natural": answers.natural("majority"),
             "vote": answers.natural("vote"),
             "abstained": abstained,
@@ -181,3 +183,7 @@ class CertifySmoothed(TripletCallback):
             "passes_per_certified": None if abstained == 1 else passes / (1 - abstained),
             "curve": {"eps": grid, "certified": answers.curve(radii, grid)},
         }
+        if self.moving == "all":
+            single = smoothed_radius(rows[f"{key}/p_lower"], self.sigma)
+            scores["certified_single"] = answers.certified(single, self.eps)
+        return scores

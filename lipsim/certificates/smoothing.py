@@ -38,6 +38,8 @@ class SmoothedCertificate:
         prefers_left: bool; False where it abstains too.
         abstained: bool: the draws do not tell which answer is the more frequent one; the radius is 0.
         radius: what moves may move by less than this, each, and the smoothed answer stays.
+        single_radius: where several have noise: one of them, whichever it is, may move by less than this if the others
+            stay; √k times the radius of k images. Where one has noise it is the radius.
         p_lower: the probability of the answer under noise is at least this, with probability ``1 − α``.
         counts: ``(N, 3)`` int64, how many of the draws said left, right, and neither.
     """
@@ -45,6 +47,7 @@ class SmoothedCertificate:
     prefers_left: Tensor
     abstained: Tensor
     radius: Tensor
+    single_radius: Tensor
     p_lower: Tensor
     counts: Tensor
 
@@ -94,11 +97,10 @@ def certify_counts(
     left = selection[:, 0] >= selection[:, 1]
     successes = torch.where(left, counts[:, 0], counts[:, 1])
     p_lower = binomial_lower_bound(successes, trials[0], alpha) if trials else torch.zeros_like(successes).double()
-    radius = smoothed_radius(p_lower, sigma)
-    if moving > 1:
-        radius = round_down(radius / math.sqrt(moving), radius.dtype)
+    single = smoothed_radius(p_lower, sigma)
+    radius = round_down(single / math.sqrt(moving), single.dtype) if moving > 1 else single
     known = radius > 0
-    return SmoothedCertificate(left & known, ~known, radius, p_lower, counts)
+    return SmoothedCertificate(left & known, ~known, radius, single, p_lower, counts)
 
 
 def binomial_lower_bound(successes: Tensor, trials: int, alpha: float) -> Tensor:

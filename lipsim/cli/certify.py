@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     smoothing.add_argument(
         "--moving",
         choices=("reference", "left", "right", "all"),
-        help=f"the image that may change ({default['moving']})",
+        help=f"the image that has noise and may change ({default['moving']}); of all, there is also a radius of one",
     )
     add_output(parser)
     parser.set_defaults(run=_run)

@@ -135,7 +135,8 @@ class SmoothedFileCertificate:
     Attributes:
         answer: the image that is more like the reference; "abstains": the draws do not tell, and the radius is 0.
         radius: ℓ2, for values in [0, 1], in the pixels that the metric sees: "reference", "left" or "right", where only
-            that one changes, or "joint", where all three do, each by less.
+            that one changes; with noise on all images each of these, which are equal, and "joint", where all three
+            change, each by less.
         original_radius: the same in the pixels of each file, see :func:`original_radii`; None where there are none.
         p_lower: the answer has at least this probability under noise, with probability ``1 − α``.
         counts: how many draws of ``n`` said "left", "right", and "neither".
@@ -215,7 +216,9 @@ def smooth_files(
     smoothed = SmoothedMetric(metric, sigma, samples, selection, alpha, seed, moving)
     pictures, images = _read(metric, reference, left, right)
     found = smoothed.certify(*(images[name] for name in IMAGES), advance=advance)
-    radii: dict[str, float] = {"joint" if moving == "all" else moving: float(found.radius)}
+    radii = dict.fromkeys(IMAGES if moving == "all" else (moving,), float(found.single_radius))
+    if moving == "all":
+        radii["joint"] = float(found.radius)
     return SmoothedFileCertificate(
         answer="abstains" if bool(found.abstained) else "left" if bool(found.prefers_left) else "right",
         radius=radii,

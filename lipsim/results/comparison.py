@@ -49,6 +49,7 @@ _ATTACKS: dict[str, tuple[str, tuple[Kind, ...]]] = {
 
 
 _EXACT_PASSES, _SUM_PASSES = "3", "6"  # one for each image, by each metric
+_ALL_MOVE, _ONE_MOVES = ", all three images move", ", noise on all, one image moves"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> l
     for title, answered in smoothed_groups.items():
         passes = mean_cell((s["passes_per_certified"] for s in answered), ".0f")
         more = others([s["vote"] for s in answered], percent_cell(s["abstained"] for s in answered), passes)
-        rows.append(_row(title, [s["natural"] for s in answered], [s["certified"] for s in answered], eps, more))
+        natural = [s["natural"] for s in answered]
+        rows.append(_row(title, natural, [s["certified"] for s in answered], eps, more))
+        if single := [s["certified_single"] for s in answered if "certified_single" in s]:
+            rows.append(_row(f"{title.removesuffix(_ALL_MOVE)}{_ONE_MOVES}", natural, single, eps, more))
     if not rows:  # of a sum alone, whose radius nobody published
         return []
     sets: list[AnySet] = [*exact]
@@ -137,7 +141,7 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> l
 def smoothing(section: Smoothing) -> str:
     """What tables say of a smoothed metric: noise, draws, and the probability with which a certificate is wrong."""
     moving = section["moving"]
-    which = {"reference": "", "all": ", all three images move"}.get(moving, f", the {moving} image moves")
+    which = {"reference": "", "all": _ALL_MOVE}.get(moving, f", the {moving} image moves")
     return f"smoothed, σ = {section['sigma']:g}, n = {section['n']}, α = {section['alpha']:g} an answer{which}"
 
 
@@ -320,6 +324,8 @@ def _single_numbers(runs: Sequence[Run]) -> Iterable[Number]:
                 yield name, run.name, key, "smoothed, passes per certified", "", values["passes_per_certified"]
                 for label, value in values["certified"].items():
                     yield name, run.name, key, "smoothed, certified", label, value
+                for label, value in values.get("certified_single", {}).items():
+                    yield name, run.name, key, "smoothed, certified, one image moves", label, value
         for name, found in run.attacked_sets.items():
             assert run.attacked is not None
             target = run.attacked["target"]

@@ -88,6 +88,7 @@ class SmoothedScores(TypedDict):
     vote: float | None
     abstained: float | None
     certified: Scores
+    certified_single: NotRequired[Scores]
     radius: RadiusSummary
     passes: int
     passes_per_certified: float | None

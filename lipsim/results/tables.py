@@ -50,21 +50,25 @@ def summing(section: Summation) -> str:
 def smoothed_rows(smoothed: Smoothing) -> list[Row]:
     """One row a set and metric from the section "smoothed" of results.json: natural and certified scores in %.
 
-    "passes" are forward passes for each answer that is certified, of one image each.
+    "passes" are forward passes for each answer that is certified, of one image each. Where all three images have noise
+    and may move, there is a second row of what is certified where one of them does.
     """
-    return [
-        {
-            "set": name if key == "metric" else f"{name}: {key}",
-            "triplets": str(found["num_triplets"] - found["num_tied_votes"]),
-            "natural": percent(scores["natural"]),
-            "abstains": percent(scores["abstained"]),
-            **percents(scores["certified"]),
-            "median R": number(scores["radius"]["median"]),
-            "passes": number(scores["passes_per_certified"], ".0f"),
-        }
-        for name, found in smoothed["sets"].items()
-        for key, scores in found["metrics"].items()
-    ]
+    rows: list[Row] = []
+    for name, found in smoothed["sets"].items():
+        for key, scores in found["metrics"].items():
+            row = {
+                "set": name if key == "metric" else f"{name}: {key}",
+                "triplets": str(found["num_triplets"] - found["num_tied_votes"]),
+                "natural": percent(scores["natural"]),
+                "abstains": percent(scores["abstained"]),
+                **percents(scores["certified"]),
+                "median R": number(scores["radius"]["median"]),
+                "passes": number(scores["passes_per_certified"], ".0f"),
+            }
+            rows.append(row)
+            if single := scores.get("certified_single"):
+                rows.append({**row, "set": f"{row['set']}, one image moves", **percents(single), "median R": ""})
+    return rows
 
 
 def print_table(console: Console, rows: Sequence[Row], title: str) -> None:

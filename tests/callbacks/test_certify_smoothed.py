@@ -67,9 +67,8 @@ def test_rows_are_those_of_the_smoothed_metric_in_any_batch(capsys: pytest.Captu
 
 def test_a_run_that_was_cut_short_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     content = config()
-    content["trainer"]["callbacks"] = [
-        {"class_path": "lipsim.callbacks.CertifySmoothed", "init_args": {**OPTIONS, "alpha": 0.01, "moving": "all"}}
-    ]
+    options = {**OPTIONS, "sigma": 0.02, "alpha": 0.01, "eps": [0.01, 0.02], "moving": "all"}
+    content["trainer"]["callbacks"] = [{"class_path": "lipsim.callbacks.CertifySmoothed", "init_args": options}]
     write_config(content)
     assert len(cut_short(monkeypatch, 4, args("run"))) == 4
     seen = spy_on_embedding(monkeypatch)
@@ -77,6 +76,16 @@ def test_a_run_that_was_cut_short_continues(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == list(range(8, COUNT))
     evaluate(args("whole"))
     assert _section("run") == _section("whole") and _section("run")["moving"] == "all"
+    # One image alone moves by √3 times as much, in the share of answers that these rows have.
+    section, table = _section("whole"), rows("whole/smoothed.csv")
+    untied = [row for row in table if row["right_vote"] != 0.5]
+    (scores,) = section["sets"]["builtin"]["metrics"].values()
+    for label, eps in zip(scores["certified"], section["eps"], strict=True):
+        for key, factor in (("certified", 1.0), ("certified_single", 3**0.5)):
+            held = [row for row in untied if row["metric/radius"] * factor > eps]
+            agree = sum(row["metric/choice"] == (1 if row["right_vote"] < 0.5 else -1) for row in held)
+            assert scores[key][label] == pytest.approx(agree / len(untied))
+    assert scores["certified_single"] != scores["certified"]
     assert Path("run/smoothed.csv").read_bytes() == Path("whole/smoothed.csv").read_bytes()
 
 

@@ -252,6 +252,13 @@ def test_smoothing_certifies_files_of_any_metric(pictures: list[Path], capsys: p
     assert _run("certify", "--metric", file, *pictures, *options, "--moving", "all") == 0
     output = capsys.readouterr().out
     assert "all three, each: R =" in output and "holds with probability 0.99;" in output
+    # With noise on all, any of them may move alone, by √3 times what each may where all do.
+    options = ["--smooth", "0.01", "--samples", "40", "--moving", "all", "--json"]
+    assert _run("certify", "--metric", file, *pictures, *options) == 0
+    facts = json.loads(capsys.readouterr().out)
+    radii, original = facts["radius"], facts["original_radius"]
+    assert list(radii) == list(original) == ["reference", "left", "right", "joint"] and radii["joint"] > 0
+    assert radii["reference"] == radii["left"] == radii["right"] == pytest.approx(3**0.5 * radii["joint"])
     assert _run("certify", "--metric", file, *pictures, "--smooth", "0") == 1
     assert "expected a finite sigma > 0" in capsys.readouterr().err
     assert _run("certify", "--metric", file, *pictures, "--smooth", "0.2", "--samples", "20", "--json") == 0

@@ -20,6 +20,7 @@ from lipsim.results.formats import escape_latex, html_page, latex_table, markdow
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs
 from lipsim.results.schema import Scores
+from lipsim.results.tables import smoothed_rows
 
 
 def _write(
@@ -92,6 +93,18 @@ def test_smoothed_metrics_are_rows_beside_the_exact_ones(tmp_path: Path) -> None
     assert "| both | 90.0 |  | 3 | 70.0 | 50.0 |" in markdown
     row = "smoothed, σ = 0.25, n = 1000, α = 0.001 an answer | {} | 20.0 | 1378 | 61.0 | 0.0 |"
     assert f"| both, {row.format('72.0')}" in markdown and f"| alone: teacher, {row.format('75.0')}" in markdown
+    # With noise on all images: where all move, and where one does.
+    jointly = smoothed_section({"metric": (0.8, scores)}, eps, moving="all")
+    jointly["sets"]["builtin"]["metrics"]["metric"]["certified_single"] = {"36/255": 0.7, "1": 0.2}
+    update_results(tmp_path / "jointly" / "results.json", {"smoothed": jointly})
+    write_report(load_runs([str(tmp_path / "jointly")]), tmp_path / "jointly")
+    all_images, cells = (tmp_path / "jointly/report.md").read_text(), "| 80.0 | 20.0 | 1378 |"
+    named = "| jointly, smoothed, σ = 0.25, n = 1000, α = 0.001 an answer, "
+    assert f"{named}all three images move {cells} 61.0 | 0.0 |" in all_images
+    assert f"{named}noise on all, one image moves {cells} 70.0 | 20.0 |" in all_images
+    assert [row["36/255"] for row in smoothed_rows(jointly)] == ["61.0", "70.0"]
+    numbers = (tmp_path / "jointly/report.csv").read_text()
+    assert 'builtin,jointly,metric,"smoothed, certified, one image moves",1,0.2' in numbers
     latex = (tmp_path / "out/report.tex").read_text()
     assert latex.isascii() and r"$\sigma$ = 0.25" in latex and r"$\alpha$ = 0.001" in latex
     numbers = (tmp_path / "out/report.csv").read_text()
