@@ -22,10 +22,10 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, write_file, write_safetensors
 from lipsim.utils.precision import full_precision
 from lipsim.utils.terminal import text_table
-from lipsim.utils.weights import tensor_names
 
 Goal = Literal["different", "alike"]
 GOALS: tuple[Goal, ...] = ("different", "alike")
+_PICTURES = [f"{name}{end}.png" for name in (*IMAGES, "image", "other") for end in ("", "-attacked")]
 # Budgets where none is given: for a triplet the smallest that suffices counts, a pair takes the one in the middle.
 _EPS: dict[Norm, tuple[float, ...]] = {
     2: (36 / 255, 108 / 255, 1.0, 2.0, 4.0),
@@ -74,8 +74,9 @@ class AttackedImages:
 
         from lipsim.results.plots import plot_grid  # matplotlib, which the command line loads only where it draws
 
-        # Of an earlier attack of other images, known by its tensors.
-        remove_files(folder, [f"{name}.png" for name in tensor_names(folder / "images.safetensors")])
+        # Of an earlier attack of other images. What its file of tensors calls them is not asked: that may be anybody's.
+        if (folder / "images.safetensors").is_file():
+            remove_files(folder, _PICTURES)
         tensors = {**self.clean, **{f"{name}-attacked": self.attacked[name] for name in self._moved}}
         for name, image in tensors.items():
             write_file(folder / f"{name}.png", partial(save_image, image))

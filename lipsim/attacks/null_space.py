@@ -61,7 +61,7 @@ class NullSpaceMove:
         relative: ``(N,)`` what the operator sees of the change, relative to what it sees of an equally long piece of
             the direction; 0 where nothing moved.
         trivial: ``(N,)`` bool: where the kernel holds nothing of the direction, so that nothing moved. (Where nothing
-            moved without this, the box leaves no room, or convergence did not get there.)
+            moved without this, the direction is 0, the box leaves no room, or convergence did not get there.)
         before: ``(N,)`` an attack's objective without the change; None where there is no attack.
         after: the same with it: still positive where it was.
     """
@@ -78,7 +78,10 @@ class NullSpaceMove:
         if bool(self.trivial.all()):
             return "the first operator sees everything: its kernel is trivial, and nothing moved"
         if not bool(self.length.any()):
-            return "nothing moved: the box leaves no room in the kernel, or conjugate gradients did not find it"
+            return (
+                "nothing moved: the direction is 0, the box leaves no room in the kernel, or conjugate gradients did "
+                "not find it"
+            )
         lengths = ", ".join(f"{length:.4g}" for length in self.length.tolist())
         text = (
             f"moved by ‖δ‖₂ = {lengths}; the first operator sees at most {float(self.residual.max()):.1e} of it "
@@ -351,7 +354,8 @@ def _by_images(
     slow = (sample_norm(operator(found)) > accepted * whole).nonzero().flatten()
     if len(slow):
         found[slow] = free(slow, 5 * iterations)
-    trivial = sample_norm(found) <= _TRIVIAL * size
+    # Of a direction that is 0 where images may change, it shows nothing.
+    trivial = (sample_norm(found) <= _TRIVIAL * size) & (sample_norm(inside) > 0)
     outside = ((found < low) | (found > high)).flatten(1).any(1)
     hard = (~trivial & (outside | ~exact(rows, found))).nonzero().flatten()
     if bounded and len(hard):

@@ -193,7 +193,7 @@ class NullSpaceRobustness(TripletCallback):
         if operator is None:
             reason = "the first layer is not linear: it passes all of its input on"
         elif not (rows[f"{key}/length"] > 0).any():
-            reason = f"the first operator ({layer}) has a trivial kernel"
+            reason = f"nothing moved in the kernel of the first operator ({layer}): it is trivial, or the box is full"
         else:
             moves = NullSpaceMoves(
                 mean_length=float(rows[f"{key}/length"].mean()),

@@ -177,10 +177,10 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
         if name not in Image.OPEN:
             Image.init()
         factory, accepts = Image.OPEN[name]
-        accepted = accepts is None or accepts(content[:16])
-        if not accepted or isinstance(accepted, str):  # a text says why a format is not supported
-            continue
         try:
+            accepted = accepts is None or accepts(content[:16])
+            if not accepted or isinstance(accepted, str):  # a text says why a format is not supported
+                continue
             image = factory(io.BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue  # of another format that begins alike, or damaged
@@ -299,6 +299,8 @@ def _read_deep(content: bytes) -> DeepImage | None:
         rawmode = _rawmode(image)
         if image.format == "PNG" and content[24] == 16:
             deep = _png(content)
+        elif image.format == "PNG" and content[25] == 0 and content[24] in (2, 4) and "transparency" in image.info:
+            deep = _png_of_few_bits(content)
         elif image.format == "JPEG2000":
             deep = _jpeg2000(content)
         elif image.format == "AVIF":
@@ -343,6 +345,14 @@ def _png(content: bytes) -> DeepImage:
         alpha = np.where((pixels == transparent).all(2, keepdims=True), 0, 65535).astype(np.uint16)
         pixels = np.concatenate([pixels, alpha], axis=2)
     return DeepImage(pixels, (65535,) * pixels.shape[2])
+
+
+def _png_of_few_bits(content: bytes) -> DeepImage:
+    """Gray PNG of 2 or 4 bits with a tRNS chunk, whose level Pillow looks for among those of 8 bits."""
+    import imagecodecs
+
+    pixels = _with_channels(imagecodecs.png_decode(content))
+    return DeepImage(pixels, (255,) * pixels.shape[2])
 
 
 def _tiff(content: bytes) -> DeepImage | None:

@@ -28,6 +28,10 @@ class ImageSource(Protocol):
     def missing(self, names: Iterable[str]) -> list[str]:
         """Which of some images are not there, in their order; none is read."""
 
+    @property
+    def remedy(self) -> str:
+        """What is said of those that are not."""
+
 
 class ImageFiles:
     """Image files under a folder, read and transformed when they are asked for.
@@ -45,6 +49,10 @@ class ImageFiles:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return missing_files(self.root, names)
+
+    @property
+    def remedy(self) -> str:
+        return f"paths are relative to {self.root.absolute()}"
 
 
 class EightBitImages:
@@ -67,6 +75,10 @@ class EightBitImages:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return self.source.missing(names)
+
+    @property
+    def remedy(self) -> str:
+        return self.source.remedy
 
 
 def image_source(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lipsim.certificates.numbers import check_count
 from lipsim.data.eight_bit import as_float
-from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess
+from lipsim.data.transforms import CentralCrop, CentredSquare, Preprocess, UnreadableImageError
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import parse_json, read_array, write_file, write_text
 from lipsim.utils.paths import user_path
@@ -189,6 +189,11 @@ class ImagePack:
         Raises:
             ValueError: they were.
         """
+        if isinstance(transform, Preprocess) and transform.way != transform.resize:
+            raise LipsimError(
+                f"the pack {self.folder} has images under {self.transform!r}, expected {transform!r}; whole images are "
+                "stretched in a pack: leave the pack out, the files themselves can be framed in any way"
+            )
         if repr(transform) != repr(self.transform):
             raise LipsimError(
                 f"the pack {self.folder} has images under {self.transform!r}, expected {transform!r}; set the size and "
@@ -218,6 +223,14 @@ class ImagePack:
         asked = list(names)
         rows = self.find(np.array([_as_bytes(name) for name in asked], dtype="S")).tolist()
         return [name for name, row in zip(asked, rows, strict=True) if row < 0]
+
+    @property
+    def remedy(self) -> str:
+        """What is said of images that are not in the pack."""
+        return (
+            f"the pack {self.folder} lacks what is named; run {COMMAND} again, which adds it unless it says that it "
+            "passes files of that ending over, or leave the pack out"
+        )
 
     def load(self, name: str) -> Tensor:
         """One image by the path of its file, ``(3, S, S)`` float32 in [0, 1].
@@ -259,7 +272,9 @@ class ImagePack:
         mapped = self._map(number)
         stored = self._streamed(row) if mapped is None else np.array(mapped[self._place[row], 4:])
         if len(stored) != 3 * side * side or zlib.crc32(stored.data) != self._crc32[row]:
-            raise self._damaged(number, f"the image {os.fsdecode(self.paths[row])} is not what was written")
+            # Of one image, which may be skipped.
+            damage = self._damaged(number, f"the image {os.fsdecode(self.paths[row])} is not what was written")
+            raise UnreadableImageError(str(damage))
         return stored.reshape(3, side, side)
 
     def _map(self, number: int) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lipsim.certificates.numbers import check_count
 from lipsim.data.eight_bit import rounded
+from lipsim.data.embeddings.cache import shard_numbers
 from lipsim.data.pack import (
     COMMAND,
     DESCRIPTION,
@@ -220,8 +221,7 @@ def _rows_of(output: Path, image_size: int) -> tuple[dict[bytes, _Row], dict[int
     """Where each image is in the complete shards, listed or not, and how many each shard has."""
     rows: dict[bytes, _Row] = {}
     counts = {}
-    numbers = sorted(int(file.name.split(".")[0].removeprefix("shard-")) for file in output.glob("shard-*.index.npy"))
-    for number in numbers:
+    for number in shard_numbers(output):
         index, file = read_index(output, number), shard_file(output, number)
         counts[number] = len(index)
         if not file.is_file() or file.stat().st_size != shard_bytes(len(index), image_size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,12 @@ def sample_triplets(
     framing: str = "stretch",
     root: Path | None = None,
     seed: int = 0,
+    division: Mapping[str, Any] | None = None,
 ) -> Triplet:
-    """Some triplets to verify or attack on, drawn from what no stage trains on.
+    """Some triplets to verify or attack on, drawn from what no stage trains on with the data's default division.
+
+    Material is divided here, by :func:`lipsim.data.sets.material.split_material`: a training with another seed or other
+    counts has seen some of the triplets that the default holds out, and says so by ``division``.
 
     Args:
         data: one of :data:`DATA`: the first built-in test triplets, or some of the held-out triplets of Material, of
@@ -182,6 +186,7 @@ def sample_triplets(
         framing: as in :func:`open_sets`.
         root: folder of the data, of a table its file; built-in ones have none.
         seed: of the draw.
+        division: options of :func:`open_sets` with which a training has divided the data, ``{"seed": 1}`` of Material.
 
     Raises:
         ValueError: as in :func:`open_sets`, or no samples.
@@ -194,6 +199,7 @@ def sample_triplets(
     options: dict[str, Any] = {} if source.on_disk else {"num_triplets": count, "seed": seed}
     if data == "table":
         options = {"test_fraction": 1.0}
+    options |= division or {}
     images: dict[str, Any] = {"image_size": image_size, "resize": resize, "framing": framing}
     found = open_sets(data, [source.held_out], root=root, **images, **options)
     triplets = found[source.held_out]

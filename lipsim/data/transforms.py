@@ -354,11 +354,13 @@ class CentredSquare:
     in eight bits, so that nothing outside it counts.
 
     Args:
-        preprocess: how the square is resized, as a metric's has it.
+        preprocess: how the square is resized, as a metric's has it. Whether an image is stretched, padded or cropped
+            makes no difference to a square.
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
-        self.preprocess = preprocess
+        framed = preprocess.framing in ("pad", "center-crop")
+        self.preprocess = Preprocess(preprocess.image_size, preprocess.resize) if framed else preprocess
 
     def __call__(self, image: Image.Image | DeepImage) -> Tensor:
         rgb = to_rgb(image)

@@ -18,7 +18,7 @@ class LabelledFolderData(TripletData):
 
     It is for :class:`lipsim.callbacks.CertifyRetrieval`; nothing is trained on it. The classes are those of the
     gallery, see :class:`lipsim.data.sets.labelled_folder.LabelledFolder`. No query is in the gallery: the parts are
-    different folders, neither of them within the other.
+    different folders, neither of them within the other, and no file is in both, by links for example.
 
     Args:
         root: folder that has both parts; nothing is downloaded.
@@ -69,15 +69,28 @@ class LabelledFolderData(TripletData):
 
         Raises:
             FileNotFoundError: one is missing or has no images.
-            ValueError: another stage than a test, images outside the folder of a class, or queries of other classes.
+            ValueError: another stage than a test, images outside the folder of a class, queries of other classes, or a
+                query that is a file of the gallery.
         """
         if stage != "test":
             raise LipsimError("a gallery with queries is for `lipsim evaluate`; train on other data")
         assert self.preprocess is not None
         self.gallery = LabelledFolder(self.root / self.gallery_part, self.preprocess)
         own = LabelledFolder(self.root / self.query_part, self.preprocess, self.gallery.classes)
+        searched = set(_files(self.gallery))
+        if twice := [str(name) for name, file in zip(own.names, _files(own), strict=True) if file in searched]:
+            raise LipsimError(
+                f"{len(twice)} of {len(own)} queries in {own.folder} are files of the gallery {self.gallery.folder}, "
+                f"too (first: {twice[0]}), and would find themselves; take the links away"
+            )
         self.queries = LabelledImages(own, self.preprocess, self.gallery)
 
     def test_dataloader(self) -> list[DataLoader[LabelledBatch]]:
         assert self.queries is not None
         return [self._loader(self.queries)]
+
+
+def _files(images: LabelledFolder) -> list[tuple[int, int]]:
+    """Device and number of each file, behind all links; of file systems without numbers something of its own."""
+    states = [(images.folder / str(name)).stat() for name in images.names]
+    return [(s.st_dev, s.st_ino) if s.st_ino else (-1, id(s)) for s in states]

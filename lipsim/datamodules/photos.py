@@ -16,6 +16,8 @@ from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photo_batches import HumanVotes, PhotoBatches, SharedImages
 from lipsim.data.sets.photos import PhotoTriplets
 from lipsim.datamodules.base import TripletData, as_fetched, check_names
+from lipsim.datamodules.folder import ImageFolderData
+from lipsim.datamodules.labelled import LabelledFolderData
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
@@ -93,6 +95,8 @@ class PhotoData(TripletData):
             )
         if isinstance(human, PhotoData):
             raise LipsimError("expected votes of people as human, got PhotoData, whose sets have the same names")
+        if isinstance(human, ImageFolderData | LabelledFolderData):
+            raise LipsimError(f"expected votes of people as human, got {type(human).__name__}, which has no triplets")
         size = None if human is None or human.preprocess is None else human.preprocess.image_size
         if size not in (None, image_size):
             raise LipsimError(
@@ -109,11 +113,13 @@ class PhotoData(TripletData):
         """Read the images that the stage needs.
 
         Raises:
-            ValueError: a set of human votes has the name of a kind of triplets.
+            ValueError: a set of human votes has the name of a kind of triplets, or there are none to train on.
         """
         if self.human is not None:
             self.human.trainer = self.trainer
             self.human.setup(stage)
+            if stage == "fit" and self.human.train_set is None:
+                raise LipsimError(f"expected votes of people to train on, and {type(self.human).__name__} has none")
         if stage in ("fit", "validate") and not self.val_sets:
             own = self._by_kind(self.eval_seed, self.num_val)
             self.val_sets = dict(own) if self.human is None else _beside(own, self.human.val_sets)
@@ -124,7 +130,8 @@ class PhotoData(TripletData):
             self.train_set = triplets = self._read("train", self.num_train, self.seed, self.kinds)
             if self.shared is not None:
                 human = None
-                if self.human is not None and self.human.train_set is not None:
+                if self.human is not None:
+                    assert self.human.train_set is not None
                     human = HumanVotes(self.human.train_set, self.human_share, self.human.collate)
                 self.train_batches = PhotoBatches(triplets, self.shared, human)
             elif self.human is not None:

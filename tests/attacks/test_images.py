@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
@@ -158,6 +158,12 @@ def test_pictures_of_an_earlier_attack_do_not_stay(capsys: pytest.CaptureFixture
         "other.png",
     }
     assert Path("out/mine.png").is_file()
+    # A file of tensors that is anybody's names nothing that is removed.
+    Path("photos").mkdir()
+    Path("photos/mine.png").write_bytes(b"of somebody else")
+    save_file({"../photos/*": torch.zeros(1), "mine": torch.zeros(1)}, "out/images.safetensors")
+    assert _attack("a.png", "b.png", "--eps", "8", "--output", "out") == 0
+    assert Path("photos/mine.png").is_file() and Path("out/mine.png").is_file()
 
 
 @pytest.mark.parametrize("nearer", ["left", "right"])

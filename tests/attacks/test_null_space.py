@@ -207,6 +207,13 @@ def test_what_cannot_move_is_said() -> None:
     x = torch.rand(1, 3, 16, 16, dtype=torch.float64)
     found = null_space_move(operator, x, torch.randn_like(x))
     assert found.trivial.all() and torch.equal(found.x_adv, x) and "kernel is trivial" in str(found)
+    # Of no direction nothing is said about the kernel, which this one has.
+    few = first_operator(nn.Conv2d(3, 4, 3, stride=2).double().requires_grad_(False), 9)
+    assert few is not None
+    small = torch.rand(1, 3, 9, 9, dtype=torch.float64)
+    assert null_space_move(few, small, torch.randn_like(small)).length.item() > 1
+    still = null_space_move(few, small, torch.zeros_like(small))
+    assert not still.trivial.any() and not still.length.any() and "the direction is 0" in str(still)
     sll = SLLNetwork(16, 8, channels=8, depth=1, linear_depth=1, linear_width=8).eval()
     nn.init.normal_(sll[1][0].bias)
     with pytest.raises(ValueError, match="first layer with weights is linear"):

@@ -63,6 +63,10 @@ def test_no_query_is_in_the_gallery(gallery: str, queries: str, folder: Path) ->
     with pytest.raises(ValueError, match=r"expected queries (in another folder than the|and) gallery"):
         data(folder, gallery=gallery, queries=queries)
     assert data(folder, gallery="train", queries="train-2").query_part == "train-2"  # beside it
+    shutil.copytree(folder / "val/light", folder / "again/light")
+    (folder / "again/dark").symlink_to(folder / "train/dark", target_is_directory=True)
+    with pytest.raises(ValueError, match=r"queries in .*again are files of the gallery .*train, too \(first: dark/"):
+        data(folder, queries="again").setup("test")
 
 
 def test_scores_are_those_of_all_pairs_and_no_attack_passes_a_certificate(

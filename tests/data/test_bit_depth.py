@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from lipsim.data.bit_depth import DECODER_ERRORS, DeepImage, decode, orientation, upright
-from lipsim.data.transforms import Preprocess, load_image, read_image, to_tensor
+from lipsim.data.transforms import Preprocess, load_image, read_image, to_rgb, to_tensor
 
 _RNG = np.random.default_rng(0)
 RGB = _RNG.integers(0, 65536, (4, 5, 3), dtype=np.uint16)
@@ -318,6 +318,30 @@ def test_missing_strips_are_not_black() -> None:
     taller = whole[: tag.valueoffset] + struct.pack("<I", 5) + whole[tag.valueoffset + 4 :]
     with pytest.raises(ValueError, match="strips or tiles are missing"):
         decode(taller)
+
+
+@pytest.mark.parametrize(("bits", "level"), [(1, 1), (2, 1), (4, 3), (8, 85)])
+def test_a_transparent_level_of_few_bits_is_that_of_the_file(bits: int, level: int, tmp_path: Path) -> None:
+    """Of a gray PNG, tRNS names a sample as it is stored, not as it is spread over eight bits."""
+    largest = 2**bits - 1
+    levels = np.arange(4) * 85 if bits == 8 else np.arange(min(4, largest + 1))
+    row = int("".join(f"{value:0{bits}b}" for value in levels).ljust(8, "0"), 2)
+    data = bytes([0]) + row.to_bytes(max(1, len(levels) * bits // 8), "big")
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"tRNS", struct.pack(">H", level)), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    for kind, body in parts:
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    found = load_image(tmp_path / "few.png", to_tensor, content)[0, 0]
+    expected = torch.tensor([1.0 if value == level else value / largest for value in levels.tolist()])
+    assert torch.allclose(found, expected)
+    assert np.allclose(np.asarray(to_rgb(read_image(tmp_path / "few.png", content)))[0, :, 1] / 255, expected)
+
+
+def test_files_of_a_few_bytes_are_of_no_format(tmp_path: Path) -> None:
+    for length in range(1, 20):
+        with pytest.raises(ValueError, match=r"cannot read the image .*x\.png \(of none of the formats"):
+            read_image(tmp_path / "x.png", b"x" * length)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -32,7 +32,7 @@ from lipsim.data.packing import Packed
 from lipsim.data.sets.bapps import BappsTriplets
 from lipsim.data.sets.folder import list_images
 from lipsim.data.sets.image_store import load_image_store
-from lipsim.data.transforms import CentralCrop, CentredSquare, load_image
+from lipsim.data.transforms import CentralCrop, CentredSquare, UnreadableImageError, load_image
 from lipsim.datamodules import ImageFolderData, NightsData
 from lipsim.utils.claim import CLAIM, claim_folder
 from lipsim.utils.errors import LipsimError
@@ -306,11 +306,17 @@ def test_damaged_and_foreign_packs_are_refused_in_one_line(
         for row in range(len(pack)):
             pack.image(row)
     assert "\n" not in str(error.value)
+    # Of one image, as of a file: a set that skips what cannot be read skips it.
+    assert isinstance(error.value, UnreadableImageError) == ("not what was written" in str(error.value))
 
 
 def test_a_damaged_shard_is_packed_again(photos: Path, tmp_path: Path) -> None:
     pack_images(photos, tmp_path / "pack")
     _cut(tmp_path / "pack")
+    # A copy that a file manager has left is nobody's shard.
+    index_file(tmp_path / "pack", 0).rename(tmp_path / "pack" / "shard-00000 (copy).index.npy")
+    copy = (tmp_path / "pack" / "shard-00000 (copy).index.npy").read_bytes()
+    index_file(tmp_path / "pack", 0).write_bytes(copy)
     assert pack_images(photos, tmp_path / "pack").read == 8
     assert numbers(tmp_path / "pack") == [0, 2, 3] and len(ImagePack(tmp_path / "pack")) == 21
 
@@ -363,6 +369,10 @@ def test_images_that_a_pack_lacks_are_named_when_a_set_is_opened(nights: Path, t
     (tmp_path / "far.png").rename(table.parent / "images/5-far.png")
     with pytest.raises(FileNotFoundError, match=r"1 problem: line 7: no image images/5-far\.png"):
         TableTriplets(table, Preprocess(SIZE), pack=tmp_path / "table")
+    with pytest.raises(FileNotFoundError, match=r"the pack .*table lacks what is named; run lipsim data pack again"):
+        TableTriplets(table, Preprocess(SIZE), pack=tmp_path / "table")
+    with pytest.raises(LipsimError, match="whole images are stretched in a pack: leave the pack out"):
+        TableTriplets(table, Preprocess(SIZE, framing="pad"), pack=tmp_path / "table")
 
 
 def test_tables_and_bapps_are_read_from_a_pack(table: Path, bapps: Path, tmp_path: Path) -> None:
@@ -416,6 +426,11 @@ def test_photographs_in_memory_are_the_same_of_a_pack(photos: Path, tmp_path: Pa
         assert torch.equal(packed.images, plain.images) and torch.equal(packed.sha256, plain.sha256)
     with pytest.raises(LipsimError, match=r"has images under CentredSquare\(Preprocess"):
         load_image_store(tmp_path / "pack/train", Preprocess(SIZE + 1, resize))
+    # A square is the same whether images are stretched to one, padded or cropped.
+    for framing in ("pad", "center-crop"):
+        framed = load_image_store(tmp_path / "pack/train", Preprocess(SIZE, resize, framing))
+        plain = load_image_store(photos / "train", Preprocess(SIZE, resize, framing))
+        assert torch.equal(framed.images, plain.images)
 
 
 def _cache(folder: Path, pack: ImagePack, rounded: bool) -> EmbeddingCache:

@@ -11,7 +11,7 @@ from lipsim.data import Preprocess, TripletDataModule
 from lipsim.data.sets.image_store import load_image_store
 from lipsim.data.sets.mixed import MixedTriplets
 from lipsim.data.sets.photos import PhotoTriplets
-from lipsim.datamodules import BuiltinData, MaterialData, PhotoData, TableData
+from lipsim.datamodules import BuiltinData, ImageFolderData, LabelledFolderData, MaterialData, PhotoData, TableData
 
 
 def _data(photos: Path, **options: object) -> PhotoData:
@@ -75,6 +75,9 @@ def test_human_votes_are_mixed_in_and_scored_besides(photos: Path, material: Pat
         _data(photos, human=MaterialData(material, 20))
     with pytest.raises(ValueError, match="expected votes of people as human, got PhotoData"):
         _data(photos, human=_data(photos))
+    for other in (ImageFolderData(photos, image_size=16), LabelledFolderData(photos, image_size=16)):
+        with pytest.raises(ValueError, match=r"votes of people as human, got \w+FolderData, which has no triplets"):
+            _data(photos, human=other)
     study = photos.parent / "study.csv"
     files = [str(path.relative_to(photos.parent)) for path in sorted(photos.rglob("*.png"))[:3]]
     study.write_text("\n".join(["reference,left,right,right_vote", ",".join([*files, "1"])]))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -334,8 +335,9 @@ def write_shard(folder: Path, number: int, paths: Sequence[bytes], sha256: np.nd
 
 
 def shard_numbers(folder: Path) -> list[int]:
-    """Numbers of the shards that are complete, ascending."""
-    return sorted(int(file.name.split(".")[0].removeprefix("shard-")) for file in folder.glob("shard-*.index.npy"))
+    """Numbers of the shards that are complete, ascending; other names, "shard-00000 (copy)", are passed over."""
+    found = (re.fullmatch(r"shard-([0-9]{5,})\.index\.npy", file.name) for file in folder.glob("shard-*.index.npy"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def shard_file(folder: Path, number: int) -> Path:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from lipsim.data.images import ImageSource
 from lipsim.data.transforms import missing_files
@@ -45,7 +46,7 @@ class Row:
         """The number in a column; NaN, and a problem, where there is none in the range."""
         text = self.cells[name]
         try:
-            value = float(text)
+            value = float(text) if "_" not in text else math.nan  # Python reads 0_1 as 1
         except ValueError:
             value = math.nan
         if math.isfinite(value) and least <= value <= most:
@@ -122,7 +123,8 @@ def choose_columns(given: Mapping[str, str] | None, known: Sequence[str]) -> dic
 def read_rows(file: str | Path, columns: Mapping[str, str], chosen: Mapping[str, str] | None = None) -> list[Row]:
     """The lines of a CSV file in UTF-8, with the cells of the columns that it has.
 
-    A byte order mark, line ends of any system, blanks around cells and columns of other names are all fine.
+    A byte order mark, line ends of any system, blanks around cells (but none behind a closing quote) and columns of
+    other names are all fine.
 
     Args:
         file: the table: a line of names, and lines of as many cells, separated by commas.
@@ -143,8 +145,6 @@ def read_rows(file: str | Path, columns: Mapping[str, str], chosen: Mapping[str,
             rows = _read(stream, path, columns, chosen or {})
     except UnicodeDecodeError as error:
         raise LipsimError(f"{file} is not text in UTF-8 ({error.reason}); save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise LipsimError(f"{file} is no CSV file ({error})") from error
     if not rows:
         raise LipsimError(f"{file} has no rows below its line of column names")
     return rows
@@ -152,6 +152,13 @@ def read_rows(file: str | Path, columns: Mapping[str, str], chosen: Mapping[str,
 
 def _read(stream: object, path: Path, columns: Mapping[str, str], chosen: Mapping[str, str]) -> list[Row]:
     reader = csv.reader(stream, skipinitialspace=True, strict=True)  # type: ignore[arg-type]
+    try:
+        return _rows_of(reader, path, columns, chosen)
+    except csv.Error as error:
+        raise LipsimError(f"{path} is no CSV file (line {reader.line_num}: {error})") from error
+
+
+def _rows_of(reader: Any, path: Path, columns: Mapping[str, str], chosen: Mapping[str, str]) -> list[Row]:
     names = [name.strip() for name in next((line for line in reader if any(line)), [])]
     if not names:
         raise LipsimError(f"{path} is empty; expected a line of column names and a line for each judgement")
@@ -222,7 +229,8 @@ def refuse_problems(file: str | Path, rows: Sequence[Row], images: ImageSource |
     message = f"{file} has {len(told)} problem{'s' * (len(told) > 1)}: {_listed(told)}"
     if any(row.problems for row in rows):
         raise LipsimError(message)
-    raise FileNotFoundError(f"{message}; its paths are relative to {user_path(file).parent.absolute()}")
+    remedy = f"paths are relative to {user_path(file).parent.absolute()}" if images is None else images.remedy
+    raise FileNotFoundError(f"{message}; {remedy}")
 
 
 def _listed(told: Sequence[tuple[int, str]]) -> str:

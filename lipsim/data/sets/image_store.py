@@ -55,8 +55,19 @@ class ImageStore:
         """Number of the class of each image, as :func:`lipsim.data.sets.labelled_folder.class_names` has it.
 
         ``(M,)`` int64.
+
+        Raises:
+            ValueError: some are in no folder of a class, beside others that are: nobody knows whether two of them are
+                alike.
         """
-        own = np.array(class_names(self.folder, [os.fsdecode(name) for name in self.names.tolist()]))
+        names = [os.fsdecode(name) for name in self.names.tolist()]
+        own = np.array(class_names(self.folder, names))
+        strays = np.flatnonzero(own == "")
+        if 0 < len(strays) < len(own):
+            raise LipsimError(
+                f"{len(strays)} of {len(own)} images in {self.folder} are in no folder of a class (first: "
+                f"{names[strays[0]]}); move them to where they belong, or away, or leave out semantic triplets"
+            )
         return torch.from_numpy(np.unique(own, return_inverse=True)[1].astype(np.int64))
 
     def embeddings(self, cache: EmbeddingCache, prefix: str) -> Tensor:

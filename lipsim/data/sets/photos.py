@@ -81,7 +81,8 @@ class PhotoTriplets(Dataset[Any]):
         preprocess: how image files became the pictures.
 
     Raises:
-        ValueError: an argument outside its range, or a kind that these pictures do not have.
+        ValueError: an argument outside its range, a kind that these pictures do not have, or pictures of no class
+            beside others where there are semantic triplets.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class PhotoTriplets(Dataset[Any]):
         check_number("temperature", temperature)
         self.store, self.num_triplets, self.seed = store, num_triplets, seed
         self.embeddings, self.near_share, self.temperature = embeddings, near_share, temperature
-        self._classes = _Classes(store.classes())
+        semantic = kinds is None or kinds.get("semantic", 0) != 0
+        self._classes = _Classes(store.classes() if semantic else torch.zeros(len(store), dtype=torch.int64))
         possible = {
             "semantic": len(self._classes.references) > 0,
             "distortion": True,

@@ -256,6 +256,8 @@ def _triplet(row: Row, counted: bool) -> TableRow:
         total = left_votes + right_votes
         if total == 0:
             row.refuse("nobody voted: left_votes and right_votes are 0")
+        elif total == math.inf:
+            row.refuse("left_votes and right_votes have a sum beyond the largest number")
         right_vote = right_votes / total if total else math.nan
     else:
         right_vote = row.number("right_vote", 0, 1)

@@ -17,6 +17,7 @@ from lipsim.data.packing import pack_images
 from lipsim.data.sets import image_store
 from lipsim.data.sets.image_store import ImageStore, load_image_store
 from lipsim.data.sets.labelled_folder import LabelledFolder
+from lipsim.data.sets.photos import PhotoTriplets
 
 
 def write_cache(folder: Path, stores: dict[str, ImageStore], features: np.ndarray, **options: object) -> EmbeddingCache:
@@ -42,6 +43,20 @@ def test_rows_are_centred_squares_in_eight_bits(photos: Path, resize: str) -> No
         assert (store.floats(torch.tensor([row]))[0] - preprocess(square)).abs().max() <= 0.5 / 255 + 1e-6
     spread = load_image_store(photos / "train", preprocess, num_workers=2)
     assert torch.equal(spread.images, store.images) and torch.equal(spread.sha256, store.sha256)
+
+
+def test_images_in_no_class_make_no_class(photos: Path) -> None:
+    """Two of them are not alike because nobody has sorted them; what asks for no classes takes them."""
+    for name in ("stray1.png", "stray2.png"):
+        shutil.copy(photos / "train/class0/0.png", photos / "train" / name)
+    store = load_image_store(photos / "train", Preprocess(16))
+    with pytest.raises(ValueError, match=r"2 of 14 images in .* are in no folder of a class \(first: stray1\.png\)"):
+        PhotoTriplets(store, 10)
+    assert len(PhotoTriplets(store, 10, kinds={"distortion": 1})) == 10
+    shutil.rmtree(photos / "train/class0")
+    shutil.rmtree(photos / "train/class1")
+    shutil.rmtree(photos / "train/class2")
+    assert load_image_store(photos / "train", Preprocess(16)).classes().tolist() == [0, 0]
 
 
 def test_a_draw_is_a_part_of_the_folder(photos: Path) -> None:

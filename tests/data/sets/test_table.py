@@ -122,7 +122,10 @@ def test_everything_wrong_is_told_at_once(folder: Path) -> None:
         ("", "is empty; expected a line of column names"),
         (HEADER, "has no rows below"),
         (b"\xff\xfer\x00e\x00", "not text in UTF-8"),
-        (HEADER + 'a.png,"b.png', "is no CSV file"),
+        (HEADER + 'a.png,"b.png', r"is no CSV file \(line 2: unexpected end"),
+        (HEADER + 'a.png,b.png,c.png,1\na.png, "b.png" ,c.png,1', r"is no CSV file \(line 3: ',' expected after"),
+        (HEADER + "a.png,b.png,c.png,0_1", "line 2: right_vote is '0_1', expected a number"),
+        ("reference,left,right,left_votes,right_votes\na.png,b.png,c.png,1e308,1e308", "beyond the largest number"),
         ("reference,left,right,left,right_vote\na,b,c,d,1", "the column left more than once"),
         ("reference;left;right;right_vote\na;b;c;1", "separated by semicolons, expected commas"),
         ("reference;left;right;choice\na;b;c;1", "separated by semicolons, expected commas"),
@@ -139,7 +142,7 @@ def test_what_is_no_table_is_refused(folder: Path, text: str | bytes, message: s
 
 def test_bad_requests_are_refused(folder: Path) -> None:
     good = HEADER + "a.png,b.png,c.png,1\n"
-    with pytest.raises(FileNotFoundError, match=r"1 problem: line 2: no image gone\.png; its paths are relative to"):
+    with pytest.raises(FileNotFoundError, match=r"1 problem: line 2: no image gone\.png; paths are relative to"):
         table_of(folder, HEADER + "gone.png,b.png,c.png,1")
     with pytest.raises(FileNotFoundError, match="no table"):
         TableTriplets(folder / "other.csv", Preprocess(8))
