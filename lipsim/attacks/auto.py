@@ -14,6 +14,7 @@ from lipsim.attacks.projections import Ball, Box, Norm, sample_norm
 from lipsim.attacks.registry import ATTACKS, Task, check_attacks
 from lipsim.attacks.survivors import sample_index
 from lipsim.attacks.watch import Passes, WatchedObjective
+from lipsim.certificates.numbers import check_count
 from lipsim.utils.errors import LipsimError
 
 
@@ -88,8 +89,10 @@ def auto(
         progress: told what runs next.
 
     Raises:
-        ValueError: a bad norm, budget or box, or an attack that is unknown or does not work in this norm.
+        ValueError: a bad norm, budget or box, no step, run or query, or an attack that is unknown or does not work in
+            this norm.
     """
+    check_effort(steps, restarts, queries)
     budgets = sorted({float(e) for e in (eps if isinstance(eps, Iterable) else [eps])})
     if not budgets:
         raise LipsimError("expected at least one budget eps, got none")
@@ -117,6 +120,17 @@ def auto(
                 progress(f"{name} at ε = {budget:.4g}, {len(rows)} left")
             suite.run(name, budget, rows)
     return suite.result()
+
+
+def check_effort(steps: int, restarts: int, queries: int | None) -> None:
+    """Refuse attacks that would do nothing: a score under them would be the natural one.
+
+    Raises:
+        ValueError: no step, run or query.
+    """
+    for name, value in (("steps", steps), ("restarts", restarts), ("queries", queries)):
+        if value is not None:
+            check_count(name, value)
 
 
 class _Suite:

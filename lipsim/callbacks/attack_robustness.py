@@ -14,12 +14,14 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from lipsim.attacks import Passes, SuiteResult, TwoAFCObjective, auto
+from lipsim.attacks.auto import check_effort
 from lipsim.attacks.objectives import IMAGES, TARGETS, Target
 from lipsim.attacks.projections import Ball, Norm, sample_norm
 from lipsim.attacks.registry import check_attacks, suite
-from lipsim.callbacks.base import TripletCallback, check_budgets, load_others, log_score
-from lipsim.callbacks.certify_radii import EPS
+from lipsim.callbacks.base import DRAWN, TripletCallback, check_budgets, cover_feature_error, load_others, log_score
+from lipsim.callbacks.certify_radii import EPS, ERROR_SAMPLE, CertifyRadii
 from lipsim.callbacks.progress_lines import ProgressLines
+from lipsim.certificates.numbers import check_count
 from lipsim.data import Triplet
 from lipsim.evaluation.batches import EvaluatedBatch
 from lipsim.evaluation.module import EvaluationModule
@@ -41,7 +43,9 @@ class AttackRobustness(TripletCallback):
     A sample is attacked while the metric agrees with its votes; once any attack has broken it, it counts as broken at
     every larger budget and is not attacked again. Where every gradient was zero or not finite, the triplet is counted
     under ``no_gradient``: the attacks without gradients alone have tried it. An answer that flips inside its certified
-    radius is counted as a violation, which must never happen.
+    radius is counted as a violation, which must never happen. (A test without
+    :class:`lipsim.callbacks.CertifyRadii` searches for the rounding of features first, as that does: radii have to
+    cover it.)
 
     A test run writes results.json, attacks.csv, and for the first triplets of each set the attacked images: exact ones
     in ``adversarial/SET.safetensors``, 8-bit ones beside it, and a picture in ``plots/attacked-SET.png``.
@@ -61,7 +65,8 @@ class AttackRobustness(TripletCallback):
         validate: as in :class:`TripletCallback`; off by default, attacks cost hundreds of forward passes.
 
     Raises:
-        ValueError: a bad budget, norm or target, or an attack that is unknown or does not work in this norm.
+        ValueError: a bad budget, norm or target, no step, run or query, or an attack that is unknown or does not work
+            in this norm.
     """
 
     files = ("attacks.csv", "attacks-*.csv", "plots/attacked-*.png", "adversarial/*.safetensors", _IMAGES)
@@ -90,14 +95,21 @@ class AttackRobustness(TripletCallback):
             raise LipsimError(f"expected target to be one of {', '.join(TARGETS)}, got {target!r}")
         self.attacks = check_attacks(attacks, norm)
         self.norm, self.target, self.seed = norm, target, seed
+        check_effort(steps, restarts, queries)
         self.steps, self.restarts, self.queries = steps, restarts, 5 * steps if queries is None else queries
         self.others = load_others(others)
         self.attacked: dict[str, PerceptualMetric] = {}
-        self.num_examples = num_examples
+        self.num_examples = check_count("num_examples", num_examples, least=0)
+        self.pictured: set[str] = set()  # sets whose examples are saved
 
     def begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         for metric in self.others.values():
             freeze(metric.to(module.device))
+        self.pictured = set()
+        # Radii that nobody has made smaller by the rounding of features, are not to be called broken by it.
+        others = trainer.callbacks  # type: ignore[attr-defined]
+        if self.writes(trainer) and not any(isinstance(callback, CertifyRadii) for callback in others):
+            cover_feature_error(trainer, module, ERROR_SAMPLE)
         # A copy without gradients to the weights: attacks differentiate through hundreds of forward passes.
         self.attacked = {"metric": module.metric.frozen_copy(), **self.others}
 
@@ -112,9 +124,17 @@ class AttackRobustness(TripletCallback):
             found[key] = self.attack(metric, batch, margin, _progress(trainer, key))
             columns |= {f"{key}/{column}": values for column, values in self._columns(found[key], batch).items()}
             columns[f"{key}/margin"] = margin
-        if self.writes(trainer) and trainer.is_global_zero and name not in self.tables and self.num_examples:
+        draws = self.writes(trainer) and trainer.is_global_zero and name not in self.pictured and self.num_examples > 0
+        if draws:
+            self.pictured.add(name)
             self._save_examples(trainer, batch, found, name)
+        columns[DRAWN] = torch.full_like(batch.index, int(draws))
         return columns
+
+    def restore(self, name: str, index: Tensor, position: Tensor, columns: dict[str, Tensor]) -> None:
+        super().restore(name, index, position, columns)
+        if bool(columns[DRAWN].any()):  # the run that was cut short has saved them, but not for rows of other processes
+            self.pictured.add(name)
 
     def attack(
         self,
@@ -203,13 +223,14 @@ class AttackRobustness(TripletCallback):
 
     def finish(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         gathered = self.gather(trainer, module)
+        drawn = [name for name, rows in gathered.items() if bool(rows.pop(DRAWN).any())]
         sets = {name: self._summarise(rows) for name, rows in self.with_parts(module, gathered).items()}
         stage = "test" if trainer.testing else "val"
         for name, summary in sets.items():
             for label, score in summary["metrics"]["metric"]["attacked"].items():
                 log_score(module, f"{stage}/{name}/attacked_{label}", score)
         written = self.write_rows(trainer, "attacks", gathered)
-        self.remove_others(trainer, [*written, *(path for name in gathered for path in self._examples(trainer, name))])
+        self.remove_others(trainer, [*written, *(path for name in drawn for path in self._examples(trainer, name))])
         self.write_section(trainer, lambda source: {"attacked": self._section(source, sets)})
 
     def _section(self, source: Source, sets: dict[str, AttackedSet]) -> AttackedSection:

@@ -32,6 +32,8 @@ from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import remove_files, state_fingerprint
 from lipsim.utils.paths import user_path
 
+DRAWN = "drawn"  # a column that says whether a picture was made of a batch
+
 
 class TripletCallback(RowCallback):
     """Calls :meth:`begin`, :meth:`see` for each batch and :meth:`finish`, in validation (unless told not to) and test.
@@ -244,6 +246,25 @@ def log_score(module: EvaluationModule, name: str, score: float | None) -> None:
     """Log a score, if there is one."""
     if score is not None:
         module.log(name, score, sync_dist=True)
+
+
+def cover_feature_error(trainer: L.Trainer, module: EvaluationModule, sample: int) -> None:
+    """Certify with the error of the features that is found here, or declared, on whichever process it is larger.
+
+    Args:
+        trainer: of the evaluation.
+        module: with the metric, to which the error is declared.
+        sample: images of each set that the search looks at besides its own; 0: no search.
+    """
+    metric, found = module.metric, 0.0
+    samples = [first_images(loader, sample) for loader in evaluation_loaders(trainer) if sample and num_samples(loader)]
+    if samples and metric.has_bound:
+        images = torch.cat(samples).to(module.device, metric.dtype)
+        found = metric.measure_feature_error(images, thorough=True)
+    declared, kind = metric.declared_feature_error, metric.feature_error_kind
+    largest = torch.tensor(max(found, declared), dtype=torch.float64, device=module.device)
+    metric.feature_error = float(trainer.strategy.reduce(largest, reduce_op="max"))
+    metric.feature_error_kind = "searched" if metric.feature_error > declared else kind
 
 
 def check_budgets(eps: Sequence[float]) -> list[float]:

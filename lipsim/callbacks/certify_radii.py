@@ -22,6 +22,7 @@ from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.results.schema import Certification, CertifiedSet
 
 EPS = (36 / 255, 72 / 255, 108 / 255, 1.0)
+ERROR_SAMPLE = 32  # images of each set
 
 
 class CertifyRadii(TripletCallback):
@@ -57,7 +58,7 @@ class CertifyRadii(TripletCallback):
     def __init__(
         self,
         eps: list[float] = list(EPS),  # noqa: B006  (copied below)
-        error_sample: int = 32,
+        error_sample: int = ERROR_SAMPLE,
         error_factor: float = ERROR_FACTOR,
         directory: Path | None = None,
         validate: bool = True,

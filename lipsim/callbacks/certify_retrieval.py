@@ -13,8 +13,8 @@ from torch import Tensor
 from lipsim.attacks import pgd
 from lipsim.attacks.projections import sample_norm
 from lipsim.attacks.retrieval import GOALS, RetrievalObjective
-from lipsim.callbacks.base import TripletCallback, check_budgets, drawn_positions, first_images, log_score
-from lipsim.callbacks.certify_radii import EPS
+from lipsim.callbacks.base import TripletCallback, check_budgets, cover_feature_error, drawn_positions, log_score
+from lipsim.callbacks.certify_radii import EPS, ERROR_SAMPLE
 from lipsim.callbacks.sample_table import gather_objects
 from lipsim.certificates.gallery import Gallery
 from lipsim.certificates.neighbours import knn_radius, most_frequent, recall_radius
@@ -28,7 +28,7 @@ from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.evaluation.resume import RemainingData
 from lipsim.metric import PerceptualMetric
 from lipsim.results import eps_label
-from lipsim.results.schema import Retrieval, RetrievalScores, RetrievalSet, Scores
+from lipsim.results.schema import Retrieval, RetrievalScores, RetrievalSet
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.progress import Progress
 
@@ -75,7 +75,7 @@ class CertifyRetrieval(TripletCallback):
         steps: int = 10,
         max_attacked: int | None = None,
         seed: int = 0,
-        error_sample: int = 32,
+        error_sample: int = ERROR_SAMPLE,
         directory: Path | None = None,
     ) -> None:
         super().__init__(directory, validate=False)
@@ -98,7 +98,7 @@ class CertifyRetrieval(TripletCallback):
         folder = _gallery_of(trainer)
         if self.ks[-1] >= len(folder):
             raise LipsimError(f"expected every k below {len(folder)}, the size of the gallery, got {self.ks[-1]}")
-        self._cover_error(trainer, module)
+        cover_feature_error(trainer, module, self.error_sample)
         features = self._embed(trainer, module, folder)
         self.gallery = Gallery(features, metric.anchor)
         self.labels, self._classes = folder.labels.to(module.device), len(folder.classes)
@@ -106,17 +106,6 @@ class CertifyRetrieval(TripletCallback):
         self._attacked = metric.frozen_copy()
         count = len(evaluation_loaders(trainer))
         self._drawn = [drawn_positions(module, i, self.max_attacked, self.seed) for i in range(count)]
-
-    def _cover_error(self, trainer: L.Trainer, module: EvaluationModule) -> None:
-        """Certify with the error of the features that is found here, or declared, on whichever process it is larger."""
-        metric, found = module.metric, 0.0
-        if self.error_sample and metric.has_bound:
-            images = torch.cat([first_images(loader, self.error_sample) for loader in evaluation_loaders(trainer)])
-            found = metric.measure_feature_error(images.to(module.device, metric.dtype), thorough=True)
-        declared, kind = metric.declared_feature_error, metric.feature_error_kind
-        largest = torch.tensor(max(found, declared), dtype=torch.float64, device=module.device)
-        metric.feature_error = float(trainer.strategy.reduce(largest, reduce_op="max"))
-        metric.feature_error_kind = "searched" if metric.feature_error > declared else kind
 
     def _embed(self, trainer: L.Trainer, module: EvaluationModule, folder: LabelledFolder) -> Tensor:
         """Features of the gallery, ``(M, D)``, on every process; each embeds a share of the batches."""
@@ -242,14 +231,15 @@ class CertifyRetrieval(TripletCallback):
 
     def _scores(self, rows: Mapping[str, Tensor], column: str, attacked: Tensor) -> RetrievalScores:
         radius, broken_at = rows[f"{column} radius"], rows[f"{column} broken at"][attacked]
-        under_attack: Scores = {}
-        if len(broken_at):
-            under_attack = {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
-        return {
+        scores: RetrievalScores = {
             "natural": float(rows[column].double().mean()),
             "certified": {eps_label(eps): float((radius > eps).double().mean()) for eps in self.eps},
-            "attacked": under_attack,
+            "attacked": {},
         }
+        if len(broken_at):
+            scores["attacked"] = {eps_label(eps): float((broken_at > eps).double().mean()) for eps in self.eps}
+            scores["natural_of_attacked"] = float(rows[column][attacked].double().mean())
+        return scores
 
 
 def _gallery_of(trainer: L.Trainer) -> LabelledFolder:

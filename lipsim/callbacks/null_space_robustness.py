@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipsim.attacks import FirstOperator, first_operator, null_space
 from lipsim.attacks.projections import expand, sample_norm
-from lipsim.callbacks.base import TripletCallback, drawn_positions, load_others, log_score
+from lipsim.callbacks.base import DRAWN, TripletCallback, drawn_positions, load_others, log_score
 from lipsim.certificates.geometry import cosine_distance
 from lipsim.certificates.numbers import check_count, check_number
 from lipsim.data import Triplet
@@ -95,7 +95,7 @@ class NullSpaceRobustness(TripletCallback):
         wanted = torch.ones(len(batch), dtype=torch.bool) if drawn is None else torch.isin(self.position.cpu(), drawn)
         rows = wanted.nonzero().flatten().to(batch.reference.device)
         nothing = torch.zeros(len(batch), dtype=torch.float64, device=batch.reference.device)
-        columns = {"searched": wanted.to(nothing), **dict.fromkeys(self._columns(), nothing)}
+        columns = {"searched": wanted.to(nothing), DRAWN: nothing, **dict.fromkeys(self._columns(), nothing)}
         if not len(rows):
             return columns
         part = batch.select(rows).to(torch.float64)
@@ -109,11 +109,12 @@ class NullSpaceRobustness(TripletCallback):
         if draws and name not in self.pictured:
             self.pictured.add(name)
             self._draw(self._picture(trainer, name), part, pictures)
+            columns[DRAWN] = wanted.to(nothing)
         return columns
 
     def restore(self, name: str, index: Tensor, position: Tensor, columns: dict[str, Tensor]) -> None:
         super().restore(name, index, position, columns)
-        if bool(columns["searched"].any()):  # the run that was cut short has drawn them
+        if bool(columns[DRAWN].any()):  # the run that was cut short has drawn them, but not for rows of other processes
             self.pictured.add(name)
 
     def _columns(self) -> list[str]:
@@ -177,7 +178,8 @@ class NullSpaceRobustness(TripletCallback):
             stage = "test" if trainer.testing else "val"
             log_score(module, f"{stage}/{name}/null_space_length", own["mean_length"] if own else 0.0)
             log_score(module, f"{stage}/{name}/null_space_flipped", own["flipped"] if own else 0.0)
-        self.remove_others(trainer, [self._picture(trainer, name) for name in gathered] if self.num_examples else [])
+        drawn = [name for name, rows in gathered.items() if bool(rows[DRAWN].any())]
+        self.remove_others(trainer, [self._picture(trainer, name) for name in drawn])
         same, most = self.same, self.max_triplets
         self.write_section(
             trainer,

@@ -212,7 +212,11 @@ def _run(
     if trainer.is_global_zero:
         remove_leftovers(directory)  # of a process that was killed
         weights_sha256 = state_fingerprint(module.metric.encoder.state_dict())
-        if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, remaining.fingerprints):
+        hashes: dict[str, str] = {}
+        for name, fingerprint in remaining.fingerprints.items():
+            parts = (f"{name}_{part}" for part in remaining.test_groups.get(name, {}))
+            hashes |= dict.fromkeys([name, *parts], fingerprint)
+        if earlier is None or not is_of(earlier, metric_sha256, weights_sha256, hashes):
             if earlier is not None:
                 rank_zero_info(f"removing the results of another evaluation from {directory}")
             # Without results.json nothing said what the files were of.

@@ -29,7 +29,7 @@ CHECKPOINT_NAMES = ("best", "last", LAST_READABLE, "hpc", "registry")
 # What runs of this package write, besides the exported metric. Anything else in the folder is left alone, the folders
 # of other stages among it.
 FILES = (
-    *("checkpoints", "config*.yaml", "arguments.yaml", "environment*.json", "metrics.csv", "metrics-*.csv"),
+    *("checkpoints", "config*.yaml", "arguments*.yaml", "environment*.json", "metrics.csv", "metrics-*.csv"),
     *("not_finite*.safetensors", "skipped*.csv", "results.json", "plots", "adversarial"),
     *("radii*.csv", "attacks*.csv", "smoothed*.csv", "summed*.csv", "retrieval*.csv"),
     *("report.md", "report.html", "progress.json", "tensorboard", "tensorboard-*", "wandb", "wandb-*"),

@@ -21,6 +21,7 @@ from lipsim.callbacks.loggers import log_config
 from lipsim.evaluation.module import EvaluationModule
 from lipsim.metric import PerceptualMetric
 from lipsim.results import commit, versions
+from lipsim.results.run_page import STATUS
 from lipsim.results.schema import Environment
 from lipsim.utils.files import write_json, write_text
 from lipsim.utils.slurm import slurm_job
@@ -30,6 +31,9 @@ _HEADER = "# The arguments of lipsim.{0}, as far as the objects tell; the comman
 
 class RunRecord(Callback):
     """Writes ``arguments.yaml`` and ``environment.json`` when a run begins, unless it is a trial.
+
+    An evaluation in the folder of a training leaves that one's, and writes ``arguments-evaluate.yaml`` and
+    ``environment-evaluate.json``.
 
     Args:
         function: that was called, "train" or "evaluate".
@@ -45,9 +49,15 @@ class RunRecord(Callback):
             directory = Path(trainer.default_root_dir)
             arguments = describe(self.arguments)
             text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True)
-            write_text(directory / "arguments.yaml", _HEADER.format(self.function) + text)
-            write_environment(trainer, directory / "environment.json")
+            beside = "-evaluate" if self.function == "evaluate" and has_trained(directory) else ""
+            write_text(directory / f"arguments{beside}.yaml", _HEADER.format(self.function) + text)
+            write_environment(trainer, directory / f"environment{beside}.json")
             log_config(trainer, arguments)
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a folder is a training's, whose record an evaluation in it leaves as it is."""
+    return (folder / STATUS).is_file() or (folder / "checkpoints").is_dir()
 
 
 def write_environment(trainer: L.Trainer, file: Path) -> None:

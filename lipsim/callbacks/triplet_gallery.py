@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 
 from lipsim.attacks import TwoAFCObjective, pgd
 from lipsim.callbacks.base import TripletCallback
+from lipsim.certificates.numbers import check_count
 from lipsim.data import Triplet
 from lipsim.data.loading import read_batch
 from lipsim.evaluation.batches import EvaluatedBatch, outside_inference_mode
 from lipsim.evaluation.module import EvaluationModule, evaluation_loaders
 from lipsim.metric import PerceptualMetric
 from lipsim.results.plots import plot_gallery
-from lipsim.utils.errors import LipsimError
 
 
 class TripletGallery(TripletCallback):
@@ -38,9 +38,7 @@ class TripletGallery(TripletCallback):
 
     def __init__(self, num_triplets: int = 4, directory: Path | None = None, steps: int = 40) -> None:
         super().__init__(directory, validate=False)
-        if num_triplets < 1:
-            raise LipsimError(f"expected num_triplets of at least 1, got {num_triplets}")
-        self.num_triplets, self.steps = num_triplets, steps
+        self.num_triplets, self.steps = check_count("num_triplets", num_triplets), check_count("steps", steps, least=0)
 
     def see(
         self, trainer: L.Trainer, module: EvaluationModule, evaluated: EvaluatedBatch, batch: Triplet, name: str

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lipsim.callbacks.run_evaluation import run_evaluation
 from lipsim.callbacks.run_options import quiet_warnings
+from lipsim.callbacks.run_record import has_trained
 from lipsim.cli.parser import one_line_errors
-from lipsim.cli.stage import StageCLI
+from lipsim.cli.stage import ConfigRecord, StageCLI
 from lipsim.evaluation.exported import ExportedMetric
 from lipsim.utils.allocator import keep_freed_memory
 
@@ -26,6 +29,15 @@ A run that was cut short continues where it was when the same command is given a
 A config names classes of lipsim, torch, lightning and torchmetrics; --allow MODULE, anywhere, adds your own."""
 
 
+class EvaluationRecord(ConfigRecord):
+    """The record of an evaluation, under names of its own where the folder has that of a training."""
+
+    def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if has_trained(Path(trainer.default_root_dir)):
+            self.config_filename = "config-evaluate.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
 class EvaluationCLI(StageCLI):
     """Options ``--checkpoint``, ``--trainer…`` with the callbacks, and ``--data…``."""
 
@@ -36,6 +48,7 @@ class EvaluationCLI(StageCLI):
             subclass_mode_model=False,
             run=False,
             trainer_defaults={"default_root_dir": "runs/evaluate", "enable_checkpointing": False},
+            save_config_callback=EvaluationRecord,
             parser_kwargs={"prog": prog, "description": _DESCRIPTION.format(prog=prog)},
         )
 
@@ -86,6 +99,6 @@ def main(args: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     keep_freed_memory()
     with one_line_errors():
         cli = evaluate(sys.argv[1:] if args is None else args, prog)
-        if cli.trainer.is_global_zero:
+        if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = cli.trainer.default_root_dir
             print(f"results.json, tables and plots are in {folder}; lipsim report {folder} shows them, attacks too")

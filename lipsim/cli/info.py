@@ -33,7 +33,9 @@ def _run(options: argparse.Namespace) -> int:
     if None not in (options.metric, options.named):
         raise LipsimError(f"expected one metric, got {options.metric} and --metric {options.named}")
     found = read_facts(options.metric or options.named or DEFAULT_METRIC)
-    facts = {"file": str(found.file), "sha256": found.sha256, "values": found.values, **found.header}
+    facts: dict[str, Any] = {"file": str(found.file), "sha256": found.sha256, "values": found.values}
+    # What a header says under these names is no fact.
+    facts |= {name: value for name, value in found.header.items() if name not in facts}
     if options.json:
         print(json.dumps(facts, indent=1))
         return 0
@@ -48,23 +50,37 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     bound, error = header.pop("lipschitz", None), header.pop("feature_error", None)
     kind, framing = header.pop("feature_error_kind", "declared"), header.pop("framing", "stretch")
     grid, depth = header.pop("grid", DEFAULT_GRID), "8 bits" if header.pop("resize", "") == "pil" else "float"
-    threshold, notes = header.pop("threshold", None), header.pop("notes", None) or {}
-    claims = {None: "none, nothing is certified", AUDITED: "audited when it is loaded"}
+    threshold, notes, config = (header.pop(name, None) for name in ("threshold", "notes", "config"))
     lines = [
         ("file", str(header.pop("file"))),
         ("SHA-256", str(header.pop("sha256"))),
         ("encoder", str(header.pop("encoder", "?"))),
-        *((f"  {name}", _text(value)) for name, value in (header.pop("config", None) or {}).items()),
+        *_named("  {}", "configuration", config),
         ("numbers in it", f"{header.pop('values'):,}"),
         ("images", f"{_images(size, framing, grid)}, resized in {depth}"),
         ("anchor", _text(header.pop("anchor", "?"))),
-        ("Lipschitz bound", claims[bound] if bound in claims else f"{bound:.9g}, audited again by every certificate"),
+        ("Lipschitz bound", _bound(bound)),
         ("feature error", f"{error:.3g} ({kind})" if isinstance(error, float) and error else "none declared"),
         ("threshold", _threshold(threshold)),
         *((name, _text(value)) for name, value in header.items()),
-        *((f"note: {name}", _text(value)) for name, value in notes.items()),
+        *_named("note: {}", "notes", notes),
     ]
     return lines
+
+
+def _named(form: str, name: str, values: Any) -> list[tuple[str, str]]:
+    """A line for each of some values, or one for what a foreign header has in their place."""
+    if values is None or isinstance(values, dict):
+        return [(form.format(key), _text(value)) for key, value in (values or {}).items()]
+    return [(name, _text(values))]
+
+
+def _bound(bound: Any) -> str:
+    if bound is None:
+        return "none, nothing is certified"
+    if bound == AUDITED:
+        return "audited when it is loaded"
+    return f"{bound:.9g}, audited again by every certificate" if isinstance(bound, int | float) else _text(bound)
 
 
 def _images(size: Any, framing: str, grid: Any) -> str:
@@ -77,9 +93,11 @@ def _images(size: Any, framing: str, grid: Any) -> str:
 def _threshold(threshold: Any) -> str:
     if not isinstance(threshold, dict):
         return "none; lipsim calibrate chooses one"
-    pairs = threshold.get("pairs", {})
+    value, rate, pairs = (threshold.get(name) for name in ("value", "far", "pairs"))
+    if not (isinstance(value, int | float) and isinstance(rate, int | float) and isinstance(pairs, dict)):
+        return _text(threshold)
     return (
-        f"{threshold.get('value'):.6g}, false-accept rate ≤ {threshold.get('far'):g} on {pairs.get('different')} "
+        f"{value:.6g}, false-accept rate ≤ {rate:g} on {pairs.get('different')} "
         f"different pairs, {pairs.get('same')} same ones"
     )
 

@@ -376,7 +376,7 @@ def evaluation_names(facts: DataFacts, stage: str, loaders: Any) -> list[str]:
 
     Raises:
         ValueError: two sets, or a set and a part of another, have one name, or a name would lead out of the folder of
-            the results, in which it is part of the names of files.
+            the results, in which it is part of the names of files, or into another folder there.
     """
     count = len(tree_flatten(loaders)[0])
     names = (facts.names or list(loaders if isinstance(loaders, Mapping) else []))[:count]
@@ -391,4 +391,9 @@ def evaluation_names(facts: DataFacts, stage: str, loaders: Any) -> list[str]:
     for name in every:
         if Path(name).is_absolute() or "\0" in name or ".." in name.replace("\\", "/").split("/"):
             raise LipsimError(f"{name!r} is no name of an evaluation set: results are written to files of that name")
+    if slashed := [name for name in names if "/" in name or "\\" in name]:
+        raise LipsimError(
+            f"{slashed[0]!r} is no name of an evaluation set: results are written to files of that name, which no "
+            "slash can be part of"
+        )
     return names

@@ -161,16 +161,16 @@ class RemainingData(L.LightningDataModule):
 
 
 def is_of(results: Results, metric_sha256: str, weights_sha256: str, data: Mapping[str, str]) -> bool:
-    """Whether every section of a results file is of this metric and these data, as far as sections say.
+    """Whether every section of a results file is of this metric and these data, no more and no less, as it says.
 
     Args:
         results: contents of the file.
         metric_sha256: :func:`lipsim.evaluation.identity.metric_fingerprint`.
         weights_sha256: fingerprint of the encoder's weights alone.
-        data: name of each set → its fingerprint.
+        data: name of each set and part → its fingerprint.
     """
     own = {"metric_sha256": metric_sha256, "weights_sha256": weights_sha256}
     sections = contents(results).values()
     if any(section.get(key, sha256) != sha256 for section in sections for key, sha256 in own.items()):
         return False
-    return all(found.get(name) == sha256 for found in data_hashes(results) for name, sha256 in data.items())
+    return all(dict(found) == dict(data) for found in data_hashes(results))

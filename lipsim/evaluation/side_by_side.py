@@ -19,6 +19,7 @@ from lipsim.attacks import DistanceObjective, TwoAFCObjective, apgd, auto
 from lipsim.attacks.objectives import UnendingObjective
 from lipsim.attacks.projections import Norm
 from lipsim.attacks.registry import ATTACKS, attacks_in
+from lipsim.certificates.numbers import check_count
 from lipsim.data import Preprocess, Triplet, registry
 from lipsim.evaluation.scores import agrees
 from lipsim.metric import PerceptualMetric, load
@@ -50,6 +51,9 @@ class Settings:
         queries: forward passes of each attack without.
         batch_size: triplets attacked at a time.
         seed: of everything random.
+
+    Raises:
+        ValueError: no step, query or triplet at a time.
     """
 
     eps: tuple[float, ...] = (36 / 255, 72 / 255, 108 / 255, 1.0, 2.0, 3.0)
@@ -59,6 +63,10 @@ class Settings:
     queries: int = 50
     batch_size: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "queries", "batch_size"):
+            check_count(name, getattr(self, name))
 
 
 def load_metrics(

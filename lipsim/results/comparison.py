@@ -16,6 +16,7 @@ from lipsim.results.plots import Curve, plottable
 from lipsim.results.runs import Run, set_names
 from lipsim.results.schema import (
     AttackedMetric,
+    AttackedSection,
     AttackedSet,
     CertifiedSet,
     NullSpaceReach,
@@ -140,9 +141,26 @@ def certified_tables(runs: Sequence[Run], name: str, kinds: Sequence[Kind]) -> l
 
 def smoothing(section: Smoothing) -> str:
     """What tables say of a smoothed metric: noise, draws, and the probability with which a certificate is wrong."""
+    draws = f", n = {section['n']}, α = {section['alpha']:g} an answer"
+    return f"smoothed, σ = {section['sigma']:g}{draws}{_moves(section)}"
+
+
+def _moves(section: Smoothing) -> str:
     moving = section["moving"]
-    which = {"reference": "", "all": _ALL_MOVE}.get(moving, f", the {moving} image moves")
-    return f"smoothed, σ = {section['sigma']:g}, n = {section['n']}, α = {section['alpha']:g} an answer{which}"
+    return {"reference": "", "all": _ALL_MOVE}.get(moving, f", the {moving} image moves")
+
+
+def _short_names(sections: Iterable[Smoothing]) -> dict[str, str]:
+    """:func:`smoothing` → what curves are called: without the draws where no two of one noise differ in them."""
+    names = {smoothing(section): f"smoothed, σ = {section['sigma']:g}{_moves(section)}" for section in sections}
+    shared = list(names.values())
+    return {name: short if shared.count(short) == 1 else name for name, short in names.items()}
+
+
+def effort(section: AttackedSection) -> str:
+    """Attacks, steps and restarts, which scores under attack go by."""
+    restarts = f" × {section['restarts']}" if section["restarts"] > 1 else ""
+    return f"{', '.join(section['attacks'])}; {section['steps']} steps{restarts}"
 
 
 def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
@@ -156,10 +174,9 @@ def attacked_tables(runs: Sequence[Run], name: str) -> list[ScoreTable]:
         flat = any(score["no_gradient"] for scores in sets for score in scores["metrics"].values())
         scored: list[tuple[str, AttackedMetric]] = []
         for run, section in found:
-            restarts = f" × {section['restarts']}" if section["restarts"] > 1 else ""
             for key, score in section["sets"][name]["metrics"].items():
                 title = run if key == "metric" else f"{run}: {key}"
-                title += f" ({', '.join(section['attacks'])}; {section['steps']} steps{restarts})"
+                title += f" ({effort(section)})"
                 scored.append((title, score))
         groups = by_name(scored)
         rows: list[Row] = []
@@ -232,6 +249,7 @@ def curves(
     """
     certified: dict[str, dict[str, Curve]] = {}
     attacked: dict[str, dict[str, Curve]] = {}
+    short_names = _short_names([run.smoothed for run in runs if run.smoothed])
     attacks = {target: what for target, (what, about) in _ATTACKS.items() if any(kind in about for kind in kinds)}
     for run_name, group in by_name((run.name, run) for run in runs).items():
         title = run_name.replace("$", r"\$")  # matplotlib would read mathematics
@@ -256,7 +274,7 @@ def curves(
             if of_sum:
                 certified[f"{title}, {what}"] = of_sum
         smoothed: list[tuple[tuple[str, str], SmoothedScores]] = [
-            ((title if key == "metric" else f"{title}: {key}", f"smoothed, σ = {run.smoothed['sigma']:g}"), scores)
+            ((title if key == "metric" else f"{title}: {key}", short_names[smoothing(run.smoothed)]), scores)
             for run in group
             if run.smoothed and name in run.smoothed_sets
             for key, scores in run.smoothed_sets[name]["metrics"].items()
@@ -266,16 +284,17 @@ def curves(
             values = [scores["curve"]["certified"] for scores in answered if scores["curve"]["eps"] == grid]
             certified.setdefault(metric, {})[kind] = grid, _means(values)
         for target, what in attacks.items():
-            scored = [
-                ([0.0, *run.attacked["eps"]], run.attacked_sets[name]["metrics"]["metric"])
+            by_effort = by_name(
+                (effort(run.attacked), ([0.0, *run.attacked["eps"]], run.attacked_sets[name]["metrics"]["metric"]))
                 for run in group
                 if run.attacked and name in run.attacked_sets
                 if run.attacked["norm"] == 2 and run.attacked["target"] == target
-            ]
-            if scored:
+            )
+            for how, scored in by_effort.items():
                 budgets = scored[0][0]
                 values = [[score["natural"], *score["attacked"].values()] for own, score in scored if own == budgets]
-                attacked.setdefault(title, {})[what] = budgets, _means(values)
+                label = what if len(by_effort) == 1 else f"{what} ({how})"
+                attacked.setdefault(title, {})[label] = budgets, _means(values)
     return certified, attacked
 
 
@@ -318,22 +337,26 @@ def _single_numbers(runs: Sequence[Run]) -> Iterable[Number]:
                 for label, value in found_scores.items():
                     yield name, run.name, what, kind, label, value
         for name, smooth in run.smoothed_sets.items():
+            assert run.smoothed is not None
+            how = smoothing(run.smoothed)
             for key, values in smooth["metrics"].items():
-                yield name, run.name, key, "smoothed, natural", "", values["natural"]
-                yield name, run.name, key, "smoothed, abstained", "", values["abstained"]
-                yield name, run.name, key, "smoothed, passes per certified", "", values["passes_per_certified"]
+                yield name, run.name, key, f"{how}: natural", "", values["natural"]
+                yield name, run.name, key, f"{how}: abstained", "", values["abstained"]
+                yield name, run.name, key, f"{how}: passes per certified", "", values["passes_per_certified"]
                 for label, value in values["certified"].items():
-                    yield name, run.name, key, "smoothed, certified", label, value
+                    yield name, run.name, key, f"{how}: certified", label, value
                 for label, value in values.get("certified_single", {}).items():
-                    yield name, run.name, key, "smoothed, certified, one image moves", label, value
+                    single = how.removesuffix(_ALL_MOVE) + _ONE_MOVES
+                    yield name, run.name, key, f"{single}: certified", label, value
         for name, found in run.attacked_sets.items():
             assert run.attacked is not None
             target = run.attacked["target"]
             moving = "" if target == "reference" else f", {target}"  # scores of two targets have no mean
             for key, score in found["metrics"].items():
                 yield name, run.name, key, "natural", "", score["natural"]
+                how = f"attacked, norm {run.attacked['norm']}{moving} ({effort(run.attacked)})"
                 for label, value in score["attacked"].items():
-                    yield name, run.name, key, f"attacked, norm {run.attacked['norm']}{moving}", label, value
+                    yield name, run.name, key, how, label, value
                 yield name, run.name, key, f"no gradient, triplets{moving}", "", score["no_gradient"]
     for name in set_names(runs):
         for title, key, what, direction, reach in _reaches(runs, name):

@@ -51,12 +51,19 @@ def latex_table(rows: Sequence[Row], caption: str, eps: Sequence[str], heading: 
         heading: above them.
     """
     columns = [column for column in rows[0] if column not in eps]
-    headings = [rf"\multirow{{2}}{{*}}{{{escape_latex(_TITLES.get(c, c.capitalize()))}}}" for c in columns]
+    headings = [rf"\multirow{{2}}{{*}}{{{escape_latex(_TITLES.get(c, _heading(c)))}}}" for c in columns]
     if eps:
         headings.append(rf"\multicolumn{{{len(eps)}}}{{c}}{{{escape_latex(heading)}}}")
     cells = [[row[column] for column in (*columns, *eps)] for row in rows]
     template = _LATEX_TABLES.get_template("table.tex.jinja")
     return template.render(caption=caption, columns=columns, eps=list(eps), headings=headings, rows=cells)
+
+
+def _heading(column: str) -> str:
+    """A column's name with a capital, unless it begins with a symbol or an abbreviation; the rest is left as it is."""
+    word = column.split(" ")[0]
+    plain = len(word) > 1 and word.isascii() and word.islower()
+    return column[:1].upper() + column[1:] if plain else column
 
 
 def write_table(folder: Path, name: str, title: str, rows: Sequence[Row]) -> None:

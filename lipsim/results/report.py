@@ -65,7 +65,8 @@ def write_report(
             for suffix in (".pdf", ".png"):
                 # The picture of the page is the last. Names of sets have points, which are no suffixes.
                 pictures[name] = output / f"{stems[name]}{suffix}"
-                plot_scores(pictures[name], certified, attacked, name)
+                # matplotlib would read mathematics
+                plot_scores(pictures[name], certified, attacked, name.replace("$", r"\$"))
     flat = [*benchmark, *(table for found in tables.values() for table in found)]
     parts = [part for table in flat for part in (f"{table.title}:", markdown_table(table.rows))]
     write_text(markdown or output / "report.md", "\n\n".join([f"# {title}", *said, *notes, *parts]) + "\n")
@@ -110,7 +111,7 @@ def _facts(run: Run) -> list[Row]:
     if evaluation := results.get("evaluation"):
         facts["checkpoint"] = evaluation["checkpoint"]
         facts["checkpoint SHA-256"] = evaluation["checkpoint_sha256"]
-    if section := run.certified or run.smoothed or run.summed or run.attacked or run.retrieval:
+    if section := run.measured:
         facts["weights SHA-256"] = section["weights_sha256"]
     if certified := run.certified:
         facts["Lipschitz bound"] = certified["lipschitz"]

@@ -19,6 +19,7 @@ def retrieval_rows(found: Retrieval) -> list[Row]:
             "set": f"{name}: {what}",
             "natural": percent(scores["natural"]),
             **percents(scores["certified"]),
+            **({"natural of attacked": percent(scores["natural_of_attacked"])} if _is_sample(of_set, scores) else {}),
             **{f"attacked, {label}": percent(score) for label, score in scores["attacked"].items()},
         }
         for name, of_set in found["sets"].items()
@@ -42,10 +43,22 @@ def retrieval_tables(runs: Sequence[Run]) -> dict[str, list[ScoreTable]]:
         title = f"{name}: %, {queries} queries, gallery of {gallery} images in "
         title += f"{_span(found['num_classes'] for _, found in sets)} classes"
         note = seeds_note(groups)
-        certified: list[Row] = [_row(key, found, [s["certified"] for s in found], eps) for key, found in groups.items()]
+        certified: list[Row] = [
+            _row(key, [s["natural"] for s in found], [s["certified"] for s in found], eps)
+            for key, found in groups.items()
+        ]
         tables[name] = [ScoreTable(f"{title}, certified at ℓ2 budgets ε{note}", "Certified score", eps, certified)]
         if any(score["attacked"] for found in groups.values() for score in found):
-            rows: list[Row] = [_row(key, found, [s["attacked"] for s in found], eps) for key, found in groups.items()]
+            # Natural scores of the queries that were attacked, which may be some of all.
+            rows: list[Row] = [
+                _row(
+                    key,
+                    [s.get("natural_of_attacked", s["natural"]) for s in found],
+                    [s["attacked"] for s in found],
+                    eps,
+                )
+                for key, found in groups.items()
+            ]
             count = ", ".join(dict.fromkeys(str(found["num_attacked"]) for _, found in sets))
             violations = sum(found["violations"] for _, found in sets)
             title += f", under attack at ℓ2 budgets ε ({count} queries; {violations} certificates violated){note}"
@@ -59,17 +72,25 @@ def retrieval_numbers(runs: Sequence[Run]) -> Iterable[Number]:
         for name, found in run.searched_sets.items():
             for what, scores in _scores(found):
                 yield name, run.name, "metric", what, "", scores["natural"]
+                if _is_sample(found, scores):
+                    natural = scores["natural_of_attacked"]
+                    yield name, run.name, "metric", f"{what}, of the attacked queries", "", natural
                 for kind, values in (("certified", scores["certified"]), ("attacked", scores["attacked"])):
                     for label, value in values.items():
                         yield name, run.name, "metric", f"{what}, {kind}", label, value
 
 
+def _is_sample(found: RetrievalSet, scores: RetrievalScores) -> bool:
+    """Whether scores under attack are of some of the queries, whose own natural score is there."""
+    return "natural_of_attacked" in scores and found["num_attacked"] < found["num_queries"]
+
+
 def _row(
-    title: str, found: Sequence[RetrievalScores], scores: Sequence[Mapping[str, float | None]], eps: list[str]
+    title: str, natural: Sequence[float | None], scores: Sequence[Mapping[str, float | None]], eps: list[str]
 ) -> Row:
     return {
         "metric": title,
-        "natural": percent_cell(score["natural"] for score in found),
+        "natural": percent_cell(natural),
         **percent_cells([dict(score) for score in scores], eps),
     }
 

@@ -14,7 +14,7 @@ from lipsim.results.file import read_results
 from lipsim.results.formats import run_html
 from lipsim.results.runs import find_results
 from lipsim.results.tables import Row, certified_rows, percent, smoothed_rows, summing
-from lipsim.results.training_log import CERTIFIED, LogRow, certified, log_files, read_log, readable
+from lipsim.results.training_log import CERTIFIED, LogRow, certified, log_files, read_log, read_rows, readable
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import parse_json, write_json, write_text
 from lipsim.utils.progress import duration, per_second
@@ -27,7 +27,14 @@ _MAJORITY = re.compile(r"val/(?P<set>.+)/majority_score")  # columns of natural 
 _UNSAFE = re.compile(r"[^\w.-]+")  # in the name of a file
 _MOST = 1e15  # steps, images, seconds: no training has more
 _MOST_VALIDATIONS = 20  # rows of the table; the curves have all
-_FILES = {"config.yaml": "Configuration", "arguments.yaml": "Arguments", "environment.json": "Environment"}
+_FILES = {
+    "config.yaml": "Configuration",
+    "arguments.yaml": "Arguments",
+    "environment.json": "Environment",
+    "config-evaluate.yaml": "Configuration of the evaluation",
+    "arguments-evaluate.yaml": "Arguments of the evaluation",
+    "environment-evaluate.json": "Environment of the evaluation",
+}
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -285,4 +292,4 @@ def _warnings(folder: Path, status: Status | None, rows: Sequence[LogRow]) -> li
 def _num_skipped(file: Path) -> int:
     with open(file, encoding="utf-8", errors="replace", newline="") as lines:
         # Without its header, of which a process that was killed may have written nothing.
-        return max(0, sum(1 for _ in csv.reader(readable(lines))) - 1)
+        return max(0, sum(1 for _ in read_rows(csv.reader(readable(lines)))) - 1)

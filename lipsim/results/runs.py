@@ -14,11 +14,13 @@ from lipsim.results.schema import (
     BenchmarkSection,
     CertifiedSection,
     CertifiedSet,
+    NullSpaceSet,
     Results,
     RetrievalSection,
     RetrievalSet,
     SmoothedSection,
     SmoothedSet,
+    Source,
     SummedSection,
     SummedSet,
 )
@@ -74,6 +76,18 @@ class Run:
     def certified_sets(self) -> Mapping[str, CertifiedSet]:
         """Test set → what is certified there; empty where nothing was."""
         return self.certified["sets"] if self.certified else {}
+
+    @property
+    def measured(self) -> Source | None:
+        """The first section that says which weights and data it is of, of what an evaluation measures."""
+        found = self.certified or self.smoothed or self.summed or self.attacked or self.retrieval
+        return found or self.results.get("null_space")
+
+    @property
+    def null_space_sets(self) -> Mapping[str, NullSpaceSet]:
+        """Test set → what null-space search found there; empty where nothing was searched."""
+        section = self.results.get("null_space")
+        return section["sets"] if section else {}
 
     @property
     def smoothed_sets(self) -> Mapping[str, SmoothedSet]:
@@ -157,7 +171,7 @@ def _searched(runs: Sequence[Run]) -> list[str]:
 
 
 def _sets(run: Run) -> list[str]:
-    return [*run.certified_sets, *run.smoothed_sets, *run.summed_sets, *run.attacked_sets]
+    return [*run.certified_sets, *run.smoothed_sets, *run.summed_sets, *run.attacked_sets, *run.null_space_sets]
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -170,11 +184,7 @@ def _repeated_weights(runs: Sequence[Run]) -> list[str]:
     """A warning for each name under which the same weights stand twice."""
     lines = []
     for name, group in by_name((run.name, run) for run in runs).items():
-        hashes = [
-            section["weights_sha256"]
-            for run in group
-            if (section := run.certified or run.smoothed or run.summed or run.attacked or run.retrieval)
-        ]
+        hashes = [section["weights_sha256"] for run in group if (section := run.measured)]
         if len(set(hashes)) < len(hashes):
             lines.append(f"Runs called {name} have the same weights: they are no different seeds.")
     return lines

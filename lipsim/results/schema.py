@@ -165,6 +165,7 @@ class RetrievalScores(TypedDict):
     natural: float | None
     certified: Scores
     attacked: Scores
+    natural_of_attacked: NotRequired[float | None]
 
 
 class RetrievalSet(TypedDict):

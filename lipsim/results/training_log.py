@@ -6,9 +6,12 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 _MOST_STEPS = 2.0**53  # beyond, floats skip some
+T = TypeVar("T")
 LogRow = dict[str, float]  # column → value, of those that the row has; "step" is always there
 # Columns of certified scores, labelled as eps_label writes a budget.
 CERTIFIED = re.compile(r"val/(?P<set>.+)/certified_(?P<eps>\d+(?:\.\d+)?(?:e[+-]\d+)?(?:/255)?)")
@@ -62,7 +65,7 @@ def budget(label: str) -> float:
 
 
 def _is_part(file: Path) -> bool:
-    return file.stem.partition("-")[2].isdigit()
+    return file.stem.partition("-")[2].isdecimal()
 
 
 def _is_of_training(column: str) -> bool:
@@ -74,7 +77,7 @@ def _read(file: Path) -> list[LogRow]:
     whole = text[: text.rfind("\n") + 1]  # the last line of a process that was killed may end anywhere
     rows = [
         {name: value for name, cell in cells.items() if (value := _number(cell)) is not None}
-        for cells in csv.DictReader(readable(io.StringIO(whole, newline="")))
+        for cells in read_rows(csv.DictReader(readable(io.StringIO(whole, newline=""))))
     ]
     return [row for row in rows if 0 <= row.get("step", -1) < _MOST_STEPS]
 
@@ -82,6 +85,12 @@ def _read(file: Path) -> list[LogRow]:
 def readable(lines: Iterable[str]) -> Iterator[str]:
     """Lines of a table without those that are longer than Python's reader takes, which would refuse all of it."""
     return (line for line in lines if len(line) <= csv.field_size_limit())
+
+
+def read_rows(reader: Iterable[T]) -> Iterator[T]:
+    """Rows of a table up to where its reader refuses one, as where a quote is opened and never closed."""
+    with suppress(csv.Error):
+        yield from reader
 
 
 def _number(cell: object) -> float | None:

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 import lipsim
 from lipsim import PerceptualMetric
 from lipsim.attacks.projections import sample_norm
-from lipsim.callbacks import AttackRobustness
+from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness
 from lipsim.callbacks.attack_robustness import verdicts
 from lipsim.cli.evaluate import evaluate
-from lipsim.data import BuiltinTriplets, Triplet
+from lipsim.data import BuiltinTriplets, Triplet, collate_triplets
+from lipsim.datamodules import BuiltinData
 from lipsim.evaluation.scores import agrees
+from lipsim.evaluation.side_by_side import Settings
 from lipsim.metric import save
 from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection
@@ -131,10 +133,45 @@ def test_bad_settings_are_refused_at_once() -> None:
         ({"norm": 0, "eps": [0.5]}, "whole number of pixels"),
         ({"attacks": ["nothing"]}, "expected different attacks"),
         ({"target": "both"}, "expected target"),
+        ({"steps": 0}, "steps ≥ 1, got 0"),
+        ({"restarts": 0}, "restarts ≥ 1, got 0"),
+        ({"queries": 0}, "queries ≥ 1, got 0"),
+        ({"num_examples": -1}, "num_examples ≥ 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             AttackRobustness(**options)
     assert AttackRobustness(eps=[36 / 255, 1.0]).eps == [36 / 255, 1.0]
+    for name in ("steps", "queries", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} ≥ 1, got 0"):
+            Settings(**{name: 0})
+
+
+def test_radii_cover_rounding_without_certify_radii() -> None:
+    """Else the smallest change that flips an answer, found in float32, may be within a radius that is too large."""
+    metric, found = lipsim.load("metric.safetensors"), []
+    for before in ([], [CertifyRadii()]):
+        attack = AttackRobustness(steps=1, queries=1, eps=[0.1])
+        data = BuiltinData(num_test=COUNT, image_size=16, batch_size=4)
+        quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        lipsim.evaluate(metric, data, callbacks=[*before, attack], directory="radii", **quiet)
+        with open("radii/attacks.csv", newline="") as file:
+            table = list(csv.DictReader(file))
+        assert "drawn" not in table[0]
+        found.append([float(row["radius"]) for row in table])
+    assert found[0] == found[1]
+    batch = collate_triplets([BuiltinTriplets("test", COUNT, image_size=16)[i] for i in range(COUNT)])
+    bare = metric.certify(batch.reference, batch.left, batch.right).radius.tolist()
+    assert any(ours < radius for ours, radius in zip(found[0], bare, strict=True))
+
+
+def test_rows_of_another_process_have_no_pictures() -> None:
+    """A run that is continued on fewer processes draws what none of the processes before has drawn."""
+    for kind in (AttackRobustness, NullSpaceRobustness):
+        callback = kind()
+        for drawn in (0, 1):
+            column = torch.tensor([drawn, 0])
+            callback.restore("set", torch.tensor([4, 5]), torch.tensor([0, 1]), {"drawn": column, "searched": column})
+            assert ("set" in callback.pictured) == bool(drawn)
 
 
 class Rounded(torch.nn.Module):

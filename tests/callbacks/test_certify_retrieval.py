@@ -25,6 +25,7 @@ from lipsim.datamodules import BuiltinData, LabelledFolderData
 from lipsim.metric import PerceptualMetric, save
 from lipsim.results import read_results, update_results
 from lipsim.results.report import write_report
+from lipsim.results.retrieval import retrieval_rows, retrieval_tables
 from lipsim.results.runs import load_runs
 from lipsim.students import OrthogonalProjection
 from lipsim.training import FineTuning
@@ -105,6 +106,17 @@ def test_scores_are_those_of_all_pairs_and_no_attack_passes_a_certificate(
             proven += of_k["certified"]["0.05"]
             broken += of_k["natural"] - of_k["attacked"]["1"]
     assert scores["recall"]["1"] == scores["knn"]["1"] and proven > 0.5 and broken > 0.5
+    # Of some of the queries, beside the natural score of the same: in results, in the terminal and in reports.
+    callback = CertifyRetrieval([1], EPS, steps=2, max_attacked=4, seed=1, error_sample=0)
+    found = lipsim.evaluate(metric, data(folder), callbacks=[callback], directory=tmp_path / "some", **QUIET)
+    some = found["retrieval"]["sets"]["search"]["recall"]["1"]
+    with open(tmp_path / "some/retrieval.csv", newline="") as file:
+        chosen = [float(row["recall@1"]) for row in csv.DictReader(file) if float(row["attacked"])]
+    assert len(chosen) == 4 and some["natural_of_attacked"] == sum(chosen) / 4 != some["natural"]
+    assert retrieval_rows(found["retrieval"])[0]["natural of attacked"] == f"{25 * sum(chosen):.1f}"
+    certified, attacked = retrieval_tables(load_runs([str(tmp_path / "some")]))["search"]
+    assert certified.rows[0]["natural"] == f"{100 * some['natural']:.1f}"
+    assert attacked.rows[0]["natural"] == f"{25 * sum(chosen):.1f}"
 
 
 def test_what_ends_on_the_sphere_counts(

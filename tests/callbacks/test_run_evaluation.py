@@ -12,8 +12,10 @@ from evaluations import COUNT, args, config, cut_short, prepare, spy_on_embeddin
 
 import lipsim
 from lipsim.callbacks import AttackRobustness, CertifyRadii, NullSpaceRobustness, TripletCallback, TripletGallery
+from lipsim.cli.evaluate import main
 from lipsim.datamodules import BuiltinData, NightsData
 from lipsim.evaluation.identity import callback_settings
+from lipsim.evaluation.resume import is_of
 from lipsim.metric import load
 from lipsim.results import read_results
 from lipsim.utils.files import file_sha256
@@ -106,6 +108,39 @@ def test_nothing_of_another_evaluation_stays(monkeypatch: pytest.MonkeyPatch) ->
     evaluate(seed=5, callbacks=[attack])
     metric.anchor = 2.0
     assert "attacked" not in evaluate(seed=5) and not Path("run/attacks.csv").exists()
+
+
+def test_results_are_of_the_sets_that_are_evaluated(nights: Path) -> None:
+    """Of the same sets and parts, other callbacks' results stay; of fewer sets they go, and their files with them."""
+    data, metric = NightsData(nights, image_size=16, batch_size=4, num_workers=0), load("metric.safetensors")
+    given: dict[str, Any] = {"eps": [0.1], "directory": "run", **QUIET}
+    lipsim.evaluate(metric, data, callbacks=[AttackRobustness(steps=1, queries=1)], **given)
+    again = lipsim.evaluate(metric, data, **given)
+    assert "attacked" in again and Path("run/attacks.csv").is_file()
+    hashes = again["certified"]["data_sha256"]
+    own = again["evaluation"]["metric_sha256"], again["evaluation"]["weights_sha256"]
+    assert len(hashes) > 1 and is_of(again, *own, hashes)
+    assert not is_of(again, *own, dict(list(hashes.items())[:1]))
+    assert not is_of(again, *own, {**hashes, "more": "x"})
+
+
+def test_the_record_of_a_training_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    """An evaluation in its folder has a record of its own beside it."""
+    Path("run/checkpoints").mkdir(parents=True)
+    records = [Path("run", name) for name in ("config.yaml", "arguments.yaml", "environment.json")]
+    for path in records:
+        path.write_text("of the training")
+    data, given = _data(num_test=4), {"eps": [0.1], "directory": "run", **QUIET}
+    lipsim.evaluate("metric.safetensors", data, **given)
+    quick = ["--trainer.callbacks=lipsim.callbacks.CertifyRadii", "--data.num_test=4"]
+    main(args("run", *quick))
+    assert "results.json, tables and plots are in run" in capsys.readouterr().out
+    assert [path.read_text() for path in records] == ["of the training"] * 3
+    for name in ("config-evaluate.yaml", "arguments-evaluate.yaml", "environment-evaluate.json"):
+        assert Path("run", name).is_file()
+    # A trial writes nothing, and does not say that it has.
+    main(args("trial", *quick, "--trainer.fast_dev_run=true"))
+    assert "results.json" not in capsys.readouterr().out and not Path("trial/results.json").exists()
 
 
 def test_the_null_space_is_searched_on_a_draw_of_triplets() -> None:

@@ -22,6 +22,8 @@ from lipsim.metric import load, save
 from lipsim.metric.files import BUNDLED
 from lipsim.students import OrthogonalProjection
 from lipsim.utils import progress
+from lipsim.utils.files import file_sha256, write_safetensors
+from lipsim.utils.weights import read_safetensors
 
 SIZE = 8
 Run = Callable[[str], tuple[int, str, str]]
@@ -223,6 +225,22 @@ def test_a_table_of_triplets(folder: Path, run: Run) -> None:
     ):
         status, _, err = run(f"certify {line}")
         assert status == 1 and message in err
+
+
+@pytest.mark.usefixtures("folder")
+def test_info_says_what_the_file_is_and_not_what_it_claims_to_be(run: Run) -> None:
+    """A header is somebody's text: facts about the file are of the file, and odd values are shown as they are."""
+    state, metadata = read_safetensors(Path("m.safetensors"))
+    header = json.loads(metadata["metric"])
+    own = {"sha256": "0" * 64, "file": "/trusted", "values": 7}
+    for odd in (own, {"threshold": {"far": 0.1}}, {"lipschitz": [1]}, {"lipschitz": "abc"}, {"config": [1, 2]},
+                {"notes": "text"}):  # fmt: skip
+        write_safetensors(Path("odd.safetensors"), state, {**metadata, "metric": json.dumps({**header, **odd})})
+        digest = file_sha256(Path("odd.safetensors"))
+        status, output, _ = run("info odd.safetensors")
+        assert status == 0 and digest in output and "trusted" not in output
+        facts = json.loads(run("info odd.safetensors --json")[1])
+        assert facts["sha256"] == digest and facts["file"].endswith("odd.safetensors")
 
 
 @pytest.mark.usefixtures("folder")

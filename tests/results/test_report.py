@@ -16,6 +16,7 @@ from sections import SOURCE, attacked_section, certified_section, smoothed_secti
 
 from lipsim.cli.main import main
 from lipsim.results import SCHEMA, plots, read_results, report, update_results
+from lipsim.results.comparison import effort
 from lipsim.results.formats import escape_latex, html_page, latex_table, markdown_table
 from lipsim.results.report import write_report
 from lipsim.results.runs import load_runs
@@ -74,7 +75,10 @@ def test_reports_hold_the_numbers(runs: list[str], tmp_path: Path, capsys: pytes
         rows = {(r["run"], r["metric"], r["score"], r["eps"]): float(r["value"]) for r in csv.DictReader(file)}
     assert rows["first_run", "metric", "certified", "36/255"] == 0.654
     assert rows["first_run", "metric", "majority", ""] == 0.876
-    assert rows["<B> & 100%", "teacher", "attacked, norm 2", "1"] == pytest.approx(0.173)
+    (attacked,) = (
+        key for key in rows if key[:2] == ("<B> & 100%", "teacher") and "attacked" in key[2] and key[3] == "1"
+    )
+    assert attacked[2].startswith("attacked, norm 2 (") and rows[attacked] == pytest.approx(0.173)
     assert (out / "curves.pdf").read_bytes().startswith(b"%PDF")
     assert (out / "curves.png").stat().st_size > 5000
 
@@ -104,11 +108,11 @@ def test_smoothed_metrics_are_rows_beside_the_exact_ones(tmp_path: Path) -> None
     assert f"{named}noise on all, one image moves {cells} 70.0 | 20.0 |" in all_images
     assert [row["36/255"] for row in smoothed_rows(jointly)] == ["61.0", "70.0"]
     numbers = (tmp_path / "jointly/report.csv").read_text()
-    assert 'builtin,jointly,metric,"smoothed, certified, one image moves",1,0.2' in numbers
+    assert 'α = 0.001 an answer, noise on all, one image moves: certified",1,0.2' in numbers
     latex = (tmp_path / "out/report.tex").read_text()
     assert latex.isascii() and r"$\sigma$ = 0.25" in latex and r"$\alpha$ = 0.001" in latex
     numbers = (tmp_path / "out/report.csv").read_text()
-    assert 'builtin,alone,teacher,"smoothed, certified",36/255,0.61' in numbers
+    assert 'builtin,alone,teacher,"smoothed, σ = 0.25, n = 1000, α = 0.001 an answer: certified",36/255,0.61' in numbers
     page = (tmp_path / "out/report.html").read_text()
     assert "100 draws to choose an answer" in page
 
@@ -295,10 +299,47 @@ def test_an_attack_stands_beside_the_radius_that_it_is_about(tmp_path: Path, mon
         assert drawn.pop("curves.png")[2] == {"m": expected}
     with open(tmp_path / "0/report.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["score"].startswith("attacked")]
+    how = f"({effort(attacked)})"
     assert {row["score"]: (float(row["value"]), row["runs"]) for row in rows} == {
-        "attacked, norm 2, all": (0.1, "1"),
-        "attacked, norm 2": (0.4, "1"),
+        f"attacked, norm 2, all {how}": (0.1, "1"),
+        f"attacked, norm 2 {how}": (0.4, "1"),
     }
+
+
+def test_what_differs_in_more_than_a_seed_is_no_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers of draws or of steps under one name: in the file of numbers and in curves as in tables."""
+    drawn = _spied(monkeypatch)
+    for folder, draws, steps, score in (("x", 100, 2, 0.9), ("y", 1000, 100, 0.1)):
+        attacked = attacked_section({"metric": (0.9, {"1": score})}, [1.0], steps=steps)
+        smoothed = smoothed_section({"metric": (0.9, {"1": score})}, [1.0], n=draws)
+        update_results(tmp_path / folder / "results.json", {"attacked": attacked, "smoothed": smoothed})
+    write_report(load_runs([f"m={tmp_path / 'x'}", f"m={tmp_path / 'y'}"], seeds=True), tmp_path / "out")
+    (certified, attacked_curves) = drawn["curves.png"][1:3]
+    assert len(certified["m"]) == len(attacked_curves["m"]) == 2
+    with open(tmp_path / "out/report.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["eps"] == "1"]
+    assert sorted((float(row["value"]), row["runs"]) for row in rows) == [(0.1, "1")] * 2 + [(0.9, "1")] * 2
+
+
+def test_searches_of_the_null_space_alone_are_a_report(tmp_path: Path) -> None:
+    reach: Any = {"mean_length": 1.0, "largest_length": 1.0, "rmse": 0.1, "ssim": 0.2, "lpips": None}
+    moves: Any = {
+        "mean_length": 1.0, "median_change": 0.0, "largest_change": 0.0, "exact": 1.0, "largest_distance": 0.0,
+        "flipped": 0.0,
+    }  # fmt: skip
+    found: Any = {"layer": "0", "reason": None, "moves": moves, "same": {"random": reach}, "answer": {"random": reach}}
+    sets: Any = {"a_$5_$6": {"num_triplets": 3, "metrics": {"metric": found}}}
+    section: Any = {**SOURCE, "seed": 0, "same": None, "max_triplets": None, "sets": sets}
+    update_results(tmp_path / "run/results.json", {"null_space": section})
+    tables = write_report(load_runs([str(tmp_path / "run")]), tmp_path / "out")
+    assert tables and not list((tmp_path / "out").glob("curves*"))
+
+
+def test_a_set_whose_name_is_mathematics_is_drawn(tmp_path: Path) -> None:
+    section = certified_section({"a_$5_$6": [0.5]}, [1.0])
+    update_results(tmp_path / "run/results.json", {"certified": section})
+    write_report(load_runs([str(tmp_path / "run")]), tmp_path / "out")
+    assert (tmp_path / "out/curves.png").is_file()
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +365,13 @@ def test_how_far_references_move_stands_in_the_report(tmp_path: Path) -> None:
     with open(out / "report.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["score"] == "null space, same, semantic, length"]
     assert [float(row["value"]) for row in rows] == [12.345]
+
+
+def test_headings_of_latex_keep_abbreviations_and_symbols() -> None:
+    table = latex_table([dict.fromkeys(("metric", "RMSE", "median R", "n", "ν", "vote share"), "1")], "", [], "")
+    for heading in ("Metric", "RMSE", "Median R", "n", "Vote share"):
+        assert f"{{*}}{{{heading}}}" in table
+    assert r"{*}{$\nu$}" in table
 
 
 def test_budgets_of_latex_headings_may_name_their_norm() -> None:

@@ -144,6 +144,14 @@ def test_a_log_of_somebody_else(run: Path, head: str, rows: list[str]) -> None:
     (run / "skipped.csv").write_text(f"epoch,step\n{'1' * 200_000}\n0,1\n")
     page = _page(run)
     assert "1 samples could not be read" in page.text
+    # A quote that is never closed: what comes before it is read.
+    with open(run / "metrics.csv", "a") as file:
+        file.write('1,"2\n' + "3,4\n" * 50_000)
+    with open(run / "skipped.csv", "a") as file:
+        file.write('1,"2\n' + "3,4\n" * 50_000)
+    assert "1 samples could not be read" in _page(run).text
+    (run / "metrics-².csv").write_text("step\n1\n")
+    page = _page(run)
     numbers = [line["points"] for line in page.all("polyline")]
     assert not any(word in str(numbers) for word in ("nan", "inf"))
 
