@@ -106,7 +106,7 @@ class AttackRobustness(TripletCallback):
         for metric in self.others.values():
             freeze(metric.to(module.device))
         self.pictured = set()
-        # Radii that nobody has made smaller by the rounding of features, are not to be called broken by it.
+        # Radii that nobody has made smaller by the rounding of features are not to be called broken by it.
         others = trainer.callbacks  # type: ignore[attr-defined]
         if self.writes(trainer) and not any(isinstance(callback, CertifyRadii) for callback in others):
             cover_feature_error(trainer, module, ERROR_SAMPLE)
