@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from lipsim.cli.parser import budget, named_file, output_folder, positive_int, refuse_wide_linf
+from lipsim.cli.parser import budget, named_file, natural_int, output_folder, positive_int, refuse_wide_linf
 from lipsim.data import registry
 from lipsim.evaluation.side_by_side import Settings, attack_tables, load_metrics
 from lipsim.results.tables import print_table
@@ -34,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", choices=registry.DATA, default="builtin", help="triplets (%(default)s)")
     parser.add_argument("--root", type=user_path, help="folder of the data")
+    parser.add_argument(
+        "--division",
+        nargs="+",
+        type=_division,
+        default=[],
+        metavar="NAME=NUMBER",
+        help="how a training has divided Material, where not by the defaults seed=0 num_triplets=2000 "
+        "num_materials=20: else triplets are attacked that it has seen",
+    )
     parser.add_argument("--samples", type=positive_int, default=200, help="how many triplets (%(default)s)")
     parser.add_argument("--eps", nargs="+", type=budget, default=list(Settings.eps), help="ℓ2 budgets of the suite")
     parser.add_argument(
@@ -53,8 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
+def _division(text: str) -> tuple[str, int]:
+    """``NAME=NUMBER`` of :func:`lipsim.data.sets.material.split_material`."""
+    name, _, number = text.partition("=")
+    if name not in ("seed", "num_triplets", "num_materials"):
+        raise argparse.ArgumentTypeError(f"expected seed, num_triplets or num_materials = a number, got {text!r}")
+    return name, natural_int(number)
+
+
 def _run(options: argparse.Namespace) -> int:
     refuse_wide_linf([options.linf])
+    if options.division and options.data != "material":
+        raise LipsimError(f"--division is of Material, whose parts are drawn here; --data is {options.data}")
     files = dict(options.metrics)
     if len(files) < len(options.metrics):
         raise LipsimError(f"expected metrics of different names, got {', '.join(name for name, _ in options.metrics)}")
@@ -76,6 +95,7 @@ def _run(options: argparse.Namespace) -> int:
             data=options.data,
             root=options.root,
             samples=options.samples,
+            division=dict(options.division),
             settings=settings,
             progress=progress,
         )

@@ -128,6 +128,7 @@ def attack_tables(
     data: str = "builtin",
     root: str | Path | None = None,
     samples: int = 200,
+    division: Mapping[str, Any] | None = None,
     settings: Settings | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, list[Row]]:
@@ -139,6 +140,7 @@ def attack_tables(
         data: one of :data:`lipsim.data.registry.DATA`.
         root: folder of the data, built-in ones have none.
         samples: how many triplets.
+        division: how a training has divided the data, as in :func:`lipsim.data.sample_triplets`.
         settings: budgets, steps and the seed, of the choice of triplets as well.
         progress: told what runs next.
 
@@ -160,6 +162,7 @@ def attack_tables(
         framing=images.framing,
         root=place,
         seed=settings.seed,
+        division=division,
     )
     measured = measure(metrics, triplets, settings, progress)
     update_results(folder / "results.json", {"attack_tables": {"data": data, **measured}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from PIL import Image
 
 from lipsim.data import BuiltinTriplets, Preprocess, Triplet, TripletSet, load_image, open_sets, sample_triplets
 from lipsim.data.registry import DATA, SOURCES
-from lipsim.data.sets.material import MaterialTriplets
+from lipsim.data.sets.material import (
+    MaterialTriplets,
+    load_material_answers,
+    load_material_images,
+    split_material,
+)
 from lipsim.data.sets.nights import NightsTriplets
 from lipsim.data.sets.table import TableTriplets
 
@@ -131,3 +137,18 @@ def test_bad_requests_are_refused(nights: Path) -> None:
             open_sets(**(given | arguments))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1 sample"):
         sample_triplets("builtin", 0, 16, resize="float")
+
+
+def test_samples_of_material_are_of_the_division_of_a_training(material: Path) -> None:
+    """Another one has trained on what the default holds out."""
+    for division in ({}, {"seed": 1}, {"num_triplets": 50, "seed": 3}):
+        options: dict[str, Any] = {"num_triplets": 40, "num_materials": 2} | division
+        answers = load_material_answers(material, "train", seed=options.get("seed", 0))
+        split = split_material(answers, **options)
+        found = sample_triplets("material", 30, 16, resize="float", root=material, division=options)
+        images, _ = load_material_images(material, Preprocess(16))
+        number = {image.numpy().tobytes(): i for i, image in enumerate(images)}
+        columns = ([number[x.numpy().tobytes()] for x in part] for part in (found.reference, found.left, found.right))
+        drawn = set(zip(*columns, strict=True))
+        held_out, trained = ({tuple(ids) for ids in part.ids.tolist()} for part in (split.triplets, split.train))
+        assert drawn <= held_out and not drawn & trained

@@ -228,6 +228,34 @@ def test_metrics_are_attacked_on_images_as_they_expect(
     assert len(given) == 3
 
 
+def test_triplets_are_of_the_division_of_a_training(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(PerceptualMetric(OrthogonalProjection(16, 8), 16), "m.safetensors")
+    given: list[Triplet] = []
+
+    def stop(metrics: object, triplets: Triplet, *_: object) -> None:
+        given.append(triplets)
+        raise LipsimError("seen")
+
+    monkeypatch.setattr("lipsim.evaluation.side_by_side.measure", stop)
+    line, where = ["attack-tables", "m.safetensors", "--samples", "4"], ["--data", "material", "--root", str(material)]
+    division = {"seed": 1, "num_triplets": 30, "num_materials": 2}
+    with pytest.raises(SystemExit):
+        main([*line, *where, "--division", *(f"{name}={number}" for name, number in division.items())])
+    expected = sample_triplets("material", 4, 16, resize="float", root=material, seed=1, division=division)
+    assert torch.equal(given[-1].reference, expected.reference) and torch.equal(given[-1].left, expected.left)
+    for wrong, message in (
+        ([*where, "--division", "sed=1"], "expected seed, num_triplets or num_materials = a number, got 'sed=1'"),
+        (["--division", "seed=1"], "--division is of Material, whose parts are drawn here; --data is builtin"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*line, *wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_distances_alone_have_no_size() -> None:
     with pytest.raises(ValueError, match="metrics of one image size"):
         common_images({"pixels": pixel_l2}, "builtin")
