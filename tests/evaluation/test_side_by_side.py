@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,8 +119,8 @@ def test_metrics_that_see_different_images_are_refused(tmp_path: Path, metric: P
 def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
 
-    def sample(data: str, count: int, size: int, *, resize: str, framing: str, root: Path, seed: int) -> Triplet:
-        seen.update(data=data, count=count, size=size, root=root, seed=seed, resize=resize, framing=framing)
+    def sample(data: str, count: int, size: int, **options: Any) -> Triplet:
+        seen.update(data=data, count=count, size=size, **options)
         images = [torch.rand(2, 3, 16, 16) for _ in range(3)]
         return Triplet(*images, torch.tensor([0.0, 1.0]), torch.arange(2))
 
@@ -135,6 +136,7 @@ def test_triplets_are_resized_as_the_metrics_expect(monkeypatch: pytest.MonkeyPa
         "seed": 5,
         "resize": "pil",
         "framing": "stretch",
+        "division": None,
     }
     assert len(shown) == 4 and all(rows[0].get("metric", rows[0].get("made on")) == "m" for rows in shown.values())
     measured = read_results(tmp_path / "results.json")["attack_tables"]
