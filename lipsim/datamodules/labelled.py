@@ -90,7 +90,8 @@ class LabelledFolderData(TripletData):
         return [self._loader(self.queries)]
 
 
-def _files(images: LabelledFolder) -> list[tuple[int, int]]:
-    """Device and number of each file, behind all links; of file systems without numbers something of its own."""
-    states = [(images.folder / str(name)).stat() for name in images.names]
-    return [(s.st_dev, s.st_ino) if s.st_ino else (-1, id(s)) for s in states]
+def _files(images: LabelledFolder) -> list[tuple[int, int] | Path]:
+    """Device and number of each file, behind all links; its path where a file system has no numbers."""
+    paths = [images.folder / str(name) for name in images.names]
+    states = [path.stat() for path in paths]
+    return [(s.st_dev, s.st_ino) if s.st_ino else path.resolve() for s, path in zip(states, paths, strict=True)]

@@ -7,6 +7,7 @@ import io
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,8 +21,11 @@ import lipsim
 from lipsim.attacks import pgd
 from lipsim.attacks.retrieval import GOALS, RetrievalObjective
 from lipsim.callbacks import CertifyRadii, CertifyRetrieval
+from lipsim.data import Preprocess
 from lipsim.data.loading import data_fingerprint
+from lipsim.data.sets.labelled_folder import LabelledFolder
 from lipsim.datamodules import BuiltinData, LabelledFolderData
+from lipsim.datamodules.labelled import _files
 from lipsim.metric import PerceptualMetric, save
 from lipsim.results import read_results, update_results
 from lipsim.results.report import write_report
@@ -60,7 +64,7 @@ def data(folder: Path, batch_size: int = 5, **options: Any) -> LabelledFolderDat
 @pytest.mark.parametrize(
     ("gallery", "queries"), [(".", "val/dark"), ("val/dark", "."), ("train", "val/../train/dark"), ("train", "train")]
 )
-def test_no_query_is_in_the_gallery(gallery: str, queries: str, folder: Path) -> None:
+def test_no_query_is_in_the_gallery(gallery: str, queries: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"expected queries (in another folder than the|and) gallery"):
         data(folder, gallery=gallery, queries=queries)
     assert data(folder, gallery="train", queries="train-2").query_part == "train-2"  # beside it
@@ -68,6 +72,12 @@ def test_no_query_is_in_the_gallery(gallery: str, queries: str, folder: Path) ->
     (folder / "again/dark").symlink_to(folder / "train/dark", target_is_directory=True)
     with pytest.raises(ValueError, match=r"queries in .*again are files of the gallery .*train, too \(first: dark/"):
         data(folder, queries="again").setup("test")
+    # Where a file system numbers no files, their places tell them apart.
+    images = LabelledFolder(folder / "again", Preprocess(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda path, **_: SimpleNamespace(st_dev=1, st_ino=0))
+        found = _files(images)
+    assert len(set(found)) == len(images) and folder.resolve() / "train/dark/0.png" in found
 
 
 def test_scores_are_those_of_all_pairs_and_no_attack_passes_a_certificate(
