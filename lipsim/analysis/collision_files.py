@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def collision_facts(
         "length": float(collision.length[0]),
         "rmse": float(collision.rmse[0]),
         "left": None if target is None else float(collision.left[0]),
-        "largest_difference": output_differences(model.module, x, x_adv),
-        "largest_difference_of_8_bits": output_differences(model.module, x, rounded),
+        "largest_difference": _differences(model.module, x, x_adv),
+        "largest_difference_of_8_bits": _differences(model.module, x, rounded),
     }
     if metric is not None:
         others = {"the image": x} | ({} if target is None else {"the target": target})
@@ -54,6 +55,12 @@ def collision_facts(
     else:
         facts["top"] = {"before": top_classes(model.module, x), "after": top_classes(model.module, x_adv)}
     return facts
+
+
+def _differences(module: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, float | None]:
+    """Of each output; None where no number says it (JSON has none for ∞): other shapes, or NaN."""
+    found = output_differences(module, x, x_adv)
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def top_classes(module: nn.Module, x: Tensor, count: int = _SHOWN) -> list[tuple[int, float]]:
@@ -76,14 +83,18 @@ def describe(facts: dict[str, Any]) -> str:
         f"the image moved by ℓ2 {facts['length']:.4g}, RMSE {facts['rmse']:.4g}{reach}",
     ]
     for name, value in facts["largest_difference"].items():
-        eight = facts["largest_difference_of_8_bits"].get(name)
-        lines.append(f"largest difference of {name}: {value:.2e}; with the image rounded to 8 bits {eight:.2e}")
+        exact, eight = (_difference(part) for part in (value, facts["largest_difference_of_8_bits"].get(name)))
+        lines.append(f"largest difference of {name}: {exact}; with the image rounded to 8 bits {eight}")
     for name, distance in facts.get("distance", {}).items():
         lines.append(f"distance to {name}: {distance['before']:.6g} → {distance['after']:.6g}")
     for when, classes in facts.get("top", {}).items():
         if classes:
             lines.append(f"top classes {when}: " + ", ".join(f"{label} ({value:.2%})" for label, value in classes))
     return "\n".join(lines)
+
+
+def _difference(value: float | None) -> str:
+    return "not to be told, as of another number of boxes" if value is None else f"{value:.2e}"
 
 
 def save_collision(folder: Path, collision: Collision, facts: dict[str, Any], target: Tensor | None = None) -> None:

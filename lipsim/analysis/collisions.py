@@ -294,6 +294,7 @@ def layer_table(
     direction: Tensor,
     *,
     layer: str | None = None,
+    eps: float | None = None,
     steps: int = 60,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
@@ -301,12 +302,30 @@ def layer_table(
 
     The paper claims that φW lies in [0, 1e-7] in single and [0, 1e-15] in double precision; whether it grows on the way
     to the output is what this table is for. Of several images a cell has the mean and half of what they are apart.
+
+    Args:
+        model: any.
+        x: images ``(N, 3, S, S)`` in [0, 1].
+        direction: where they move, see :func:`directions`.
+        layer: as in :func:`find_collision`, and so are the budget ``eps`` and the number of ``steps``.
+        eps: ℓ2 budget; None: as far as the box allows.
+        steps: of Gauss-Newton.
+        say: hears how far it is.
+
+    Raises:
+        ValueError: nothing was found that collides in one of the precisions, which the message names.
     """
     found: dict[torch.dtype, list[list[LayerDifference]]] = {}
     for dtype in CLAIM:
         own = in_precision(model, dtype)
-        collision = find_collision(own, x.to(dtype), direction.to(dtype), layer=layer, steps=steps, say=say)
-        say(f"layers in {str(dtype).removeprefix('torch.')}")
+        precision = str(dtype).removeprefix("torch.")
+        try:
+            collision = find_collision(
+                own, x.to(dtype), direction.to(dtype), layer=layer, eps=eps, steps=steps, say=say
+            )
+        except LipsimError as error:
+            raise LipsimError(f"in {precision}: {error}") from error
+        say(f"layers in {precision}")
         pairs = zip(collision.x.split(1), collision.x_adv.split(1), strict=True)
         found[dtype] = [layer_differences(own.module, *pair) for pair in pairs]
     rows: list[Row] = []

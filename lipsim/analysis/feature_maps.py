@@ -12,14 +12,16 @@ from lipsim.layers.encoder import Encoder
 from lipsim.utils.checks import taking_images
 from lipsim.utils.errors import LipsimError
 
+_INPUT_OF = "input of "
+
 
 class FeatureMap(nn.Module):
     """Images ``(N, 3, S, S)`` in [0, 1] to the features ``(N, D)`` of one layer of a model, flattened.
 
     Args:
         model: any.
-        layer: name of a module, whose output it is; "output" is what the model answers. None: what a metric answers,
-            and the input of the last linear layer of a classifier.
+        layer: name of a module, whose output it is, or "input of NAME"; "output" is what the model answers. None: what
+            a metric answers, and the input of the last linear layer of a classifier.
 
     Attributes:
         layer: as one asks for it again: the name of the module, "input of NAME", or "output".
@@ -42,14 +44,15 @@ class FeatureMap(nn.Module):
             self.layer, self._watched = "output", self.module
         elif layer is None:
             name, self._watched = self._last_linear(model)
-            self.layer, self._of_input = f"input of {name}", True
+            self.layer, self._of_input = f"{_INPUT_OF}{name}", True
         else:
             modules = dict(model.network.named_modules())
-            if layer not in modules or not layer:
+            name = layer.removeprefix(_INPUT_OF)
+            if name not in modules or not name:
                 names = [name for name in modules if name]
                 some = ", ".join(names if len(names) <= 12 else [*names[:4], "…", *names[-8:]])
-                raise LipsimError(f"{model.name} has no layer {layer!r}; it has {some}")
-            self.layer, self._watched = layer, modules[layer]
+                raise LipsimError(f"{model.name} has no layer {name!r}; it has {some}")
+            self.layer, self._watched, self._of_input = layer, modules[name], name != layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``(N, D)``."""
@@ -73,7 +76,8 @@ class FeatureMap(nn.Module):
         self._found = output.clone() if isinstance(output, Tensor) else output
 
     def _keep_input(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._found = inputs[0]
+        # Layers behind may work in place.
+        self._found = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else None
 
     @staticmethod
     def _last_linear(model: Model) -> tuple[str, nn.Linear]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lipsim.analysis.level_sets import LevelSetProtocol, LevelSets, ObjectiveOf
 from lipsim.attacks.level_set import level_set
-from lipsim.results.formats import write_table
+from lipsim.results.formats import remove_table, write_table
 from lipsim.results.tables import Row
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_text
@@ -100,13 +100,17 @@ def write_tables(folder: Path, found: Mapping[str, LevelSets], protocol: LevelSe
     """Write the tables of some models as Markdown, LaTeX and CSV, and everything as ``level_sets.json``."""
     import json
 
+    file = folder / "level_sets.json"
+    if file.is_file():  # an earlier measurement, which may have had more tables
+        for name in ("triangles", "widths"):
+            remove_table(folder, name)
     write_table(folder, "distances", "Distance of outcomes to their targets", distance_rows(found))
     if protocol.targets > 1:
         write_table(folder, "triangles", "Triangles of a source and two outcomes", triangle_rows(found, protocol))
     if protocol.width_steps:
         write_table(folder, "widths", "Widths across the walk", width_rows(found, protocol))
     content = [{"model": name, **summary(sets)} for name, sets in found.items()]
-    write_text(folder / "level_sets.json", json.dumps(content, indent=1) + "\n")
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def all_pairs(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lipsim.metric import load
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.paths import user_path
+from lipsim.utils.sampling import cpu_seed
 from lipsim.utils.weights import load_weights, plain_names, read_checkpoint
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -98,11 +99,10 @@ def load_model(
         ValueError: weights that do not fit, or a function that returns no module.
     """
     library, slash, rest = name.partition("/")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with cpu_seed(seed), warnings.catch_warnings():
         # Advice on weights that are given or random here.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        torch.manual_seed(seed)
         if slash and library == "torchvision":
             model = _torchvision(name, rest, image_size, num_classes, trained=weights is not None)
         elif slash and library == "timm":
@@ -152,8 +152,9 @@ def _torchvision(name: str, network: str, image_size: int | None, num_classes: i
     published = None if as_list else models.get_model_weights(network).DEFAULT.transforms()
     mean, std = (tuple(getattr(published, key, known)) for key, known in zip(("mean", "std"), IMAGENET, strict=True))
     module = Normalized(built, as_list=True) if as_list else Normalized(built, mean, std)
-    default = {"inception_v3": 299, "efficientnet_v2_l": 480}.get(network, 224)
-    return Model(name, built, module, image_size or default)
+    # That of the published weights, for classifiers; but vision transformers are built for 224, whatever those are of.
+    cropped = None if network.startswith("vit_") else getattr(published, "crop_size", None)
+    return Model(name, built, module, image_size or (cropped[0] if cropped else 224))
 
 
 def _timm(name: str, network: str, image_size: int | None, num_classes: int | None) -> Model:

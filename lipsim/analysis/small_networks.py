@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lipsim.analysis.models import Normalized
 from lipsim.utils.errors import LipsimError
+from lipsim.utils.sampling import cpu_seed
 
 
 class _Residual(nn.Module):
@@ -219,8 +220,7 @@ def small_network(
             f"expected one of {', '.join(ARCHITECTURES)} for images of at least 16 pixels, got {architecture!r} for "
             f"{image_size}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_seed(seed):
         network = ARCHITECTURES[architecture](num_classes, width, image_size)
     # A third faster on a CPU.
     if width >= 8:

@@ -71,7 +71,7 @@ def largest_feature_error(
             children = _children(x[best], 0.5 / 2**step, generator)
             x, error = torch.cat([x[best], children]), torch.cat([error[best], errors(children)])
         with torch.no_grad():
-            length = float(torch.linalg.vector_norm(encoder(x.to(weight)).double(), dim=-1).max())
+            length = float(torch.linalg.vector_norm(encoder(x.to(weight).clone()).double(), dim=-1).max())
         last = 0.0 if weight.dtype == torch.float64 else length * torch.finfo(weight.dtype).eps / 2
         largest = max(float(torch.cat([*found, error]).max()), last)
     if not largest < torch.inf:
@@ -82,7 +82,8 @@ def largest_feature_error(
 @torch.no_grad()
 def _errors(encoder: nn.Module, exact: nn.Module, x: Tensor) -> Tensor:
     """``‖f(x) − f64(x)‖``, ``(N,)`` in float64; ``exact`` is the encoder's copy in float64."""
-    parts = [encoder(part).double() - exact(part.double()) for part in x.split(_BATCH)]
+    # Of copies: a first layer may work in place, and double() copies nothing that is double already.
+    parts = [encoder(part.clone()).double() - exact(part.double().clone()) for part in x.split(_BATCH)]
     errors: Tensor = torch.linalg.vector_norm(torch.cat(parts), dim=-1)
     return errors
 

@@ -29,6 +29,7 @@ from lipsim.callbacks.certify_radii import CertifyRadii
 from lipsim.callbacks.certify_retrieval import CertifyRetrieval
 from lipsim.callbacks.certify_smoothed import CertifySmoothed
 from lipsim.callbacks.certify_sum import CertifySum
+from lipsim.callbacks.finished_average import FinishedAverage
 from lipsim.callbacks.interruption import Interruption
 from lipsim.callbacks.loggers import Loggers, run_loggers
 from lipsim.callbacks.process_watch import ProcessWatch
@@ -138,8 +139,8 @@ def with_defaults(options: Mapping[str, Any], checkpoint: str | Path | None = No
     checkpoint = to_continue(directory, checkpoint)
     claimed = None if trial else _claim(directory)
     folder = RunFolder(None if checkpoint is None else str(checkpoint), claimed)
-    # First: it makes room for what the others write.
-    options["callbacks"] = [folder, *callbacks, SaveOnException()]
+    # First: the folder makes room for what the others write, and weights are those that they are to see.
+    options["callbacks"] = [folder, FinishedAverage(), *callbacks, SaveOnException()]
     keeps_nothing = options.get("logger") is False and options.get("enable_checkpointing") is False
     if not (trial or keeps_nothing):
         options["callbacks"].append(RunReport())  # last: it tells of what the others did

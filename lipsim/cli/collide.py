@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from lipsim.analysis.attacked_collision import attacked_collision, describe_attack
 from lipsim.analysis.collision_files import collision_facts, describe, save_collision
-from lipsim.analysis.collisions import OUTPUT, directions, find_collision, in_precision, layer_table
+from lipsim.analysis.collisions import OUTPUT, Collision, directions, find_collision, in_precision, layer_table
 from lipsim.analysis.models import NAMES, load_model
 from lipsim.attacks.projections import Norm
 from lipsim.cli.parser import UsageError, budget, output_folder, positive_int, refuse_wide_linf
 from lipsim.data.transforms import Preprocess, load_image
 from lipsim.metric import load
 from lipsim.metric.files import DEFAULT
-from lipsim.results.formats import write_table
+from lipsim.results.formats import remove_table, write_table
 from lipsim.results.tables import print_table
-from lipsim.utils.files import write_text
+from lipsim.utils.files import write_json
 from lipsim.utils.paths import user_path
 from lipsim.utils.progress import Progress
 
@@ -113,15 +115,14 @@ def _run(options: argparse.Namespace) -> int:
         facts = collision_facts(model, collision, target, metric)
         if attack is not None:
             facts["attack"] = attack
-        rows = layer_table(model, x, direction, **common) if options.layer_table else []
-    save_collision(options.output, collision, facts, target)
+        _save(options.output, collision, facts, target)
+        rows = layer_table(model, x, direction, eps=options.eps, **common) if options.layer_table else []
     if rows:
         facts["layers"] = rows
         write_table(options.output, "layers", f"Largest differences of the layers of {model.name}", rows)
-    text = json.dumps(facts, indent=1)
-    write_text(options.output / "collision.json", text + "\n")
+        write_json(options.output / "collision.json", facts)
     if options.json:
-        print(text)
+        print(json.dumps(facts, indent=1))
         return 0
     print(describe(facts))
     if "attack" in facts:
@@ -130,3 +131,11 @@ def _run(options: argparse.Namespace) -> int:
         print_table(Console(), rows, "Largest differences")
     print(f"pictures, exact tensors and collision.json are in {options.output}/")
     return 0
+
+
+def _save(folder: Path, collision: Collision, facts: dict[str, Any], target: Tensor | None) -> None:
+    """Everything but the table of layers, which takes its time and can fail, so that this is there before."""
+    if (folder / "collision.json").is_file():  # an earlier collision, which may have been of other layers
+        remove_table(folder, "layers")
+    save_collision(folder, collision, facts, target)
+    write_json(folder / "collision.json", facts)

@@ -37,6 +37,22 @@ EXAMPLES = (
     "lipsim feature-sets photos/ --kind robust --model photos --output sets",
     "lipsim feature-sets photos/ --output sets --held-out others/ --epochs 5",
 )
+# Defaults of options of one of the two jobs, so that the other can refuse them where they are given.
+_MAKING: Mapping[str, Any] = {
+    "step_size": 0.1,
+    "batch_size": 128,
+    "accelerator": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+}
+_SCORING: Mapping[str, Any] = {
+    "architecture": "resnet",
+    "width": 16,
+    "epochs": 20,
+    "seeds": 3,
+    "robust_eps": 0.25,
+    "attack_steps": 50,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,30 +77,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--image-size", type=positive_int, help="side of the images; default: the model's usual one")
     making.add_argument(
         "--layer",
-        help="features to match: the name of a module, or output (default: what a metric answers, and what the last "
-        "linear layer of a classifier reads)",
+        help="features to match: the name of a module, 'input of NAME', or output (default: what a metric answers, and "
+        "what the last linear layer of a classifier reads)",
     )
     making.add_argument("--start", choices=("image", "noise"), help="of matching features (image)")
     making.add_argument("--steps", type=positive_int, help="gradient steps (1000 for features, 100 towards a class)")
-    making.add_argument("--step-size", type=budget, default=0.1, help="ℓ2 length of a step (%(default)s)")
+    making.add_argument("--step-size", type=budget, help=f"ℓ2 length of a step ({_MAKING['step_size']})")
     making.add_argument("--eps", type=budget, help=f"ℓ2 budget towards a class ({FeatureSetRecipe.eps})")
     making.add_argument(
         "--shorten", action="store_true", help="match by steps that do not go too far; closer than published"
     )
-    making.add_argument("--batch-size", type=positive_int, default=128, help="images at once (%(default)s)")
-    making.add_argument("--accelerator", default="auto", help="cpu, cuda, … (%(default)s)")
-    making.add_argument("--devices", type=positive_int, default=1, help="processes on each machine (%(default)s)")
-    making.add_argument("--num-nodes", type=positive_int, default=1, help="machines (%(default)s)")
+    making.add_argument("--batch-size", type=positive_int, help=f"images at once ({_MAKING['batch_size']})")
+    making.add_argument("--accelerator", help=f"cpu, cuda, … ({_MAKING['accelerator']})")
+    making.add_argument("--devices", type=positive_int, help=f"processes on each machine ({_MAKING['devices']})")
+    making.add_argument("--num-nodes", type=positive_int, help=f"machines ({_MAKING['num_nodes']})")
     scoring = parser.add_argument_group("training on sets")
     scoring.add_argument("--held-out", type=user_path, help="folder of other originals, CLASS/IMAGE, to score on")
     scoring.add_argument(
-        "--architecture", choices=list(ARCHITECTURES), default="resnet", help="of the classifiers (%(default)s)"
+        "--architecture", choices=list(ARCHITECTURES), help=f"of the classifiers ({_SCORING['architecture']})"
     )
-    scoring.add_argument("--width", type=positive_int, default=16, help="their channels at first (%(default)s)")
-    scoring.add_argument("--epochs", type=positive_int, default=20, help="of each training (%(default)s)")
-    scoring.add_argument("--seeds", type=positive_int, default=3, help="trainings on each set (%(default)s)")
-    scoring.add_argument("--robust-eps", type=budget, default=0.25, help="ℓ2 budget of APGD (%(default)s)")
-    scoring.add_argument("--attack-steps", type=positive_int, default=50, help="of APGD (%(default)s)")
+    scoring.add_argument("--width", type=positive_int, help=f"their channels at first ({_SCORING['width']})")
+    scoring.add_argument("--epochs", type=positive_int, help=f"of each training ({_SCORING['epochs']})")
+    scoring.add_argument("--seeds", type=positive_int, help=f"trainings on each set ({_SCORING['seeds']})")
+    scoring.add_argument("--robust-eps", type=budget, help=f"ℓ2 budget of APGD ({_SCORING['robust_eps']})")
+    scoring.add_argument("--attack-steps", type=positive_int, help=f"of APGD ({_SCORING['attack_steps']})")
     parser.add_argument("--seed", type=natural_int, default=0, help="of starts, classes, random weights (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.set_defaults(run=_run)
@@ -95,12 +111,16 @@ def _run(options: argparse.Namespace) -> int:
     if making == (options.held_out is not None):
         raise UsageError("expected either --kind and --model, to make sets, or --held-out, to train on those made")
     if not making:
-        making_alone = ["eps", "steps", "start", "layer", "shorten", "weights"]
+        making_alone = ["eps", "steps", "start", "layer", "shorten", "weights", "num_classes", "image_size", *_MAKING]
         _refuse(options, making_alone, "training on sets, which has --robust-eps and --attack-steps")
-        return _score(options)
-    if not (options.kind and options.model):
-        raise UsageError("expected both --kind and --model, to make sets")
-    return _make(options)
+    else:
+        if not (options.kind and options.model):
+            raise UsageError("expected both --kind and --model, to make sets")
+        _refuse(options, list(_SCORING), "making sets; --held-out trains on those made")
+    for name, default in {**_MAKING, **_SCORING}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return _make(options) if making else _score(options)
 
 
 def _make(options: argparse.Namespace) -> int:
@@ -165,7 +185,7 @@ def _refuse_without_part(options: argparse.Namespace, matching: set[bool]) -> No
 
 def _refuse(options: argparse.Namespace, useless: Sequence[str], where: str) -> None:
     """Refuse options that are given and have no part in something, in words."""
-    given = [f"--{name}" for name in useless if getattr(options, name) not in (None, False)]
+    given = [f"--{name.replace('_', '-')}" for name in useless if getattr(options, name) not in (None, False)]
     if given:
         raise UsageError(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no part in {where}")
 

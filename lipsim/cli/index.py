@@ -44,11 +44,11 @@ def _run(options: argparse.Namespace) -> int:
         metric = load_metric(options).to(options.device)
         index = ImageIndex.load(options.output, metric) if options.output.is_file() else ImageIndex(metric)
         changes = index.update(options.folder, batch_size=options.batch_size, unfinished=unfinished, progress=progress)
-        index.save(options.output, metric=named, unfinished=unfinished)
     for name, reason in changes.skipped.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if changes.passed_over:
         print(f"passed over: {changes.passed_over}", file=sys.stderr)
+    index.save(options.output, metric=named, unfinished=unfinished)
     if options.json:
         facts = {
             "index": str(options.output),

@@ -12,7 +12,7 @@ from lipsim.analysis.models import NAMES, load_model
 from lipsim.analysis.nullity import Nullity, nullity, published_row, summary
 from lipsim.analysis.operator_kernels import OperatorKernel, kernel_row, operator_kernels
 from lipsim.cli.parser import output_folder, positive_int
-from lipsim.results.formats import write_table
+from lipsim.results.formats import remove_table, write_table
 from lipsim.results.tables import Row, print_table
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_text
@@ -68,17 +68,21 @@ def _run(options: argparse.Namespace) -> int:
     rows: list[Row] = [published_row(counted) for counted, _ in found]
     kernels: list[Row] = [kernel_row(counted.model, kernel) for counted, operators in found for kernel in operators]
     tables = {"nullity": ("Nullity of weights", rows), "kernels": ("Kernels of operators", kernels)}
-    tables = {name: (title, table) for name, (title, table) in tables.items() if table}
     text = json.dumps(content, indent=1)
     if options.output is not None:
+        earlier = (options.output / "nullity.json").is_file()  # which may have had operators, of other networks
         for name, (title, table) in tables.items():
-            write_table(options.output, name, title, table)
+            if table:
+                write_table(options.output, name, title, table)
+            elif earlier:
+                remove_table(options.output, name)
         write_text(options.output / "nullity.json", text + "\n")
     if options.json:
         print(text)
         return 0
     for title, table in tables.values():
-        print_table(Console(), table, title)
+        if table:
+            print_table(Console(), table, title)
     if options.output is not None:
         print(f"nullity.json and the tables as .md, .tex and .csv are in {options.output}/")
     return 0

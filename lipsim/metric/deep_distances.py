@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg
 
+from lipsim.metric.inputs import check_paired
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.layout import channels_innermost
 from lipsim.utils.paths import user_path
@@ -65,15 +66,20 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(N,)`` between images ``(N, 3, H, W)`` in [0, 1]."""
-        total = x.new_zeros(len(x))
+        """Distances ``(N,)`` between images ``(N, 3, H, W)`` in [0, 1]; one image on a side is compared with all.
+
+        Raises:
+            ValueError: other numbers of images.
+        """
+        check_paired(x, y)
+        total = x.new_zeros(())
         z = channels_innermost((torch.cat([x, y]) - self.mean) / self.std)
         k = 0
         for i, layer in enumerate(self.layers):
             z = layer(z)
             if i == self.taps[k]:
                 unit = z / (torch.sqrt(z.square().sum(1, keepdim=True) + _NO_NAN) + 1e-10)
-                a, b = unit.chunk(2)
+                a, b = unit.split([len(x), len(y)])
                 total = total + F.conv2d((a - b).square(), getattr(self, f"head{k}")).mean((1, 2, 3))
                 k += 1
                 if k == len(self.taps):
@@ -114,16 +120,22 @@ class DISTS(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(N,)`` between images ``(N, 3, H, W)`` in [0, 1]."""
+        """Distances ``(N,)`` between images ``(N, 3, H, W)`` in [0, 1]; one image on a side is compared with all.
+
+        Raises:
+            ValueError: other numbers of images.
+        """
+        check_paired(x, y)
+        counts = [len(x), len(y)]
         features = self._features(torch.cat([x, y]))
         sizes = [z.shape[1] for z in features]
-        similarity = x.new_zeros(len(x))
+        similarity = x.new_zeros(())
         for z, alpha, beta in zip(features, self.alpha.split(sizes), self.beta.split(sizes), strict=True):
             means = z.mean((2, 3), keepdim=True)
-            mean_a, mean_b = means.flatten(1).chunk(2)
+            mean_a, mean_b = means.flatten(1).split(counts)
             texture = (2 * mean_a * mean_b + _SMALL) / (mean_a.square() + mean_b.square() + _SMALL)
             # The published E[ab] − E[a] E[b] loses its digits where a channel is nearly flat, and then d(x, x) < 0.
-            a, b = (z - means).chunk(2)
+            a, b = (z - means).split(counts)
             variance = a.square().mean((2, 3)) + b.square().mean((2, 3))
             structure = (2 * (a * b).mean((2, 3)) + _SMALL) / (variance + _SMALL)
             similarity = similarity + (alpha * texture + beta * structure).sum(1)

@@ -214,7 +214,9 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
         framing = own if framing is None else framing
         grid = check_count("grid", own_grid if grid is None else grid)
         declared = header["lipschitz"]
-        floor = 0.0 if declared in (None, AUDITED) else check_number("Lipschitz bound", declared, above=True)
+        # 0 is that of weights that have all collapsed.
+        claims = declared not in (None, AUDITED)
+        floor = check_number("Lipschitz bound", declared) if claims else 0.0
         encoder = build_encoder(header["encoder"], header["config"], state)
         metric = PerceptualMetric(
             encoder,
@@ -240,7 +242,7 @@ def load(path: str | Path = DEFAULT, *, framing: str | None = None, grid: int | 
     if declared is not None:
         # Computed, not assumed: a header cannot claim less than the weights have, nor than their arithmetic loses.
         now = sum(parameter.numel() for parameter in encoder.parameters()) <= _AUDITED_NOW
-        metric.require_lipschitz(floor, f"the metric in {file}" if floor else "", now=now)
+        metric.require_lipschitz(floor, f"the metric in {file}" if claims else "", now=now)
         metric.require_feature_error(metric.declared_feature_error)
     if framing == "tiles":
         metric = TiledMetric(metric, grid)

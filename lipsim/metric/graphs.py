@@ -116,7 +116,9 @@ class RadiusGraph(_Graph):
         super().__init__(encoder, options["anchor"])
         self.constant("error", options["feature_error"])
         self.constant("rounding", 2.0**40 * rounding_error(torch.empty(0, features)))
-        self.constant("quarter", 0.25 * (1 - 2.0**-48) / options["lipschitz"])  # 16 roundings of float64 are taken off
+        bound = options["lipschitz"]
+        # 16 roundings of float64 are taken off. Features that never move have no answer, and no radius.
+        self.constant("quarter", 0.25 * (1 - 2.0**-48) / bound if bound else 0.0)
 
     def forward(self, reference: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         error, rounding, quarter = self.error, self.rounding, self.quarter

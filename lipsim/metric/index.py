@@ -174,13 +174,16 @@ class ImageIndex:
 
         Raises:
             FileNotFoundError: no such folder, or no image in it.
-            ValueError: an index of files that is to be updated without being told which.
+            ValueError: an index of files that is to be updated without being told which, or a metric in half precision,
+                whose embeddings nothing could be searched in.
         """
         batch_size = check_count("batch_size", batch_size)
-        names, passed_over = self._listed(images)
+        self.metric.check_precision()
+        root, names, passed_over = self._listed(images)
         of = embedding_fingerprint(self.metric)
         stale = of != self._of
-        blocks: list[Records] = [Records() if stale else self.records, *read_parts(unfinished, of)]
+        parts, error = read_parts(unfinished, of)
+        blocks: list[Records] = [Records() if stale else self.records, *parts]
         by_name = {name: (b, i) for b, block in enumerate(blocks) for i, name in enumerate(block.names)}
         by_hash = {content: (b, i) for b, block in enumerate(blocks) for i, content in enumerate(block.hashes)}
         old = set(self.records.names)
@@ -189,7 +192,7 @@ class ImageIndex:
         unread = []
         for name in names:
             place = by_name.get(name)
-            if place is not None and is_unchanged(Path(self.root or "", name), blocks[place[0]], place[1]):
+            if place is not None and is_unchanged(Path(root or "", name), blocks[place[0]], place[1]):
                 chosen[name] = place
             else:
                 unread.append(name)
@@ -198,19 +201,20 @@ class ImageIndex:
         with full_precision(), evaluation_mode(self.metric.encoder), torch.no_grad():
             for start in range(0, len(unread), _CHUNK):
                 some = unread[start : start + _CHUNK]
-                block, count, failed = embed_files(self.metric, self.root, some, by_hash, blocks, batch_size, advance)
+                block, count, failed = embed_files(self.metric, root, some, by_hash, blocks, batch_size, advance)
                 skipped |= failed
                 embedded += count
                 chosen |= {name: (len(blocks), i) for i, name in enumerate(block.names)}
                 by_hash |= {content: (len(blocks), i) for i, content in enumerate(block.hashes)}
                 blocks.append(block)
                 if unfinished is not None and count:
-                    write_part(unfinished, block, of)
+                    write_part(unfinished, block, of, self._error_of(block))
+        # Only now, all at once: an update that is broken off leaves the index as it was.
+        self.root = root
         self.records = gather(blocks, [chosen[name] for name in names if name in chosen])
         self.skipped, self._of, self._seen = skipped, of, None
-        if stale:
-            self.feature_error = 0.0
-        self._cover_errors()
+        # Also of what other devices have computed.
+        self.feature_error = max(0.0 if stale else self.feature_error, error, self._error_of(self.records))
         self._gallery = self._approximate = None
         return Changes(
             kept=len(self.records) - embedded,
@@ -393,30 +397,28 @@ class ImageIndex:
             torch.cat([part.set_radius for part in parts]),
         ), fewest
 
-    def _listed(self, images: str | Path | Sequence[str | Path] | None) -> tuple[list[str], str]:
-        """Names of the images that the index is to have, sorted, and what was passed over."""
+    def _listed(self, images: str | Path | Sequence[str | Path] | None) -> tuple[Path | None, list[str], str]:
+        """The folder and the names of the images that the index is to have, sorted, and what was passed over."""
         if images is None and self.root is None:
             raise LipsimError("expected the files of an index that has no folder, got none")
         if images is None or isinstance(images, str | Path):
-            self.root = self.root if images is None else user_path(images)
-            assert self.root is not None
-            listed = list_images(self.root)
-            return [os.fsdecode(bytes(name)) for name in listed.names], listed.skipped
-        self.root = None
-        return sorted({str(user_path(path).absolute()) for path in images}), ""
+            root = self.root if images is None else user_path(images)
+            assert root is not None
+            listed = list_images(root)
+            return root, [os.fsdecode(bytes(name)) for name in listed.names], listed.skipped
+        return None, sorted({str(user_path(path).absolute()) for path in images}), ""
 
-    def _cover_errors(self) -> None:
-        """Keep the error of these embeddings, that of rounding them to float32 included.
+    def _error_of(self, records: Records) -> float:
+        """The error of embeddings that were computed here, that of rounding them to float32 included.
 
         Also without a bound, which the metric that loads the index may have: as it is declared then, without a search.
         """
-        if not len(self):
-            return
+        if not len(records):
+            return 0.0
         error = self.metric.feature_error if self.metric.has_bound else self.metric.declared_feature_error
         if self.metric.dtype == torch.float64:
             longest = max(
-                float(torch.linalg.vector_norm(rows.double(), dim=1).amax())
-                for rows in self.records.features.split(_CHUNK)
+                float(torch.linalg.vector_norm(rows.double(), dim=1).amax()) for rows in records.features.split(_CHUNK)
             )
             error += 2.0**-23 * longest
-        self.feature_error = max(self.feature_error, error)
+        return error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import merged
@@ -23,7 +23,9 @@ from lipsim.utils.weights import read_safetensors
 
 FORMAT = "lipsim-index"
 VERSION = 1
+_AGAIN = "remove the file and index the folder again"
 _KINDS = (("features", torch.float32), ("hashes", torch.uint8), ("sizes", torch.int64), ("times", torch.int64))
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 _PARTS = "[0-9]*.safetensors"  # of an update that goes on; hidden files are of one that was killed while it wrote
 
 
@@ -86,7 +88,26 @@ def embedding_fingerprint(metric: PerceptualMetric) -> str:
         "dtype": str(metric.dtype),
         "preprocess": preprocess,
     }
+    if content["config"] is None:  # else it says what the layers between the weights are
+        content["structure"] = _structure(encoder)
     return sha256(json.dumps(content, sort_keys=True))
+
+
+def _structure(encoder: nn.Module) -> list[Any]:
+    """What an encoder is besides its weights, the same in another process: layers, their plain attributes, buffers."""
+    kept = encoder.state_dict().keys()
+    outside = {name: tensor for name, tensor in encoder.named_buffers() if name not in kept}
+    layers = [
+        [name, f"{type(layer).__module__}.{type(layer).__qualname__}", layer.extra_repr(), _plain(layer)]
+        for name, layer in encoder.named_modules()
+    ]
+    return [layers, state_fingerprint(outside)]
+
+
+def _plain(layer: nn.Module) -> dict[str, str]:
+    attributes = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+    attributes.pop("training")
+    return {name: repr(value) for name, value in attributes.items() if isinstance(value, _PLAIN)}
 
 
 def write_records(path: Path, records: Records, header: dict[str, Any], skipped: dict[str, str]) -> None:
@@ -120,7 +141,10 @@ def read_records(path: Path) -> tuple[Records, dict[str, Any], dict[str, str]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no index {path}; lipsim index FOLDER --output {path} writes one")
-    tensors, metadata = read_safetensors(path)
+    try:
+        tensors, metadata = read_safetensors(path)
+    except LipsimError as fault:
+        raise LipsimError(f"{str(fault).removesuffix(': get it again')}; if it was an index, {_AGAIN}") from fault
     if metadata.get("format") != FORMAT:
         raise LipsimError(
             f"{path} is no index of images (format {metadata.get('format')!r}); lipsim index FOLDER writes one"
@@ -156,26 +180,30 @@ def read_records(path: Path) -> tuple[Records, dict[str, Any], dict[str, str]]:
             tensors["times"].tolist(),
         )
     except (KeyError, ValueError) as error:
-        raise LipsimError(f"{path} is damaged ({error}); index the folder again") from error
+        raise LipsimError(f"{path} is damaged ({error}); {_AGAIN}") from error
     return records, header, dict(zip(skipped[::2], skipped[1::2], strict=True))
 
 
-def write_part(unfinished: Path, records: Records, fingerprint: str) -> None:
-    """Keep what an update has embedded, in one more file of its folder."""
+def write_part(unfinished: Path, records: Records, fingerprint: str, feature_error: float) -> None:
+    """Keep what an update has embedded, in one more file of its folder, and the error of these embeddings."""
     # By number and not by time, which a clock that is set back gives twice.
     number = 1 + max((int(file.stem) for file in unfinished.glob(_PARTS)), default=0)
-    header = {"fingerprint": fingerprint, "metric": "", "feature_error": 0.0}
+    header = {"fingerprint": fingerprint, "metric": "", "feature_error": feature_error}
     write_records(unfinished / f"{number:020d}.safetensors", records, header, {})
 
 
-def read_parts(unfinished: Path | None, fingerprint: str) -> list[Records]:
-    """What an update that was cut short has left, of the same metric."""
-    parts = []
+def read_parts(unfinished: Path | None, fingerprint: str) -> tuple[list[Records], float]:
+    """What an update that was cut short has left, of the same metric, and the largest error of its embeddings.
+
+    They may have been computed on another device.
+    """
+    parts, error = [], 0.0
     for path in sorted(unfinished.glob(_PARTS)) if unfinished is not None and unfinished.is_dir() else ():
         records, header, _ = read_records(path)
         if header["fingerprint"] == fingerprint:
             parts.append(records)
-    return parts
+            error = max(error, header["feature_error"])
+    return parts, error
 
 
 def _packed(name: str, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -87,4 +87,6 @@ def to_input(metric: PerceptualMetric, images: Tensor, normalize: bool = False) 
         images = (images + 1) / 2
     if images.shape[2:] == (metric.image_size, metric.image_size):
         return images
+    if not len(images):
+        return images.new_zeros(0, 3, metric.image_size, metric.image_size)
     return torch.stack([metric.preprocess(image) for image in images]).to(metric.dtype)

@@ -110,8 +110,13 @@ class TiledPairGeometry(PairGeometry):
     metric: TiledMetric
 
     def distance(self, z: Tensor, y: Tensor) -> Tensor:
-        """Mean distances of the tiles, ``(N,)``."""
-        return geometry.cosine_distance(z, y, self.metric.tile.anchor).mean(-1)
+        """Mean distances of the tiles, ``(N,)``; 1 where a tile has no direction, as of the metric."""
+        anchor = self.metric.tile.anchor
+        distance = geometry.cosine_distance(z, y, anchor).mean(-1)
+        if anchor:
+            return distance
+        directed = [(geometry.anchored_norm(t, anchor) > 0).all(-1) for t in (z, y)]
+        return torch.where(directed[0] & directed[1], distance, 1.0)
 
     def _features(self, images: Tensor) -> Tensor:
         self.metric.check_images(images)

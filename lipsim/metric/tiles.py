@@ -265,9 +265,13 @@ class TiledMetric(PerceptualMetric):
 
     def _stacked_error(self, error: float) -> float:
         """The error of an embedding that follows from one of the features of a tile."""
-        # Of all tiles together, and that of rounding the vector, which is less than a quarter of the former: a search
-        # finds no less than half a digit of the longest features, and enlarges it.
-        return 1.5 * self.grid * error
+        if not error:  # exact arithmetic
+            return 0.0
+        # Of all tiles together, and that of rounding the vector, whose length is at most that of the features of a tile
+        # and the anchors. The former part is less than a quarter of the error: a search finds no less than half a digit
+        # of the longest features, and enlarges it.
+        anchors = torch.finfo(self.dtype).eps * self.grid * self.tile.anchor
+        return 1.5 * self.grid * error + anchors
 
     def _tile_error(self, error: float) -> float:
         """:attr:`tile_error` where the tile has this one."""

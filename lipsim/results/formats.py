@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lipsim.results.tables import Row
-from lipsim.utils.files import write_csv, write_text
+from lipsim.utils.files import remove_files, write_csv, write_text
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -71,6 +71,11 @@ def write_table(folder: Path, name: str, title: str, rows: Sequence[Row]) -> Non
     write_text(folder / f"{name}.md", f"{title}:\n\n{markdown_table(rows)}\n")
     write_text(folder / f"{name}.tex", f"% \\usepackage{{booktabs,multirow}}\n\n{latex_table(rows, title, [], '')}\n")
     write_csv(folder / f"{name}.csv", rows[0], (row.values() for row in rows))
+
+
+def remove_table(folder: Path, name: str) -> None:
+    """Remove the files of :func:`write_table`, of a table that an earlier run has written and this one does not."""
+    remove_files(folder, [f"{name}.{suffix}" for suffix in ("md", "tex", "csv")])
 
 
 def html_page(**content: Any) -> str:

@@ -344,6 +344,10 @@ class Stage(EvaluationModule):
                     for parameter in group["params"]:
                         if parameter.grad is not None:
                             parameter.grad.mul_(expected / there)
+            if (
+                result is None and there
+            ):  # the step is one of the batches before; without a loss float16 would take none
+                return torch.zeros((), device=self.device)
             return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
@@ -356,12 +360,14 @@ class Stage(EvaluationModule):
         """
         trainer = self.trainer
         own, self._own_loss = loss if self._own_loss is None else self._own_loss, None
-        finite, self._nobody_read = self._everywhere(
-            bool(torch.isfinite(loss).all()), isinstance(self._batch, NothingRead)
+        own_finite, nothing_read = bool(torch.isfinite(own).all()), isinstance(self._batch, NothingRead)
+        finite, self._nobody_read, all_own_finite = self._everywhere(
+            bool(torch.isfinite(loss).all()), nothing_read, own_finite
         )
         if finite:
             return
-        if bool(torch.isfinite(own).all()):
+        # Where each part is finite, it is what the loss makes of them together, on every process.
+        if own_finite and (nothing_read or not all_own_finite):
             raise LipsimError(f"the loss of another process is not finite at step {trainer.global_step}; {DIVERGED}")
         rank = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
         path = save_batch(self._batch, Path(trainer.default_root_dir) / f"not_finite{rank}.safetensors")

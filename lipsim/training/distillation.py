@@ -174,9 +174,10 @@ class Distillation(Stage):
         assert target is not None
         views = [images] if self.view is None else [images, self.view(images, self._image_keys(batch, len(images)))]
         own = self.embed(torch.cat(views))
+        # Either may be what is not finite.
+        self._own_loss = own.detach().sum() + target.detach().float().sum()
         *features, target = gathered(*own.chunk(len(views)), target)
         loss = shared(torch.stack([self._compared(z, target) for z in features]).mean())
-        self._own_loss = own.detach().sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 

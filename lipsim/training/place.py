@@ -91,7 +91,8 @@ def continue_at(trainer: L.Trainer, place: dict[str, int]) -> None:
     now = order.global_batch * trainer.accumulate_grad_batches
     if before != now:
         rank_zero_info(f"resuming with a global batch of {now}; the checkpoint had {before}")
-    if place["samples"] and place["epoch"] == _epoch(trainer):
+    # Also where the epoch had begun without a step: its batches are counted, and their gradients are in no checkpoint.
+    if place["epoch"] == _epoch(trainer) and (place["samples"] or in_mid_epoch(trainer)):
         order.continue_at(place["epoch"], place["samples"])
         _count_batches(trainer, order.first_batch)
     elif place["epoch"] < _epoch(trainer):  # of which the last batch was trained on

@@ -10,6 +10,7 @@ from torch import nn
 from lipsim.data import Preprocess
 from lipsim.layers.encoder import ResizingEncoder, declared_image_size
 from lipsim.metric import PerceptualMetric, TiledMetric, load
+from lipsim.students.folded_network import FoldedNetwork
 from lipsim.utils.errors import LipsimError
 
 
@@ -59,9 +60,14 @@ def student_metric(student: nn.Module | None, path: str | Path | None, anchor: f
         anchor: constant coordinate; None: that of the file, 1 of a student.
 
     Raises:
-        ValueError: as of :func:`start_from`, or the anchor is none.
+        ValueError: as of :func:`start_from`, or the anchor is none; or folded weights, which nothing keeps 1-Lipschitz.
     """
     encoder, images, own = start_from(student, path, "student")
+    if any(isinstance(module, FoldedNetwork) for module in encoder.modules()):
+        raise LipsimError(
+            f"the weights of {path or 'the student'} are folded, and nothing would keep them 1-Lipschitz in training; "
+            "start from the metric that was folded"
+        )
     anchor = anchor if anchor is not None else 1.0 if own is None else own
     size = image_size_of(encoder)
     return PerceptualMetric(encoder, size, anchor=anchor, resize=images.resize, framing=images.framing)

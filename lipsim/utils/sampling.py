@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,6 +27,17 @@ def sample_normal(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | No
 def sample_uniform(like: Tensor, *, seed: int, index: Tensor | Sequence[int] | None = None) -> Tensor:
     """Numbers uniform in [0, 1), otherwise as :func:`sample_normal`."""
     return _sample(like, lambda row, generator: row.uniform_(generator=generator), seed, index)
+
+
+@contextmanager
+def cpu_seed(seed: int) -> Iterator[None]:
+    """Draw on the CPU from a seed of its own, as weights are; no generator is another one afterwards.
+
+    Not by ``torch.manual_seed``, which seeds all accelerators too, where whoever calls may draw as well.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def subkey(key: int, number: int) -> int:

@@ -95,6 +95,15 @@ def test_the_layer_table_has_both_precisions(images: tuple[Tensor, Tensor]) -> N
     first, last = rows[0], rows[-1]
     assert first["kind"] == "Conv2d" and last["layer"] == OUTPUT
     assert float(first["float64"]) < 1e-8 < float(first["float32"]) + 1e-8 < 1e-4
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 48, 4, stride=4)  # without a kernel, so that it differs where what follows does not
+    sees = model_of(nn.Sequential(stem, nn.Tanh(), nn.Conv2d(48, 4, 1), nn.Flatten(), nn.Linear(64, 3)), "sees")
+    most = 0.05 / 0.2 * float(stem.weight.detach().flatten(1).norm(dim=1).max())
+    short = layer_table(sees, x[:1], (target - x)[:1], layer="2", eps=0.05, steps=12)
+    longer = layer_table(sees, x[:1], (target - x)[:1], layer="2", steps=12)
+    assert 0 < float(short[0]["float64"]) <= most * 1.05 < float(longer[0]["float64"])  # two digits
+    with pytest.raises(ValueError, match="in float32: nothing was found that collides"):
+        layer_table(sees, x[:1], 0 * x[:1], layer="2")
     several = layer_table(patches(), x, target - x)[-1]
     assert "±" in several["float64"] and float(several["float64"].split(" ± ")[0]) < 1e-8
 

@@ -208,6 +208,12 @@ def test_features_are_those_of_the_layer() -> None:
     assert isinstance(network, nn.Sequential)
     torch.testing.assert_close(FeatureMap(model)(x), network[:5](x))
     torch.testing.assert_close(FeatureMap(model, "0")(x), network[0](x).flatten(1))
+    again = FeatureMap(model, FeatureMap(model).layer)  # as a manifest has it
+    assert again.layer == FeatureMap(model).layer
+    torch.testing.assert_close(again(x), network[:5](x))
+    torch.testing.assert_close(FeatureMap(model, "input of 1")(x), network[0](x).flatten(1))
+    with pytest.raises(ValueError, match="has no layer 'nowhere'; it has 0"):
+        FeatureMap(model, "input of nowhere")
     in_place = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3 * SIDE**2, 2))
     first = FeatureMap(Model("in place", in_place, in_place, SIDE), "0")
     torch.testing.assert_close(first(x), in_place[0](x).flatten(1))  # and not what the next layer makes of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,30 @@ def test_a_run_goes_on_and_refuses_results_of_another(images: Tensor, tmp_path: 
     ):
         with pytest.raises(ValueError, match="results of other images, settings or a model"):
             changed()
+    # Classifiers that are as sure of all images as each other are still told apart.
+    sure = tmp_path / "sure"
+
+    class Sharp(Brightness):
+        """0 at its own image, 1 at all others; in between by how far a point has gone."""
+
+        def __init__(self, base: Tensor, power: float = 1.0) -> None:
+            super().__init__(base)
+            self.power = power
+
+        def __call__(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            share = torch.linalg.vector_norm(x - self.base, dim=1) / torch.cdist(x, ends).amin(1).add(1e-9)
+            return 0.5 - torch.exp(-((2 * share) ** self.power))
+
+        def select(self, rows: Tensor) -> Sharp:
+            return Sharp(self.base[rows], self.power)
+
+    ends = images.flatten(1)
+    one_step = replace(protocol, steps=1)
+    measure_level_sets(lambda r: Sharp(ends[r]), images, one_step, folder=sure)
+    measure_level_sets(lambda r: Sharp(ends[r]), images, one_step, folder=sure)
+    with pytest.raises(ValueError, match="results of other images, settings or a model"):
+        measure_level_sets(lambda r: Sharp(ends[r], 3.0), images, one_step, folder=sure)
     # Of one source, an image that is its second target alone.
     one, folder = torch.tensor([0]), tmp_path / "one"
     found = measure_level_sets(objective_of, images, protocol, sources=one, folder=folder, lpips=pixel_l2)
@@ -197,6 +222,11 @@ def test_tables_and_pictures_of_a_classifier(tmp_path: Path) -> None:
 
     sets = {"a": measure_level_sets(objective_of, x, SHORT), "b": measure_level_sets(objective_of, x[:3], SHORT)}
     write_tables(tmp_path, sets, SHORT)
+    write_tables(tmp_path / "one", sets, SHORT)
+    short = replace(SHORT, targets=1, width_steps=())
+    write_tables(tmp_path / "one", {"a": measure_level_sets(objective_of, x, short)}, short)
+    assert {path.stem for path in (tmp_path / "one").iterdir()} == {"level_sets", "distances"}  # none of what was there
+    shutil.rmtree(tmp_path / "one")
     names = ("distances", "triangles", "widths")
     assert {path.name for path in tmp_path.iterdir()} == {
         "level_sets.json", *(f"{name}.{kind}" for name in names for kind in ("md", "tex", "csv"))
@@ -235,7 +265,7 @@ def test_bad_input_is_named(images: Tensor) -> None:
         all_pairs(brightness_of(images), images[:1])
 
 
-def test_what_is_proved_of_a_linear_answer_is_true_and_tight() -> None:
+def test_what_is_proved_of_a_linear_answer_is_true_and_tight(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # With 1-Lipschitz orthonormal features and no ties, the radius is the distance to a hyperplane.
     metric = PerceptualMetric(OrthogonalProjection(SIZE, 8), SIZE).requires_grad_(False)
@@ -259,5 +289,29 @@ def test_what_is_proved_of_a_linear_answer_is_true_and_tight() -> None:
         assert float(answer.select(torch.tensor([i]))(target[i, k][None])) > 0
     (row,) = certified_rows({"linear": certified})
     assert row["stars proved"] == "1.00" and float(row["achieved / bound"]) >= 1
+    two = replace(
+        certified, achieved=torch.tensor([[1.5], [4.0]]).double(), bound=torch.ones(2, 1).double(),
+        area=torch.empty(2, 0), area_at_most=torch.empty(2, 0),
+    )  # fmt: skip
+    (row,) = certified_rows({"one target each": two})
+    assert row["achieved / bound"] == "2.8" and row["triangles proved inside"] == row["not proved outside"] == ""
+    sizes: list[int] = []
+    embedded = PerceptualMetric._features
+
+    def counted(self: PerceptualMetric, *images: Tensor) -> Tensor:
+        sizes.append(sum(len(part) for part in images))
+        return embedded(self, *images)
+
+    monkeypatch.setattr(PerceptualMetric, "_features", counted)
+    many = [image.repeat(40, 1, 1, 1) for image in (reference, left, right)]
+    repeated = answer_radius_of(metric, *many)
+    outcome = replace(
+        found, **{name: tensor.repeat(40, *[1] * (tensor.ndim - 1)) for name, tensor in found.tensors.items()}
+    )
+    outcome = replace(outcome, index=torch.arange(160))
+    again = certify_level_sets(repeated, many[0], outcome)
+    assert max(sizes) <= 3 * 64
+    torch.testing.assert_close(again.segment, certified.segment.repeat(40, 1))
+    torch.testing.assert_close(again.bound, certified.bound.repeat(40, 1))
     with pytest.raises(ValueError, match="keep_outcomes=True"):
         certify_level_sets(radius, reference, measure_level_sets(answer.select, reference, protocol))

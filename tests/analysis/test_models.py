@@ -62,4 +62,8 @@ def test_models_of_torchvision_have_the_statistics_of_their_weights() -> None:
     assert large.image_size == 480
     assert [t.flatten().tolist() for t in (large.module.mean, large.module.std)] == [[0.5] * 3] * 2
     small = load_model("torchvision/resnet18")
+    usual = {"efficientnet_b1": 240, "efficientnet_v2_s": 384, "swin_v2_t": 256, "inception_v3": 299, "vit_h_14": 224}
+    for name, size in usual.items():
+        with torch.device("meta"):  # no weights of hundreds of megabytes
+            assert load_model(f"torchvision/{name}").image_size == size
     assert small.image_size == 224 and small.module.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])

@@ -11,6 +11,7 @@ from torch import nn
 
 from lipsim.analysis.models import load_model
 from lipsim.analysis.nullity import nullity, rank
+from lipsim.cli.main import main
 from lipsim.layers.adapters import ExplicitLinear
 from lipsim.students import OrthogonalProjection, SLLNetwork
 from lipsim.students.folded_network import FoldedNetwork
@@ -92,3 +93,25 @@ def test_trained_networks_of_torchvision_normalise_as_they_were_trained(tmp_path
     trained.module(x)
     hook.remove()
     torch.testing.assert_close(seen[0], 2 * x - 1, rtol=1e-5, atol=1e-5)
+
+
+def _two_strides() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(), nn.Linear(64, 2))
+    model.image_size = 8
+    return model
+
+
+def test_tables_of_an_earlier_call_do_not_stay(tmp_path: Path) -> None:
+    """And those of anybody else do."""
+
+    def run(*options: str) -> set[str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["nullity", f"{__name__}:_two_strides", "--output", str(tmp_path), *options])
+        assert stop.value.code == 0
+        return {path.stem for path in tmp_path.iterdir()}
+
+    (tmp_path / "kernels.md").write_text("of somebody")
+    assert run("--no-operators") == {"nullity", "kernels"} and (tmp_path / "kernels.md").read_text() == "of somebody"
+    assert run() == {"nullity", "kernels"} and (tmp_path / "kernels.md").read_text() != "of somebody"
+    assert run("--no-operators") == {"nullity"}

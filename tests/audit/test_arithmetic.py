@@ -77,3 +77,24 @@ def test_what_cancels_on_constant_images_has_an_error_all_the_same(thorough: boo
     encoder[2].weight.copy_(weight)
     images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     assert ERROR_FACTOR * largest_feature_error(encoder, 16, thorough=thorough) > feature_error(encoder, images) > 0
+
+
+def test_a_first_layer_that_works_in_place_changes_no_image() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sub_(0.5)
+
+    for dtype in (torch.float32, torch.float64):
+        linear = nn.Linear(192, 4).to(dtype)
+        images = torch.rand(5, 3, 8, 8, dtype=dtype)
+        given = images.clone()
+        errors = [
+            largest_feature_error(nn.Sequential(first, nn.Flatten(), linear).eval(), 8, images)
+            for first in (Shifted(), Centred())
+        ]
+        assert errors[0] == errors[1] < 1e-5 and torch.equal(images, given)
+
+
+class Centred(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - 0.5

@@ -9,11 +9,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lipsim
 from lipsim.callbacks import AttackRobustness, CertifyRadii, SaveOnException
 from lipsim.datamodules import BuiltinData
+from lipsim.students import OrthogonalProjection
 
 
 class Scaled(nn.Module):
@@ -111,3 +113,29 @@ def test_averaged_weights_are_certified_and_attacked_as_they_are_scored(first: b
     for eps in ("0.1", "0.5"):  # no certificate is broken
         scores = trainer.callback_metrics
         assert scores[f"val/builtin/certified_{eps}"] <= scores[f"val/builtin/attacked_{eps}"]
+
+
+def test_a_training_that_had_ended_exports_the_mean_again(tmp_path: Path) -> None:
+    """Lightning resumes with the last weights, and never comes to put the mean in their place."""
+
+    def train(checkpoint: str | None = None) -> lipsim.PerceptualMetric:
+        return lipsim.train(
+            lipsim.training.FineTuning(OrthogonalProjection(16, 4), optimizer=lambda p: torch.optim.SGD(p, lr=0.1)),
+            _data(),
+            callbacks=[EMAWeightAveraging(decay=0.5)],
+            directory=tmp_path,
+            checkpoint=checkpoint,
+            seed=0,
+            max_epochs=2,
+            accelerator="cpu",
+            enable_progress_bar=False,
+        )
+
+    metric, file = train(), tmp_path / "metric.safetensors"
+    mean = load_file(file)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["current_model_state"]
+    again = train("last")
+    for name, tensor in load_file(file).items():
+        assert torch.equal(tensor, mean[name]), name
+        torch.testing.assert_close(again.encoder.state_dict()[name], metric.encoder.state_dict()[name])
+    assert any(not torch.equal(mean[name], last[f"metric.encoder.{name}"]) for name in mean)

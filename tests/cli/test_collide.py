@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lipsim.analysis.models import load_model
+from lipsim.cli import collide
 from lipsim.cli.main import main
+from lipsim.utils.errors import LipsimError
 
 
 @pytest.fixture
@@ -40,6 +42,83 @@ def test_a_whole_metric_collides(files: list[str], tmp_path: Path, capsys: pytes
     encoder = load_model("quickstart").module.double()
     with torch.no_grad():
         torch.testing.assert_close(encoder(tensors["x_adv"]), encoder(tensors["x"]), rtol=0, atol=1e-8)
+
+
+def _sees() -> torch.nn.Module:
+    """Its first layer has no kernel; the one at 2 has one."""
+    nn = torch.nn
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 48, 4, stride=4), nn.Tanh(), nn.Conv2d(48, 4, 1), nn.Flatten(), nn.Linear(64, 3))
+    model.image_size = 16
+    return model
+
+
+def _boxes() -> torch.nn.Module:
+    """It finds fewer boxes in images of 8 bits."""
+
+    class Detector(torch.nn.Module):
+        image_size = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 6, 4, stride=4)
+
+        def forward(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+            rounded = (x * 255 - (x * 255).round()).abs().sum() < 1e-3
+            return [{"boxes": part.flatten(1)[: 2 if rounded else 3]} for part in self.stem(x)]
+
+    torch.manual_seed(0)
+    return Detector()
+
+
+def test_another_number_of_boxes_is_no_number(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["collide", files[0], "--model", f"{__name__}:_boxes", "--layer", "stem", "--output", str(output)])
+    assert stop.value.code == 0
+    assert "with the image rounded to 8 bits not to be told, as of another number of boxes" in capsys.readouterr().out
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    facts = json.loads((output / "collision.json").read_text(), parse_constant=refuse)
+    assert facts["largest_difference"]["output.0.boxes"] < 1e-8
+    assert facts["largest_difference_of_8_bits"] == {"output.0.boxes": None}
+
+
+def test_a_table_of_layers_is_of_the_collision_beside_it(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    options = ["collide", files[0], "--model", f"{__name__}:_sees", "--layer", "2", "--eps", "0.05", "--steps", "4"]
+    options += ["--output", str(output)]
+    with pytest.raises(SystemExit) as stop:
+        main([*options, "--layer-table"])
+    assert stop.value.code == 0
+    facts = json.loads((output / "collision.json").read_text())
+    assert 0 < facts["length"] <= 0.05 * (1 + 1e-9)
+    largest = float(_sees()[0].weight.detach().flatten(1).norm(dim=1).max())
+    assert 0 < float(facts["layers"][0]["float64"]) <= 0.05 * largest * 1.05  # two digits
+    tables = {f"layers.{suffix}" for suffix in ("md", "tex", "csv")}
+    assert tables <= {path.name for path in output.iterdir()}
+
+    def fails(*_args: object, **_options: object) -> None:
+        raise LipsimError("in float32: nothing was found")
+
+    monkeypatch.setattr(collide, "layer_table", fails)
+    (output / "images.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        main([*options, "--layer-table"])
+    assert stop.value.code == 1 and "in float32: nothing was found" in capsys.readouterr().err
+    left = {path.name for path in output.iterdir()}
+    assert {"images.safetensors", "collision.json"} <= left and not tables & left
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/layers.md").write_text("of somebody")  # in a folder that no collision is in
+    with pytest.raises(SystemExit) as stop:
+        main([*options[:-1], str(tmp_path / "own")])
+    assert stop.value.code == 0 and (tmp_path / "own/layers.md").read_text() == "of somebody"
 
 
 def test_what_does_not_collide_is_one_line(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:

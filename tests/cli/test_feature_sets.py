@@ -71,8 +71,13 @@ def test_bad_input_is_one_line(metric: Path, capsys: pytest.CaptureFixture[str])
     for args, message in (
         ((images, *output), "expected either --kind and --model, to make sets, or --held-out"),
         ((images, *output, "--kind", "robust"), "expected both --kind and --model"),
-        ((images, *output, "--held-out", images), "no feature sets in"),
-        ((images, *output, "--held-out", images, "--eps", "3", "--steps", "7"), "--eps, --steps have no part in train"),
+        ((images, *output[:2], "--held-out", images), "no feature sets in"),
+        ((images, *output[:2], "--held-out", images, "--eps", "3", "--steps", "7"), "--eps, --steps have no part in"),
+        (
+            (images, *output, "--held-out", images, "--image-size", "8", "--batch-size", "2"),
+            "--image-size, --batch-size, --accelerator have no part in train",
+        ),
+        ((images, *output, "--kind", "robust", "--model", metric, "--epochs", "3"), "--epochs has no part in making"),
         ((images, *output, "--kind", "random", "--model", metric), "has 24 logits"),
         ((images, *output, "--kind", "robust", "random", "--steps", "1", "--model", metric), "has 24 logits"),
         ((images, "--output", metric, "--kind", "robust", "--model", metric), "expected a folder to write to"),

@@ -457,6 +457,19 @@ def test_embedding_caches_tell_packed_from_plain_images(photos: Path, tmp_path: 
     cache.sha256[3] = 0
     with pytest.raises(LipsimError, match="its content differs"):
         EmbeddedFolder(packed, cache, "train/")
+    # One part alone may have images that were rounded: a cache is of all of them.
+    for number in range(2):
+        for size, part in ((24, "train"), (12, "val")):
+            file = tmp_path / f"mixed/{part}/{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file)
+    pack_images(tmp_path / "mixed", tmp_path / "mixed_pack", frame="crop", short_side=12)
+    mixed = ImagePack(tmp_path / "mixed_pack")
+    assert mixed.exact.tolist() == [False, False, True, True]
+    cache = _cache(tmp_path / "of_mixed", mixed, mixed.rounded)
+    for part in ("train", "val"):
+        images = FolderImages(tmp_path / "mixed_pack" / part, SIZE, short_side=12)
+        assert images.rounded and len(EmbeddedFolder(images, cache, f"{part}/")) == 2
     # Crops that are not resized are whole numbers, packed or not: then there is nothing to tell.
     pack_images(photos, tmp_path / "exact", frame="crop")
     assert not FolderImages(tmp_path / "exact/train", SIZE).rounded

@@ -50,6 +50,11 @@ def test_lpips_is_torchmetrics(net: Net, tmp_path: Path, images: tuple[Tensor, T
     expected = theirs(*images, normalize=True).flatten()
     torch.testing.assert_close(ours(*images), expected, rtol=1e-4, atol=1e-7)
     assert torch.equal(ours(images[0], images[0]), torch.zeros(3))
+    x, y = images
+    for pair in ((x[:1], y), (y, x[:1])):  # one image is compared with all
+        torch.testing.assert_close(ours(*pair), ours(x[:1].expand_as(y), y))
+    with pytest.raises(ValueError, match="as many images on both sides, or one on either, got 2 and 3"):
+        ours(x[:2], y)
     x_adv = pgd(DistanceObjective(ours, images[0]), images[0], eps=1.0, steps=3)
     assert (ours(x_adv, images[0]) > 1e-4).all()
 
@@ -68,7 +73,12 @@ def test_dists_is_torchmetrics(tmp_path: Path, images: tuple[Tensor, Tensor], mo
     network = _weights(tmp_path, "vgg")
     monkeypatch.setattr(torchmetrics_dists, "vgg16", lambda weights: network)
     expected = torchmetrics_dists.DISTSNetwork()(*images)
-    torch.testing.assert_close(DISTS(tmp_path / FILES["vgg"])(*images), expected, rtol=1e-4, atol=1e-6)
+    ours = DISTS(tmp_path / FILES["vgg"])
+    torch.testing.assert_close(ours(*images), expected, rtol=1e-4, atol=1e-6)
+    x, y = images
+    torch.testing.assert_close(ours(x[:1], y), ours(x[:1].expand_as(y), y))
+    with pytest.raises(ValueError, match="as many images on both sides, or one on either, got 2 and 3"):
+        ours(x[:2], y)
 
 
 def test_dists_of_flat_images_keeps_its_digits(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipsim.attacks import pgd
 from lipsim.certificates import Gallery, rank, reference_radius
 from lipsim.cli.main import main
 from lipsim.metric import PerceptualMetric, save
 from lipsim.metric.index import ImageIndex
+from lipsim.metric.index_files import embedding_fingerprint, write_part
 from lipsim.students import OrthogonalProjection
 
 
@@ -207,6 +208,55 @@ def test_an_update_that_was_cut_short_continues(
     assert not unfinished.exists()
 
 
+def test_a_part_from_another_device_keeps_its_error(metric: PerceptualMetric, folder: Path, tmp_path: Path) -> None:
+    there = ImageIndex.build(metric, [sorted(folder.rglob("*.png"))[0]])
+    write_part(tmp_path / "parts", there.records, embedding_fingerprint(metric), 0.25)
+    index = ImageIndex.build(metric, folder, unfinished=tmp_path / "parts")
+    assert index.feature_error == 0.25 > metric.feature_error
+    assert index.update().kept == 10 and index.feature_error == 0.25  # which these embeddings still have
+
+
+def test_an_update_that_fails_leaves_the_index_as_it_was(
+    metric: PerceptualMetric, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, other = ImageIndex.build(metric, folder), tmp_path / "other"
+    write(other / "new.png", np.zeros((8, 8, 3)))
+    before = [index.path(i) for i in range(len(index))]
+    with pytest.raises(FileNotFoundError):
+        index.update(tmp_path / "nowhere")
+
+    def broken_off(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metric, "embed", broken_off)
+        for images in (other, [other / "new.png"]):
+            with pytest.raises(KeyboardInterrupt):
+                index.update(images)
+    assert [index.path(i) for i in range(len(index))] == before and index.root == folder
+    assert index.search(before[3], k=1).names == [[before[3]]]
+    assert index.update(other).removed == 10 and index.root == other
+
+
+def test_layers_between_the_weights_are_a_part_of_the_metric(folder: Path, tmp_path: Path) -> None:
+    def metric_of(between: nn.Module) -> PerceptualMetric:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), between, nn.Linear(6, 6))
+        return PerceptualMetric(encoder, 8, lipschitz=1.0).eval()
+
+    file = ImageIndex.build(metric_of(nn.LeakyReLU(0.1)), folder).save(tmp_path / "index.safetensors")
+    assert len(ImageIndex.load(file, metric_of(nn.LeakyReLU(0.1)))) == 10
+    for other in (nn.Tanh(), nn.LeakyReLU(0.2)):
+        with pytest.raises(ValueError, match="embeddings of another metric"):
+            ImageIndex.load(file, metric_of(other))
+
+
+def test_half_precision_is_refused_before_anything_is_embedded(folder: Path) -> None:
+    half = PerceptualMetric(OrthogonalProjection(image_size=8, out_features=12), image_size=8).eval().half()
+    with pytest.raises(ValueError, match=r"half precision|float16"):
+        ImageIndex.build(half, folder)
+
+
 def test_certificates_cover_the_error_of_the_embeddings(metric: PerceptualMetric, folder: Path) -> None:
     index, query = ImageIndex.build(metric, folder), torch.rand(1, 3, 8, 8)
     assert index.feature_error == metric.feature_error
@@ -299,6 +349,17 @@ def test_the_commands(
     assert code and "expected an image file" in err
     code, _, err = run("index", str(folder), "--metric", "quickstart", "--output", index)
     assert code and "another metric" in err
+    content = Path(index).read_bytes()
+    for damaged in (content[: len(content) // 2], content.replace(b'\\"fingerprint\\"', b'\\"fingerprinT\\"')):
+        Path(index).write_bytes(damaged)
+        code, _, err = run("index", str(folder), "--metric", exported, "--output", index)
+        assert code and "remove the file and index the folder again" in err and err.count("\n") == 1
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable/one.png").write_bytes(b"no image")
+    code, _, err = run(
+        "index", str(tmp_path / "unreadable"), "--metric", exported, "--output", str(tmp_path / "none.safetensors")
+    )
+    assert code and "left out: one.png: " in err and "got none that could be read" in err
 
 
 def test_weights_that_change_make_embeddings_stale(folder: Path, tmp_path: Path) -> None:

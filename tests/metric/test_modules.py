@@ -28,6 +28,12 @@ def test_images_of_any_size_are_compared_as_they_are_read(metric: PerceptualMetr
     assert torch.equal(ImageDistance(metric)(gray, y), ImageDistance(metric)(gray.expand(-1, 3, -1, -1), y))
 
 
+def test_no_images_of_any_size_have_no_distances(metric: PerceptualMetric) -> None:
+    for size in (metric.image_size, 90):
+        nothing = torch.zeros(0, 3, size, size)
+        assert ImageDistance(metric)(nothing, nothing).shape == (0,)
+
+
 def test_it_is_a_loss_for_images_of_any_size(metric: PerceptualMetric) -> None:
     x, y = torch.rand(2, 3, 24, 40, requires_grad=True), torch.rand(2, 3, 20, 20)
     loss = ImageDistance(metric, reduction="mean")

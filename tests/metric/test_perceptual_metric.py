@@ -18,7 +18,9 @@ from lipsim import PerceptualMetric, certificates
 from lipsim.audit import UnboundedModuleError
 from lipsim.audit.arithmetic import ERROR_FACTOR, feature_error, largest_feature_error
 from lipsim.certificates.geometry import cosine_distance
+from lipsim.layers import freeze
 from lipsim.metric import save
+from lipsim.metric.graphs import metric_graphs
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork, SLLNetwork
 from lipsim.teachers import SmallViT
 from lipsim.utils.errors import LipsimError
@@ -228,10 +230,10 @@ def test_numbers_that_widen_certificates_cannot_be_assigned(metric: PerceptualMe
         ({"feature_error": -1e-9}, "feature_error ≥ 0"),
         ({"feature_error": math.inf}, "feature_error ≥ 0"),
         ({"feature_error": True}, "feature_error ≥ 0"),
-        ({"lipschitz": "0.5"}, "Lipschitz bound > 0"),
-        ({"lipschitz": -1}, "Lipschitz bound > 0"),
-        ({"lipschitz": math.nan}, "Lipschitz bound > 0"),
-        ({"lipschitz": math.inf}, "Lipschitz bound > 0"),
+        ({"lipschitz": "0.5"}, "Lipschitz bound ≥ 0"),
+        ({"lipschitz": -1}, "Lipschitz bound ≥ 0"),
+        ({"lipschitz": math.nan}, "Lipschitz bound ≥ 0"),
+        ({"lipschitz": math.inf}, "Lipschitz bound ≥ 0"),
         ({"resize": 5}, "expected resize to be one of"),
         ({"framing": "fit"}, "it names the framing 'fit'"),
         ({"framing": ["pad"]}, "it names the framing"),
@@ -402,7 +404,7 @@ def test_a_bound_follows_what_changes_the_encoder(tmp_path: Path) -> None:
     assert loaded.lipschitz == pytest.approx(3, abs=1e-4)
 
 
-@pytest.mark.parametrize("declared", ["nan", math.nan, -1.0, 0.0, [1.0]])
+@pytest.mark.parametrize("declared", ["nan", math.nan, -1.0, [1.0]])
 def test_headers_with_impossible_bounds(tmp_path: Path, declared: object) -> None:
     file = save(PerceptualMetric(OrthogonalProjection(16, 8), 16), tmp_path / "m.safetensors")
     _rewrite(file, lambda s, h, m: h.update(lipschitz=declared))
@@ -410,6 +412,24 @@ def test_headers_with_impossible_bounds(tmp_path: Path, declared: object) -> Non
         lipsim.load(file)
     with pytest.raises(ValueError, match="Lipschitz bound > 0"):
         lipsim.load("quickstart").lipschitz = math.nan
+
+
+def test_a_metric_whose_weights_have_collapsed_is_saved_loaded_and_exported(tmp_path: Path) -> None:
+    """Its bound is 0: it answers nothing, but whoever looks for what went wrong can load it."""
+    metric = PerceptualMetric(OrthogonalProjection(16, 8), 16).eval()
+    with torch.no_grad():
+        for parameter in metric.encoder.parameters():
+            parameter.zero_()
+    freeze(metric)
+    file = save(metric, tmp_path / "m.safetensors")
+    again, images = lipsim.load(file), torch.rand(3, 2, 3, 16, 16)
+    assert again.lipschitz == 0 and not again.certify(*images).radius.any()
+    with torch.no_grad():
+        radius, left = metric_graphs(again, ["radius"]).modules["radius"](*images)
+    assert not radius.any() and not left.any()
+    own = save(PerceptualMetric(OrthogonalProjection(16, 8), 16), tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match="claims the Lipschitz bound 0"):
+        lipsim.load(_rewrite(own, lambda s, h, m: h.update(lipschitz=0.0)))
 
 
 def test_a_header_can_only_raise_the_bound(tmp_path: Path) -> None:

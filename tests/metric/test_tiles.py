@@ -17,7 +17,9 @@ from lipsim.attacks import TwoAFCObjective, minimal_norm, pgd
 from lipsim.audit import lipschitz_bound
 from lipsim.audit.lower_bounds import attack_lipschitz
 from lipsim.cli.main import main
+from lipsim.layers import exact_copy
 from lipsim.metric import TiledMetric, certify_files, original_radii, save
+from lipsim.metric.pairs import pair_geometry
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
 
@@ -171,6 +173,13 @@ def test_an_error_of_the_embedding_counts_in_certificates_and_files(tmp_path: Pa
     metric.tile.feature_error = 1e-4
     metric.feature_error = metric.feature_error
     assert metric.tile_error == 1e-4
+    # The vector of all tiles has their anchors in it, which are rounded as its features are.
+    large = TiledMetric(PerceptualMetric(OrthogonalProjection(SIDE, 5), SIDE, anchor=1e4, lipschitz=1.0), 2)
+    large.tile.feature_error = 1e-6
+    images = torch.rand(8, 3, 2 * SIDE, 2 * SIDE)
+    with torch.no_grad():
+        error = (large.embed(images).double() - exact_copy(large.encoder)(images.double())).norm(dim=1)
+    assert 2 * 1.5 * 1e-6 < float(error.max()) <= large.feature_error
     again = lipsim.load(save(metric, tmp_path / "own.safetensors"))
     assert isinstance(again, TiledMetric) and again.tile.declared_feature_error == 1e-4
 
@@ -257,6 +266,9 @@ def test_certificates_know_that_a_tile_without_direction_takes_that_of_the_image
         lower, upper = metric.distance_bounds(image, y, eps)
         assert lower <= metric(black, y) <= upper
     assert metric.threshold_radius(black, y, 0.6) == metric.threshold_radius(y, black, 0.6) == 0
+    pairs = pair_geometry(metric)  # of files
+    features = [metric.embed_tiles(image) for image in (black, y, x)]
+    assert float(pairs.distance(*features[:2])) == 1 and float(pairs.distance(*features[1:])) == float(metric(y, x))
     other = 1 - y
     assert 0 < float(metric.certify(x, y, other).radius) <= change
     for triplet in ((black, y, other), (y, black, other), (y, other, black)):

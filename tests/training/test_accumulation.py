@@ -11,6 +11,7 @@ import pytest
 import torch
 from evaluations import forked
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 import lipsim
 from lipsim.data import Triplet
@@ -101,6 +102,48 @@ def test_of_the_first_step_after_resuming_with_other_steps(tmp_path: Path) -> No
 def test_of_steps_with_batches_of_which_nothing_could_be_read(tmp_path: Path) -> None:
     sizes = _sizes(NoiseData(12, 1, unreadable=(2, 5, 6, 7)), tmp_path, max_epochs=2, accumulate_grad_batches=2)
     assert sum(sizes) == 16 and {1, 2} <= set(sizes) and len(sizes) == 12
+
+
+class Steps(L.Callback):
+    """What the batches of each step had, and how often the optimizer itself took one."""
+
+    def __init__(self) -> None:
+        self.read: list[bool] = []
+        self.taken = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.taken += 1
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.read.append(not isinstance(batch, NothingRead))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_in_float16_too_a_step_is_that_of_the_batches_that_were_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    steps, scaler = Steps(), torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        callbacks=[steps],
+        max_epochs=3,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        default_root_dir=tmp_path,
+    )
+    data = NoiseData(12, 1, unreadable=(2, 5, 6, 7))
+    trainer.fit(FineTuning(OrthogonalProjection(8, 4), schedule=Constant()), data)
+    of_steps = list(zip(steps.read[::2], steps.read[1::2], strict=True))
+    assert (True, False) in of_steps and (False, True) in of_steps
+    assert steps.taken == sum(any(pair) for pair in of_steps)
 
 
 def _weights(processes: int, folder: Path) -> None:

@@ -25,9 +25,11 @@ from lipsim.callbacks.export_metric import ExportMetric
 from lipsim.cli.train import main
 from lipsim.data import BuiltinTriplets
 from lipsim.data.triplet import collate_triplets
+from lipsim.datamodules import BuiltinData
+from lipsim.metric import PerceptualMetric, save
 from lipsim.students import OrthogonalProjection
 from lipsim.teachers import SmallViT
-from lipsim.training import Constant, FineTuning, RadiusHinge, TeacherTuning, Triangular, WarmupCosine
+from lipsim.training import Constant, Distillation, FineTuning, RadiusHinge, TeacherTuning, Triangular, WarmupCosine
 
 ROOT = Path(__file__).parents[2]
 LINEAR = ROOT / "configs" / "quickstart" / "linear.yaml"
@@ -82,6 +84,20 @@ def test_training_stops_at_the_first_loss_that_is_not_finite() -> None:
     assert [saved[name]["global_step"] for name in saved] == [4, 6]
     for checkpoint in saved.values():
         assert all(torch.isfinite(tensor).all() for tensor in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("of", ["teacher", "loss"])
+def test_a_distillation_says_which_batch_it_was_whatever_is_not_finite(of: str) -> None:
+    """On one process there is no other one whose loss it could be."""
+    file = save(PerceptualMetric(OrthogonalProjection(16, 4), 16), Path("teacher.safetensors"))
+    loss = (lambda *_arguments, **_options: torch.tensor(math.nan)) if of == "loss" else None
+    module = Distillation(file, OrthogonalProjection(16, 4), loss=loss, jitter=False)
+    if of == "teacher":
+        assert module.teacher is not None
+        module.teacher.embed = lambda x: x.new_full((len(x), 4), math.nan)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"loss is nan at step 0; its batch is in .*not_finite.safetensors"):
+        _trainer().fit(module, datamodule=BuiltinData(num_train=8, num_val=6, num_test=2, image_size=16, batch_size=4))
+    assert load_file("run/not_finite.safetensors")["reference"].shape == (4, 3, 16, 16)
 
 
 class Poisoned(FineTuning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lipsim.data.augment import augmented, reflect
 from lipsim.data.check import check_images
 from lipsim.datamodules import NightsData
 from lipsim.metric import save
+from lipsim.metric.folded import folded_copy
 from lipsim.results import read_results
 from lipsim.students import OrthogonalProjection, OrthogonalShiftNetwork
 from lipsim.teachers import SmallViT
@@ -131,6 +133,16 @@ def test_three_stages_in_turn(tmp_path: Path) -> None:
     assert trainer.callback_metrics["val/toy/certified_1"] > 0.8
     trainer.test(tuning, data, verbose=False)
     _check_test_files(tmp_path, tuning, data)
+
+
+def test_folded_weights_are_not_trained(tmp_path: Path) -> None:
+    """Nothing would keep them 1-Lipschitz; losses take the bound for 1 all along."""
+    metric = PerceptualMetric(_student(), 16)
+    file = save(folded_copy(metric), tmp_path / "folded.safetensors")
+    for stage in (FineTuning, partial(Distillation, file)):
+        with pytest.raises(ValueError, match=r"weights of .*folded\.safetensors are folded.*that was folded"):
+            stage(init_from=file)
+    assert FineTuning(init_from=save(metric, tmp_path / "own.safetensors")).metric.lipschitz < 1 + 1e-5
 
 
 def test_the_anchor_goes_with_the_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from lipsim.utils.sampling import key_uniform, sample_stream, subkey, subkeys
+from lipsim.utils.sampling import cpu_seed, key_uniform, sample_stream, subkey, subkeys
 
 
 def test_keys_are_the_outputs_of_splitmix64() -> None:
@@ -48,3 +49,18 @@ def test_streams_are_of_seed_and_index() -> None:
     assert len(draws) == len(pairs)
     assert sample_stream(5, 7).standard_normal() == np.random.default_rng([5, 7]).standard_normal()
     assert sample_stream(5, 2**40).standard_normal() == np.random.default_rng([5, 2**40]).standard_normal()
+
+
+def test_a_seed_of_the_cpu_leaves_all_generators_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    following = torch.rand(3)
+    torch.manual_seed(7)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with cpu_seed(5):
+        assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.rand(3), following) and not seeded
+    torch.manual_seed(7)
+    assert seeded == [7]  # what it must not do

@@ -90,8 +90,11 @@ class FolderImages(Dataset[Tensor]):
 
     @property
     def rounded(self) -> bool:
-        """Whether some images are those of a pack that had to round them to eight bits."""
-        return self.pack is not None and not bool(self.pack.exact[self._rows].all())
+        """Whether images are those of a pack that had to round some of them, in this folder or in another part of it.
+
+        A cache is of a whole pack, and says so of all of it.
+        """
+        return self.pack is not None and self.pack.rounded
 
     def load(self, index: int, content: bytes | None = None) -> Tensor:
         """One image without a view, ``(3, S, S)``; of the ``content`` of its file where that is read already."""

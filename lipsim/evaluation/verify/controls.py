@@ -30,6 +30,7 @@ from lipsim.layers import exact_copy
 from lipsim.layers.base import FoldedLayer, LipschitzLayer
 from lipsim.metric import PerceptualMetric
 from lipsim.students import OrthogonalProjection
+from lipsim.utils.sampling import cpu_seed
 
 INFLATION = 1.02
 Images = tuple[Tensor, Tensor, Tensor]
@@ -58,8 +59,7 @@ def linear_controls(seed: int = 0, kinds: Sequence[str] | None = None) -> list[C
         seed: of the problems.
         kinds: of certificates, by name; None: all.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_seed(seed):
         anchored = PerceptualMetric(exact_copy(OrthogonalProjection(_SIDE, 24).double()), _SIDE, lipschitz=1.0)
         anywhere = torch.rand(3, 6, 3, _SIDE, _SIDE, dtype=torch.float64)
         plane = PerceptualMetric(exact_copy(OrthogonalProjection(_SIDE, 2).double()), _SIDE, anchor=0.0, lipschitz=1.0)
