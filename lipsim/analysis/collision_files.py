@@ -94,7 +94,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def _difference(value: float | None) -> str:
-    return "not to be told, as of another number of boxes" if value is None else f"{value:.2e}"
+    return "no number (other shapes, or NaN)" if value is None else f"{value:.2e}"
 
 
 def save_collision(folder: Path, collision: Collision, facts: dict[str, Any], target: Tensor | None = None) -> None:

@@ -29,9 +29,10 @@ from lipsim.data.bit_depth import open_image
 from lipsim.data.sets.labelled_folder import LabelledFolder, to_8bit
 from lipsim.data.transforms import Preprocess
 from lipsim.layers import freeze
+from lipsim.layers.fingerprint import structure
 from lipsim.utils.checks import taking_images
 from lipsim.utils.errors import LipsimError
-from lipsim.utils.files import remove_leftovers, state_fingerprint, write_file, write_json
+from lipsim.utils.files import remove_leftovers, sha256, state_fingerprint, write_file, write_json
 from lipsim.utils.paths import user_path
 from lipsim.utils.precision import full_precision
 from lipsim.utils.sampling import sample_normal, sample_uniform
@@ -387,6 +388,7 @@ def _manifest(source: LabelledFolder, model: Model, recipe: FeatureSetRecipe, la
         **asdict(recipe),
         "layer": layer,
         "weights": state_fingerprint(_state(model.module)),
+        "structure": sha256(structure(model.module)),
         "image_size": model.image_size,
         "resize": model.resize,
         "images": len(source),
@@ -411,6 +413,7 @@ def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise LipsimError(f"cannot read {path} ({error}); choose another output") from error
+    before.setdefault("structure", manifest["structure"])  # an earlier version wrote none
     differing = [name for name in manifest if before.get(name) != manifest[name]]
     if differing:
         said = "; ".join(f"{name} was {before.get(name)!s:.60} and is {manifest[name]!s:.60}" for name in differing)

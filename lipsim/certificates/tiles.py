@@ -219,8 +219,7 @@ def tiled_margin(z: Tensor, z0: Tensor, z1: Tensor, *, anchor: float = 1.0) -> T
         >>> tiled_margin(z, z0, z1, anchor=0.0)  # 1 in one tile, 0 in the other
         tensor([0.5000], dtype=torch.float64)
     """
-    e, e0, e1 = (Anchored(features, anchor) for features in (z, z0, z1))
-    return along(e.unit, e0.unit, e1.unit).mean(-1)
+    return _margin(anchor, *(Anchored(features, anchor) for features in (z, z0, z1)))
 
 
 def certify_tiles(
@@ -260,7 +259,7 @@ def certify_tiles(
     tiles, rounding = z.shape[-2], rounding_error(z)
     norm, norm0, norm1 = (bounded_norm(t, anchor) for t in (e, e0, e1))
     each = along(e.unit, e0.unit, e1.unit)
-    margin = each.mean(-1)
+    margin = _margin(anchor, e, e0, e1)
     left = (margin > 0).unsqueeze(-1)
     theta0, theta1 = unit_angle(e.unit, e0.unit), unit_angle(e.unit, e1.unit)
     off, off0, off1 = (_off(n, feature_error) for n in (norm, norm0, norm1))
@@ -392,6 +391,21 @@ def tiled_threshold_radius(
     budget = Losses(torch.ones_like(theta), angle, norm).radius(kept)
     budget = torch.minimum(budget, _directed(anchor, norm, bounded_norm(other, anchor)))
     return _over(budget, tiles, lipschitz, feature_error)
+
+
+def _margin(anchor: float, e: Anchored, e0: Anchored, e1: Anchored) -> Tensor:
+    """Mean margin of the tiles, ``(N,)``, with the distance 1 of images of which a tile has no direction."""
+    margin = along(e.unit, e0.unit, e1.unit).mean(-1)
+    if anchor > 0:
+        return margin
+    without, *others = ((t.norm == 0).any(-1) for t in (e, e0, e1))
+    if not bool((without | others[0] | others[1]).any()):
+        return margin
+    left, right = (
+        torch.where(without | other, 1.0, one_minus_cos(unit_angle(e.unit, t.unit)).mean(-1))
+        for other, t in zip(others, (e0, e1), strict=True)
+    )
+    return torch.where(without | others[0] | others[1], right - left, margin)
 
 
 def _check_alike(z: Tensor, y: Tensor) -> None:

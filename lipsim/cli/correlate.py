@@ -15,7 +15,7 @@ from lipsim.metric import load
 from lipsim.metric.distance import Distance
 from lipsim.metric.distances import BASELINES, check_names
 from lipsim.metric.files import DEFAULT
-from lipsim.results.formats import write_table
+from lipsim.results.formats import remove_table, write_table
 from lipsim.results.tables import print_table
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import write_text
@@ -94,6 +94,8 @@ def _run(options: argparse.Namespace) -> int:
     }
     text = json.dumps(content, indent=1)
     if options.output is not None:
+        if (options.output / "correlations.json").is_file() and len(tables) < 2:  # of metrics with a bound, before
+            remove_table(options.output, "certified")
         for name, (title, rows) in zip(("correlations", "certified"), tables.items(), strict=False):
             write_table(options.output, name, title, rows)
         write_text(options.output / "correlations.json", text + "\n")

@@ -185,9 +185,13 @@ def _refuse_without_part(options: argparse.Namespace, matching: set[bool]) -> No
 
 def _refuse(options: argparse.Namespace, useless: Sequence[str], where: str) -> None:
     """Refuse options that are given and have no part in something, in words."""
-    given = [f"--{name.replace('_', '-')}" for name in useless if getattr(options, name) not in (None, False)]
+    given = [f"--{name.replace('_', '-')}" for name in useless if _is_given(getattr(options, name))]
     if given:
         raise UsageError(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no part in {where}")
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False  # 0 is a budget
 
 
 def _sentence(made: FeatureSet, model: Model) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from lipsim.evaluation.journal import RowCallback
+from lipsim.layers.fingerprint import structure
 from lipsim.metric import PerceptualMetric
 from lipsim.utils.errors import LipsimError
 from lipsim.utils.files import state_fingerprint
@@ -23,7 +23,7 @@ def metric_fingerprint(metric: PerceptualMetric) -> str:
     encoder = metric.encoder
     content = {
         "encoder": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
-        "structure": re.sub(r"0x[0-9a-fA-F]+", "", repr(encoder)),  # addresses of what a module prints of itself
+        "structure": structure(encoder),
         "config": _plain(getattr(encoder, "config", None)),
         "weights": state_fingerprint(encoder.state_dict()),
         "image_size": metric.image_size,

@@ -7,10 +7,11 @@ numpy count no version, and addresses are used again. Here every bit is read, at
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
-from types import CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,20 @@ def single_bits(tensor: Tensor) -> Tensor:
     """:func:`bits` with one integer an element, of what is strided; torch.compile can trace it."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(_INTEGERS[flat.element_size()])
+
+
+def structure(module: nn.Module) -> str:
+    """The layers of a module as it prints them, and the functions that they keep: the same in another process.
+
+    Not every attribute: a forward pass may write some.
+    """
+    kept = [
+        f"{name}.{key} = {value.__module__}.{value.__qualname__}"
+        for name, layer in module.named_modules()
+        for key, value in vars(layer).items()
+        if isinstance(value, FunctionType | BuiltinFunctionType) and not key.startswith("_")
+    ]
+    return "\n".join([re.sub(r"0x[0-9a-fA-F]+", "", repr(module)), *kept])  # addresses
 
 
 class _Reader:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from lipsim.layers.fingerprint import structure
 from lipsim.metric.perceptual_metric import PerceptualMetric
 from lipsim.teachers.lora_tuning import merged
 from lipsim.utils.errors import LipsimError
@@ -25,7 +26,6 @@ FORMAT = "lipsim-index"
 VERSION = 1
 _AGAIN = "remove the file and index the folder again"
 _KINDS = (("features", torch.float32), ("hashes", torch.uint8), ("sizes", torch.int64), ("times", torch.int64))
-_PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
 _PARTS = "[0-9]*.safetensors"  # of an update that goes on; hidden files are of one that was killed while it wrote
 
 
@@ -88,26 +88,13 @@ def embedding_fingerprint(metric: PerceptualMetric) -> str:
         "dtype": str(metric.dtype),
         "preprocess": preprocess,
     }
-    if content["config"] is None:  # else it says what the layers between the weights are
-        content["structure"] = _structure(encoder)
+    config = content["config"]
+    if config is None or (isinstance(config, dict) and "tile" in config and config["tile"] is None):
+        # Else the configuration, of a tile's encoder too, says what the layers between the weights are.
+        kept = encoder.state_dict().keys()
+        outside = {name: tensor for name, tensor in encoder.named_buffers() if name not in kept}
+        content["structure"] = [structure(encoder), state_fingerprint(outside)]
     return sha256(json.dumps(content, sort_keys=True))
-
-
-def _structure(encoder: nn.Module) -> list[Any]:
-    """What an encoder is besides its weights, the same in another process: layers, their plain attributes, buffers."""
-    kept = encoder.state_dict().keys()
-    outside = {name: tensor for name, tensor in encoder.named_buffers() if name not in kept}
-    layers = [
-        [name, f"{type(layer).__module__}.{type(layer).__qualname__}", layer.extra_repr(), _plain(layer)]
-        for name, layer in encoder.named_modules()
-    ]
-    return [layers, state_fingerprint(outside)]
-
-
-def _plain(layer: nn.Module) -> dict[str, str]:
-    attributes = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-    attributes.pop("training")
-    return {name: repr(value) for name, value in attributes.items() if isinstance(value, _PLAIN)}
 
 
 def write_records(path: Path, records: Records, header: dict[str, Any], skipped: dict[str, str]) -> None:
@@ -144,7 +131,8 @@ def read_records(path: Path) -> tuple[Records, dict[str, Any], dict[str, str]]:
     try:
         tensors, metadata = read_safetensors(path)
     except LipsimError as fault:
-        raise LipsimError(f"{str(fault).removesuffix(': get it again')}; if it was an index, {_AGAIN}") from fault
+        said = str(fault).removesuffix("get it again").rstrip(" :;")
+        raise LipsimError(f"{said}; if it was an index, {_AGAIN}") from fault
     if metadata.get("format") != FORMAT:
         raise LipsimError(
             f"{path} is no index of images (format {metadata.get('format')!r}); lipsim index FOLDER writes one"

@@ -192,6 +192,14 @@ def test_a_folder_of_other_options_is_refused(images: Path, tmp_path: Path) -> N
     nn.init.zeros_(other.network[0].bias)  # type: ignore[index,arg-type]
     with pytest.raises(ValueError, match="weights was"):
         make(images, tmp_path / "sets", other, recipe)
+    other = classifier()
+    other.network[1] = nn.ReLU()  # type: ignore[index,operator]
+    with pytest.raises(ValueError, match="structure was"):
+        make(images, tmp_path / "sets", other, recipe)
+    manifest = tmp_path / "sets/robust" / MANIFEST
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: value for name, value in content.items() if name != "structure"}))
+    make(images, tmp_path / "sets", classifier(), recipe)  # of an earlier version
     with pytest.raises(ValueError, match="layer was input of 5 and is 0"):
         make(images, tmp_path / "sets", classifier(), recipe, layer="0")
     (images / "dog/6.png").rename(images / "dog/7.png")

@@ -78,7 +78,7 @@ def test_another_number_of_boxes_is_no_number(
     with pytest.raises(SystemExit) as stop:
         main(["collide", files[0], "--model", f"{__name__}:_boxes", "--layer", "stem", "--output", str(output)])
     assert stop.value.code == 0
-    assert "with the image rounded to 8 bits not to be told, as of another number of boxes" in capsys.readouterr().out
+    assert "with the image rounded to 8 bits no number (other shapes, or NaN)" in capsys.readouterr().out
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

@@ -83,6 +83,7 @@ def test_bad_input_is_one_line(metric: Path, capsys: pytest.CaptureFixture[str])
         ((images, "--output", metric, "--kind", "robust", "--model", metric), "expected a folder to write to"),
         ((images, *output, "--kind", "random", "--model", metric, "--layer", "1"), "--layer has no part"),
         ((images, *output, "--kind", "robust", "--model", metric, "--eps", "1"), "--eps has no part in sets of the"),
+        ((images, *output[:2], "--held-out", images, "--step-size", "0"), "--step-size has no part in train"),
         (
             (images, *output, "--kind", "random", "--model", metric, "--start", "noise", "--shorten"),
             "--start, --shorten have no part in sets of the kind random",

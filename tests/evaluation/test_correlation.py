@@ -21,6 +21,7 @@ from lipsim.evaluation.correlation import Correlations, Moves, correlate, correl
 from lipsim.metric import save
 from lipsim.metric.distances import pixel_l2, ssim
 from lipsim.students import OrthogonalProjection
+from lipsim.teachers import SmallViT
 
 SIZE, COUNT, EPS = 12, 14, 0.3
 WAYS: tuple[Moves, ...] = ("distorted", "both")
@@ -180,6 +181,12 @@ def test_the_command(study: Path, metric: PerceptualMetric, capsys: pytest.Captu
         *(f"{name}.{kind}" for name in ("correlations", "certified") for kind in ("csv", "md", "tex")),
         "correlations.json",
     }
+    vit = SmallViT(SIZE, patch_size=SIZE // 2, width=8, depth=1, heads=2)
+    teacher = save(PerceptualMetric(vit, SIZE, lipschitz=math.inf), folder / "teacher.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        main([*common[:4], "--metric", f"teacher={teacher}", "--output", str(folder / "out")])
+    assert stop.value.code == 0 and {path.stem for path in (folder / "out").iterdir()} == {"correlations"}
+    capsys.readouterr()
     assert run() == 0
     shown = capsys.readouterr().out
     assert "SRCC" in shown and "36/255" in shown and "108/255" in shown and " to " in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lipsim.attacks import pgd
 from lipsim.certificates import Gallery, rank, reference_radius
 from lipsim.cli.main import main
-from lipsim.metric import PerceptualMetric, save
+from lipsim.metric import PerceptualMetric, TiledMetric, save
 from lipsim.metric.index import ImageIndex
 from lipsim.metric.index_files import embedding_fingerprint, write_part
 from lipsim.students import OrthogonalProjection
@@ -238,17 +239,37 @@ def test_an_update_that_fails_leaves_the_index_as_it_was(
     assert index.update(other).removed == 10 and index.root == other
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_layers_between_the_weights_are_a_part_of_the_metric(folder: Path, tmp_path: Path) -> None:
-    def metric_of(between: nn.Module) -> PerceptualMetric:
+    class Function(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.function, self.calls = function, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1  # is no part of what it computes
+            return self.function(x)
+
+    def metric_of(between: nn.Module, tiled: bool = False) -> PerceptualMetric:
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), between, nn.Linear(6, 6))
-        return PerceptualMetric(encoder, 8, lipschitz=1.0).eval()
+        metric = PerceptualMetric(encoder, 8, lipschitz=1.0).eval()
+        return TiledMetric(metric, 2) if tiled else metric
 
-    file = ImageIndex.build(metric_of(nn.LeakyReLU(0.1)), folder).save(tmp_path / "index.safetensors")
-    assert len(ImageIndex.load(file, metric_of(nn.LeakyReLU(0.1)))) == 10
-    for other in (nn.Tanh(), nn.LeakyReLU(0.2)):
-        with pytest.raises(ValueError, match="embeddings of another metric"):
-            ImageIndex.load(file, metric_of(other))
+    for own, others in (
+        (nn.LeakyReLU(0.1), (nn.Tanh(), nn.LeakyReLU(0.2))),
+        (Function(torch.tanh), (Function(torch.sigmoid), Function(torch.relu))),
+    ):
+        for tiled in (False, True):
+            index = ImageIndex.build(metric_of(own, tiled), folder)
+            file = index.save(tmp_path / "index.safetensors")
+            assert len(index.search(sorted(folder.rglob("*.png"))[0], k=2).names[0]) == 2
+            assert len(ImageIndex.load(file, metric_of(own, tiled))) == 10
+            for other in others:
+                with pytest.raises(ValueError, match="embeddings of another metric"):
+                    ImageIndex.load(file, metric_of(other, tiled))
+    scripted = PerceptualMetric(torch.jit.script(metric_of(nn.Tanh()).encoder), 8, lipschitz=1.0).eval()
+    assert len(ImageIndex.build(scripted, folder)) == 10
 
 
 def test_half_precision_is_refused_before_anything_is_embedded(folder: Path) -> None:
@@ -350,10 +371,11 @@ def test_the_commands(
     code, _, err = run("index", str(folder), "--metric", "quickstart", "--output", index)
     assert code and "another metric" in err
     content = Path(index).read_bytes()
-    for damaged in (content[: len(content) // 2], content.replace(b'\\"fingerprint\\"', b'\\"fingerprinT\\"')):
+    for damaged in (b"", content[: len(content) // 2], content.replace(b'\\"fingerprint\\"', b'\\"fingerprinT\\"')):
         Path(index).write_bytes(damaged)
         code, _, err = run("index", str(folder), "--metric", exported, "--output", index)
         assert code and "remove the file and index the folder again" in err and err.count("\n") == 1
+        assert "get it again" not in err
     (tmp_path / "unreadable").mkdir()
     (tmp_path / "unreadable/one.png").write_bytes(b"no image")
     code, _, err = run(

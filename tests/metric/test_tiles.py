@@ -273,5 +273,10 @@ def test_certificates_know_that_a_tile_without_direction_takes_that_of_the_image
     assert 0 < float(metric.certify(x, y, other).radius) <= change
     for triplet in ((black, y, other), (y, black, other), (y, other, black)):
         certificate = metric.certify(*triplet)
+        answer = metric(triplet[0], triplet[2]) - metric(triplet[0], triplet[1])
+        torch.testing.assert_close(certificate.margin, answer)
+        features = (metric.embed_tiles(image) for image in triplet)
+        assert certificate.margin == certificates.tiled_margin(*features, anchor=0.0)
+        assert bool(certificate.prefers_left) == bool(certificate.margin > 0)
         for name in ("radius", "left_radius", "right_radius", "joint_radius"):
             assert getattr(certificate, name) == 0, name
