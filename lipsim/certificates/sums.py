@@ -226,9 +226,9 @@ def certify_sum(reference: Tensor, first: Term, second: Term, *, weight: float, 
         holds = _least_sum(first, second, middle.unsqueeze(-2) * moving, weight, scale) > 0
         low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
         middle = torch.where(low > 0, low.sqrt() * high.sqrt(), high / 2)
+    low[-1] = torch.maximum(low[-1], _agreed(first, second, weight))
     if not (first.bounded and second.bounded):
         low = torch.zeros_like(low)
-    low[-1] = torch.maximum(low[-1], _agreed(first, second, weight))
     radii = round_down(torch.where(found.abs() > 0, low, 0.0), first.dtype)
     radius, left, other, joint = radii.unbind(0)
     return TwoAFCCertificate(

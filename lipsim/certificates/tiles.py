@@ -268,7 +268,7 @@ def certify_tiles(
     def radius(losses: Losses, loss: Tensor, *others: Tensor) -> Tensor:
         kept = each.sum(-1).abs() - (loss + slack).sum(-1)
         budget = losses.radius(torch.where(kept > 0, kept, 0.0))
-        budget = torch.minimum(budget, _directed(anchor, losses.norm, *others))
+        budget = torch.minimum(budget, _directed(anchor, feature_error, losses.norm, *others))
         return _over(budget, tiles, lipschitz, feature_error)
 
     difference = [a - b for a, b in zip(e0.unit, e1.unit, strict=True)]
@@ -349,7 +349,7 @@ def tiled_distance_interval(
     turn = stacked_rotation(norm.amin(-1), budget, tiles) + still + tiles * rounding
     upper = torch.minimum(upper, one_minus_cos((angle + turn).clamp(max=math.pi)))
     lower = torch.maximum(lower, one_minus_cos((angle - turn).clamp(min=0)))
-    without = budget >= _directed(anchor, norm, bounded_norm(other, anchor))
+    without = budget >= _directed(anchor, feature_error, norm, bounded_norm(other, anchor))
     lower = torch.where(without, lower.clamp(max=1), lower)
     upper = torch.where(without, upper.clamp(min=1), upper)
     unknown = torch.isnan(lower) | torch.isnan(upper)
@@ -389,7 +389,7 @@ def tiled_threshold_radius(
     slack = (_off(bounded_norm(other, anchor), feature_error) + 8 * rounding_error(z)).sum(-1)
     kept = (excess.abs() - slack).clamp(min=0)
     budget = Losses(torch.ones_like(theta), angle, norm).radius(kept)
-    budget = torch.minimum(budget, _directed(anchor, norm, bounded_norm(other, anchor)))
+    budget = torch.minimum(budget, _directed(anchor, feature_error, norm, bounded_norm(other, anchor)))
     return _over(budget, tiles, lipschitz, feature_error)
 
 
@@ -417,13 +417,16 @@ def _check_alike(z: Tensor, y: Tensor) -> None:
         )
 
 
-def _directed(anchor: float, norm: Tensor, *others: Tensor) -> Tensor:
-    """The budget ``(N,)`` below which every tile has a direction; 0 where a tile of another image has none."""
+def _directed(anchor: float, feature_error: float, norm: Tensor, *others: Tensor) -> Tensor:
+    """The budget ``(N,)`` below which every tile has a direction; 0 where a tile of another image may have none.
+
+    That is where its features are no longer than their error: the image is at distance 1 from everything then.
+    """
     least = norm.amin(-1)
     if anchor > 0:
         return torch.full_like(least, math.inf)
     for other in others:
-        least = torch.where(other.amin(-1) > 0, least, 0.0)
+        least = torch.where(other.amin(-1) > feature_error * (1 + 2.0**-20), least, 0.0)
     return least
 
 

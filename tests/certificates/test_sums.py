@@ -159,6 +159,17 @@ def test_without_weight_it_is_the_cosine_metric() -> None:
     assert (found.joint_radius >= alone.joint_radius * (1 - 1e-9)).all()
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_without_a_bound_of_one_part_every_radius_is_0(weight: float) -> None:
+    images = _draw(20, 6, seed=2)
+    first, _ = _terms(images)
+    _, second = _terms(images, lipschitz=math.inf)
+    for terms in ((first, second), (second, first)):
+        found = C.certify_sum(_images(images), *terms, weight=weight, scale=0.5)
+        for name in ("radius", "left_radius", "right_radius", "joint_radius"):
+            assert not getattr(found, name).any(), name
+
+
 def test_where_both_parts_agree_all_images_may_move_as_far_as_in_each_of_them() -> None:
     images = _draw(100, 6, seed=2)
     found = _certify(images, 1.0, 0.1)

@@ -189,6 +189,28 @@ def test_one_image_is_compared_with_many() -> None:
             C.tiled_distance_interval(many, other, 0.5)
 
 
+def test_a_tile_within_its_error_may_have_no_direction() -> None:
+    """Then the image is at distance 1 from everything: one tile takes the distance of all with it."""
+    error, image = 1e-6, torch.rand(1, 3, 4, 4)
+    z = torch.tensor([[[1.0, 0.0]] * 4])
+    near, other = z.clone(), torch.tensor([[[0.2, math.sqrt(0.96)]] * 4])
+    near[:, 3] *= 1e-7
+    exact = near.clone()
+    exact[:, 3] = 0  # what the features may be
+    options = {"anchor": 0.0, "feature_error": error}
+    for pair in ((z, near), (near, z)):
+        lower, upper = C.tiled_distance_interval(*pair, 0.01, **options)
+        assert lower <= 1 <= upper
+        assert C.tiled_threshold_radius(*pair, 0.8, **options) == 0
+    assert C.tiled_margin(z, near, other, anchor=0.0) > 0 > C.tiled_margin(z, exact, other, anchor=0.0)
+    for triplet in ((z, near, other), (z, other, near), (near, z, other)):
+        certificate = C.certify_tiles(image, *triplet, **options)
+        for name in ("radius", "left_radius", "right_radius", "joint_radius"):
+            assert not getattr(certificate, name).any(), name
+    near[:, 3] *= 1e3  # beyond its error there is one
+    assert C.certify_tiles(image, z, near, other, **options).radius > 0.1
+
+
 def test_what_is_unknown_certifies_nothing() -> None:
     z, z0, z1 = _features(2)
     tie = C.certify_tiles(torch.rand(5, 3, 4, 4), z, z0, z0)
