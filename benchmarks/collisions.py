@@ -9,7 +9,7 @@
 Photographs of the scikit-image and scikit-learn wheels, each towards the next one; weights are random but for the
 bundled metric and EfficientNet-Lite0. Cells are the mean over the photographs and half of what these are apart.
 One thread: layers 17 s, outputs two minutes, transfer three, explanations half of one (with ``lipsim[explain]``), reach
-one; all of these are longer where others work.
+one; all of these are longer where others work. EfficientNet-Lite0 needs ``lipsim[photos]``.
 """
 
 from __future__ import annotations

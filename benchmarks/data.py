@@ -118,15 +118,16 @@ def main(args: Sequence[str] | None = None) -> None:
         pack_images(root / "images", root / "crop", size, frame="crop", short_side=size, num_workers=0)
         shards = sorted((root / "whole").glob("*.bin"))
         # First, since pages that a process has mapped stay in memory.
+        decode = one_by_one(lambda i: load_image(files[i], Preprocess(size)))
         disk = {
-            "files, Preprocess, float": from_disk(files, lambda: [load_image(f, Preprocess(size)) for f in files]),
+            "files, Preprocess, float": from_disk(files, lambda: decode(order)),
             "pack": from_disk(shards, lambda: one_by_one(ImagePack(root / "whole").image)(order)),
         }
         stored = {"files": sum(file.stat().st_size for file in files), "pack": packed.size}
         whole, crop = ImagePack(root / "whole"), ImagePack(root / "crop")
         central = CentralCrop(size, size)
         rows = {
-            "files, Preprocess, float": one_by_one(lambda i: load_image(files[i], Preprocess(size))),
+            "files, Preprocess, float": decode,
             "files, Preprocess, pil": one_by_one(lambda i: load_image(files[i], Preprocess(size, "pil"))),
             "files, CentralCrop": one_by_one(lambda i: load_image(files[i], central)),
             f"files, CentralCrop, batches of {BATCH}": in_batches(lambda i: load_image(files[i], central)),

@@ -93,10 +93,11 @@ def test_figures(device: torch.device, scale: Scale) -> Iterator[Figure]:
 
 
 def _parallel() -> list[str]:
-    """Options of pytest for as many processes as there are cores, where its plugin is installed."""
+    """Options of pytest for as many processes as there are cores; without its plugin, that it is not to ask for it."""
     cores = os.cpu_count() or 1
-    found = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0
-    return ["-n", str(min(cores, 16))] if cores > 2 and found else []
+    if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode:
+        return ["-o", "addopts=--import-mode=importlib"]  # pyproject.toml has options of the plugin, too
+    return ["-n", str(min(cores, 16))] if cores > 2 else []
 
 
 PARTS: dict[str, tuple[Part, ...]] = {

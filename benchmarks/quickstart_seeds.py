@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart_seeds.py [--seeds 0 1 2] [--output runs/quickstart-seeds]
 
-Runs ``python scripts/train.py`` once for each seed in a folder of its own, about five minutes on two quiet cores each;
-what has finished there is not run again. The seed draws weights, batches and augmentation; data and attacks stay.
+Runs ``python scripts/train.py`` once for each seed in a folder of its own, 2.5 minutes on two quiet cores each; what
+has finished there is not run again. The seed draws weights, batches and augmentation; data and attacks stay.
 """
 
 from __future__ import annotations

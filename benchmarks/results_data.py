@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -220,9 +221,16 @@ def task_names(options: argparse.Namespace) -> list[str]:
 
 
 def prepare(name: str, options: argparse.Namespace, device: torch.device) -> None:
-    """Write what every process reads of a task, unless it is there: images, triplets, teacher, its embeddings."""
-    folder = options.output / "data" / name
+    """Write what every process reads of a task, unless it is there: images, triplets, teacher, its embeddings.
+
+    Raises:
+        ValueError: it is there, and was made with other options than those that results would be said to be of.
+    """
+    folder, made = options.output / "data" / name, _made_with(name, options)
     if (folder / "data.safetensors").is_file():
+        before = json.loads(read_safetensors(folder / "data.safetensors")[1].get("made", "{}"))
+        if differing := [f"{key} was {before[key]}" for key in before if before[key] != made[key]]:
+            raise LipsimError(f"{folder} was made with other options ({', '.join(differing)}); give another --output")
         return
     data, size = name.rsplit("-", 1)
     tensors = _MAKE[data](int(size), options, device)
@@ -232,7 +240,18 @@ def prepare(name: str, options: argparse.Namespace, device: torch.device) -> Non
         if "plain" not in tensors:
             encoder, images = encoder.eval().to(device), tensors["images"]
             tensors |= _embeddings(encoder, images, embed(encoder, images, device), options.features, device)
-    write_safetensors(folder / "data.safetensors", {key: value.contiguous() for key, value in tensors.items()})
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    write_safetensors(folder / "data.safetensors", tensors, {"made": json.dumps(made)})
+
+
+def _made_with(name: str, options: argparse.Namespace) -> dict[str, int | None]:
+    """The options that the data of a task rest on."""
+    used = {
+        "builtin": ("train_triplets", "test_triplets"),
+        "material": ("features", "teacher_size"),
+        "photos": ("features", "teacher_size", "photo_triplets", "test_triplets", "images"),
+    }
+    return {f"--{option.replace('_', '-')}": getattr(options, option) for option in used[name.rsplit("-", 1)[0]]}
 
 
 @functools.lru_cache(maxsize=2)

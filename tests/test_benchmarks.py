@@ -69,6 +69,26 @@ def test_the_benchmark_of_all_rows_ends_in_a_page(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_data_made_with_other_options_are_not_taken_for_those_of_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings in results.json are those of the command line, and data that are there are not made again."""
+    import results_data
+
+    made: list[int] = []
+    monkeypatch.setitem(
+        results_data._MAKE, "builtin", lambda size, *_: made.append(size) or {"images": torch.zeros(1, 3, size, size)}
+    )
+    options = argparse.Namespace(output=tmp_path, train_triplets=5, test_triplets=3)
+    for _ in range(2):
+        results_data.prepare("builtin-8", options, torch.device("cpu"))
+    assert made == [8]
+    options.train_triplets = 50
+    with pytest.raises(ValueError, match=r"made with other options \(--train-triplets was 5\); give another --output"):
+        results_data.prepare("builtin-8", options, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_attacks_beyond_the_radius_leave_what_all_attacks_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     """On less: an answer is attacked with the budgets that its radius does not cover, a wrong one with none."""
     import results_measures as measures  # type: ignore[import-not-found]

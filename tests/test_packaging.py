@@ -40,6 +40,20 @@ def test_every_dependency_has_a_lower_bound_and_a_version_that_was_tested() -> N
         assert _name(requirement) in tested, requirement
 
 
+def test_every_dependency_has_a_reason() -> None:
+    """Behind it, or in the lines above it for a group of them."""
+    sections = re.split(r"^\[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    known = ("project]", "project.optional-dependencies]", "dependency-groups]")
+    lines = [line for part in sections if part.startswith(known) for line in part.splitlines()]
+    assert len([line for line in lines if re.search(r'"[\w-]+[^"]*[<>=]=?[\d.]+', line)]) > 40
+    reason = False
+    for line in lines:
+        if re.match(r'\s*"[\w-]+(\[[\w,]+\])?[<>=][^"]*",?\s*$', line):
+            assert reason, line
+        else:  # of those that follow, where it stands alone or begins a list
+            reason = bool(re.match(r"\s*#|.*\[\s+#", line))
+
+
 def _name(requirement: str) -> str:
     return re.split(r"[\[<>=]", requirement)[0].replace("_", "-")
 

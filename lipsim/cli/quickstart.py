@@ -31,7 +31,7 @@ STAGES = {
 def quickstart(overrides: Sequence[str] = ()) -> Results:
     """Tune, distil, fine-tune, certify, attack and report, into ``runs/quickstart`` of the current folder.
 
-    About five minutes on two cores; says what it is doing.
+    Two and a half to five minutes on two cores; says what it is doing.
 
     Args:
         overrides: command-line options for every stage, such as ``["--trainer.max_epochs", "1"]``.

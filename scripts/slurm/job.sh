@@ -13,6 +13,13 @@ else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"
 fi
 
+# This job as scontrol takes it. By the bare number of an array, which is that of one of its elements too, all would go
+# back into the queue.
+job="$SLURM_JOB_ID"
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+fi
+
 # A task that fails ends the others at once, which would wait for it.
 step() {
     srun --kill-on-bad-exit=1 "$PYTHON" "$@"
@@ -32,7 +39,7 @@ certify() {
     step scripts/train.py test "$@" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.num_nodes "$SLURM_NNODES" \
         --ckpt_path last || status=$?
     if [ "$status" -eq 75 ] && [ "$began" -gt $((SECONDS - began)) ]; then
-        scontrol requeue "$SLURM_JOB_ID" || echo "submit the job again, it continues" >&2
+        scontrol requeue "$job" || echo "submit the job again, it continues" >&2
     elif [ "$status" -eq 75 ]; then
         echo "error: the test takes longer than the job may; give sbatch a longer --time, or evaluate.sbatch the metric" >&2
     fi
@@ -43,7 +50,7 @@ certify() {
 # `#SBATCH --signal=B:SIGUSR1@…` says that its time is nearly over. In the background: bash waits for a command in the
 # foreground before it minds a signal.
 requeue_before_the_end() {
-    trap 'scontrol requeue "$SLURM_JOB_ID" || echo "submit the job again, it continues" >&2' USR1
+    trap 'scontrol requeue "$job" || echo "submit the job again, it continues" >&2' USR1
     "$@" &
     local status=0
     wait $! || status=$?

@@ -164,6 +164,8 @@ def scontrol(words: list[str]) -> int:
     first, _, element = number.partition("_")  # of an array: the job and the element
     if element:
         number = str(int(first) + int(element) - int(os.environ["FAKE_SLURM_FIRST"]))
+    elif "SLURM_ARRAY_JOB_ID" in os.environ:
+        raise AssertionError(f"{first} stands for a whole array, whose other elements would be put back as well")
     (HERE / f"{number}.requeue").touch()
     return 0
 

@@ -194,9 +194,12 @@ def test_evaluations_go_back_into_the_queue_before_their_time_is_over(
     assert calls(recorded, "1002-1")[0][3:] == ["--devices", "2", "--num-nodes", "1"]
     table = tmp_path / "table.txt"
     table.write_text("a --checkpoint a.safetensors\n")
+    # One of an array alone: by the number of the array all others would begin again.
+    assert submit(f"--array=1 {SMALL.format(1)}", "evaluations", str(table), "runs/t", timeout=90).returncode == 0
+    assert logs(recorded).count("again") == 5
     monkeypatch.setenv("STUB", "exit 4")  # a failure is one, and nothing begins again
     assert submit(f"--array=1 {SMALL.format(1)}", "evaluations", str(table), "runs/t", "--z").returncode == 4
-    (call,) = calls(recorded, "1003")
+    (call,) = calls(recorded, "1004")
     assert call[:6] == "scripts/evaluate.py --z --checkpoint a.safetensors --trainer.default_root_dir runs/t/a".split()
 
 
