@@ -344,11 +344,8 @@ class Stage(EvaluationModule):
                     for parameter in group["params"]:
                         if parameter.grad is not None:
                             parameter.grad.mul_(expected / there)
-            if (
-                result is None and there
-            ):  # the step is one of the batches before; without a loss float16 would take none
-                return torch.zeros((), device=self.device)
-            return result
+            # The step is that of the batches before this one. Without any loss, float16 would take none.
+            return torch.zeros((), device=self.device) if result is None and there else result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
