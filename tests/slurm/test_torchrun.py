@@ -42,7 +42,8 @@ lipsim.train(stage, data, directory="run", callbacks=[Steps()], checkpoint="last
 
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTEST_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # As docs/clusters.md says: else those that start again may read the addresses of those that died.
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
