@@ -229,7 +229,7 @@ def prepare(name: str, options: argparse.Namespace, device: torch.device) -> Non
     folder, made = options.output / "data" / name, _made_with(name, options)
     if (folder / "data.safetensors").is_file():
         before = json.loads(read_safetensors(folder / "data.safetensors")[1].get("made", "{}"))
-        if differing := [f"{key} was {before[key]}" for key in before if before[key] != made[key]]:
+        if differing := [f"{key} was {before[key]}" for key in before if before[key] != made.get(key)]:
             raise LipsimError(f"{folder} was made with other options ({', '.join(differing)}); give another --output")
         return
     data, size = name.rsplit("-", 1)
